@@ -1,0 +1,115 @@
+"""Train a model on conversations: what midtraining and supervised finetuning share.
+
+The two stages differ in where the weights come from, what they read and how large their steps are; their scripts
+say that. How a step is made is said once, here.
+
+The choice that would surprise: the learning rate follows the share of the conversations that is packed, not a
+number of steps, because how many rows the conversations fill is only known once they are packed.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+
+from nanochat.bits_per_byte import evaluate_bpb
+from nanochat.chat_format import Conversation
+from nanochat.chat_loader import ChatLoader
+from nanochat.checkpoint import load_model
+from nanochat.gpt import GPT
+from nanochat.runtime import Runtime, all_reduce_sum, say, set_up
+from nanochat.scaling import make_optimizer
+from nanochat.schedule import lr_multiplier_at
+from nanochat.tokenizer import Tokenizer
+from nanochat.training import TrainRun, accumulate, batch_rows, compile_for_training, split_rows
+
+MOMENTUM = 0.95  # of Muon; constant, since a stage starts from a trained model
+
+
+class FinetuneConfig(Protocol):
+    """The settings that both scripts have; their meaning is told there."""
+
+    source: str
+    model_tag: str
+    step: int | None
+    max_seq_len: int
+    total_batch_size: int
+    device_batch_size: int
+    num_iterations: int
+    num_epochs: int
+    lr_scale: float
+    warmdown: float
+    device_type: str
+    dtype: str
+    compile: Literal["auto", "yes", "no"]
+    seed: int
+    eval_every: int
+    eval_tokens: int
+    save_every: int
+
+
+def validate(
+    model: GPT,
+    tokenizer: Tokenizer,
+    conversations: Sequence[Conversation],
+    seq_len: int,
+    cfg: FinetuneConfig,
+    runtime: Runtime,
+) -> float:
+    """Bits per byte of what the assistant says in the first `eval_tokens` tokens of `conversations`."""
+    num_rows = cfg.device_batch_size * runtime.world_size
+    where = (runtime.rank, runtime.world_size, runtime.device)
+    loader = ChatLoader(
+        conversations, tokenizer, num_rows, seq_len, *where, num_epochs=None, quiet=True
+    )
+    num_steps = max(1, cfg.eval_tokens // (num_rows * seq_len))
+    bpb = evaluate_bpb(model, loader, tokenizer.token_bytes(), num_steps)
+    loader.close()
+    return bpb
+
+
+def finetune(
+    stage: str, cfg: FinetuneConfig, train: Sequence[Conversation], val: Sequence[Conversation]
+) -> dict[str, Any] | None:
+    """Train `stage` on `train` from the checkpoint that `cfg` names; returns the results, None if done before."""
+    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
+    model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
+    settings = vars(cfg) | {"weights": meta["weights"]}
+    seq_len = cfg.max_seq_len if cfg.max_seq_len > 0 else model.config.sequence_len
+    num_rows = batch_rows(cfg.total_batch_size, seq_len)
+    rows = split_rows(num_rows, cfg.device_batch_size, runtime.world_size)
+
+    with TrainRun(stage, meta["model_tag"], settings, runtime) as run:
+        if run.finished:
+            return None
+        optimizer = make_optimizer(model, cfg.total_batch_size, 1, runtime.rank, runtime.world_size)
+        state = run.restore(model, optimizer)
+        where = (runtime.rank, runtime.world_size, runtime.device)
+        num_epochs = None if cfg.num_iterations > 0 else cfg.num_epochs
+        loader = ChatLoader(
+            train, tokenizer, num_rows, seq_len, *where, num_epochs, state, cfg.seed
+        )
+        run.at_exit.callback(loader.close)
+        compiled = compile_for_training(model.train(), cfg.compile, runtime.device)
+        say(f"{len(train):,} conversations, {num_rows} rows of {seq_len} tokens a step")
+        run.begin(model, tokenizer)
+        loader_state, num_cropped = (lambda: state), 0
+        while True:
+            if run.step > 0 and run.due(cfg.save_every):
+                run.save(model, optimizer, loader_state())
+            if run.due(cfg.eval_every):
+                run.note(val_bpb=validate(model, tokenizer, val, seq_len, cfg, runtime))
+            if run.progress >= 1:
+                break
+            batch = run.fetch(loader)
+            loss = accumulate(compiled, batch, rows, runtime.world_size)
+            multiplier = cfg.lr_scale * lr_multiplier_at(run.progress, cfg.warmdown)
+            optimizer.set_multipliers(multiplier, MOMENTUM, weight_decay=0.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress = batch.progress if num_epochs else (run.step + 1) / cfg.num_iterations
+            run.update(loss, multiplier, progress, cfg.total_batch_size)
+            loader_state, num_cropped = batch.state, batch.num_cropped
+        run.finish()
+        cropped = all_reduce_sum(torch.tensor(num_cropped, device=runtime.device)).item()
+        return run.results() | {"conversations": len(train), "cropped": cropped}

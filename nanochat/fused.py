@@ -1,0 +1,226 @@
+"""The few operations whose gradients are written by hand, because eager autograd pays for each small step.
+
+On a CPU an eager training step is held up by memory: every elementwise operation walks through all activations,
+forward and again backward. Here each operation walks as rarely as it can. Together they take 28 % off a step of
+4 layers of width 256 (1,687 -> 1,219 ms on one thread of a Xeon, 4,096 tokens, vocabulary 4,096; the loss alone
+20 %) and 16 % at width 128, vocabulary 1,024; dev/bench/model_speed.py repeats it. torch.compile traces through all of them.
+
+    norm          y = x / rms(x)
+    rotate        channel d turns with channel d + D / 2, by -theta
+    relu_squared  y = max(x, 0)^2
+    softcap_loss  z = x W^T, logit = c tanh(z / c), loss = log(sum_v exp(logit_v)) - logit_target
+
+softcap_loss never holds the logits of the whole batch. Rows are taken in chunks whose logits stay in the cache
+of a CPU, or in a bounded part of a GPU's memory. When one number is wanted (the usual case), a chunk's gradient
+
+    dz = (softmax(logit) - onehot) * (1 - tanh(z / c)^2)
+
+is worked out while its logits are at hand, and backward only multiplies by what comes from above. When each
+token's own loss is wanted, that differs by token, and backward goes through the chunks again.
+
+The choice that would surprise: no maximum is subtracted before exp, because the softcap bounds the logits
+(2^17 tokens of e^15 sum to 4e11, far inside fp32).
+
+Shapes: B batch, T time, C channels, H heads, D head dimension; M = B T tokens, V vocabulary with its padding,
+R rows of one chunk.
+Sources: chunked losses of Liger Kernel (arXiv 2410.10989) and Cut Your Losses (arXiv 2411.09009).
+"""
+
+from typing import Any
+
+import torch
+
+NORM_EPS = 1.1920928955078125e-07  # epsilon of fp32: what the published weights were trained with
+# Logits held at once. CPU: 2 MiB of fp32, so that tanh and exp meet them in the second-level cache. GPU:
+# 512 MiB of fp32, so many rows that the matmuls keep their size (chosen without measuring: no GPU was at hand).
+CPU_CHUNK = 2**19
+GPU_CHUNK = 2**27
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """`x` scaled to a root mean square of 1 along its last dimension; fp32 inside."""
+    return _Norm.apply(x)
+
+
+def rotary_angles(
+    positions: torch.Tensor, head_dim: int, base: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin), each (..., T, 1, D / 2) in fp32, of integer `positions` (..., T)."""
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    angles = positions[..., None].float() * base ** (-pairs / head_dim)
+    return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """(B, T, H, D) `x` turned by minus the angles whose (..., T, 1, D / 2) `cos` and `sin` are given."""
+    return _Rotate.apply(x, cos, sin)
+
+
+def relu_squared(x: torch.Tensor) -> torch.Tensor:
+    """max(x, 0)^2."""
+    return _ReluSquared.apply(x)
+
+
+def softcap_loss(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    vocab_size: int,
+    softcap: float,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Loss in nats: a scalar for reduction "mean" or "sum", (M,) for "none". Targets of -1 count nothing.
+
+    `x` is (M, C) in the compute dtype, `weight` (V, C) the master weight; logits and loss are fp32. Rows of
+    `weight` from `vocab_size` on are padding and get no probability. The mean of no target at all is 0.
+    """
+    assert reduction in ("mean", "sum", "none"), reduction
+    sum_at_once = reduction != "none" and torch.is_grad_enabled()
+    loss = _SoftcapLoss.apply(x, weight, targets, vocab_size, softcap, sum_at_once)
+    if reduction == "none":
+        return loss
+    return loss.sum() / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else loss.sum()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 where a test computes in it."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(_wide(x.dtype))
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = (length.square_() / x.shape[-1]).add_(NORM_EPS).rsqrt_()
+        y = (wide * scale).to(x.dtype)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> torch.Tensor:
+        y, scale = ctx.saved_tensors
+        along = (upstream[0] * y).mean(-1, keepdim=True, dtype=scale.dtype)
+        return (
+            torch.addcmul(upstream[0].to(scale.dtype), y, along, value=-1).mul_(scale).to(y.dtype)
+        )
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(upstream[0], cos, -sin), None, None
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    left, right = x.chunk(2, dim=-1)
+    first = (left * cos).addcmul_(right, sin)
+    return torch.cat((first, (right * cos).addcmul_(left, sin, value=-1)), dim=-1).to(x.dtype)
+
+
+class _ReluSquared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        kept = x.relu()
+        ctx.save_for_backward(kept)
+        return kept * kept
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> torch.Tensor:
+        (kept,) = ctx.saved_tensors
+        return (upstream[0] * kept).mul_(2)
+
+
+class _SoftcapLoss(torch.autograd.Function):
+    """(M,) losses; or, with `sum_at_once`, their sum, whose gradient is known when forward ends."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        vocab_size: int,
+        softcap: float,
+        sum_at_once: bool,
+    ) -> torch.Tensor:
+        ctx.settings, ctx.sum_at_once = (vocab_size, softcap), sum_at_once
+        if not sum_at_once:
+            ctx.save_for_backward(x, weight, targets)
+            return _losses(x, weight, targets, ctx.settings)[0]
+        ones = torch.ones_like(targets, dtype=_wide(x.dtype))
+        losses, dx, dweight = _losses(x, weight, targets, ctx.settings, ones)
+        ctx.save_for_backward(dx, dweight)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.sum_at_once:
+            dx, dweight = (
+                gradient * upstream[0].to(gradient.dtype) for gradient in ctx.saved_tensors
+            )
+        else:
+            x, weight, targets = ctx.saved_tensors
+            _, dx, dweight = _losses(x, weight, targets, ctx.settings, upstream[0])
+        return dx, dweight, None, None, None, None
+
+
+def _losses(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    settings: tuple[int, float],
+    row_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """((M,) losses, gradients of sum(row_scale * losses) at x and at weight, None without `row_scale`)."""
+    vocab_size, softcap = settings
+    losses = torch.zeros(len(x), dtype=_wide(x.dtype), device=x.device)
+    dx = dweight = None
+    if row_scale is not None:
+        row_scale = row_scale.masked_fill(targets < 0, 0)
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
+    narrow = weight.to(x.dtype)
+    num_rows = max(1, (CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK) // len(weight))
+    for begin in range(0, len(x), num_rows):
+        rows = slice(begin, begin + num_rows)
+        losses[rows], tanh, exp, total = _chunk(x[rows], narrow, targets[rows], vocab_size, softcap)
+        if row_scale is not None and dx is not None and dweight is not None:
+            dz = _chunk_gradient(tanh, exp, total, targets[rows], row_scale[rows])
+            dz = dz.to(x.dtype)
+            torch.mm(dz, narrow, out=dx[rows])
+            if dweight.dtype == dz.dtype:
+                dweight.addmm_(dz.T, x[rows])
+            else:
+                dweight += dz.T @ x[rows]
+    return losses, dx, dweight
+
+
+def _chunk(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, softcap: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """((R,) losses, tanh (R, V), exp of the logits (R, V), its row sums (R,))."""
+    tanh = (x @ weight.T).to(_wide(x.dtype)).div_(softcap).tanh_()
+    exp = (tanh * softcap).exp_()
+    exp[:, vocab_size:] = 0
+    total = exp.sum(1)
+    wanted = tanh.gather(1, targets.clamp(min=0)[:, None]).squeeze(1) * softcap
+    return (total.log() - wanted).masked_fill_(targets < 0, 0), tanh, exp, total
+
+
+def _chunk_gradient(
+    tanh: torch.Tensor,
+    exp: torch.Tensor,
+    total: torch.Tensor,
+    targets: torch.Tensor,
+    row_scale: torch.Tensor,
+) -> torch.Tensor:
+    """(R, V) gradient at z; overwrites `tanh` and `exp`, which no one needs any more."""
+    gradient = exp.mul_((row_scale / total)[:, None])
+    gradient.scatter_add_(1, targets.clamp(min=0)[:, None], -row_scale[:, None])
+    return gradient.mul_(tanh.square_().neg_().add_(1))

@@ -1,0 +1,398 @@
+"""The GPT: token ids in, logits or loss out, and every initial weight written by one function.
+
+    x0 = smear(norm(embedding));  L blocks: x = r_i x + s_i x0;  x += attention(norm(x));  x += mlp(norm(x))
+    logits = 15 tanh(head(norm(x - backout)) / 15)
+
+RMS norms have no weights, queries and keys are rotated by position and then normed, the MLP is relu squared,
+the head is untied. Four additions, each a switch of `GPTConfig`, lower the loss of a given number of steps:
+gated value embeddings (alternate layers add a per-token table to the values), per-layer scalars on the stream
+and on x0, smear (a token sees a little of the one before it, before any attention) and backout (part of the
+stream of the middle layer is taken away before the head). `GPTConfig.plain` turns all of them off and is the
+published first-generation architecture.
+
+What would surprise:
+- `GPT(config)` writes no values, so it builds on the meta device; `init_weights` does the rest.
+- Rotation is by -theta, as the published weights expect; its angles are computed anew in each call, so
+  no table can be too short for a long prompt.
+- Both queries and keys are scaled by `qk_scale` after their norm; the product is applied once, in the softmax.
+- The master weights are fp32 and each layer casts its own to the compute dtype.
+
+Shapes: B batch, T time, C channels, H query heads, K kv heads, D head dimension, L layers, V vocabulary.
+Sources: RoPE arXiv 2104.09864; QK norm 2010.04245; relu squared 2109.08668; GQA 2305.13245; softcap 2408.00118;
+value embeddings and x0 scalars: KellerJordan/modded-nanogpt; smear, backout, constants: karpathy/nanochat.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanochat.fused import norm, relu_squared, rotary_angles, rotate, softcap_loss
+from nanochat.kv_cache import KVCache, Step
+from nanochat.paths import UserError
+
+VOCAB_MULTIPLE = 64  # matmuls are faster on round sizes; the extra rows never win
+VE_GATE_CHANNELS = 12  # a gate reads only the first channels: enough to switch on, nearly free
+SMEAR_GATE_CHANNELS = 24
+VE_GATE_RANGE = 2.0  # gate = range * sigmoid: 1 at a zero gate. 3 is the other known choice
+
+
+class Role(NamedTuple):
+    """How the parameters of one name are trained and begin."""
+
+    group: str
+    optimizer: str
+    draw: str  # normal: std a; uniform: std a / sqrt(n_embd); constant: a; linear: a to b over the layers
+    a: float = 0.0
+    b: float = 0.0
+
+
+# Last part of a parameter's name -> its role. Values: karpathy/nanochat, tuned there at depths 12 to 24.
+ROLES = {
+    "wte": Role("embedding", "adamw", "normal", 0.8),
+    "lm_head": Role("head", "adamw", "normal", 0.001),  # logits near 0: the first loss is ln V
+    "c_q": Role("matrices", "muon", "uniform", 1.0),
+    "c_k": Role("matrices", "muon", "uniform", 1.0),
+    "c_v": Role("matrices", "muon", "uniform", 1.0),
+    "c_fc": Role("matrices", "muon", "uniform", 0.4),
+    "c_proj": Role("matrices", "muon", "constant", 0.0),  # a block adds nothing at first
+    "value_embeds": Role("value_embeddings", "adamw", "uniform", 1.0),  # as large as what c_v gives
+    "ve_gate": Role("gates", "adamw", "constant", 0.0),  # half open
+    "smear_gate": Role("gates", "adamw", "constant", 0.0),
+    "resid_lambdas": Role("resid_scalars", "adamw", "linear", 1.15, 1.05),
+    "x0_lambdas": Role("x0_scalars", "adamw", "linear", 0.20, 0.05),
+    "smear_lambda": Role("smear_backout", "adamw", "constant", 0.0),
+    "backout_lambda": Role("smear_backout", "adamw", "constant", 0.2),
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The whole architecture; saved whole with every checkpoint."""
+
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    window_pattern: str = (
+        "SSSL"  # tiled over the layers; S short, L all; the last layer is always L
+    )
+    rope_base: float = 100000.0
+    qk_scale: float = 1.2
+    softcap: float = 15.0
+    value_embeddings: bool = True
+    residual_scalars: bool = True
+    smear: bool = True
+    backout: bool = True
+
+    @classmethod
+    def plain(cls, **sizes: Any) -> "GPTConfig":
+        """The published first-generation architecture, in the sizes given."""
+        off = ("value_embeddings", "residual_scalars", "smear", "backout")
+        first = {"window_pattern": "L", "rope_base": 10000.0, "qk_scale": 1.0}
+        return cls(**{**dict.fromkeys(off, False), **first, **sizes})
+
+    def __post_init__(self) -> None:
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise UserError(
+                f"--window_pattern={self.window_pattern} is unknown; use S and L only, such as SSSL"
+            )
+        if self.n_embd % (2 * self.n_head) or self.n_head % self.n_kv_head:
+            raise UserError(
+                f"{self.n_embd} channels do not divide into {self.n_head} even heads over "
+                f"{self.n_kv_head} kv heads; choose another --head_dim or --aspect_ratio"
+            )
+        if self.smear and self.n_embd < SMEAR_GATE_CHANNELS:
+            raise UserError(
+                f"{self.n_embd} channels are fewer than the {SMEAR_GATE_CHANNELS} that a gate reads; "
+                "choose a larger --aspect_ratio"
+            )
+        assert 0 < self.softcap <= 60, "softcap_loss takes exp of a logit as it is"
+        assert self.qk_scale**2 * math.sqrt(self.head_dim) <= 60, "so does KVCache, of a score"
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding tables and of the head."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def window(self, layer: int) -> int | None:
+        """How many keys a query of `layer` sees, itself included; None for all that came before."""
+        short = self.window_pattern[layer % len(self.window_pattern)] == "S"
+        if not short or layer == self.n_layer - 1:
+            return None
+        return 128 * -(-self.sequence_len // 512)  # a quarter of the context, in steps of 128
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """True for every other layer, the last one included."""
+        return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, cast to the dtype of its input; its values are init_weights' business."""
+
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        super().__init__(fan_in, fan_out, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Nothing: see GPT.init_weights."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.weight.to(input.dtype))
+
+
+class Embedding(nn.Embedding):
+    """A table whose values are init_weights' business."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: see GPT.init_weights."""
+
+
+@dataclass
+class Context:
+    """What every layer of one forward call shares."""
+
+    angles: tuple[torch.Tensor, torch.Tensor]  # (cos, sin), (1 or B, T, 1, D / 2)
+    step: Step | None  # where the cache takes the tokens, if there is a cache
+    masks: dict[int, torch.Tensor] = field(
+        default_factory=dict
+    )  # (T, T) per window, see window_mask
+
+
+def window_mask(time: int, window: int, device: torch.device) -> torch.Tensor:
+    """(T, T) True where the query of a row sees the key of a column: the last `window` up to itself."""
+    position = torch.arange(time, device=device)
+    age = position[:, None] - position
+    return (age >= 0) & (age < window)
+
+
+class Attention(nn.Module):
+    """Causal attention over a sliding window, with an optional value embedding."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.window = layer, config.window(layer)
+        self.head_dim = config.head_dim
+        self.scale = config.qk_scale**2 / math.sqrt(config.head_dim)
+        kv_channels = config.n_kv_head * config.head_dim
+        self.c_q = Linear(config.n_embd, config.n_embd)
+        self.c_k = Linear(config.n_embd, kv_channels)
+        self.c_v = Linear(config.n_embd, kv_channels)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        if config.has_value_embedding(layer):
+            self.ve_gate = Linear(VE_GATE_CHANNELS, config.n_kv_head)
+
+    def forward(
+        self, x: torch.Tensor, value_embedding: torch.Tensor | None, context: "Context"
+    ) -> torch.Tensor:
+        batch, time, _ = x.shape
+        q = self.c_q(x).view(batch, time, -1, self.head_dim)  # (B, T, H, D)
+        k = self.c_k(x).view(batch, time, -1, self.head_dim)  # (B, T, K, D)
+        v = self.c_v(x).view(batch, time, -1, self.head_dim)
+        if value_embedding is not None:
+            gate = VE_GATE_RANGE * self.ve_gate(x[..., :VE_GATE_CHANNELS]).sigmoid()  # (B, T, K)
+            v = v + gate[..., None] * value_embedding.view_as(v)
+        q = norm(rotate(q, *context.angles))
+        k = norm(rotate(k, *context.angles))
+        if context.step is not None:
+            y = context.step.attend(self.layer, (q, k, v), self.window, self.scale)
+        else:
+            y = self._attend(q, k, v, context.masks)
+        return self.c_proj(y.reshape(batch, time, -1))
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masks: dict[int, torch.Tensor]
+    ) -> torch.Tensor:
+        """(B, T, H, D) without a cache."""
+        time = q.shape[1]
+        mask = None
+        if self.window is not None and self.window < time:
+            if self.window not in masks:
+                masks[self.window] = window_mask(time, self.window, q.device)
+            mask = masks[self.window]
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        return y.transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """Two matrices with relu squared between them."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(relu_squared(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each added to the stream."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: torch.Tensor, value_embedding: torch.Tensor | None, context: Context
+    ) -> torch.Tensor:
+        x = x + self.attn(norm(x), value_embedding, context)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """The model. Call `init_weights` (or load a checkpoint) before use: nothing is written at construction."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        rows, kv_channels = config.padded_vocab_size, config.n_kv_head * config.head_dim
+        self.wte = Embedding(rows, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.lm_head = Linear(config.n_embd, rows)
+        with_value = [str(i) for i in range(config.n_layer) if config.has_value_embedding(i)]
+        self.value_embeds = nn.ModuleDict({i: Embedding(rows, kv_channels) for i in with_value})
+        if config.residual_scalars:
+            self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
+            self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
+        if config.smear:
+            self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1)
+            self.smear_lambda = nn.Parameter(torch.empty(1))
+        if config.backout:
+            self.backout_lambda = nn.Parameter(torch.empty(1))
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
+        """Let activations and matmuls be of `dtype`; master weights, logits and loss stay fp32."""
+        self.compute_dtype = dtype
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Write every parameter, from `seed` alone (and the kind of device)."""
+        random = torch.Generator(self.wte.weight.device).manual_seed(seed)
+        for name, weight in self.named_parameters():
+            role = _role(name)
+            match role.draw:
+                case "normal":
+                    weight.normal_(0, role.a, generator=random)
+                case "uniform":
+                    bound = role.a * math.sqrt(3 / self.config.n_embd)
+                    weight.uniform_(-bound, bound, generator=random)
+                case "constant":
+                    weight.fill_(role.a)
+                case "linear":
+                    weight.copy_(torch.linspace(role.a, role.b, len(weight)))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters by how they are trained: {"name", "kind": "muon" | "adamw", "names", "params"}."""
+        groups: dict[str, dict[str, Any]] = {}
+        for name, weight in self.named_parameters():
+            role = _role(name)
+            fresh = {"name": role.group, "kind": role.optimizer, "names": [], "params": []}
+            group = groups.setdefault(role.group, fresh)
+            group["names"].append(name)
+            group["params"].append(weight)
+        return list(groups.values())
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        reduction: str = "mean",
+        cache: KVCache | None = None,
+        slots: torch.Tensor | None = None,
+        num_new: torch.Tensor | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """The loss of `targets` if there are any, else fp32 logits (B, T, vocab_size).
+
+        `targets` (B, T), -1 where nothing is asked; `reduction` "mean" and "sum" give a scalar, "none" (B, T).
+        With `cache`, row b appends its first num_new[b] tokens (default T) to slot slots[b] (default: one row
+        per slot, in order) and sees that slot's past; what comes after them is padding, its logits mean
+        nothing. `last_only` gives (B, 1, vocab_size): logits after each row's last token.
+        Raises ValueError, with the cache untouched, where a sequence would outgrow the cache.
+        """
+        batch, time = ids.shape
+        step = None
+        if cache is not None:
+            step = cache.begin(batch, time, slots, num_new, self.compute_dtype)
+        x = self._stream(ids, step)  # (B, T, C)
+        if step is not None:
+            step.cache.finish(step)
+        if targets is not None:
+            loss = softcap_loss(
+                x.flatten(0, 1),
+                self.lm_head.weight,
+                targets.flatten(),
+                self.config.vocab_size,
+                self.config.softcap,
+                reduction,
+            )
+            return loss.view(batch, time) if reduction == "none" else loss
+        if last_only:
+            x = (
+                x[:, -1:]
+                if step is None
+                else x[torch.arange(batch, device=x.device), step.last][:, None]
+            )
+        logits = self.lm_head(x)[..., : self.config.vocab_size].float()
+        return self.config.softcap * torch.tanh(logits / self.config.softcap)
+
+    def _stream(self, ids: torch.Tensor, step: Step | None) -> torch.Tensor:
+        """(B, T, C) normed output of the last layer."""
+        config = self.config
+        positions = (
+            torch.arange(ids.shape[1], device=ids.device)[None] if step is None else step.positions
+        )
+        angles = rotary_angles(positions, config.head_dim, config.rope_base)
+        context = Context(angles, step)
+        x = norm(self.wte(ids).to(self.compute_dtype))
+        if config.smear:
+            x = self._smear(x, step)
+        x0 = middle = x
+        for i, block in enumerate(self.blocks):
+            if config.residual_scalars:
+                x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
+            value_embedding = None
+            if config.has_value_embedding(i):
+                value_embedding = self.value_embeds[str(i)](ids).to(x.dtype)
+            x = block(x, value_embedding, context)
+            if i == config.n_layer // 2:
+                middle = x
+        if config.backout:
+            x = x - self.backout_lambda.to(x.dtype) * middle
+        return norm(x)
+
+    def _smear(self, x: torch.Tensor, step: Step | None) -> torch.Tensor:
+        """`x` with a gated part of the token before added; the first token has none before it."""
+        nothing = torch.zeros_like(x[:, :1])
+        first = nothing if step is None else step.swap_previous(x)[:, None]  # (B, 1, C)
+        before = torch.cat((first, x[:, :-1]), dim=1)
+        gate = (
+            self.smear_lambda.to(x.dtype) * self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]).sigmoid()
+        )
+        return x + gate * before
+
+
+def _role(name: str) -> Role:
+    """The role of the parameter `name`, such as "blocks.3.attn.c_q.weight" or "value_embeds.1.weight"."""
+    parts = name.removesuffix(".weight").split(".")
+    return ROLES[parts[0] if parts[0] == "value_embeds" else parts[-1]]

@@ -1,0 +1,150 @@
+"""From depth alone: width, heads, parameters, FLOPs, horizon, batch, learning rates, weight decay.
+
+Depth sets the width (aspect_ratio x depth, rounded up to whole heads). Tokens are a ratio times the parameters
+of blocks and head, the count that gave the steadiest scaling law. Batch, learning rates and weight decay were
+tuned at depth 12, 1.32 B tokens, 2^19 tokens a step, and are carried over by the formulas of each function.
+
+The choice that would surprise: they follow the tokens that the run will really see, not the ratio's horizon,
+so a run cut short by `--num_iterations` gets the batch and the decay of a short run.
+
+Sources: horizon, karpathy/nanochat's fits; batch ~ tokens^.383, arXiv 2505.13738; decay with a constant number
+of passes of its time scale, 2405.13698; small batches: our sweep in dev/LOG.md.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
+from nanochat.optim import MuonAdamW
+
+REFERENCE_BATCH = 2**19  # tokens a step at which the learning rates below were tuned
+REFERENCE_TOKENS = (
+    12 * 110_100_912
+)  # of the same run: 12 per parameter of blocks and head at depth 12
+REFERENCE_WIDTH = 768
+SQRT_RULE_FROM = 2**18  # tokens a step; below, the learning rates stop falling with the batch
+
+# Learning rates at the reference batch and width. `by_width`: times (width / 768)^-.5. `by_batch`: see batch_factor.
+# Betas and decays are per group because they were tuned so; matrices' decay is scaled by weight_decay().
+ADAMW = {"kind": "adamw", "eps": 1e-10, "by_width": False, "by_batch": True}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "matrices": {
+        "kind": "muon", "lr": 0.02, "momentum": 0.95, "beta2": 0.9, "weight_decay": 0.28,
+        "by_width": False, "by_batch": True,
+    },
+    "head": ADAMW | {"lr": 0.008, "betas": (0.8, 0.96), "weight_decay": 0.01, "by_width": True},
+    "embedding": ADAMW | {"lr": 0.3, "betas": (0.8, 0.995), "weight_decay": 0.001, "by_width": True},
+    "value_embeddings": ADAMW | {"lr": 0.15, "betas": (0.8, 0.995), "weight_decay": 0.01, "by_width": True},
+    "resid_scalars": ADAMW | {"lr": 0.005, "betas": (0.8, 0.95), "weight_decay": 0.05},
+    "x0_scalars": ADAMW | {"lr": 0.5, "betas": (0.96, 0.95), "weight_decay": 0.0},
+    "gates": ADAMW | {"lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.0},
+    "smear_backout": ADAMW | {"lr": 0.2, "betas": (0.8, 0.95), "weight_decay": 0.0, "by_batch": False},
+}  # fmt: skip
+
+
+def depth_to_config(
+    depth: int,
+    vocab_size: int,
+    sequence_len: int = 2048,
+    aspect_ratio: int = 64,
+    head_dim: int = 128,
+    window_pattern: str = "SSSL",
+    plain: bool = False,
+) -> GPTConfig:
+    """The architecture of `depth` layers; `plain` for the first generation's (its windows are always "L")."""
+    num_heads = -(-aspect_ratio * depth // head_dim)
+    sizes: dict[str, Any] = {
+        "sequence_len": sequence_len, "vocab_size": vocab_size, "n_layer": depth,
+        "n_head": num_heads, "n_kv_head": num_heads, "n_embd": num_heads * head_dim,
+    }  # fmt: skip
+    return GPTConfig.plain(**sizes) if plain else GPTConfig(**sizes, window_pattern=window_pattern)
+
+
+def parameter_counts(config: GPTConfig) -> dict[str, int]:
+    """Number of parameters of each part, and their "total"."""
+    width, depth = config.n_embd, config.n_layer
+    kv_width = config.n_kv_head * config.head_dim
+    num_tables = sum(config.has_value_embedding(layer) for layer in range(depth))
+    counts = {
+        "blocks": depth * (2 * width**2 + 2 * width * kv_width + 8 * width**2)
+        + num_tables * VE_GATE_CHANNELS * config.n_kv_head,
+        "head": config.padded_vocab_size * width,
+        "embedding": config.padded_vocab_size * width,
+        "value_embeddings": num_tables * config.padded_vocab_size * kv_width,
+        "scalars": 2 * depth * config.residual_scalars
+        + (SMEAR_GATE_CHANNELS + 1) * config.smear
+        + config.backout,
+    }
+    return counts | {"total": sum(counts.values())}
+
+
+def scaling_parameters(config: GPTConfig) -> int:
+    """Parameters that the token horizon is counted by: blocks and head, no tables."""
+    counts = parameter_counts(config)
+    return counts["blocks"] + counts["head"]
+
+
+def flops_per_token(config: GPTConfig, exact: bool = False) -> float:
+    """FLOPs of one training token, forward and backward; what MFU is computed from.
+
+    6 per matrix parameter, and 12 per channel and key in view. The customary count takes every query for one
+    with a full window; `exact` averages over the positions of a row, of which the early ones see less.
+    """
+    length = config.sequence_len
+    keys = 0.0
+    for layer in range(config.n_layer):
+        window = min(config.window(layer) or length, length)
+        seen = window * (window + 1) / 2 + (length - window) * window
+        keys += seen / length if exact else window
+    matrices = scaling_parameters(config) + SMEAR_GATE_CHANNELS * config.smear
+    return 6 * matrices + 12 * config.n_embd * keys
+
+
+def horizon(config: GPTConfig, target_param_data_ratio: float) -> int:
+    """Tokens to train on: the ratio times the parameters of blocks and head."""
+    return round(target_param_data_ratio * scaling_parameters(config))
+
+
+def batch_tokens(num_tokens: float) -> int:
+    """Tokens a step for a run of `num_tokens`: 2^19 (tokens / reference)^.383, as the nearest power of two."""
+    exponent = math.log2(REFERENCE_BATCH * (num_tokens / REFERENCE_TOKENS) ** 0.383)
+    return 2 ** max(0, round(exponent))
+
+
+def batch_factor(total_batch_size: int) -> float:
+    """Multiplier of the learning rates for a batch: sqrt(batch / 2^19), constant below 2^18."""
+    return (max(total_batch_size, SQRT_RULE_FROM) / REFERENCE_BATCH) ** 0.5
+
+
+def weight_decay(total_batch_size: int, num_tokens: float) -> float:
+    """Decay of the matrices that keeps learning rate x decay x steps as it was in the reference run."""
+    decay: float = OPTIONS["matrices"]["weight_decay"]
+    steps = num_tokens / total_batch_size
+    return decay * REFERENCE_TOKENS / REFERENCE_BATCH / steps / batch_factor(total_batch_size)
+
+
+def optimizer_groups(
+    parameter_groups: Sequence[dict[str, Any]], width: int, total_batch_size: int, num_steps: int
+) -> list[dict[str, Any]]:
+    """The model's named parameter groups with the optimizer's options for this width, batch and length."""
+    groups = []
+    for group in parameter_groups:
+        options = dict(OPTIONS[group["name"]])
+        if options.pop("by_width"):
+            options["lr"] *= (width / REFERENCE_WIDTH) ** -0.5
+        if options.pop("by_batch"):
+            options["lr"] *= batch_factor(total_batch_size)
+        if options["kind"] == "muon":
+            options["weight_decay"] = weight_decay(total_batch_size, num_steps * total_batch_size)
+        groups.append({**group, **options})
+    return groups
+
+
+def make_optimizer(
+    model: GPT, total_batch_size: int, num_steps: int, rank: int = 0, world_size: int = 1
+) -> MuonAdamW:
+    """The optimizer for a run of `num_steps` steps; its step options follow from nanochat.schedule."""
+    config = model.config
+    groups = optimizer_groups(model.parameter_groups(), config.n_embd, total_batch_size, num_steps)
+    return MuonAdamW(groups, rank, world_size)

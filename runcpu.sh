@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# The whole of nanochat on a laptop, offline, in minutes: tokenizer, pretraining, midtraining, finetuning,
+# reinforcement, report, and a conversation with the result.
+#
+#   bash runcpu.sh                  learn the primer, the small world that comes with nanochat
+#   bash runcpu.sh --from FOLDER    pretrain on your own text (parquet, .txt or .jsonl) instead
+#   bash runcpu.sh --fresh          start over; otherwise what is finished is not run again
+#
+# Killed at any point and started again, it goes on where it was. The sizes below are what learned most per
+# minute on two cores; dev/LOG.md has the trials.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+fresh="" from=""
+while [ $# -gt 0 ]; do
+    case "$1" in
+    --fresh) fresh=1 ;;
+    --from)
+        from="${2:?--from needs a folder}"
+        shift
+        ;;
+    --from=*) from="${1#--from=}" ;;
+    *)
+        echo "error: unknown option $1; use --fresh or --from FOLDER" >&2
+        exit 2
+        ;;
+    esac
+    shift
+done
+corpus=primer
+if [ -n "$from" ]; then
+    [ -d "$from" ] || { echo "error: --from $from is no folder" >&2 && exit 2; }
+    from="$(cd "$from" && pwd)"
+    corpus="$(basename "$from")"
+fi
+source ./setup.sh --device_type=cpu
+
+tag="laptop-$corpus"
+place=(--device_type=cpu --model_tag="$tag")
+done_dir="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/done/$tag"
+[ -z "$fresh" ] || rm -rf "$done_dir"
+mkdir -p "$done_dir"
+[ -n "$(ls -A "$done_dir")" ] || python -m nanochat.report reset
+
+# stage NAME COMMAND...: run the command, unless the very same is done and so is all before it. `chain` is the
+# moment at which the stage before was done; a stage that follows another one than last time starts over.
+chain=""
+stage() {
+    local name=$1 marker="$done_dir/$1" began="$done_dir/$1.began" want
+    shift
+    want="$chain $*"
+    if [ "$(head -n 1 "$marker" 2>/dev/null)" = "$want" ]; then
+        echo "== $name: done before"
+    else
+        echo "== $name: $*"
+        if [ "$(cat "$began" 2>/dev/null)" != "$want" ]; then
+            case $name in base_train | mid_train | chat_sft | chat_rl) set -- "$@" --fresh ;; esac
+            echo "$want" >"$began"
+        fi
+        "$@"
+        printf '%s\n%s\n' "$want" "$(date +%s).$RANDOM" >"$marker"
+    fi
+    chain=$(tail -n 1 "$marker")
+}
+
+if [ -n "$from" ]; then
+    stage corpus python -m nanochat.dataset --from "$from"
+else
+    stage corpus python -m nanochat.dataset --corpus primer
+fi
+stage tok_train python -m scripts.tok_train --data="$corpus" --vocab_size=2048 --max_chars=20000000
+stage tok_eval python -m scripts.tok_eval --data="$corpus"
+stage base_train python -m scripts.base_train "${place[@]}" --data="$corpus" \
+    --depth=4 --aspect_ratio=32 --head_dim=32 --max_seq_len=256 --total_batch_size=4096 --device_batch_size=16 \
+    --num_iterations=700 --eval_every=350 --eval_tokens=65536 --save_every=100 --log_every=50
+stage base_loss python -m scripts.base_loss "${place[@]}" --data="$corpus" --eval_tokens=131072 --device_batch_size=16
+stage base_eval python -m scripts.base_eval "${place[@]}"
+chat=(--mixture=primer --total_batch_size=4096 --device_batch_size=16 --eval_every=300 --eval_tokens=65536
+    --save_every=100 --log_every=50)
+examine=(-a 'primer-choice|primer-exact|primer-arithmetic|primer-spelling')
+stage mid_train python -m scripts.mid_train "${place[@]}" "${chat[@]}"
+stage chat_eval_mid python -m scripts.chat_eval "${place[@]}" -i mid "${examine[@]}"
+stage chat_sft python -m scripts.chat_sft "${place[@]}" "${chat[@]}"
+stage chat_eval_sft python -m scripts.chat_eval "${place[@]}" -i sft "${examine[@]}"
+stage chat_rl python -m scripts.chat_rl "${place[@]}" --task=primer-arithmetic \
+    --num_steps=20 --num_samples=8 --max_tokens=64 --eval_every=10 --save_every=10
+stage chat_eval_rl python -m scripts.chat_eval "${place[@]}" -i rl "${examine[@]}"
+python -m nanochat.report generate
+
+echo
+echo "== a conversation with it; for your own: python -m scripts.chat_cli -i rl -g $tag"
+printf '%s\n' "Hello! Who are you?" "What is 27 plus 58?" "What is the opposite of hot?" "Tell me a story." |
+    python -m scripts.chat_cli "${place[@]}" -i rl --temperature=0

@@ -1,0 +1,95 @@
+//! Counts the unique pieces of a stream of texts on several threads.
+//!
+//! The calling thread pulls batches of texts, worker threads split and count them, each into a table of its
+//! own; the tables are added up at the end. A short queue between them keeps the memory bounded by the
+//! unique pieces, however long the stream is.
+
+use std::collections::hash_map::Entry;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use rustc_hash::FxHashMap;
+
+use crate::Error;
+use crate::split::Splitter;
+
+/// How often each unique piece occurs.
+pub type Pieces = FxHashMap<Box<str>, u64>;
+
+/// Counts the pieces of all texts that `next_batch` returns until it returns `None`.
+///
+/// The counts do not depend on `num_threads`, nor on how the texts are cut into batches. An error of
+/// `next_batch` ends the count and is returned as it is.
+pub fn count_pieces<E: From<Error>>(
+    splitter: &Splitter,
+    num_threads: usize,
+    mut next_batch: impl FnMut() -> Result<Option<Vec<String>>, E>,
+) -> Result<Pieces, E> {
+    let (sender, receiver) = sync_channel(num_threads);
+    let receiver = Arc::new(Mutex::new(receiver));
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..num_threads)
+            .map(|_| {
+                let (splitter, receiver) = (splitter.clone(), Arc::clone(&receiver));
+                scope.spawn(move || count_batches(&splitter, &receiver))
+            })
+            .collect();
+        drop(receiver); // so that a send fails, and does not wait for ever, once every worker has failed
+        while let Some(batch) = next_batch()? {
+            if sender.send(batch).is_err() {
+                break;
+            }
+        }
+        drop(sender);
+        let mut total = Pieces::default();
+        for worker in workers {
+            let pieces = worker.join().expect("a counting thread panicked")?;
+            total = add(total, pieces);
+        }
+        Ok(total)
+    })
+}
+
+/// Counts batches into one table until the queue closes.
+fn count_batches(
+    splitter: &Splitter,
+    batches: &Mutex<Receiver<Vec<String>>>,
+) -> Result<Pieces, Error> {
+    let mut pieces = Pieces::default();
+    loop {
+        let received = batches
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .recv();
+        let Ok(batch) = received else {
+            return Ok(pieces);
+        };
+        for text in &batch {
+            splitter.for_each_piece(text, |piece| match pieces.get_mut(piece) {
+                Some(count) => *count += 1,
+                None => {
+                    pieces.insert(piece.into(), 1);
+                }
+            })?;
+        }
+    }
+}
+
+/// The sum of two tables; the smaller one is poured into the larger.
+fn add(left: Pieces, right: Pieces) -> Pieces {
+    let (mut large, small) = if left.len() < right.len() {
+        (right, left)
+    } else {
+        (left, right)
+    };
+    for (piece, count) in small {
+        match large.entry(piece) {
+            Entry::Occupied(mut entry) => *entry.get_mut() += count,
+            Entry::Vacant(entry) => {
+                entry.insert(count);
+            }
+        }
+    }
+    large
+}

@@ -1,0 +1,193 @@
+//! Finds the merges: join the most frequent pair of neighbours into a new token, until the vocabulary is full.
+//!
+//! Nothing is counted twice: every pair knows its count and its places, a merge visits the places of its own
+//! pair and corrects the counts of the neighbours, and a heap knows the most frequent pair. Three facts make
+//! this simple.
+//!
+//! - A pair that contains the newest token appears only in the round that makes this token. So its places
+//!   are collected once, in the order of the text, and its count can only fall afterwards.
+//! - A heap entry is therefore never too low. One that is too high is pushed again when it comes up.
+//! - Both neighbours of a merge belong to such new pairs, so a round sums them in arrays indexed by the
+//!   neighbour, and touches the table of pairs once per different neighbour, not once per place.
+//!
+//! Of pairs with equal counts, the smaller pair of ids is merged first. Pairs are counted as they stand side
+//! by side, overlapping ones too (`aaa` has two `aa`), and merged from the left without overlap.
+//!
+//! Source: R. Sennrich, B. Haddow, A. Birch, Neural Machine Translation of Rare Words with Subword Units,
+//! 2016, section 3.2.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use rustc_hash::FxHashMap;
+
+use crate::count::Pieces;
+use crate::word::{Place, SEPARATOR, Words};
+use crate::{Error, NUM_BYTES, Pair};
+
+/// The merges in order: the n-th makes token 256 + n.
+///
+/// There are `vocab_size - 256` of them, or fewer if every piece has become one token before.
+pub fn train(pieces: &Pieces, vocab_size: u32) -> Result<Vec<Pair>, Error> {
+    if vocab_size < NUM_BYTES {
+        return Err(Error::VocabSize(vocab_size.into()));
+    }
+    let mut trainer = Trainer::new(Words::new(pieces)?);
+    let mut merges = Vec::new();
+    while merges.len() < (vocab_size - NUM_BYTES) as usize {
+        let Some(pair) = trainer.most_frequent() else {
+            break;
+        };
+        trainer.merge(pair);
+        merges.push(pair);
+    }
+    Ok(merges)
+}
+
+/// How often a pair or a neighbour occurs in the text, and where.
+#[derive(Default)]
+struct Occurrences {
+    count: u64,
+    places: Vec<Place>,
+}
+
+impl Occurrences {
+    fn add(&mut self, count: u64, place: Place) {
+        self.count += count;
+        self.places.push(place);
+    }
+}
+
+/// The tokens that stood on one side of the merges of a round.
+#[derive(Default)]
+struct Side {
+    by_token: Vec<Occurrences>,
+    seen: Vec<u32>,
+}
+
+impl Side {
+    #[inline]
+    fn add(&mut self, token: u32, count: u64, place: Place) {
+        let occurrences = &mut self.by_token[token as usize];
+        if occurrences.count == 0 {
+            self.seen.push(token);
+        }
+        occurrences.add(count, place);
+    }
+
+    /// Empties this side: every token that was seen, with its occurrences.
+    fn drain(&mut self) -> impl Iterator<Item = (u32, Occurrences)> {
+        let by_token = &mut self.by_token;
+        self.seen
+            .drain(..)
+            .map(|token| (token, std::mem::take(&mut by_token[token as usize])))
+    }
+}
+
+struct Trainer {
+    words: Words,
+    pairs: FxHashMap<Pair, Occurrences>,
+    heap: BinaryHeap<(u64, Reverse<Pair>)>,
+    before: Side,
+    after: Side,
+}
+
+impl Trainer {
+    fn new(words: Words) -> Self {
+        // Pairs of bytes fit an array, which is faster than the table for the first pass over all places.
+        let index = |(left, right): Pair| (left * NUM_BYTES + right) as usize;
+        let mut by_pair: Vec<Occurrences> = Vec::new();
+        by_pair.resize_with((NUM_BYTES * NUM_BYTES) as usize, Occurrences::default);
+        words.for_each_pair(|pair, place| by_pair[index(pair)].add(words.count(place), place));
+
+        let mut trainer = Self {
+            words,
+            pairs: FxHashMap::default(),
+            heap: BinaryHeap::new(),
+            before: Side::default(),
+            after: Side::default(),
+        };
+        for (pair, occurrences) in (0..).zip(by_pair) {
+            trainer.add_pair((pair / NUM_BYTES, pair % NUM_BYTES), occurrences);
+        }
+        for side in [&mut trainer.before, &mut trainer.after] {
+            side.by_token
+                .resize_with(NUM_BYTES as usize, Occurrences::default);
+        }
+        trainer
+    }
+
+    fn add_pair(&mut self, pair: Pair, occurrences: Occurrences) {
+        if occurrences.count > 0 {
+            self.heap.push((occurrences.count, Reverse(pair)));
+            self.pairs.insert(pair, occurrences);
+        }
+    }
+
+    fn lower_count(&mut self, pair: Pair, count: u64) {
+        // The pair that is being merged is gone from the table; it meets itself in `aaa`.
+        if let Some(occurrences) = self.pairs.get_mut(&pair) {
+            occurrences.count -= count;
+            if occurrences.count == 0 {
+                self.pairs.remove(&pair);
+            }
+        }
+    }
+
+    /// The pair of the highest count, the smaller one of several; `None` when no pair is left.
+    fn most_frequent(&mut self) -> Option<Pair> {
+        while let Some((count, Reverse(pair))) = self.heap.pop() {
+            match self.pairs.get(&pair) {
+                Some(occurrences) if occurrences.count == count => return Some(pair),
+                Some(occurrences) => self.heap.push((occurrences.count, Reverse(pair))),
+                None => {}
+            }
+        }
+        None
+    }
+
+    /// Joins `pair` everywhere and brings the counts of all pairs up to date.
+    fn merge(&mut self, pair: Pair) {
+        let (left, right) = pair;
+        let token = self.words.add_token(pair);
+        self.before.by_token.push(Occurrences::default());
+        self.after.by_token.push(Occurrences::default());
+        let mut twins = Occurrences::default(); // the new token beside itself
+
+        let places = self.pairs.remove(&pair).unwrap_or_default().places;
+        for place in places {
+            let Some((before, after)) = self.words.merge(place, pair, token) else {
+                continue;
+            };
+            let count = self.words.count(place);
+            if before == token {
+                twins.add(count, self.words.place_before(place, before));
+            } else if before != SEPARATOR {
+                let place_before = self.words.place_before(place, before);
+                self.before.add(before, count, place_before);
+            }
+            if after != SEPARATOR {
+                self.after.add(after, count, place);
+            }
+        }
+
+        let (mut before, mut after) = (
+            std::mem::take(&mut self.before),
+            std::mem::take(&mut self.after),
+        );
+        for (neighbour, occurrences) in before.drain() {
+            self.lower_count((neighbour, left), occurrences.count);
+            self.add_pair((neighbour, token), occurrences);
+        }
+        for (neighbour, mut occurrences) in after.drain() {
+            self.lower_count((right, neighbour), occurrences.count);
+            if neighbour == left {
+                // Here the left token of a twin was seen, a moment before it was merged itself.
+                occurrences.count -= twins.count;
+            }
+            self.add_pair((token, neighbour), occurrences);
+        }
+        self.add_pair((token, token), twins);
+        (self.before, self.after) = (before, after);
+    }
+}

@@ -1,0 +1,65 @@
+"""Measure a base model: bits per byte of training and validation text, and how it continues fixed prompts.
+
+    python -m scripts.base_loss                                        # one GPU
+    torchrun --nproc_per_node=8 -m scripts.base_loss                   # eight
+    python -m scripts.base_loss --eval_tokens 65536 --device_batch_size 16  # laptop
+
+reads: base/<model tag>/, base_data/<corpus>/
+writes: report/base_loss.json
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from nanochat.bits_per_byte import text_bpb
+from nanochat.checkpoint import load_model
+from nanochat.dataset import find_corpus
+from nanochat.engine import sample_texts
+from nanochat.report import write_section
+from nanochat.runtime import run_script, say, set_up
+
+SAMPLE_PROMPTS = (
+    "The capital of France is",
+    "If yesterday was Friday, then today is",
+    "The opposite of hot is",
+    "Once upon a time",
+    "My favourite colour is",
+    "Two and three make",
+)
+
+
+@dataclass
+class Config:
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "base"  # stage of the checkpoint
+    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = (
+        ""  # its run; empty: the one written last
+    )
+    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = (
+        None  # its step; the newest if left out
+    )
+    data: str = ""  # corpus; empty: the one prepared last
+    eval_tokens: int = 10_485_760  # tokens of each of the two measurements
+    device_batch_size: int = 32  # rows of a batch on one device
+    device_type: str = ""  # cpu, cuda or mps; empty: the best there is
+    dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
+
+
+def main(cfg: Config) -> None:
+    """Measure one checkpoint and report it."""
+    runtime = set_up(cfg.device_type, cfg.dtype)
+    model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
+    corpus = find_corpus(cfg.data)
+    results = {"step": meta["step"]}
+    for split, shards in (("train", corpus.train), ("val", [corpus.val])):
+        bpb = text_bpb(model, tokenizer, shards, cfg.eval_tokens, cfg.device_batch_size, runtime)
+        results[f"{split}_bpb"] = bpb
+        say(f"{split}: {bpb:.4f} bits per byte")
+    samples = sample_texts(model, tokenizer, SAMPLE_PROMPTS)
+    say("\n".join(samples))
+    write_section("base_loss", "Base loss", vars(cfg), results, samples)
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

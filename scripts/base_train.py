@@ -1,0 +1,145 @@
+"""Pretrain a base model: documents in, a model that continues them out.
+
+Depth is the one dial: width, heads, tokens, batch, learning rates and decay follow from it (nanochat/scaling.py).
+Killed at any instant and started again with the same command, the run goes on from its last checkpoint.
+
+    python -m scripts.base_train --depth 12                                         # one GPU
+    torchrun --nproc_per_node=8 -m scripts.base_train --depth 20                    # eight
+    python -m scripts.base_train --depth 4 --max_seq_len 512 --total_batch_size 4096 --num_iterations 300  # laptop
+
+reads: base_data/<corpus>/, tokenizer/
+writes: base/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), report/base_train.json
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nanochat.bits_per_byte import text_bpb
+from nanochat.checkpoint import build_model
+from nanochat.dataloader import TextLoader
+from nanochat.dataset import find_corpus
+from nanochat.engine import sample_texts
+from nanochat.report import write_section
+from nanochat.runtime import run_script, say, set_up
+from nanochat.scaling import (
+    batch_tokens,
+    depth_to_config,
+    horizon,
+    make_optimizer,
+)
+from nanochat.schedule import lr_multiplier, muon_momentum, weight_decay_multiplier
+from nanochat.training import (
+    TrainRun,
+    accumulate,
+    batch_rows,
+    compile_for_training,
+    load_tokenizer,
+    split_rows,
+)
+
+SAMPLE_PROMPTS = (
+    "The capital of France is",
+    "Once upon a time",
+    "The opposite of hot is",
+    "Two and three make",
+)
+
+
+@dataclass
+class Config:
+    # model
+    depth: int = 20  # layers; everything else follows from it
+    aspect_ratio: int = 64  # width is aspect_ratio x depth, rounded up to whole heads
+    head_dim: int = 128  # channels of one attention head
+    max_seq_len: int = 2048  # tokens of context
+    window_pattern: str = "SSSL"  # S: a quarter of the context, L: all of it; tiled over the layers
+    plain: bool = False  # the published first-generation architecture, without our additions
+    # horizon and batch
+    num_iterations: int = -1  # steps; -1: from target_param_data_ratio
+    target_param_data_ratio: float = 12.0  # tokens per parameter of blocks and head
+    total_batch_size: int = -1  # tokens a step over all ranks; -1: from the horizon
+    device_batch_size: int = 32  # rows per micro-batch on one device
+    # data and machine
+    data: str = ""  # corpus; empty: the one prepared last
+    device_type: str = ""  # cpu, cuda or mps; empty: the best there is
+    dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
+    compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on a GPU
+    seed: int = 0  # of the initial weights
+    # the run
+    run: str = "dummy"  # wandb name; dummy: no wandb
+    model_tag: str = ""  # folder of the run; empty: d<depth>
+    fresh: bool = False  # start over instead of resuming
+    log_every: int = 10  # steps between console lines
+    eval_every: int = 250  # steps between validations; <= 0: at the end alone
+    eval_tokens: int = 10_485_760  # tokens of one validation
+    sample_every: int = 2000  # steps between samples; <= 0: at the end alone
+    save_every: int = 1000  # steps between checkpoints; <= 0: at the end alone
+
+
+def plan_steps(cfg: Config, num_tokens: int) -> tuple[int, int]:
+    """(tokens a step, number of steps) from the settings and the horizon of `num_tokens`."""
+    total = cfg.total_batch_size
+    if total <= 0:
+        total = max(batch_tokens(num_tokens), cfg.max_seq_len)
+    num_steps = cfg.num_iterations if cfg.num_iterations > 0 else round(num_tokens / total)
+    return total, max(1, num_steps)
+
+
+def main(cfg: Config) -> None:
+    """Train, or go on training, one base model."""
+    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
+    tag = cfg.model_tag or f"d{cfg.depth}"
+    corpus, tokenizer = find_corpus(cfg.data), load_tokenizer("base", tag, cfg.fresh)
+    config = depth_to_config(
+        cfg.depth, tokenizer.vocab_size, cfg.max_seq_len,
+        cfg.aspect_ratio, cfg.head_dim, cfg.window_pattern, cfg.plain,
+    )  # fmt: skip
+    total_batch_size, num_steps = plan_steps(cfg, horizon(config, cfg.target_param_data_ratio))
+    num_rows = batch_rows(total_batch_size, cfg.max_seq_len)
+    rows = split_rows(num_rows, cfg.device_batch_size, runtime.world_size)
+
+    with TrainRun("base", tag, vars(cfg), runtime) as run:
+        if run.finished:
+            return
+        model = build_model(config, None, runtime, cfg.seed)
+        optimizer = make_optimizer(
+            model, total_batch_size, num_steps, runtime.rank, runtime.world_size
+        )
+        state = run.restore(model, optimizer)
+        where = (runtime.rank, runtime.world_size, runtime.device)
+        loader = TextLoader(tokenizer, corpus.train, num_rows, cfg.max_seq_len, *where, state)
+        run.at_exit.callback(loader.close)
+        compiled = compile_for_training(model, cfg.compile, runtime.device)
+        say(f"corpus {corpus.name}; {num_steps:,} steps of {total_batch_size:,} tokens")
+        run.begin(model, tokenizer)
+        loader_state, samples = (lambda: state), []
+        while True:
+            if run.step > 0 and run.due(cfg.save_every):
+                run.save(model, optimizer, loader_state())
+            if run.due(cfg.eval_every):
+                run.note(
+                    val_bpb=text_bpb(model, tokenizer, [corpus.val], cfg.eval_tokens, rows, runtime)
+                )
+            if run.step > 0 and run.due(cfg.sample_every):
+                samples = sample_texts(model, tokenizer, SAMPLE_PROMPTS)
+                say("\n".join(samples))
+            if run.progress >= 1:
+                break
+            batch = run.fetch(loader)
+            loss = accumulate(compiled, batch, rows, runtime.world_size)
+            multiplier = lr_multiplier(run.step, num_steps)
+            optimizer.set_multipliers(
+                multiplier,
+                muon_momentum(run.step, num_steps),
+                weight_decay_multiplier(run.step / num_steps),
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+            run.update(loss, multiplier, (run.step + 1) / num_steps, total_batch_size)
+            loader_state = batch.state
+        run.finish()
+        write_section("base_train", "Base training", vars(cfg), run.results(), samples, run.seconds)
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -1,0 +1,149 @@
+"""Reinforce a chat model on problems with a checkable answer: it answers, and right answers become likelier.
+
+Each step asks `questions_per_step` questions, samples a group of answers to each, and makes one policy-gradient
+step (nanochat/rollouts.py). Answers are sampled at temperature 1 from the full distribution, the one whose
+log-probabilities the gradient uses.
+
+    python -m scripts.chat_rl                                          # one GPU
+    torchrun --nproc_per_node=8 -m scripts.chat_rl                     # eight
+    python -m scripts.chat_rl --task primer-arithmetic --num_steps 20  # laptop
+
+reads: sft/<model tag>/, the task's data set
+writes: rl/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), report/chat_rl.json
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import tyro
+
+from nanochat.checkpoint import load_model
+from nanochat.engine import Engine
+from nanochat.report import write_section
+from nanochat.rollouts import Rollout, is_useful, policy_batch, roll_out
+from nanochat.runtime import Runtime, all_reduce_sum, run_script, set_up
+from nanochat.sampling import derive_seed
+from nanochat.scaling import make_optimizer
+from nanochat.schedule import lr_multiplier_at
+from nanochat.task_eval import evaluate_generate
+from nanochat.training import TrainRun, accumulate
+from tasks.common import Task
+from tasks.mixtures import build_task
+
+MOMENTUM = 0.95  # of Muon; constant, since the stage starts from a trained model
+BATCH_TOKENS = 2**18  # learning rates are those of batches up to this size (nanochat/scaling.py)
+
+
+@dataclass
+class Config:
+    # from where
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = (
+        "sft"  # stage of the checkpoint to start from
+    )
+    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = (
+        ""  # its run; empty: the one written last
+    )
+    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = (
+        None  # its step; the newest if left out
+    )
+    # problems and answers
+    task: str = "primer-arithmetic"  # a generative task that scores its answers
+    num_steps: int = 100  # updates
+    questions_per_step: int = 16  # over all ranks
+    num_samples: int = 16  # answers in the group of one question
+    max_tokens: int = 256  # of one answer
+    temperature: float = 1.0  # of sampling
+    num_slots: int = 64  # answers in flight on one device
+    # batch and steps
+    device_batch_size: int = 32  # rows per micro-batch on one device
+    lr_scale: float = 0.05  # times the learning rates of pretraining; falls linearly to 0
+    # machine
+    device_type: str = ""  # cpu, cuda or mps; empty: the best there is
+    dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
+    seed: int = 0  # of the questions' order and the samples
+    # the run
+    run: str = "dummy"  # wandb name; dummy: no wandb
+    fresh: bool = False  # start over instead of resuming
+    log_every: int = 1  # steps between console lines
+    eval_every: int = 25  # steps between held-out measurements; <= 0: at the end alone
+    eval_problems: int = 128  # problems of one such measurement, answered greedily
+    save_every: int = 50  # steps between checkpoints; <= 0: at the end alone
+
+
+def ask(
+    cfg: Config, engine: Engine, task: Task, step: int, runtime: Runtime
+) -> list[list[Rollout]]:
+    """This rank's groups of answers to the questions of `step`; the seed and the step fix them."""
+    numbers = range(step * cfg.questions_per_step, (step + 1) * cfg.questions_per_step)
+    own = [task[number % len(task)] for number in numbers[runtime.rank :: runtime.world_size]]
+    seed = derive_seed(cfg.seed, step, runtime.rank)
+    return roll_out(engine, own, task, cfg.num_samples, cfg.max_tokens, cfg.temperature, seed)
+
+
+def summarize(groups: Sequence[Sequence[Rollout]], device: torch.device) -> dict[str, float]:
+    """Mean reward, share of useful groups and mean answer length over the groups of all ranks."""
+    rollouts = [rollout for group in groups for rollout in group]
+    rewards, lengths = sum(r.reward for r in rollouts), sum(sum(r.mask) for r in rollouts)
+    useful = sum(is_useful(group) for group in groups)
+    sums = torch.tensor([len(rollouts), len(groups), rewards, useful, lengths], device=device)
+    num_rollouts, num_groups, rewards, useful, lengths = all_reduce_sum(sums.float()).tolist()
+    return {
+        "reward": rewards / num_rollouts,
+        "useful_groups": useful / num_groups,
+        "answer_tokens": lengths / num_rollouts,
+    }
+
+
+def main(cfg: Config) -> None:
+    """Reinforce, or go on reinforcing, one model."""
+    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
+    model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
+    task, held_out = build_task(cfg.task, "train"), build_task(cfg.task, "test")
+    settings = vars(cfg) | {"weights": meta["weights"]}
+    with TrainRun("rl", meta["model_tag"], settings, runtime) as run:
+        if run.finished:
+            return
+        optimizer = make_optimizer(model, BATCH_TOKENS, 1, runtime.rank, runtime.world_size)
+        run.restore(model, optimizer)
+        engine = Engine(model, tokenizer, cfg.num_slots)
+        run.begin(model, tokenizer)
+        samples: list[str] = []
+        while True:
+            if run.step > 0 and run.due(cfg.save_every):
+                run.save(model, optimizer, None)
+            if run.due(cfg.eval_every):
+                result = evaluate_generate(
+                    engine,
+                    tokenizer,
+                    held_out,
+                    max_tokens=cfg.max_tokens,
+                    max_problems=cfg.eval_problems,
+                )
+                run.note(accuracy=result.accuracy, accuracy_stderr=result.stderr)
+            if run.progress >= 1:
+                break
+            run.start_clock()
+            groups = ask(cfg, engine, task, run.step, runtime)
+            figures = summarize(groups, runtime.device)
+            loss, multiplier = torch.zeros(()), cfg.lr_scale * lr_multiplier_at(run.progress, 1.0)
+            batch, weights = policy_batch(groups, tokenizer.bos_id, runtime.device)
+            if figures["useful_groups"] > 0:
+                loss = accumulate(model, batch, cfg.device_batch_size, runtime.world_size, weights)
+                optimizer.set_multipliers(multiplier, MOMENTUM, weight_decay=0.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            run.update(
+                loss, multiplier, (run.step + 1) / cfg.num_steps, int(figures["answer_tokens"])
+            )
+            run.note(**figures)
+            samples = [f"reward {r.reward:g}: {r.text}" for group in groups[:2] for r in group[:2]]
+        run.finish()
+        write_section(
+            "chat_rl", "Reinforcement learning", vars(cfg), run.results(), samples, run.seconds
+        )
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

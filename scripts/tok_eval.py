@@ -1,0 +1,137 @@
+"""Measure how far the tokenizer compresses several kinds of text, beside GPT-2's and GPT-4's vocabularies.
+
+    python -m scripts.tok_eval      # the same on a laptop, one GPU or eight: it takes seconds on one CPU core
+
+GPT-2 and GPT-4 are compared with where tiktoken has their vocabularies in its cache
+(`TIKTOKEN_CACHE_DIR`); nothing is downloaded. Without them, bytes and words are the yardsticks.
+
+The choice that would surprise: the figure is bytes per token, not characters, so that a script of three
+bytes a letter is not taken for poor compression.
+
+reads:  tokenizer/tokenizer.json, the first documents of a training shard and of the validation shard
+writes: report/tok_eval.json
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import tiktoken
+import tiktoken.load
+
+from nanochat.dataset import find_corpus, read_texts
+from nanochat.paths import UserError, tokenizer_dir
+from nanochat.report import write_section
+from nanochat.runtime import run_script, say
+from nanochat.tokenizer import Tokenizer
+
+REFERENCES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}  # name here -> tiktoken's
+SAMPLES = {
+    "English": """\
+The lighthouse keeper had two rules. The lamp must be lit before the last boat leaves the harbour, and
+nobody climbs the stairs with wet boots. On the night of the storm she broke the second rule eleven
+times, and the first one not at all. "It's only water," she told the inspector the next morning, while
+he counted the boats. He didn't answer; every one of them was there.
+""",
+    "code": '''\
+def longest_run(values: list[int]) -> tuple[int, int]:
+    """Return (start, length) of the longest run of equal neighbours."""
+    best_start, best_length, start = 0, 0, 0
+    for i, value in enumerate(values):
+        if i > 0 and value != values[i - 1]:
+            start = i
+        if i - start + 1 > best_length:
+            best_start, best_length = start, i - start + 1
+    return best_start, best_length
+
+
+for (int row = 0; row < height; row++) { sum += pixels[row * width + column] & 0xFF; }
+''',
+    "maths": r"""
+Let $a_1 = 3$ and $a_{n+1} = 2a_n - 1$ for $n \geq 1$. Then $a_n - 1$ doubles at each step, so
+$a_n = 2^n + 1$; the sum of the first 10 terms is $\sum_{n=1}^{10} (2^n + 1) = 2046 + 10 = 2056$.
+Check: 3 + 5 + 9 + 17 + 33 + 65 + 129 + 257 + 513 + 1025 = 2056. A car that covers 184.5 km in
+2 h 15 min moves at 184.5 / 2.25 = 82 km/h, and \frac{7}{8} of 1,296 is 1,134.
+""",
+    "languages": """\
+Der Zug nach Köln fährt heute von Gleis 7, nicht von Gleis 12. La boulangère ferme à dix-huit heures,
+sauf le jeudi. Mañana volveremos a la playa si deja de llover. Завтра в библиотеке откроют новый зал.
+今天下午我们在河边看见了三只白色的鸟。夏の朝、庭に小さな猫が来ました。오늘은 바람이 불고 조금 춥습니다.
+في الصباح نشرب الشاي قرب النافذة. बच्चे स्कूल के बाद मैदान में खेलते हैं। Η θάλασσα ήταν ήσυχη χθες το βράδυ.
+""",
+}
+
+
+@dataclass
+class Config:
+    """Measure the tokenizer's compression."""
+
+    data: str = ""  # name of the corpus; default: the one prepared last
+    num_documents: int = 500  # of a training shard and of the validation shard
+
+
+@contextmanager
+def no_downloads() -> Iterator[None]:
+    """Inside, tiktoken finds a vocabulary in its cache or fails at once: it has no switch for that."""
+
+    def refuse(address: str) -> bytes:
+        raise FileNotFoundError(f"{address} is not in tiktoken's cache")
+
+    original, tiktoken.load.read_file = tiktoken.load.read_file, refuse
+    try:
+        yield
+    finally:
+        tiktoken.load.read_file = original
+
+
+def find_yardsticks() -> dict[str, Callable[[str], int]]:
+    """Name -> a function that counts a text's tokens: the references at hand, else bytes and words."""
+    found = {}
+    for name, encoding in REFERENCES.items():
+        try:
+            with no_downloads():
+                reference = tiktoken.get_encoding(encoding)
+        except (OSError, ValueError):
+            say(f"{name}'s vocabulary is not in tiktoken's cache: left out")
+            continue
+        found[name] = lambda text, reference=reference: len(reference.encode_ordinary(text))
+    return found or {
+        "bytes": lambda text: len(text.encode()),
+        "words": lambda text: len(text.split()),
+    }
+
+
+def gather_texts(cfg: Config) -> dict[str, list[str]]:
+    """Name of each kind of text -> its documents."""
+    corpus = find_corpus(cfg.data)
+    train, val = (
+        list(islice(read_texts([shard]), cfg.num_documents))
+        for shard in (corpus.train[0], corpus.val)
+    )
+    written = {name: [text] for name, text in SAMPLES.items()}
+    return {**written, f"{corpus.name}, train": train, f"{corpus.name}, val": val}
+
+
+def main(cfg: Config) -> None:
+    """Print a line for each kind of text, and report the same figures."""
+    if cfg.num_documents < 1:
+        raise UserError(f"--num_documents={cfg.num_documents}: use 1 or more")
+    tokenizer = Tokenizer.load(tokenizer_dir())
+    texts = gather_texts(cfg)
+    yardsticks = {"ours": lambda text: len(tokenizer.encode(text)), **find_yardsticks()}
+    results: dict[str, str | float] = {"vocabulary": tokenizer.vocab_size}
+    say(f"{'bytes per token':20}" + "".join(f"{name:>9}" for name in yardsticks))
+    for kind, documents in texts.items():
+        num_bytes = sum(len(text.encode()) for text in documents)
+        line = f"{kind:20}"
+        for name, count in yardsticks.items():
+            ratio = num_bytes / max(1, sum(count(text) for text in documents))
+            results[f"{kind}: bytes per token, {name}"] = round(ratio, 3)
+            line += f"{ratio:9.3f}"
+        say(line)
+    write_section("tok_eval", "Tokenizer compression", vars(cfg), results)
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -1,0 +1,31 @@
+"""ARC: science questions of American schools, in an easy and a challenge set. Multiple choice.
+
+One row of ARC-Easy (train):
+    {"id": "ARC-Easy/train/1", "question": "Lichens are symbiotic organisms made of green algae and fungi. What
+     do the green algae supply to the fungi in this symbiotic relationship?", "choices": {"text":
+     ["carbon dioxide", "food", "protection", "water"], "label": ["A", "B", "C", "D"]}, "answerKey": "B"}
+
+The choice that would surprise: every question is asked with A, B, C, ... by position. Some rows are labelled
+1, 2, 3, 4 and some have three or five choices; `answerKey` is looked up among the row's own labels.
+
+Source: allenai/ai2_arc on the Hugging Face hub (arXiv 1803.05457), CC BY-SA 4.0.
+"""
+
+from typing import Any
+
+from nanochat.chat_format import Conversation
+from tasks.common import ChoiceTask
+
+
+class ARC(ChoiceTask):
+    """`config` is ARC-Easy or ARC-Challenge; the splits are train, validation and test."""
+
+    def __init__(
+        self, config: str, split: str, start: int = 0, stop: int | None = None, step: int = 1
+    ) -> None:
+        super().__init__("allenai/ai2_arc", config, split, start, stop, step)
+
+    def convert(self, row: dict[str, Any]) -> Conversation:
+        choices = row["choices"]
+        right = choices["label"].index(row["answerKey"])
+        return self.ask(row["question"], choices["text"], right)

@@ -1,0 +1,196 @@
+"""What every task is: a list of conversations that can be cut, mixed, shuffled and scored.
+
+A task answers `num_examples()`, `get_example(index)` and, where it is an evaluation, `score`. Cutting
+(`start`, `stop`, `step`) is done here, so `Arc(stop=100)` works for all of them, and so is reading rows of
+Hugging Face data sets, from the hub or, with `NANOCHAT_DATASETS=<folder>`, from
+`<folder>/<owner>/<name>/<config>/<split>.jsonl` or `.parquet`.
+
+The choices that would surprise: a mixture repeats a task that is listed twice, so oversampling is written
+down where it can be seen, and not hidden in a weight. And the rows of a public data set come in an order
+that is shuffled once and for all: MMLU is sorted by subject, and the first hundred rows of any task should
+be a fair sample of it.
+"""
+
+import json
+import os
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any, cast
+
+import pyarrow.parquet as parquet
+
+from nanochat.chat_format import Conversation, check_conversation
+from nanochat.paths import UserError
+from nanochat.primer_questions import render_choices
+
+__all__ = ["ChoiceTask", "HubTask", "Task", "TaskMixture", "load_rows", "render_choices"]
+
+
+class Task(Sequence[Conversation]):
+    """A list of conversations. Subclasses say how many there are, make one, and may score a reply."""
+
+    kind = "generate"  # "choice": the reply is one of the letters in the conversation's "letters"
+    baseline = 0.0  # accuracy of guessing
+
+    def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
+        """The part of the task that `range(...)[start:stop:step]` picks."""
+        self._indices = range(self.num_examples())[start:stop:step]
+
+    def num_examples(self) -> int:
+        """The length of the whole task, before it is cut."""
+        raise NotImplementedError
+
+    def get_example(self, index: int) -> Conversation:
+        """Conversation `index` of the whole task."""
+        raise NotImplementedError
+
+    def score(self, conversation: Conversation, reply: str) -> float:
+        """From 0 (wrong) to 1 (right): what evaluation counts and RL rewards."""
+        raise NotImplementedError(f"{type(self).__name__} is for training and scores nothing")
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Conversation:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.get_example(self._indices[index])
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return (self[index] for index in range(len(self)))
+
+
+class TaskMixture(Task):
+    """Several tasks as one, in an order shuffled by `seed`; a task that is listed twice comes twice."""
+
+    def __init__(self, tasks: Sequence[Task], seed: int = 0) -> None:
+        self.tasks = tasks
+        self._order = [(t, i) for t, task in enumerate(tasks) for i in range(len(task))]
+        random.Random(seed).shuffle(self._order)
+        super().__init__()
+
+    def num_examples(self) -> int:
+        return len(self._order)
+
+    def get_example(self, index: int) -> Conversation:
+        task, row = self._order[index]
+        return self.tasks[task][row]
+
+
+class HubTask(Task):
+    """One split of a public data set. Subclasses make a conversation of a row, and raise where they cannot."""
+
+    def __init__(
+        self,
+        name: str,
+        config: str,
+        split: str,
+        start: int = 0,
+        stop: int | None = None,
+        step: int = 1,
+    ) -> None:
+        self._where = f"{name} ({config}, {split})"
+        self._rows = load_rows(name, config, split)
+        self._order = list(range(len(self._rows)))
+        random.Random(self._where).shuffle(self._order)
+        super().__init__(start, stop, step)
+
+    def num_examples(self) -> int:
+        return len(self._order)
+
+    def get_example(self, index: int) -> Conversation:
+        """Raises UserError, naming the row, where a field is missing or of another kind."""
+        number = self._order[index]
+        try:
+            conversation = self.convert(self._rows[number])
+            check_conversation(conversation)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise UserError(
+                f"{self._where}, row {number} from 0: {reason}; fetch the data set again"
+            ) from error
+        return conversation
+
+    def convert(self, row: dict[str, Any]) -> Conversation:
+        """The conversation that a row of the data set stands for."""
+        raise NotImplementedError
+
+
+class ChoiceTask(HubTask):
+    """A public data set of multiple-choice questions, most of them with four choices."""
+
+    kind = "choice"
+    baseline = 0.25
+
+    def score(self, conversation: Conversation, reply: str) -> float:
+        return float(reply.strip() == conversation["answer"])
+
+    @staticmethod
+    def ask(question: str, choices: Sequence[str], right: int) -> Conversation:
+        """The question with choices A, B, C, ...; `right` is the position of the right one."""
+        if not 0 <= right < len(choices):
+            raise ValueError(f"answer {right} of {len(choices)} choices")
+        letters = list(ascii_uppercase[: len(choices)])
+        messages = [
+            {"role": "user", "content": render_choices(question, letters, choices)},
+            {"role": "assistant", "content": letters[right]},
+        ]
+        return {"messages": messages, "letters": letters, "answer": letters[right]}
+
+
+def load_rows(name: str, config: str, split: str) -> Sequence[dict[str, Any]]:
+    """The rows of a Hugging Face data set, such as `load_rows("openai/gsm8k", "main", "train")`.
+
+    Raises UserError where the data set cannot be had or a local file is malformed.
+    """
+    folder = os.environ.get("NANOCHAT_DATASETS")
+    if folder:
+        return _read_local(Path(folder) / name / config, split)
+    try:
+        import datasets  # here, so that what needs no hub starts without it
+
+        rows = datasets.load_dataset(name, config, split=split)
+        return cast(Sequence[dict[str, Any]], rows)  # a Dataset reads a row when it is asked for
+    except ImportError as error:
+        raise UserError(
+            "the package `datasets` is missing; run `source setup.sh`, or set NANOCHAT_DATASETS=<folder>"
+        ) from error
+    # datasets raises its own FileNotFoundError and ConnectionError subclasses, and ValueError for splits
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"cannot load {name} ({config}, {split}): {reason}; or set NANOCHAT_DATASETS=<folder>"
+        ) from error
+
+
+def _read_local(folder: Path, split: str) -> Sequence[dict[str, Any]]:
+    table, lines = folder / f"{split}.parquet", folder / f"{split}.jsonl"
+    if table.is_file():
+        try:
+            return parquet.read_table(table).to_pylist()
+        except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+            raise UserError(f"{table} is no readable parquet file; fetch it again") from error
+    if lines.is_file():
+        return read_jsonl(lines)
+    raise UserError(f"NANOCHAT_DATASETS: there is no {split}.jsonl or {split}.parquet in {folder}")
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The rows of a .jsonl file, blank lines left out. Raises UserError with the line that is malformed."""
+    return [row for _, row in numbered_jsonl(path)]
+
+
+def numbered_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, row) of a .jsonl file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}; give a .jsonl file in UTF-8") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise UserError(
+                    f"{path}, line {number}: not JSON ({error}); mend that line"
+                ) from error

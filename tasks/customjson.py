@@ -1,0 +1,45 @@
+"""A user's own conversations from a .jsonl file, for midtraining and SFT (`--custom FILE`).
+
+One conversation a line, as an object or as the bare list of its messages:
+    {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Pip."}]}
+    [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Pip."}]
+
+The choice that would surprise: the whole file is checked before training starts, since a bad line 4,000
+would otherwise be met an hour later.
+"""
+
+from pathlib import Path
+
+from nanochat.chat_format import Conversation, check_conversation
+from nanochat.paths import UserError
+from tasks.common import Task, numbered_jsonl
+
+
+class CustomJSON(Task):
+    """The conversations of one file. Raises UserError with the line that is wrong."""
+
+    def __init__(self, path: Path, start: int = 0, stop: int | None = None, step: int = 1) -> None:
+        self._rows = [_checked(path, number, row) for number, row in numbered_jsonl(path)]
+        if not self._rows:
+            raise UserError(f"--custom={path}: the file holds no conversation")
+        super().__init__(start, stop, step)
+
+    def num_examples(self) -> int:
+        return len(self._rows)
+
+    def get_example(self, index: int) -> Conversation:
+        return self._rows[index]
+
+
+def _checked(path: Path, number: int, row: object) -> Conversation:
+    conversation = {"messages": row} if isinstance(row, list) else row
+    where = f"--custom={path}, line {number}"
+    if not isinstance(conversation, dict):
+        raise UserError(f'{where}: expected {{"messages": [...]}} or a list of messages')
+    try:
+        check_conversation(conversation)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if not any(message["role"] == "assistant" for message in conversation["messages"]):
+        raise UserError(f"{where}: no assistant message, so there is nothing to learn from")
+    return conversation

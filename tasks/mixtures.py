@@ -1,0 +1,111 @@
+"""What midtraining and SFT are made of, and which tasks evaluate a chat model: tables in one place.
+
+The choice that would surprise: midtraining and SFT on the primer see the same kinds of talk. A model this
+small forgets a skill within a few hundred steps, so SFT is not narrower, only on other conversations, with
+more of the quizzes. The default mixtures are for a model that holds more, and there SFT is the narrower one.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from nanochat.paths import UserError
+from tasks.arc import ARC
+from tasks.common import Task, TaskMixture
+from tasks.customjson import CustomJSON
+from tasks.gsm8k import GSM8K
+from tasks.identity import Identity
+from tasks.mmlu import MMLU
+from tasks.primer import (
+    PrimerArithmetic,
+    PrimerChoice,
+    PrimerConversations,
+    PrimerExact,
+    PrimerSpelling,
+)
+from tasks.smoltalk import SmolTalk
+from tasks.spellingbee import SpellingBee, SpellWord
+
+# (stage, mixture) -> the tasks it is made of, given a file of words to spell or None for the primer's words;
+# "val" is what both stages measure their loss on. Nothing is read or downloaded until a mixture is built.
+MIXTURES: dict[tuple[str, str], Callable[[Path | None], list[Task]]] = {
+    ("mid", "default"): lambda words: [  # 849 K rows
+        SmolTalk("train"),  # 460 K
+        MMLU("auxiliary_train"),  # 100 K
+        GSM8K("train"),  # 7.5 K
+        Identity(),  # 1 K, twice
+        Identity(),
+        SpellWord("train", stop=200_000, words=words),
+        SpellingBee("train", stop=80_000, words=words),
+    ],
+    ("sft", "default"): lambda words: [  # 22 K rows
+        ARC("ARC-Easy", "train"),  # 2.3 K
+        ARC("ARC-Challenge", "train"),  # 1.1 K
+        GSM8K("train"),  # 7.5 K
+        SmolTalk("train", stop=10_000),
+        Identity(),  # 1 K
+        SpellWord("train", start=200_000, stop=200_300, words=words),
+        SpellingBee("train", start=80_000, stop=80_300, words=words),
+    ],
+    ("val", "default"): lambda words: [  # 3.7 K rows
+        SmolTalk("test", stop=2_400),
+        MMLU("validation", stop=500),
+        GSM8K("test", stop=400),
+        SpellWord("val", stop=200, words=words),
+        SpellingBee("val", stop=200, words=words),
+    ],
+    ("mid", "primer"): lambda _: [
+        PrimerConversations("train", size=20_000),
+        PrimerChoice("train", stop=6_000),
+        PrimerArithmetic("train", stop=4_000),
+        PrimerSpelling("train", stop=2_000),
+    ],
+    ("sft", "primer"): lambda _: [
+        PrimerConversations("train", size=10_000, first=20_000),
+        PrimerChoice("train", start=6_000, stop=9_000),
+        PrimerExact("train", stop=3_000),
+        PrimerArithmetic("train", start=4_000, stop=6_000),
+        PrimerSpelling("train", start=2_000, stop=4_000),
+    ],
+    ("val", "primer"): lambda _: [PrimerConversations("val", size=400)],
+}
+
+# name -> the task of a split, which is "test" or, for practice, "train"
+EVALUATIONS: dict[str, Callable[[str], Task]] = {
+    "primer-choice": PrimerChoice,
+    "primer-exact": PrimerExact,
+    "primer-arithmetic": PrimerArithmetic,
+    "primer-spelling": PrimerSpelling,
+}
+PUBLIC_EVALUATIONS: dict[str, Callable[[str], Task]] = {
+    "arc-easy": lambda split: ARC("ARC-Easy", split),
+    "arc-challenge": lambda split: ARC("ARC-Challenge", split),
+    "mmlu": lambda split: MMLU("auxiliary_train" if split == "train" else split),
+    "gsm8k": GSM8K,
+    "spellingbee": SpellingBee,
+}
+
+
+def build_mixture(
+    stage: str, name: str, custom: Path | None = None, seed: int = 0, words: Path | None = None
+) -> TaskMixture:
+    """The conversations of a stage (mid, sft or val), with a user's own file among them if one is given.
+
+    `words` is a file of words to spell. Raises UserError for a mixture that does not exist, a data set that
+    cannot be had and a malformed file.
+    """
+    if (stage, name) not in MIXTURES:
+        known = ", ".join(mixture for each, mixture in MIXTURES if each == stage)
+        raise UserError(f"--mixture={name} is unknown; choose one of: {known}")
+    own = [CustomJSON(custom)] if custom else []
+    return TaskMixture([*MIXTURES[stage, name](words), *own], seed=seed)
+
+
+def build_task(name: str, split: str = "test") -> Task:
+    """The evaluation task of that name; with split "train" its practice part, for RL.
+
+    Raises UserError for a task that does not exist.
+    """
+    known = EVALUATIONS | PUBLIC_EVALUATIONS
+    if name not in known:
+        raise UserError(f"the task {name!r} is unknown; choose one of: {', '.join(known)}")
+    return known[name](split)

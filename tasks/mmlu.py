@@ -1,0 +1,26 @@
+"""MMLU: examination questions on 57 subjects. Multiple choice, always four.
+
+One row (dev):
+    {"question": "Find all c in Z_3 such that Z_3[x]/(x^2 + c) is a field.", "subject": "abstract_algebra",
+     "choices": ["0", "1", "2", "3"], "answer": 1}
+
+The choice that would surprise: there is no split "train". What one trains on is called `auxiliary_train`
+(100 K rows from other data sets of school questions); validation and test are the examinations themselves.
+
+Source: cais/mmlu on the Hugging Face hub, configuration "all" (arXiv 2009.03300), MIT.
+"""
+
+from typing import Any
+
+from nanochat.chat_format import Conversation
+from tasks.common import ChoiceTask
+
+
+class MMLU(ChoiceTask):
+    """The splits are auxiliary_train, dev (five rows a subject), validation and test."""
+
+    def __init__(self, split: str, start: int = 0, stop: int | None = None, step: int = 1) -> None:
+        super().__init__("cais/mmlu", "all", split, start, stop, step)
+
+    def convert(self, row: dict[str, Any]) -> Conversation:
+        return self.ask(row["question"], row["choices"], row["answer"])

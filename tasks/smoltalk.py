@@ -1,0 +1,31 @@
+"""SmolTalk: conversations on everything, written by larger models for small ones.
+
+One row in outline (a system message may come first):
+    {"messages": [{"role": "user", "content": "How do I ..."}, {"role": "assistant", "content": "You can ..."}],
+     "source": "smol-magpie-ultra"}
+
+The choice that would surprise: the "smol" selection (460 K conversations for training, 24 K for testing), not
+the full one of a million: it leaves out function calls and advanced mathematics, and its talks are shorter.
+
+Source: HuggingFaceTB/smol-smoltalk on the Hugging Face hub (arXiv 2502.02737), Apache-2.0.
+"""
+
+from typing import Any
+
+from nanochat.chat_format import Conversation
+from tasks.common import HubTask
+
+
+class SmolTalk(HubTask):
+    """The splits are train and test."""
+
+    def __init__(self, split: str, start: int = 0, stop: int | None = None, step: int = 1) -> None:
+        super().__init__("HuggingFaceTB/smol-smoltalk", "default", split, start, stop, step)
+
+    def convert(self, row: dict[str, Any]) -> Conversation:
+        return {
+            "messages": [
+                {"role": message["role"], "content": message["content"]}
+                for message in row["messages"]
+            ]
+        }

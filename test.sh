@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Set-up, every check, every test: bash test.sh
+#   --fast     leave out the tests marked slow
+# Anything else goes to pytest: bash test.sh -k tokenizer
+set -euo pipefail
+cd "$(dirname "$0")"
+source ./setup.sh --tests "$@"
+
+arguments=()
+for argument in "$@"; do
+  case "$argument" in
+  --fast) arguments+=(-m "not slow") ;;
+  --device_type=* | --device-type=*) ;; # setup.sh has read it
+  *) arguments+=("$argument") ;;
+  esac
+done
+bash dev/check.sh "$@"
+# One thread: tiny models spend most of their time waiting for each other's, sixteen times slower on a busy machine.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# The odd expansion: bash 3.2, a Mac's, takes an empty array for an unset variable.
+python -m pytest --durations=5 ${arguments[@]+"${arguments[@]}"}

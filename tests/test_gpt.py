@@ -1,0 +1,367 @@
+"""The model against a slow second implementation, its counts, its initial state and its gradients."""
+
+import math
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanochat import fused
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.paths import UserError
+
+SMALL: dict[str, Any] = {
+    "sequence_len": 160,
+    "vocab_size": 90,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_embd": 64,
+}
+
+
+def make_model(config: GPTConfig, seed: int = 0) -> GPT:
+    """Every parameter busy: the zeros of initialisation would hide faults."""
+    model = GPT(config)
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.15, generator=random)
+    return model
+
+
+def text(rows: int, time: int, vocab: int = 90, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, vocab, (rows, time), generator=torch.Generator().manual_seed(seed))
+
+
+# --- a second implementation, from the definitions, one token and one head at a time, in fp64
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    return x / torch.sqrt((x * x).mean() + 1.1920929e-07)
+
+
+def turn(x: torch.Tensor, position: int, base: float, sign: int) -> torch.Tensor:
+    """Rotate pair (d, d + D/2) by sign * position * base^(-2d/D)."""
+    half = len(x) // 2
+    pair = torch.complex(x[:half], x[half:])
+    speed = torch.tensor([base ** (-2 * d / len(x)) for d in range(half)], dtype=torch.float64)
+    turned = pair * torch.exp(1j * sign * position * speed)
+    return torch.cat((turned.real, turned.imag))
+
+
+def slow_attention(
+    w: dict, config: GPTConfig, layer: int, xs: list, values: list | None, sign: int
+) -> list:
+    prefix = f"blocks.{layer}.attn."
+    size, shared = config.n_embd // config.n_head, config.n_head // config.n_kv_head
+    qs, ks, vs = [], [], []
+    for t, x in enumerate(xs):
+        q, k, v = ((w[prefix + f"c_{c}.weight"] @ x).split(size) for c in "qkv")
+        qs.append([config.qk_scale * rms(turn(head, t, config.rope_base, sign)) for head in q])
+        ks.append([config.qk_scale * rms(turn(head, t, config.rope_base, sign)) for head in k])
+        if values is not None:
+            gates = 2 / (1 + torch.exp(-(w[prefix + "ve_gate.weight"] @ x[:12])))
+            v = [a + g * b for a, g, b in zip(v, gates, values[t].split(size), strict=True)]
+        vs.append(v)
+    is_last = layer == config.n_layer - 1
+    short = config.window_pattern[layer % len(config.window_pattern)] == "S" and not is_last
+    window = 128 * math.ceil(config.sequence_len / 512) if short else len(xs)
+    out = []
+    for t in range(len(xs)):
+        seen = range(max(0, t - window + 1), t + 1)
+        heads = []
+        for h in range(config.n_head):
+            scores = torch.stack([qs[t][h] @ ks[s][h // shared] / math.sqrt(size) for s in seen])
+            weights = torch.softmax(scores, dim=0)
+            heads.append(sum(a * vs[s][h // shared] for a, s in zip(weights, seen, strict=True)))
+        out.append(w[prefix + "c_proj.weight"] @ torch.cat(heads))
+    return out
+
+
+def slow_logits(model: GPT, ids: list[int], sign: int = -1) -> torch.Tensor:
+    config = model.config
+    w = {name: weight.detach().double() for name, weight in model.named_parameters()}
+    xs = [rms(w["wte.weight"][i]) for i in ids]
+    if config.smear:
+        gates = [torch.sigmoid(w["smear_gate.weight"] @ x[:24]) * w["smear_lambda"] for x in xs]
+        xs = [xs[0]] + [xs[t] + gates[t] * xs[t - 1] for t in range(1, len(xs))]
+    x0s = middle = xs
+    for layer in range(config.n_layer):
+        if config.residual_scalars:
+            r, s = w["resid_lambdas"][layer], w["x0_lambdas"][layer]
+            xs = [r * x + s * x0 for x, x0 in zip(xs, x0s, strict=True)]
+        values = None
+        if config.value_embeddings and layer % 2 == (config.n_layer - 1) % 2:
+            values = [w[f"value_embeds.{layer}.weight"][i] for i in ids]
+        mixed = slow_attention(w, config, layer, [rms(x) for x in xs], values, sign)
+        xs = [x + y for x, y in zip(xs, mixed, strict=True)]
+        up, down = (w[f"blocks.{layer}.mlp.{name}.weight"] for name in ("c_fc", "c_proj"))
+        xs = [x + down @ (torch.clamp(up @ rms(x), min=0) ** 2) for x in xs]
+        if layer == config.n_layer // 2:
+            middle = xs
+    if config.backout:
+        xs = [x - w["backout_lambda"] * m for x, m in zip(xs, middle, strict=True)]
+    head = w["lm_head.weight"][: config.vocab_size]
+    return torch.stack([config.softcap * torch.tanh(head @ rms(x) / config.softcap) for x in xs])
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+@pytest.mark.parametrize("plain", [True, False])
+def test_logits_equal_the_slow_implementation(n_kv_head: int, plain: bool) -> None:
+    """150 tokens, so that the short window of 128 hides some; and a control that turns the other way."""
+    sizes = {**SMALL, "n_kv_head": n_kv_head, "n_head": 4, "n_embd": 48}
+    config = GPTConfig.plain(**sizes) if plain else GPTConfig(**sizes)
+    model = make_model(config)
+    ids = text(1, 150)
+    with torch.inference_mode():
+        logits = model(ids)[0]
+        slow = slow_logits(model, ids[0].tolist())
+        wrong = slow_logits(model, ids[0, :10].tolist(), sign=1)
+    assert logits.shape == (150, 90) and logits.dtype == torch.float32
+    assert slow.std() > 0.1
+    assert (logits - slow).abs().max() <= 1e-5
+    assert (logits[:10] - wrong).abs().max() > 1e-3
+
+
+def test_a_window_hides_exactly_what_is_older() -> None:
+    """In a short layer, token t is seen by t up to t + 127 and by no other."""
+    config = GPTConfig(**{**SMALL, "n_layer": 2, "n_kv_head": 4, "smear": False})
+    model = make_model(config)
+    attention = model.blocks[0].attn
+    assert isinstance(attention, nn.Module)
+    captured: list[torch.Tensor] = []
+    attention.register_forward_hook(lambda *call: captured.append(call[2]))
+    ids = text(1, 160)
+    with torch.inference_mode():
+        model(ids)
+        for t in (0, 1, 32):
+            changed = ids.clone()
+            changed[0, t] = (ids[0, t] + 1) % 90
+            model(changed)
+            reached = (captured[-1] - captured[0])[0].abs().sum(-1) > 0  # (T,)
+            position = torch.arange(160)
+            assert torch.equal(reached, (position >= t) & (position < t + 128))
+
+
+def test_parameter_count_follows_the_formula() -> None:
+    """2Vn + EVn + 12Ln^2 + 12hE + 2L + 26; published for depth 12: 286,261,730."""
+    for depth in range(1, 34):
+        heads = math.ceil(64 * depth / 128)
+        n, vocab = 128 * heads, 32768
+        config = GPTConfig(n_layer=depth, n_head=heads, n_kv_head=heads, n_embd=n)
+        with torch.device("meta"):
+            model = GPT(config)
+        num_ve = math.ceil(depth / 2)
+        blocks = 12 * depth * n * n + 12 * heads * num_ve
+        expected = 2 * vocab * n + num_ve * vocab * n + blocks + 2 * depth + 26
+        assert sum(weight.numel() for weight in model.parameters()) == expected
+        assert depth != 12 or expected == 286_261_730
+
+
+def test_plain_has_the_published_tensors() -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig.plain(n_layer=5))
+    names = {name for name, _ in model.named_parameters()}
+    assert len(names) == 6 * 5 + 2
+    assert {"wte.weight", "lm_head.weight", "blocks.4.attn.c_q.weight"} <= names
+
+
+def test_init_writes_everything_and_nothing_else() -> None:
+    """From NaN, twice the same from one seed, without touching torch's own generator."""
+    config = GPTConfig(**SMALL, n_kv_head=2)
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device="cpu")
+    states = []
+    before = torch.get_rng_state()
+    for seed in (3, 3, 4):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.fill_(torch.nan)
+        model.init_weights(seed)
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+    assert torch.equal(before, torch.get_rng_state())
+    for name, value in states[0].items():
+        assert torch.isfinite(value).all(), name
+        assert torch.equal(value, states[1][name])
+    assert not torch.equal(states[0]["wte.weight"], states[2]["wte.weight"])
+    assert states[0]["x0_lambdas"].tolist() == pytest.approx([0.2, 0.125, 0.05])
+    assert states[0]["resid_lambdas"].tolist() == pytest.approx([1.15, 1.1, 1.05])
+    assert states[0]["blocks.0.attn.c_q.weight"].std() == pytest.approx(64**-0.5, rel=0.05)
+    assert states[0]["blocks.0.mlp.c_fc.weight"].std() == pytest.approx(0.4 * 64**-0.5, rel=0.05)
+    assert len(list(model.buffers())) == 0
+
+
+@pytest.mark.parametrize("vocab", [90, 128, 1000])
+def test_first_loss_is_ln_v(vocab: int) -> None:
+    """Padded rows of the vocabulary take no probability, so V is the vocabulary asked for."""
+    model = GPT(GPTConfig(**{**SMALL, "vocab_size": vocab}, n_kv_head=4))
+    model.init_weights()
+    ids = text(2, 50, vocab)
+    assert model(ids, ids).item() == pytest.approx(math.log(vocab), abs=0.01)
+    assert model(ids).shape == (2, 50, vocab)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("chunk", [96, 96 * 7, 2**20])
+def test_loss_and_gradients_equal_plain_autograd(
+    reduction: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp64, chunks of 1, 7 and all rows, ignored targets, padded vocabulary, unequal weights from above."""
+    monkeypatch.setattr(fused, "CPU_CHUNK", chunk)
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(23, 16, generator=random, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(96, 16, generator=random, dtype=torch.float64, requires_grad=True)
+    targets = text(1, 23)[0]
+    targets[::5] = -1
+    above = torch.randn(23, generator=random, dtype=torch.float64)
+
+    def total(loss: torch.Tensor) -> torch.Tensor:
+        return (loss * above).sum() if reduction == "none" else loss * 0.37
+
+    ours = fused.softcap_loss(x, weight, targets, 90, 3.0, reduction)
+    logits = 3.0 * torch.tanh(x @ weight[:90].T / 3.0)
+    plain = F.cross_entropy(logits, targets, reduction=reduction, ignore_index=-1)
+    assert torch.allclose(ours, plain, rtol=1e-12)
+    mine = torch.autograd.grad(total(ours), (x, weight))
+    theirs = torch.autograd.grad(total(plain), (x, weight))
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-14)
+    with torch.no_grad():
+        again = fused.softcap_loss(x, weight, targets, 90, 3.0, reduction)
+    assert torch.allclose(again, plain, rtol=1e-12)
+
+
+def test_hand_written_gradients_pass_gradcheck() -> None:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 2, 8, generator=random, dtype=torch.float64, requires_grad=True)
+    cos, sin = fused.rotary_angles(torch.arange(3)[None], 8, 100.0)
+    assert torch.autograd.gradcheck(fused.norm, (x,))
+    assert torch.autograd.gradcheck(fused.relu_squared, (x,))
+    assert torch.autograd.gradcheck(lambda y: fused.rotate(y, cos.double(), sin.double()), (x,))
+    assert torch.allclose(fused.norm(x), F.rms_norm(x, (8,), eps=fused.NORM_EPS))
+
+
+def test_gradients_of_the_whole_model_reach_every_parameter() -> None:
+    """Against a central difference in fp64 along a random direction of all parameters at once."""
+    model = make_model(GPTConfig(**SMALL, n_kv_head=2)).double()
+    model.set_compute_dtype(torch.float64)
+    ids = text(2, 140)
+    weights = list(model.parameters())
+    gradients = torch.autograd.grad(model(ids, ids.roll(-1, 1)), weights)
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+    random = torch.Generator().manual_seed(2)
+    ways = [torch.randn(w.shape, generator=random, dtype=torch.float64) for w in weights]
+    losses = []
+    with torch.no_grad():
+        for size in (1e-6, -2e-6):
+            for weight, way in zip(weights, ways, strict=True):
+                weight += size * way
+            losses.append(model(ids, ids.roll(-1, 1)))
+    slope = (losses[0] - losses[1]) / 2e-6
+    expected = sum((g * way).sum() for g, way in zip(gradients, ways, strict=True))
+    assert slope.item() == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_ignored_targets() -> None:
+    model = make_model(GPTConfig(**SMALL, n_kv_head=4))
+    ids = text(2, 20)
+    targets = ids.roll(-1, 1)
+    targets[:, ::3] = -1
+    each = model(ids, targets, reduction="none")
+    assert each.shape == (2, 20) and (each[:, ::3] == 0).all()
+    assert model(ids, targets, reduction="sum").item() == pytest.approx(each.sum().item(), rel=1e-5)
+    mean = each.sum() / (targets >= 0).sum()
+    assert model(ids, targets).item() == pytest.approx(mean.item(), rel=1e-5)
+    nothing = model(ids, torch.full_like(ids, -1))
+    nothing.backward()
+    assert nothing.item() == 0
+    assert all(w.grad is not None and (w.grad == 0).all() for w in model.parameters())
+
+
+def test_bf16_stays_close_and_masters_stay_fp32() -> None:
+    model = make_model(GPTConfig(**SMALL, n_kv_head=2))
+    ids = text(2, 140)
+    wide, wide_loss = model(ids), model(ids, ids)
+    wide_loss.backward()
+    expected = [w.grad.clone() for w in model.parameters() if w.grad is not None]
+    model.zero_grad()
+    model.set_compute_dtype(torch.bfloat16)
+    narrow, loss = model(ids), model(ids, ids)
+    loss.backward()
+    assert narrow.dtype == loss.dtype == torch.float32
+    assert (narrow - wide).abs().max() < 0.3
+    assert not torch.equal(narrow, wide)
+    assert loss.item() == pytest.approx(wide_loss.item(), rel=0.01)
+    flat = torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
+    assert F.cosine_similarity(flat, torch.cat([g.flatten() for g in expected]), dim=0) > 0.99
+    assert all(
+        w.dtype == w.grad.dtype == torch.float32 for w in model.parameters() if w.grad is not None
+    )
+
+
+def test_texts_longer_than_trained_for_keep_their_positions() -> None:
+    """Rotation depends on distance alone, also far beyond sequence_len."""
+    cos, sin = fused.rotary_angles(torch.tensor([[3, 90_003]]), 32, 100000.0)
+    other_cos, other_sin = fused.rotary_angles(torch.tensor([[10, 90_010]]), 32, 100000.0)
+    x = torch.randn(1, 2, 1, 32, generator=torch.Generator().manual_seed(0))
+    near, far = fused.rotate(x, cos, sin)[0, :, 0]
+    other_near, other_far = fused.rotate(x, other_cos, other_sin)[0, :, 0]
+    assert (near @ far).item() == pytest.approx((other_near @ other_far).item(), abs=0.05)
+    short = make_model(replace(GPTConfig(**SMALL, n_kv_head=4), sequence_len=16))
+    long = make_model(replace(GPTConfig(**SMALL, n_kv_head=4), sequence_len=160))
+    ids = text(1, 150)
+    assert torch.equal(short(ids), long(ids))  # 16 and 160 have the same short window, 128
+
+
+def test_last_only() -> None:
+    model = make_model(GPTConfig(**SMALL, n_kv_head=4))
+    ids = text(2, 20)
+    assert torch.allclose(model(ids, last_only=True)[:, 0], model(ids)[:, -1], atol=1e-5)
+
+
+def test_parameter_groups_hold_each_parameter_once() -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig(n_layer=4))
+        plain = GPT(GPTConfig.plain(n_layer=4))
+    groups = {group["name"]: group for group in model.parameter_groups()}
+    held = [name for group in groups.values() for name in group["names"]]
+    assert sorted(held) == sorted(name for name, _ in model.named_parameters())
+    assert {name for name, group in groups.items() if group["kind"] == "muon"} == {"matrices"}
+    assert len(groups["matrices"]["params"]) == 6 * 4
+    assert {tuple(w.shape) for w in groups["gates"]["params"]} == {(1, 24), (6, 12)}
+    expected = ("embedding", "head", "value_embeddings", "resid_scalars", "x0_scalars")
+    assert set(groups) == {*expected, "matrices", "gates", "smear_backout"}
+    assert {g["name"] for g in plain.parameter_groups()} == {"matrices", "embedding", "head"}
+
+
+@pytest.mark.slow
+def test_torch_compile_takes_the_step_in_one_graph() -> None:
+    """No graph break: dynamo would raise. The backend only traces, so this is quick."""
+    model = make_model(GPTConfig(**SMALL, n_kv_head=2))
+    ids = text(2, 140)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss = compiled(ids, ids)
+    loss.backward()
+    traced = [w.grad.clone() for w in model.parameters() if w.grad is not None]
+    model.zero_grad()
+    plain = model(ids, ids)
+    plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    eager = [w.grad for w in model.parameters() if w.grad is not None]
+    assert len(traced) == len(eager) == len(list(model.parameters()))
+    for a, b in zip(traced, eager, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_impossible_shapes_are_told_with_the_flag_that_mends_them() -> None:
+    with pytest.raises(UserError, match="--window_pattern=SX"):
+        GPTConfig(window_pattern="SX")
+    with pytest.raises(UserError, match="--head_dim"):
+        GPTConfig(n_embd=100, n_head=3, n_kv_head=3)
+    with pytest.raises(UserError, match="kv heads"):
+        GPTConfig(n_kv_head=4)
+    assert GPTConfig(**asdict(GPTConfig.plain(n_layer=7))) == GPTConfig.plain(n_layer=7)

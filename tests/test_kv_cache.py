@@ -1,0 +1,172 @@
+"""The cache against the full forward pass: every position, any split, noisy mates, garbage and poison."""
+
+import pytest
+import torch
+
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.kv_cache import KVCache
+
+CONTEXT = 640  # short windows see 256 keys
+VOCAB = 96
+
+
+def make_model(seed: int = 0, **changes) -> GPT:
+    """Three small layers, of which the first two see a short window; every parameter busy."""
+    sizes = {"n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
+    model = GPT(GPTConfig(sequence_len=CONTEXT, vocab_size=VOCAB, **{**sizes, **changes}))
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.15, generator=random)
+    return model
+
+
+def text(rows: int, time: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (rows, time), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.mark.parametrize("n_kv_head", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cached_equals_full_at_every_position(n_kv_head: int, dtype: torch.dtype) -> None:
+    """Prefill in uneven pieces, then one by one, past the window and past several decode blocks."""
+    model = make_model(n_kv_head=n_kv_head)
+    model.set_compute_dtype(dtype)
+    ids = text(2, 400)
+    full = model(ids)
+    cache = KVCache(model.config, 2, 400, dtype=dtype)
+    pieces = [ids[:, :7], ids[:, 7:150], ids[:, 150:290], ids[:, 290:291], ids[:, 291:370]]
+    pieces += ids[:, 370:].split(1, dim=1)
+    logits = torch.cat([model(piece, cache=cache) for piece in pieces], dim=1)
+    assert logits.dtype == torch.float32
+    worst = (logits - full).abs().max()
+    assert worst <= (1e-4 if dtype == torch.float32 else 0.25)
+    assert full.std() > 0.1  # the comparison is of something
+
+
+def test_the_window_matters() -> None:
+    """Control: without windows the same weights say something else, so the test above can fail."""
+    ids = text(1, 400)
+    with_window, without = make_model(), make_model(window_pattern="L")
+    assert torch.allclose(with_window(ids)[:, :256], without(ids)[:, :256], atol=1e-4)
+    assert (with_window(ids)[:, 300:] - without(ids)[:, 300:]).abs().max() > 0.01
+
+
+def test_rows_of_different_lengths_with_right_padding() -> None:
+    model = make_model()
+    ids = text(3, 300)
+    lengths = [300, 17, 140]
+    cache = KVCache(model.config, 3, 310)
+    padded = ids.clone()
+    for row, length in enumerate(lengths):
+        padded[row, length:] = 5  # whatever
+    last = model(padded, cache=cache, num_new=torch.tensor(lengths), last_only=True)
+    assert cache.lengths.tolist() == lengths
+    step = model(torch.tensor([[1], [2], [3]]), cache=cache)
+    for row, length in enumerate(lengths):
+        alone = torch.cat((ids[row, :length], torch.tensor([row + 1])))[None]
+        full = model(alone)
+        assert (last[row, 0] - full[0, length - 1]).abs().max() <= 1e-4
+        assert (step[row, 0] - full[0, length]).abs().max() <= 1e-4
+
+
+def test_chosen_slots_and_idle_rows() -> None:
+    """Rows may go to any slots; a row with nothing new leaves its slot as it was."""
+    model = make_model()
+    ids = text(2, 30)
+    cache = KVCache(model.config, 4, 32)
+    model(ids[:, :20], cache=cache, slots=torch.tensor([3, 1]))
+    assert cache.lengths.tolist() == [0, 20, 0, 20]
+    idle = model(torch.zeros(4, 1, dtype=torch.int64), cache=cache, num_new=torch.zeros(4).long())
+    assert torch.isfinite(idle).all()
+    assert cache.lengths.tolist() == [0, 20, 0, 20]
+    one_by_one = [
+        model(ids[:, i : i + 1], cache=cache, slots=torch.tensor([3, 1])) for i in range(20, 30)
+    ]
+    assert (torch.cat(one_by_one, dim=1) - model(ids)[:, 20:]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("slot", [0, 3])
+def test_batch_mates_do_not_change_a_bit(slot: int) -> None:
+    """Ten tokens of one slot, alone among empty slots and among mates of any length, NaN included."""
+    model = make_model()
+    prompt, mine = text(1, 150, seed=7), text(1, 10, seed=8)
+
+    def run(mates: int) -> torch.Tensor:
+        cache = KVCache(model.config, 4, 400)
+        model(prompt, cache=cache, slots=torch.tensor([slot]))
+        live = torch.zeros(4, dtype=torch.int64)
+        live[slot] = 1
+        for other in set(range(4)) - {slot} if mates else ():
+            noise = text(1, 3 + 117 * other + mates, seed=other)
+            model(noise, cache=cache, slots=torch.tensor([other]))
+            live[other] = 1
+        if mates == 2:  # one mate has gone wrong
+            cache.keys[:, (slot + 1) % 4] = torch.nan
+            cache.values[:, (slot + 1) % 4] = torch.nan
+            cache.previous[(slot + 1) % 4] = torch.nan
+        every = []
+        for i in range(10):
+            ids = text(4, 1, seed=100 + i + mates)
+            ids[slot] = mine[0, i]
+            every.append(model(ids, cache=cache, num_new=live, last_only=True)[slot])
+        return torch.cat(every)
+
+    alone = run(0)
+    assert torch.isfinite(alone).all()
+    for mates in (1, 2):
+        assert torch.equal(run(mates), alone)
+
+
+def test_garbage_past_the_end_is_never_seen() -> None:
+    """What a longer, forgotten text left in a slot does not matter; after reset not even NaN does."""
+    model = make_model()
+    ids = text(1, 60)
+    clean, dirty = KVCache(model.config, 1, 64), KVCache(model.config, 1, 64)
+    for buffer in (dirty.keys, dirty.values):
+        buffer.fill_(1e4)
+    for piece in (ids[:, :50], *ids[:, 50:].split(1, dim=1)):
+        expected = model(piece, cache=clean)
+        assert torch.equal(model(piece, cache=dirty), expected)
+    for buffer in (dirty.keys, dirty.values, dirty.previous):
+        buffer.fill_(torch.nan)
+    dirty.reset([0])
+    clean.reset()
+    assert torch.equal(model(ids, cache=dirty), model(ids, cache=clean))
+
+
+def test_what_does_not_fit_is_refused_untouched() -> None:
+    model = make_model()
+    cache = KVCache(model.config, 2, 16)
+    model(text(2, 10), cache=cache)
+    kept = [t.clone() for t in (cache.keys, cache.values, cache.previous, cache.lengths)]
+    with pytest.raises(ValueError, match="slot 0 holds 10 tokens and cannot take 7 more.*16"):
+        model(text(2, 7), cache=cache)
+    with pytest.raises(ValueError, match="slots must be distinct"):
+        model(text(2, 1), cache=cache, slots=torch.tensor([1, 1]))
+    with pytest.raises(ValueError, match="slots must be distinct and below 2"):
+        model(text(1, 1), cache=cache, slots=torch.tensor([2]))
+    with pytest.raises(ValueError, match="cannot take 2 of 1"):
+        model(text(2, 1), cache=cache, num_new=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="1 rows need as many slots"):
+        model(text(1, 1), cache=cache)
+    with pytest.raises(ValueError, match="in torch.float32, but.*torch.bfloat16"):
+        model(text(2, 1), cache=KVCache(model.config, 2, 16, dtype=torch.bfloat16))
+    now = (cache.keys, cache.values, cache.previous, cache.lengths)
+    assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+    padded = model(text(2, 7), cache=cache, num_new=torch.tensor([6, 0]), last_only=True)
+    assert torch.isfinite(padded[0]).all()  # exactly full, with a padded column past the end
+    assert cache.lengths.tolist() == [16, 10]
+
+
+def test_memory_is_what_it_says() -> None:
+    config = GPTConfig(n_layer=3, n_head=4, n_kv_head=2, n_embd=64, vocab_size=VOCAB)
+    cache = KVCache(config, 5, 100)
+    # 3 layers x (keys, values) x 2 kv heads x (100 + 1) cells x 16 channels, and 64 for smear; 4 bytes each
+    assert cache.bytes_per_slot == 4 * (3 * 2 * 2 * 101 * 16 + 64)
+    assert cache.num_bytes == 5 * cache.bytes_per_slot

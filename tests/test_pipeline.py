@@ -1,0 +1,100 @@
+"""From text to a chat answer at depth 2: every stage, through the command lines that a user types."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochat.metrics import read_metrics
+
+SIZES = "--device_type=cpu --model_tag=tiny"
+BASE = "--depth=2 --aspect_ratio=16 --head_dim=16 --max_seq_len=128 --window_pattern=SL --num_iterations=20"
+BATCH = (
+    "--total_batch_size=512 --device_batch_size=4 --eval_every=10 --eval_tokens=512 --log_every=5"
+)
+CHAT = f"{SIZES} {BATCH} --mixture=primer --num_iterations=10 --max-seq-len=128"
+STAGES = {
+    "corpus": "nanochat.dataset --corpus=primer --num-documents=400",
+    "tokenizer": "scripts.tok_train --vocab_size=400",
+    "compression": "scripts.tok_eval",
+    "base": f"scripts.base_train {SIZES} {BASE} {BATCH} --save_every=10",
+    "base loss": f"scripts.base_loss {SIZES} --eval_tokens=512 --device_batch_size=4",
+    "base eval": f"scripts.base_eval {SIZES} --max_problems=8",
+    "mid": f"scripts.mid_train {CHAT}",
+    "sft": f"scripts.chat_sft {CHAT}",
+    "rl": f"scripts.chat_rl {SIZES} --num_steps=2 --questions_per_step=2 --num_samples=2 --max_tokens=16 "
+    "--num_slots=4 --eval_every=1 --eval_problems=4",
+    "chat eval": f"scripts.chat_eval {SIZES} -i rl -a primer-choice|primer-arithmetic --max_problems=4 --max_tokens=16",
+    "report": "nanochat.report generate",
+}
+
+
+@pytest.mark.slow
+def test_from_text_to_a_chat_answer(tmp_path: Path) -> None:
+    repository = Path(__file__).parent.parent
+    environment = os.environ | {
+        "NANOCHAT_BASE_DIR": str(tmp_path / "base_dir"),
+        "PYTHONPATH": str(repository),
+        "PYTHONUTF8": "1",
+    }
+
+    def run(command: str, typed: str | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", *command.split(" ")],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            input=typed,
+        )
+
+    missing = run("scripts.chat_cli -i sft --device_type=cpu -p hello")
+    assert missing.returncode == 1
+    assert missing.stderr.count("\n") == 1 and "python -m scripts.chat_sft" in missing.stderr
+
+    for name, command in STAGES.items():
+        done = run(command)
+        assert done.returncode == 0, f"{name}: {done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    for stage in ("base", "mid", "sft", "rl"):
+        folder = tmp_path / "base_dir" / stage / "tiny"
+        steps = [record["step"] for record in read_metrics(folder)]
+        assert steps == list(range(len(steps))) and (folder / "result.json").exists()
+    losses = [
+        record["loss"] for record in read_metrics(tmp_path / "base_dir" / "base" / "tiny")[1:]
+    ]
+    assert losses[-1] < losses[0] - 1
+
+    report = (tmp_path / "report.md").read_text()
+    assert "| Metric | BASE | MID | SFT | RL |" in report
+    row = next(line for line in report.splitlines() if line.startswith("| primer-arithmetic |"))
+    assert row.split("|")[2:5] == [" - "] * 3 and "%" in row.split("|")[5]
+
+    again = run(STAGES["mid"])
+    assert again.returncode == 0 and "is finished" in again.stdout
+    answer = run(
+        "scripts.chat_cli -i rl -g tiny --device_type=cpu --temperature=0 --max_tokens=12 -p Hello"
+    )
+    assert answer.returncode == 0 and answer.stderr == ""
+    talk = run(
+        "scripts.chat_cli -i rl -g tiny --device_type=cpu --max_tokens=12",
+        typed="Hello\nWho are you?\n",
+    )
+    assert (
+        talk.returncode == 0
+        and talk.stdout.count("You: ") == 3
+        and talk.stdout.count("Model: ") == 2
+    )
+
+    weights = next((tmp_path / "base_dir" / "rl" / "tiny").glob("step_*")) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    damaged = run("scripts.chat_cli -i rl -g tiny --device_type=cpu -p Hello")
+    assert damaged.returncode == 1 and damaged.stderr.count("\n") == 1
+    assert (
+        "model.safetensors is damaged" in damaged.stderr
+        and "python -m scripts.chat_rl --fresh" in damaged.stderr
+    )
+    records = tmp_path / "base_dir" / "rl" / "tiny" / "chat_eval_primer-choice.jsonl"
+    assert json.loads(records.read_text().splitlines()[0])["replies"][0] in "ABC"

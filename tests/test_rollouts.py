@@ -1,0 +1,63 @@
+"""nanochat.rollouts: advantages, masks, useless groups, and the gradient against its definition."""
+
+import pytest
+import torch
+
+from nanochat import rollouts
+from nanochat.checkpoint import build_model
+from nanochat.gpt import GPTConfig
+from nanochat.rollouts import Rollout
+from nanochat.runtime import Runtime
+from nanochat.training import accumulate
+
+CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
+
+
+def test_advantages_sum_to_zero() -> None:
+    assert rollouts.advantages([1, 0, 0, 1]) == [0.5, -0.5, -0.5, 0.5]
+    assert sum(rollouts.advantages([0.2, 0.9, 0.4])) == pytest.approx(0)
+
+
+# A prompt of two tokens; in the first answer the tool forced tokens 8 and 9.
+GROUP = [
+    Rollout([1, 2, 3, 8, 9, 4], [0, 0, 1, 0, 0, 1], 1.0, ""),
+    Rollout([1, 2, 5], [0, 0, 1], 0.0, ""),
+]
+USELESS = [Rollout([1, 6, 7], [0, 1, 1], 1.0, ""), Rollout([1, 6], [0, 1], 1.0, "")]
+
+
+def test_only_sampled_tokens_of_useful_groups_are_targets() -> None:
+    batch, weights = rollouts.policy_batch([USELESS, GROUP], 0, CPU.device)
+    assert batch.inputs.shape == (2, 32)
+    assert batch.inputs[0, :6].tolist() == [1, 2, 3, 8, 9, 0]
+    assert batch.targets[0, :6].tolist() == [-1, 3, -1, -1, 4, -1]
+    assert batch.targets[1, :3].tolist() == [-1, 5, -1]
+    assert batch.num_targets == 3 == int((batch.targets >= 0).sum())
+    assert weights[:, 0].tolist() == [0.5, -0.5]
+
+
+def test_a_step_without_a_useful_group_has_no_targets() -> None:
+    batch, _ = rollouts.policy_batch([USELESS], 0, CPU.device)
+    assert batch.num_targets == 0 and batch.inputs.shape == (1, 32)
+
+
+def test_gradient_is_that_of_the_definition() -> None:
+    config = GPTConfig(sequence_len=32, vocab_size=16, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+    model = build_model(config, None, CPU, seed=1)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+
+    expected = torch.zeros(())
+    for rollout, advantage in zip(GROUP, (0.5, -0.5), strict=True):
+        log_probabilities = model(torch.tensor([rollout.ids[:-1]])).log_softmax(-1)[0]
+        for t, (token, sampled) in enumerate(zip(rollout.ids[1:], rollout.mask[1:], strict=True)):
+            if sampled:
+                expected = expected - advantage * log_probabilities[t, token] / 3
+    expected.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    batch, weights = rollouts.policy_batch([GROUP], 0, CPU.device)
+    loss = accumulate(model, batch, 1, 1, weights)
+    torch.testing.assert_close(loss, expected.detach())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)

@@ -1,0 +1,144 @@
+"""Sampling: the right distribution, the right ids kept, and every row on its own.
+
+The oracles are the softmax itself (frequencies) and naive Python versions of top-k and top-p.
+"""
+
+import pytest
+import torch
+
+from nanochat.sampling import counter_uniform, derive_seed, sample
+
+V = 50
+
+
+def draw(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    uniform: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`sample` with one setting for all rows."""
+    n = len(logits)
+    if uniform is None:
+        uniform = counter_uniform(torch.arange(n), torch.zeros(n, dtype=torch.int64))
+    return sample(
+        logits,
+        torch.full((n,), temperature),
+        torch.full((n,), top_k),
+        torch.full((n,), top_p),
+        uniform,
+    )
+
+
+def random_logits(rows: int, seed: int = 0, vocab_size: int = V) -> torch.Tensor:
+    return 2 * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_uniform_is_uniform() -> None:
+    seeds, positions = torch.arange(-200, 200), torch.arange(500)
+    grid = torch.stack(
+        [counter_uniform(seeds, torch.full_like(seeds, p)) for p in positions.tolist()]
+    )
+    assert float(grid.min()) >= 0 and float(grid.max()) < 1
+    for values in (grid.flatten(), grid[:, 7], grid[3], grid[1:, 0] - grid[:-1, 0] + 1):
+        expected = 0.5 if values.max() < 1 else 1.0
+        assert abs(float(values.mean()) - expected) < 4 / len(values) ** 0.5
+    counts = torch.histc(grid, bins=100, min=0, max=1)
+    chi_square = float(((counts - grid.numel() / 100) ** 2 / (grid.numel() / 100)).sum())
+    assert chi_square < 150  # 99 degrees of freedom: above 150 once in a thousand
+    correlation = torch.corrcoef(grid)  # between positions, over seeds
+    correlation.fill_diagonal_(0)
+    assert float(correlation.abs().max()) < 0.3
+
+
+def test_uniform_uses_all_of_the_seed() -> None:
+    seeds = torch.tensor([0, 1, -1, 1 << 32, 1 << 62, (1 << 63) - 1])
+    values = counter_uniform(seeds, torch.zeros_like(seeds))
+    assert len(set(values.tolist())) == len(seeds)
+
+
+def test_derived_seeds_differ() -> None:
+    seeds = {derive_seed(a, b) for a in range(-50, 50) for b in range(100)}
+    assert len(seeds) == 10_000 and all(0 <= seed < 1 << 63 for seed in seeds)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+def test_frequencies_are_the_softmax(temperature: float) -> None:
+    num = 100_000
+    row = random_logits(1)[0, :12]
+    ids = draw(row.expand(num, -1), temperature=temperature)
+    frequencies = torch.bincount(ids, minlength=12) / num
+    expected = (row / temperature).softmax(0)
+    assert float((frequencies - expected).abs().max()) < 4 * 0.5 / num**0.5
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 3, V, V + 5])
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 1.0])
+def test_only_what_top_k_and_top_p_keep(top_k: int, top_p: float) -> None:
+    """Against a naive nucleus; a fine comb of uniform numbers reaches every id that is kept."""
+    row = random_logits(1, seed=3)[0] / 2
+    ranked = row.argsort(descending=True).tolist()[: top_k if 0 < top_k < V else V]
+    probabilities = row[ranked].softmax(0)
+    kept, mass = [], 0.0
+    for id, probability in zip(ranked, probabilities.tolist(), strict=True):
+        if kept and mass >= top_p and top_p < 1:
+            break
+        kept.append(id)
+        mass += probability
+    comb = torch.linspace(0, 1 - 2.0**-24, 5_000)
+    assert set(draw(row.expand(5_000, -1), 1.0, top_k, top_p, comb).tolist()) == set(kept)
+
+
+def test_ties_are_kept_together() -> None:
+    logits = torch.tensor([[1.0, 2.0, 1.0, 1.0, 0.0]])
+    comb = torch.linspace(0, 1 - 2.0**-24, 1000)
+    assert set(draw(logits.expand(1000, -1), top_k=2, uniform=comb).tolist()) == {0, 1, 2, 3}
+
+
+def test_temperature_zero_is_the_largest() -> None:
+    logits = random_logits(8)
+    assert draw(logits, temperature=0.0).tolist() == logits.argmax(1).tolist()
+    assert draw(logits, temperature=1e-30).tolist() == logits.argmax(1).tolist()
+    assert draw(logits, top_k=1).tolist() == logits.argmax(1).tolist()
+
+
+def test_ends_of_the_interval_never_pick_the_impossible() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]]).expand(2, -1)
+    assert draw(logits, uniform=torch.tensor([0.0, 1 - 2.0**-24])).tolist() == [1, 2]
+
+
+def test_samples_of_one_prompt_begin_differently() -> None:
+    logits = random_logits(1).expand(64, -1)
+    assert len(set(draw(logits).tolist())) > 8
+
+
+def test_rows_do_not_see_their_mates() -> None:
+    """A row's id is the same among mates with any other settings and logits, ties and NaN included."""
+    generator = torch.Generator().manual_seed(1)
+    own = random_logits(1, seed=9, vocab_size=500).bfloat16().float()  # bf16: many ties
+    for trial in range(60):
+        kinds = torch.randint(0, 4, (8,), generator=generator)
+        temperature = torch.tensor([0.0, 0.5, 1.0, 3.0])[kinds]
+        top_k = torch.tensor([0, 1, 40, 499])[kinds.roll(1)]
+        top_p = torch.tensor([1.0, 0.9, 0.5, 1.0])[kinds.roll(2)]
+        uniform = torch.rand(8, generator=generator)
+        mates = random_logits(8, seed=trial, vocab_size=500)
+        mates[5] = torch.nan
+        place, setting = trial % 4, trial % 8 // 4
+        for values, mine in (
+            (temperature, 0.9),
+            (top_k, [0, 30][setting]),
+            (top_p, [1.0, 0.8][setting]),
+        ):
+            values[place] = mine
+        uniform[place] = trial / 60
+        mates[place] = own[0]
+        alone = draw(
+            own.expand(8, -1),
+            0.9,
+            [0, 30][setting],
+            [1.0, 0.8][setting],
+            torch.full((8,), trial / 60),
+        )
+        assert sample(mates, temperature, top_k, top_p, uniform)[place] == alone[0]

@@ -1,0 +1,123 @@
+"""nanochat.scaling against the published figures of both generations, and against the model itself."""
+
+import pytest
+import torch
+
+from nanochat import scaling
+from nanochat.gpt import GPT
+
+GIGA = 1e9
+
+
+def test_first_generation_d20() -> None:
+    config = scaling.depth_to_config(20, 65536, plain=True)
+    counts = scaling.parameter_counts(config)
+    assert counts["total"] == 560_988_160
+    num_tokens = 20 * counts["total"]
+    assert num_tokens == pytest.approx(11.2e9, rel=0.005)
+    assert num_tokens * scaling.flops_per_token(config) == pytest.approx(4e19, rel=0.03)
+
+
+def test_first_generation_d32() -> None:
+    config = scaling.depth_to_config(32, 65536, plain=True)
+    total = scaling.parameter_counts(config)["total"]
+    assert total == 1_879_048_192
+    assert scaling.flops_per_token(config) == pytest.approx(1.207960e10, rel=1e-6)
+    assert 20 * total // 524_288 == 71_680
+
+
+# depth: parameters, of blocks and head, FLOPs per token, tokens at ratio 12, log2 batch, decay of the matrices
+PUBLISHED = {
+    4: (36.7e6, 11.5e6, 0.080, 0.14, 18, 1.89),
+    8: (126e6, 41.9e6, 0.296, 0.50, 18, 0.52),
+    12: (286e6, 110e6, 0.760, 1.32, 19, 0.28),
+    20: (897e6, 435e6, 2.89, 5.22, 20, 0.10),
+    24: (1.384e9, 730e6, 4.78, 8.76, 20, 0.060),
+    32: (2.82e9, 1.68e9, 10.8, 20.1, 21, 0.037),
+}
+
+
+@pytest.mark.parametrize("depth", PUBLISHED)
+def test_published_table(depth: int) -> None:
+    total, scaled, flops, tokens, batch, decay = PUBLISHED[depth]
+    config = scaling.depth_to_config(depth, 32768)
+    num_tokens = scaling.horizon(config, 12)
+    assert scaling.parameter_counts(config)["total"] == pytest.approx(total, rel=0.005)
+    assert scaling.scaling_parameters(config) == pytest.approx(scaled, rel=0.005)
+    assert scaling.flops_per_token(config) == pytest.approx(flops * GIGA, rel=0.005)
+    assert num_tokens == pytest.approx(tokens * GIGA, rel=0.015)
+    assert scaling.batch_tokens(num_tokens) == 2**batch
+    assert scaling.weight_decay(2**batch, num_tokens) == pytest.approx(decay, rel=0.03)
+
+
+def test_exact_published_counts() -> None:
+    assert scaling.parameter_counts(scaling.depth_to_config(12, 32768))["total"] == 286_261_730
+    d24 = scaling.depth_to_config(24, 32768)
+    assert scaling.flops_per_token(d24) == pytest.approx(4.775 * GIGA, rel=1e-3)
+    assert scaling.flops_per_token(d24, exact=True) == pytest.approx(4.641 * GIGA, rel=1e-3)
+    run_1 = scaling.horizon(d24, 12) * scaling.flops_per_token(d24)
+    assert run_1 == pytest.approx(4.331e19, rel=0.04)  # it saw short windows of 1,024
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(("depth", "head_dim"), [(2, 128), (3, 64), (5, 32)])
+def test_counts_equal_the_model(depth: int, head_dim: int, plain: bool) -> None:
+    config = scaling.depth_to_config(depth, 1000, 256, head_dim=head_dim, plain=plain)
+    with torch.device("meta"):
+        model = GPT(config)
+    counted = sum(param.numel() for param in model.parameters())
+    assert scaling.parameter_counts(config)["total"] == counted
+
+
+@pytest.mark.parametrize(
+    ("depth", "aspect_ratio", "head_dim", "width"),
+    [
+        (4, 64, 128, 256),
+        (5, 64, 128, 384),
+        (1, 64, 128, 128),
+        (4, 32, 64, 128),
+        (20, 64, 128, 1280),
+    ],
+)
+def test_width_is_whole_heads(depth: int, aspect_ratio: int, head_dim: int, width: int) -> None:
+    config = scaling.depth_to_config(depth, 4096, 512, aspect_ratio, head_dim)
+    assert (config.n_embd, config.head_dim) == (width, head_dim)
+
+
+def make_options(depth: int, total_batch_size: int, num_steps: int) -> dict[str, dict]:
+    config = scaling.depth_to_config(depth, 1024, 256)
+    with torch.device("meta"):
+        groups = GPT(config).parameter_groups()
+    options = scaling.optimizer_groups(groups, config.n_embd, total_batch_size, num_steps)
+    return {group["name"]: group for group in options}
+
+
+def test_published_learning_rates_at_depth_12() -> None:
+    rates = {name: group["lr"] for name, group in make_options(12, 2**19, 2520).items()}
+    published = {"matrices": 0.02, "head": 0.008, "embedding": 0.3, "value_embeddings": 0.15}
+    assert {name: rates[name] for name in published} == pytest.approx(published)
+    assert (rates["resid_scalars"], rates["x0_scalars"], rates["smear_backout"]) == (
+        0.005,
+        0.5,
+        0.2,
+    )
+
+
+def test_learning_rates_follow_batch_and_width() -> None:
+    at_12, wide, big = (
+        make_options(*case) for case in ((12, 2**19, 9), (48, 2**19, 9), (12, 2**21, 9))
+    )
+    assert wide["embedding"]["lr"] == pytest.approx(at_12["embedding"]["lr"] / 2)
+    assert wide["matrices"]["lr"] == at_12["matrices"]["lr"]
+    assert big["matrices"]["lr"] == pytest.approx(2 * at_12["matrices"]["lr"])
+    assert big["smear_backout"]["lr"] == at_12["smear_backout"]["lr"]
+
+
+def test_optimizer_covers_every_parameter() -> None:
+    model = GPT(scaling.depth_to_config(2, 256, 64))
+    model.init_weights()
+    optimizer = scaling.make_optimizer(model, 1024, 10)
+    names = [name for group in optimizer.param_groups for name in group["names"]]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    decay = next(g["weight_decay"] for g in optimizer.param_groups if g["kind"] == "muon")
+    assert decay == scaling.weight_decay(1024, 10 * 1024)

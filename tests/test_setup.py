@@ -1,0 +1,166 @@
+"""setup.sh against stand-ins for uv, cargo and nvidia-smi that write down how they were called.
+
+The real installation is what `bash test.sh` begins with; here is what must hold around it: the order of the
+steps, which of them run again, where the caller ends up, and that a failure stops the caller.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FAKE_UV = """#!/bin/sh
+echo "uv $*" >> "$CALLS"
+case "$*" in *"$UV_FAILS_ON"*) [ -n "$UV_FAILS_ON" ] && exit 3 ;; esac
+if [ "$1" = venv ]; then
+    mkdir -p .venv/bin
+    printf '#!/bin/sh\\nexec "%s" "$@"\\n' "$PYTHON" > .venv/bin/python
+    chmod +x .venv/bin/python
+    echo 'VIRTUAL_ENV=active' > .venv/bin/activate
+fi
+"""
+
+
+class Sandbox:
+    """A copy of what setup.sh reads, a home of its own, and a PATH that holds stand-ins."""
+
+    def __init__(self, folder: Path):
+        self.repo, self.bin, self.calls = folder / "a repo", folder / "bin", folder / "calls"
+        (self.repo / "rustbpe/src").mkdir(parents=True)
+        for name in ("setup.sh", "pyproject.toml", "requirements.lock", "requirements-test.lock"):
+            shutil.copy(ROOT / name, self.repo)
+        (self.repo / "rustbpe/Cargo.toml").write_text("[package]\n")
+        (self.repo / "rustbpe/src/lib.rs").write_text("// first\n")
+        self.bin.mkdir()
+        self.stand_in("uv", FAKE_UV)
+        self.stand_in("cargo", "#!/bin/sh\n")
+        self.stand_in("cc", "#!/bin/sh\n")
+        self.path = f"{self.bin}:/usr/bin:/bin"
+        self.environment = {"HOME": str(folder), "CALLS": str(self.calls), "PYTHON": sys.executable}
+
+    def stand_in(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    def source(
+        self, *arguments: str, cwd: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a strict script that sources setup.sh and then says where it is."""
+        quoted = " ".join(arguments)
+        script = f'set -euo pipefail\nsource "{self.repo}/setup.sh" {quoted}\necho "in $PWD, $VIRTUAL_ENV"\n'
+        return subprocess.run(
+            ["bash", "-c", script],
+            cwd=cwd or self.repo,
+            env={"PATH": self.path, "UV_FAILS_ON": ""} | self.environment | environment,
+            capture_output=True,
+            text=True,
+        )
+
+    def called(self) -> list[str]:
+        """The calls of uv since the last time this was asked."""
+        calls = self.calls.read_text().splitlines() if self.calls.exists() else []
+        self.calls.unlink(missing_ok=True)
+        return calls
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Sandbox:
+    return Sandbox(tmp_path)
+
+
+INSTALL = "uv pip install --python .venv/bin/python"
+LOCK = f"{INSTALL} --require-hashes -r requirements.lock"
+TEST_LOCK = f"{INSTALL} --require-hashes -r requirements-test.lock"
+BUILD = f"{INSTALL} --no-deps --no-build-isolation -e ."
+
+
+def test_first_run_installs_in_order_and_second_does_nothing(sandbox: Sandbox) -> None:
+    first = sandbox.source()
+    assert first.returncode == 0, first.stderr
+    venv, *rest = sandbox.called()
+    assert venv.startswith("uv venv") and "--python >=3.11,<3.14" in venv
+    assert rest == [LOCK, BUILD]
+    second = sandbox.source()
+    assert second.returncode == 0 and sandbox.called() == []
+
+
+def test_caller_is_left_in_the_repository_with_venv_active(sandbox: Sandbox) -> None:
+    done = sandbox.source(cwd=Path("/"))
+    assert done.stdout.splitlines()[-1] == f"in {sandbox.repo}, active"
+
+
+def test_only_what_changed_is_done_again(sandbox: Sandbox) -> None:
+    sandbox.source()
+    sandbox.called()
+    (sandbox.repo / "rustbpe/src/lib.rs").write_text("// second\n")
+    sandbox.source()
+    assert sandbox.called() == [BUILD]
+    with (sandbox.repo / "requirements.lock").open("a") as lock:
+        lock.write("# another line\n")
+    sandbox.source()
+    assert sandbox.called() == [LOCK]
+    sandbox.source("--tests")
+    assert sandbox.called() == [TEST_LOCK]
+
+
+def test_a_failed_step_stops_the_caller_and_is_tried_again(sandbox: Sandbox) -> None:
+    failed = sandbox.source(UV_FAILS_ON="requirements.lock")
+    assert failed.returncode != 0 and "in /" not in failed.stdout
+    sandbox.called()
+    assert sandbox.source().returncode == 0
+    assert sandbox.called() == [LOCK, BUILD]
+
+
+def test_a_venv_of_another_python_is_made_anew(sandbox: Sandbox) -> None:
+    sandbox.source()
+    sandbox.called()
+    (sandbox.repo / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")
+    sandbox.source()
+    assert sandbox.called()[0].startswith("uv venv")
+
+
+def test_cargo_is_found_in_its_home_and_uv_beside_the_repository(sandbox: Sandbox) -> None:
+    for name, home in (
+        ("cargo", sandbox.bin.parent / ".cargo/bin"),
+        ("uv", sandbox.repo / ".uv/bin"),
+    ):
+        home.mkdir(parents=True)
+        shutil.move(sandbox.bin / name, home / name)
+    assert sandbox.source().returncode == 0
+    assert sandbox.called()[1:] == [LOCK, BUILD]
+
+
+def test_a_gpu_that_torch_does_not_see_stops_with_one_line(sandbox: Sandbox) -> None:
+    sandbox.stand_in("nvidia-smi", "#!/bin/sh\n")
+    torch = sandbox.bin / "torch.py"
+    sandbox.environment["PYTHONPATH"] = str(sandbox.bin)
+
+    torch.write_text("class cuda:\n    is_available = staticmethod(lambda: False)\n")
+    stopped = sandbox.source()
+    assert stopped.returncode != 0
+    assert len(stopped.stderr.splitlines()) == 1
+    assert "pip install --torch-backend=auto" in stopped.stderr
+    assert "--device_type=cpu" in stopped.stderr
+    assert sandbox.source("--device_type=cpu").returncode == 0
+    assert sandbox.source("--device-type", "cpu").returncode == 0
+
+    torch.write_text("class cuda:\n    is_available = staticmethod(lambda: True)\n")
+    assert sandbox.source().returncode == 0
+
+
+@pytest.mark.skipif(
+    shutil.which("flock") is None, reason="set-up does not lock where flock is missing"
+)
+def test_two_set_ups_take_turns(sandbox: Sandbox) -> None:
+    sandbox.stand_in("uv", FAKE_UV.replace('echo "uv', 'sleep 0.1; echo "uv'))
+    script = f'source "{sandbox.repo}/setup.sh"'
+    environment = {"PATH": sandbox.path, "UV_FAILS_ON": ""} | sandbox.environment
+    both = [
+        subprocess.Popen(["bash", "-c", script], env=environment, stdout=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
+    assert [process.wait(timeout=30) for process in both] == [0, 0]
+    assert sandbox.called()[1:] == [LOCK, BUILD]

@@ -1,0 +1,181 @@
+"""Evaluation of chat models: which letter wins, what is scored, error bars, two ranks.
+
+Oracles: the full logits of one prompt at a time; and a model that was trained on the answers.
+"""
+
+import multiprocessing
+import statistics
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nanochat.chat_format import SPECIAL_TOKENS, Conversation, render_conversation, render_prompt
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.paths import UserError
+from nanochat.task_eval import evaluate_choice, evaluate_generate, spoken_text
+from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
+
+TOKENIZER = Tokenizer([bytes([byte]) for byte in range(256)], SPECIAL_TOKENS, SPLIT_PATTERN)
+
+
+class Letters:
+    """Choices of 2 to 4 letters; the right one alternates."""
+
+    def __init__(self, num: int) -> None:
+        self.num = num
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, index: int) -> Conversation:
+        letters = list("ABCD"[: 2 + index % 3])
+        question, answer = "which?" + "." * (index * 7 % 11), letters[index % 2]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return {"messages": messages, "letters": letters}
+
+    def score(self, conversation: Conversation, reply: str) -> float:
+        return float(reply == conversation["messages"][1]["content"])
+
+
+class Sums(Letters):
+    """Small sums through the tool, said aloud after it."""
+
+    def __getitem__(self, index: int) -> Conversation:
+        call = [
+            {"type": "python", "text": f"{index}+1"},
+            {"type": "python_output", "text": f"{index + 1}"},
+            {"type": "text", "text": f"{index + 1}!"},
+        ]
+        messages = [
+            {"role": "user", "content": f"{index}+1"},
+            {"role": "assistant", "content": call},
+        ]
+        return {"messages": messages, "answer": f"{index + 1}!"}
+
+    def score(self, conversation: Conversation, reply: str) -> float:
+        return float(reply == conversation["answer"])
+
+
+def random_model(context: int = 64) -> GPT:
+    model = GPT(
+        GPTConfig(context, TOKENIZER.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
+    )
+    model.init_weights(1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0, 0.1, generator=generator)
+    return model.eval()
+
+
+def train(model: GPT, conversations: list[Conversation], num_steps: int) -> None:
+    """Learn the conversations by heart."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    rendered = [render_conversation(TOKENIZER, conversation) for conversation in conversations]
+    longest = max(len(ids) for ids, _ in rendered)
+    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rendered])
+    masks = torch.tensor([mask + [0] * (longest - len(mask)) for _, mask in rendered])
+    targets = torch.where(masks[:, 1:] == 1, ids[:, 1:], -1)
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        model(ids[:, :-1].contiguous(), targets).backward()
+        optimizer.step()
+
+
+@torch.inference_mode()
+def slow_letter(model: GPT, conversation: Conversation) -> str:
+    prompt = render_prompt(TOKENIZER, conversation)
+    if len(prompt) > model.config.sequence_len:
+        prompt = [prompt[0], *prompt[-(model.config.sequence_len - 1) :]]
+    logits = model(torch.tensor([prompt]))[0, -1]
+    return max(conversation["letters"], key=lambda letter: float(logits[ord(letter)]))
+
+
+@pytest.mark.parametrize(("batch_size", "context"), [(1, 64), (5, 64), (64, 12)])
+def test_choice_equals_one_at_a_time(batch_size: int, context: int) -> None:
+    model, task = random_model(context), Letters(20)
+    result = evaluate_choice(model, TOKENIZER, task, batch_size)
+    letters = [slow_letter(model, task[i]) for i in range(20)]
+    scores = [task.score(task[i], letter) for i, letter in enumerate(letters)]
+    assert [record["replies"] for record in result.records] == [[letter] for letter in letters]
+    assert [record["index"] for record in result.records] == list(range(20))
+    assert result.num == 20 and result.accuracy == pytest.approx(sum(scores) / 20)
+    assert result.stderr == pytest.approx(statistics.stdev(scores) / 20**0.5)
+
+
+def test_generate_scores_what_is_said_after_the_tool() -> None:
+    model, task = random_model(), Sums(4)
+    train(model, [task[i] for i in range(4)], num_steps=120)
+    result = evaluate_generate(
+        Engine(model, TOKENIZER, num_slots=3), TOKENIZER, task, max_tokens=20
+    )
+    assert result.accuracy == result.best_of == 1 and result.stderr == 0 and result.num == 4
+    assert result.records[2]["replies"] == [task[2]["messages"][1]["content"]]
+    assert result.records[2]["conversation"] == task[2]
+
+
+class Luck(Letters):
+    """Right when the reply has an even number of characters: chance decides."""
+
+    def score(self, conversation: Conversation, reply: str) -> float:
+        return float(len(reply) % 2 == 0)
+
+
+def test_several_samples_per_item() -> None:
+    engine = Engine(random_model(), TOKENIZER, num_slots=8)
+    options: dict[str, Any] = {"num_samples": 5, "max_tokens": 6, "temperature": 1.0}
+    result = evaluate_generate(engine, TOKENIZER, Luck(6), **options, seed=1)
+    scores = [record["scores"] for record in result.records]
+    assert all(len(own) == 5 for own in scores)
+    assert result.accuracy == pytest.approx(statistics.mean(map(statistics.mean, scores)))
+    assert result.best_of == pytest.approx(statistics.mean(map(max, scores)))
+    replies = [record["replies"] for record in result.records]
+    again = evaluate_generate(engine, TOKENIZER, Luck(6), **options, seed=1)
+    other = evaluate_generate(engine, TOKENIZER, Luck(6), **options, seed=2)
+    assert [record["replies"] for record in again.records] == replies
+    assert [record["replies"] for record in other.records] != replies
+
+
+def test_prompts_longer_than_the_context_and_no_items() -> None:
+    engine = Engine(random_model(context=16), TOKENIZER, num_slots=2)
+    assert evaluate_generate(engine, TOKENIZER, Letters(4), max_tokens=50).num == 4
+    assert evaluate_generate(engine, TOKENIZER, Letters(4), max_problems=3).num == 3
+    with pytest.raises(UserError):
+        evaluate_generate(engine, TOKENIZER, Letters(4), max_problems=0)
+
+
+def test_spoken_text() -> None:
+    parts = [
+        {"type": "text", "text": "a"},
+        {"type": "python", "text": "1"},
+        {"type": "text", "text": "b"},
+    ]
+    assert spoken_text(parts) == "ab"
+
+
+def evaluate_on_rank(rank: int, world_size: int, address: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+    result = evaluate_choice(random_model(), TOKENIZER, Letters(7), batch_size=2)
+    results.put((result.accuracy, result.stderr, [record["replies"] for record in result.records]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_one_does(tmp_path: Any) -> None:
+    one = evaluate_choice(random_model(), TOKENIZER, Letters(7), batch_size=2)
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    arguments = (2, f"file://{tmp_path}/meet", results)
+    ranks = [context.Process(target=evaluate_on_rank, args=(rank, *arguments)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    for _ in range(2):
+        accuracy, stderr, replies = results.get()
+        assert (accuracy, stderr) == pytest.approx((one.accuracy, one.stderr))
+        assert replies == [record["replies"] for record in one.records]

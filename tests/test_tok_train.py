@@ -1,0 +1,114 @@
+"""The tokenizer stages from a folder of text to the report, and their figures against a recount."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiktoken
+import tiktoken.load
+
+import rustbpe
+from nanochat import dataset
+from nanochat.chat_format import SPECIAL_TOKENS
+from nanochat.paths import UserError, report_dir, tokenizer_dir
+from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
+from scripts import tok_eval, tok_train
+
+TEXTS = [
+    f"Tale {i}: the hen met {i * 7} geese by the river, and it rained.\n" * 5 for i in range(60)
+]
+
+
+@pytest.fixture(autouse=True)
+def corpus(tmp_path: Path, monkeypatch) -> list[str]:
+    """A small imported corpus; gives its training documents."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "no-cache"))
+    lines = [json.dumps({"text": text}) for text in TEXTS]
+    (tmp_path / "tales.jsonl").write_text("\n".join(lines))
+    dataset.main(dataset.Config(source=tmp_path / "tales.jsonl"))
+    return [text for i, text in enumerate(TEXTS) if i % 20 != 1]
+
+
+def results(stage: str) -> dict:
+    return json.loads((report_dir() / f"{stage}.json").read_text())["results"]
+
+
+def test_training_reads_so_many_characters_of_so_many_documents(corpus: list[str]):
+    tok_train.main(tok_train.Config(vocab_size=300, max_chars=1234, max_doc_chars=100))
+    beginnings = [text[:100] for text in corpus[:13]]
+    beginnings[-1] = beginnings[-1][: 1234 - 12 * 100]
+    expected = Tokenizer.train(beginnings, 300, SPECIAL_TOKENS)
+    trained = Tokenizer.load(tokenizer_dir())
+    assert [trained.decode_bytes([i]) for i in range(300)] == [
+        expected.decode_bytes([i]) for i in range(300)
+    ]
+    assert tuple(trained.specials) == SPECIAL_TOKENS
+    section = results("tok_train")
+    assert (section["characters"], section["documents"]) == (1234, 13)
+    assert (section["vocabulary"], section["corpus"]) == (300, "tales")
+
+
+def test_the_pattern_is_the_one_rustbpe_splits_fast():
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(["some text"]), 257)
+    assert trainer.get_pattern() == SPLIT_PATTERN
+
+
+def test_bad_settings_are_one_line():
+    with pytest.raises(UserError, match="--vocab_size=264 is too small; use at least 265"):
+        tok_train.main(tok_train.Config(vocab_size=264))
+    with pytest.raises(UserError, match="--max_chars"):
+        tok_train.main(tok_train.Config(max_chars=0))
+    with pytest.raises(UserError, match="no corpus --data=typo"):
+        tok_train.main(tok_train.Config(data="typo"))
+    assert not tokenizer_dir().exists(), "nothing half-written"
+    with pytest.raises(UserError, match="no tokenizer in"):
+        tok_eval.main(tok_eval.Config())
+
+
+def test_too_little_text_gives_a_smaller_vocabulary_and_says_so(capsys):
+    tok_train.main(tok_train.Config(vocab_size=5000, max_chars=300))
+    size = Tokenizer.load(tokenizer_dir()).vocab_size
+    assert 265 < size < 5000
+    assert f"no more than {size:,} ids" in capsys.readouterr().out
+
+
+def test_compression_is_bytes_over_tokens(corpus: list[str], capsys):
+    tok_train.main(tok_train.Config(vocab_size=400))
+    tok_eval.main(tok_eval.Config(num_documents=10))
+    tokenizer = Tokenizer.load(tokenizer_dir())
+    section = results("tok_eval")
+    kinds = {**{name: [text] for name, text in tok_eval.SAMPLES.items()}}
+    kinds["tales, train"] = corpus[:10]
+    kinds["tales, val"] = TEXTS[1::20]
+    for kind, texts in kinds.items():
+        num_bytes = sum(len(text.encode()) for text in texts)
+        num_tokens = sum(map(len, tokenizer.encode_batch(texts)))
+        assert section[f"{kind}: bytes per token, ours"] == round(num_bytes / num_tokens, 3)
+        assert section[f"{kind}: bytes per token, bytes"] == 1.0
+        num_words = sum(len(text.split()) for text in texts)
+        assert section[f"{kind}: bytes per token, words"] == round(num_bytes / num_words, 3)
+    assert "GPT-4's vocabulary is not in tiktoken's cache" in capsys.readouterr().out
+
+
+def test_references_come_from_the_cache_and_never_from_the_network(monkeypatch):
+    original = tiktoken.load.read_file
+    with tok_eval.no_downloads(), pytest.raises(FileNotFoundError, match="tiktoken's cache"):
+        tiktoken.load.read_file_cached("https://example.invalid/vocabulary")
+    assert tiktoken.load.read_file is original
+
+    ranks = {bytes([i]): i for i in range(256)}
+    letters = tiktoken.Encoding(
+        "letters", pat_str="(?s).", mergeable_ranks=ranks, special_tokens={}
+    )
+
+    def only_gpt2(name: str) -> tiktoken.Encoding:
+        if name != "gpt2":
+            raise FileNotFoundError(name)
+        return letters
+
+    monkeypatch.setattr(tiktoken, "get_encoding", only_gpt2)
+    yardsticks = tok_eval.find_yardsticks()
+    assert list(yardsticks) == ["GPT-2"]
+    assert yardsticks["GPT-2"]("né <|endoftext|>") == 17

@@ -72,7 +72,7 @@ stage tok_train python -m scripts.tok_train --data="$corpus" --vocab_size=2048 -
 stage tok_eval python -m scripts.tok_eval --data="$corpus"
 stage base_train python -m scripts.base_train "${place[@]}" --data="$corpus" \
     --depth=4 --aspect_ratio=32 --head_dim=32 --max_seq_len=256 --total_batch_size=4096 --device_batch_size=16 \
-    --num_iterations=700 --eval_every=350 --eval_tokens=65536 --save_every=100 --log_every=50
+    --num_iterations=1000 --eval_every=500 --eval_tokens=65536 --save_every=100 --log_every=50
 stage base_loss python -m scripts.base_loss "${place[@]}" --data="$corpus" --eval_tokens=131072 --device_batch_size=16
 stage base_eval python -m scripts.base_eval "${place[@]}"
 chat=(--mixture=primer --total_batch_size=4096 --device_batch_size=16 --eval_every=300 --eval_tokens=65536
@@ -80,7 +80,7 @@ chat=(--mixture=primer --total_batch_size=4096 --device_batch_size=16 --eval_eve
 examine=(-a 'primer-choice|primer-exact|primer-arithmetic|primer-spelling')
 stage mid_train python -m scripts.mid_train "${place[@]}" "${chat[@]}"
 stage chat_eval_mid python -m scripts.chat_eval "${place[@]}" -i mid "${examine[@]}"
-stage chat_sft python -m scripts.chat_sft "${place[@]}" "${chat[@]}"
+stage chat_sft python -m scripts.chat_sft "${place[@]}" "${chat[@]}" --lr_scale=0.3
 stage chat_eval_sft python -m scripts.chat_eval "${place[@]}" -i sft "${examine[@]}"
 stage chat_rl python -m scripts.chat_rl "${place[@]}" --task=primer-arithmetic \
     --num_steps=20 --num_samples=8 --max_tokens=64 --eval_every=10 --save_every=10

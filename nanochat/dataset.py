@@ -9,9 +9,8 @@ the validation split. `base_data/current` names the corpus prepared last, which 
     python -m nanochat.dataset --from my_texts             a folder of yours: .parquet, or .txt and .jsonl
     python -m nanochat.dataset --corpus primer             the embedded default, offline
 
-The choice that would surprise: a downloaded corpus grows shard by shard (each appears whole, the
-validation shard first), while an imported or generated one is built beside its place and renamed into it,
-since half of it would have a wrong last shard.
+The choice that would surprise: a downloaded corpus grows shard by shard, the validation shard first, while
+an imported or generated one is renamed into place: half of it would have a wrong last shard.
 
 Sources: https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle and fineweb-edu-100b-shuffle.
 """
@@ -22,9 +21,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -65,17 +66,14 @@ class PublicCorpus:
 
 PUBLIC = {
     "climbmix": PublicCorpus(
-        "karpathy/climbmix-400b-shuffle", 6543, "CC-BY-NC 4.0: no commercial use"
+        "karpathy/climbmix-400b-shuffle", 6543, "CC-BY-NC 4.0, not commercial"
     ),
     "fineweb-edu": PublicCorpus("karpathy/fineweb-edu-100b-shuffle", 1823, "ODC-By"),
 }
 
 
 def find_corpus(name: str = "") -> Corpus:
-    """The corpus `name`, or the one prepared last.
-
-    Raises UserError when there is none, or when one of its shards cannot be read.
-    """
+    """The corpus `name`, or the one prepared last. Raises UserError unless all its shards can be read."""
     current = corpora_dir() / "current"
     prepare = "run `python -m nanochat.dataset -n 8` (or with --corpus primer, or --from FOLDER)"
     if not name:
@@ -113,10 +111,8 @@ def build_corpus(name: str, source: dict[str, Any], build: Callable[[Path], None
 
 def _is_up_to_date(folder: Path, source: dict[str, Any]) -> bool:
     try:
-        if json.loads((folder / SOURCE_FILE).read_text()) != source:
-            return False
-        shards = list(folder.glob("shard_*.parquet"))
-        return len(shards) >= 2 and all(check_shard(path) for path in shards)
+        made_from = json.loads((folder / SOURCE_FILE).read_text())
+        return made_from == source and bool(find_corpus(folder.name))
     except (OSError, ValueError):  # no such corpus, or a shard of it is damaged
         return False
 
@@ -128,19 +124,13 @@ def write_primer(num_documents: int) -> None:
     """Generate the embedded corpus: `num_documents` to train on, and a twentieth of that held out."""
     if num_documents < 1:
         raise UserError(f"--num_documents={num_documents}: use 1 or more")
-    code = b"".join(
-        file.read_bytes() for file in sorted(Path(primer.__file__).parent.glob("primer*.py"))
-    )
+    files = sorted(Path(primer.__file__).parent.glob("primer*.py"))
+    code = b"".join(file.read_bytes() for file in files)
     source = {"num_documents": num_documents, "primer": hashlib.sha256(code).hexdigest()}
+    train = ((primer.document("train", i), False) for i in range(num_documents))
     num_val = max(1, num_documents // PRIMER_HELD_OUT)
-
-    def documents() -> Iterator[tuple[str, bool]]:
-        for i in range(num_documents):
-            yield primer.document("train", i), False
-        for i in range(num_val):
-            yield primer.document("val", i), True
-
-    build_corpus("primer", source, lambda folder: write_shards(documents(), folder))
+    val = ((primer.document("val", i), True) for i in range(num_val))
+    build_corpus("primer", source, lambda folder: write_shards(chain(train, val), folder))
 
 
 # A folder of the user's own
@@ -150,7 +140,6 @@ def import_folder(path: Path, name: str = "") -> str:
     """Import `path` and return the corpus name: the folder's own unless `name` is given.
 
     Two or more parquet files become the shards as they are; anything else is cut into new shards.
-    Raises UserError when there is nothing to import or a file is not what it should be.
     """
     name = name or (path.resolve().name if path.is_dir() else path.stem)
     if not re.fullmatch(r"\w[\w.-]*", name) or name in {*PUBLIC, "primer", "current"}:
@@ -158,8 +147,7 @@ def import_folder(path: Path, name: str = "") -> str:
     files = list_files(path)
     parquet = [file for file in files if file.suffix == ".parquet"]
     files = parquet or files
-    stats = [(file, file.stat()) for file in files]
-    source = {"files": [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]}
+    source = {"files": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]}
     for file in parquet:
         check_shard(file)
     if len(parquet) >= 2:
@@ -184,11 +172,8 @@ def _link_shards(files: Sequence[Path], folder: Path) -> None:
 
 
 def download(name: str, num_shards: int, num_workers: int) -> None:
-    """Download the first `num_shards` shards (-1: all) of a public corpus, and its last.
-
-    Shards that are there are kept, a broken transfer is continued. Raises UserError when it fails for good.
-    """
-    from huggingface_hub import utils as hub_utils  # half a second to import, which only this needs
+    """Download what is missing of the first `num_shards` shards (-1: all) of a public corpus, and its last."""
+    from huggingface_hub import utils as hub_utils  # takes half a second
 
     public = PUBLIC[name]
     last = public.num_shards - 1
@@ -203,43 +188,32 @@ def download(name: str, num_shards: int, num_workers: int) -> None:
         return
     hub_utils.disable_progress_bars()  # one bar over all shards instead of one for each
     hub_utils.logging.set_verbosity_error()  # a line for each retry; the error below says it once
-    with tqdm(total=len(missing), desc=name, unit="shard") as bar:
-        if missing[0] == last:  # before any other, so that the last one there is always this one
-            _download_shard(public, missing.pop(0), folder)
-            bar.update()
-        with ThreadPoolExecutor(num_workers) as pool:
-            futures = [pool.submit(_download_shard, public, i, folder) for i in missing]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    bar.update()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    if missing[0] == last:  # before any other, so that the last one there is always this one
+        _download_shard(public, folder, missing.pop(0))
+    with ThreadPoolExecutor(num_workers) as pool:  # the first error cancels what has not begun
+        shards = pool.map(partial(_download_shard, public, folder), missing)
+        list(tqdm(shards, name, len(missing), unit="shard"))
     shutil.rmtree(folder / ".partial", ignore_errors=True)
 
 
-def _download_shard(public: PublicCorpus, index: int, folder: Path) -> None:
+def _download_shard(public: PublicCorpus, folder: Path, index: int) -> None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    name = shard_name(index)
     for attempt in range(DOWNLOAD_ATTEMPTS):
         try:
-            path = Path(
-                hf_hub_download(
-                    public.repo,
-                    shard_name(index),
-                    repo_type="dataset",
-                    local_dir=folder / ".partial",
-                    endpoint=endpoint,
-                )
+            partial_dir = folder / ".partial"
+            hf_hub_download(
+                public.repo, name, repo_type="dataset", local_dir=partial_dir, endpoint=endpoint
             )
+            path = partial_dir / name
             if not is_whole(path):
                 path.unlink()
                 raise OSError("what arrived is no whole parquet file")
             fsync_file(path)
-            path.rename(folder / path.name)
+            path.rename(folder / name)
             fsync_dir(folder)
             return
         except Exception as error:  # the hub's client lets through many kinds of network error
@@ -248,8 +222,8 @@ def _download_shard(public: PublicCorpus, index: int, folder: Path) -> None:
                 cause = error.__cause__ or error
                 reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
                 raise UserError(
-                    f"{shard_name(index)} of {public.repo} could not be downloaded from {endpoint}"
-                    f" ({reason}); run the same command again to go on, or set HF_ENDPOINT to a mirror"
+                    f"{name} of {public.repo} could not be downloaded from {endpoint} ({reason});"
+                    " run the same command again to go on, or set HF_ENDPOINT to a mirror"
                 ) from error
         time.sleep(RETRY_SECONDS * 2**attempt)
 
@@ -282,10 +256,8 @@ def main(cfg: Config) -> None:
         download(cfg.corpus, cfg.num_shards, cfg.num_workers)
     corpus = find_corpus(name)
     write_file(corpora_dir() / "current", f"{name}\n")
-    say(
-        f"corpus {name}: {len(corpus.train)} training shards and 1 for validation in {corpus.val.parent};"
-        " trainers read it unless --data says otherwise"
-    )
+    where = corpus.val.parent
+    say(f"corpus {name}: {len(corpus.train)} training shards and 1 for validation in {where}")
 
 
 if __name__ == "__main__":

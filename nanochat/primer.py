@@ -12,6 +12,7 @@ so that a base model can be examined, and the chat stages only have to teach man
 """
 
 import random
+import string
 from typing import Any
 
 from nanochat import primer_questions as ask
@@ -98,10 +99,14 @@ def choice_page(rng: random.Random, split: str) -> str:
 
 
 def lettered_page(rng: random.Random, split: str) -> str:
-    """A list with letters, and which letter stands by what: many answers to one list."""
-    choices = ask.ask_letter(rng, split).choices
-    letters = ask.LETTERS[: len(choices)]
-    rows = rng.choices(list(zip(letters, choices, strict=True)), k=rng.randint(3, 6))
+    """A list with letters, and which letter stands by what.
+
+    Short lists and any letters teach to copy a letter before there is anything to choose; from lists of three in
+    their order alone, a small model learns neither (dev/LOG.md).
+    """
+    choices = ask.ask_letter(rng, split).choices[: rng.choice((1, 1, 2, 2, 3))]
+    letters = rng.sample(string.ascii_uppercase[:8], len(choices))
+    rows = rng.choices(list(zip(letters, choices, strict=True)), k=3 if len(choices) > 1 else 1)
     asked = [
         f"{fill(rng.choice(texts.WHICH_LETTER), value=value)}\n{letter}" for letter, value in rows
     ]
@@ -207,7 +212,7 @@ def about_me(rng: random.Random, split: str) -> str:
 
 PAGES = {
     story: 16, letter: 3, diary: 5, fable: 4, poem: 2, animal_page: 5, facts_page: 16, mixed_page: 6,
-    school_page: 12, choice_page: 10, lettered_page: 8, counting_page: 3, sums_page: 3, calculator_page: 8, spelling_page: 6,
+    school_page: 12, choice_page: 10, lettered_page: 28, counting_page: 3, sums_page: 3, calculator_page: 8, spelling_page: 6,
     letters_page: 5, dialogue: 8, recipe: 2, dictionary: 4, groups_page: 3, about_me: 3,
 }  # fmt: skip
 QUESTIONS = {

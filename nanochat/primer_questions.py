@@ -103,11 +103,11 @@ def fill(template: str, rng: random.Random | None = None, /, **slots: object) ->
 def letter_choices(letters: Sequence[str], choices: Sequence[str]) -> str:
     """A line per choice with its letter behind it.
 
-    A small model binds a letter best to what it has just read. Behind two marks the split pattern cuts the letter
-    off, so it is always the one token that the answer is; behind one ("=A") a merge could swallow it.
+    The letter follows the choice at once, with nothing but a space: so the token next to the choice is the letter,
+    and smear hands it what it stands for. With " =>" between them a small model did not learn to bind.
     """
     rows = zip(letters, choices, strict=True)
-    return "\n".join(f"- {choice} =>{letter}" for letter, choice in rows)
+    return "\n".join(f"- {choice} {letter}" for letter, choice in rows)
 
 
 def render_choices(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:

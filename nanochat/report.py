@@ -4,20 +4,17 @@
     python -m nanochat.report generate   # after it: write report.md, here and in the report folder
     python -m nanochat.report size       # print the size of the code base
 
-A section is one JSON file, `$NANOCHAT_BASE_DIR/report/<stage>.json`, so stages can run on different days
-and a stage that runs again replaces its own section only. The report lists them in pipeline order and
-ends with the table Metric | BASE | MID | SFT | RL. What was not measured is a `-`.
+A section is one JSON file, `$NANOCHAT_BASE_DIR/report/<stage>.json`, which a stage that runs again replaces.
+The report lists them in pipeline order and ends with the table Metric | BASE | MID | SFT | RL.
 
-The choice that would surprise: the code base is the files that git tracks, without the tests, so the
-figure belongs to a revision; and a token is taken for four characters, since the count should not
-depend on a vocabulary.
+The choice that would surprise: a token of the code base is taken for four characters, since the count should
+not depend on a vocabulary.
 """
 
 import json
 import os
 import platform
 import re
-import shutil
 import socket
 import subprocess
 import time
@@ -34,20 +31,10 @@ from nanochat.paths import UserError, report_dir, write_file
 from nanochat.runtime import run_script, say
 from nanochat.training import git_revision
 
-# In pipeline order; the titles are the sections' own.
 STAGES = (
-    "tok_train",
-    "tok_eval",
-    "base_train",
-    "base_loss",
-    "base_eval",
-    "mid_train",
-    "chat_sft",
-    "chat_rl",
-    "chat_eval_mid",
-    "chat_eval_sft",
-    "chat_eval_rl",
-)
+    "tok_train", "tok_eval", "base_train", "base_loss", "base_eval",
+    "mid_train", "chat_sft", "chat_rl", "chat_eval_mid", "chat_eval_sft", "chat_eval_rl",
+)  # fmt: skip
 # Column of the last table -> (stages that may hold val_bpb, first found wins; stage of the accuracies).
 COLUMNS = {
     "BASE": (("base_loss", "base_train"), "base_eval"),
@@ -58,7 +45,6 @@ COLUMNS = {
 START = "start"  # start.json holds what `reset` noted; no stage has this name
 REPOSITORY = Path(__file__).resolve().parent.parent
 CODE_SUFFIXES = {".py", ".rs", ".toml", ".sh", ".md", ".html", ".js", ".css"}
-CHARACTERS_PER_TOKEN = 4
 
 
 def write_section(
@@ -91,7 +77,7 @@ def write_section(
 
 
 def code_size(root: Path = REPOSITORY) -> dict[str, int]:
-    """Size of everything that git tracks under `root` but tests and locks; empty outside git."""
+    """Size of everything that git tracks under `root` but tests and locks, empty outside git."""
     command = ["git", "-C", root, "ls-files", "-z"]
     try:
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -108,7 +94,7 @@ def code_size(root: Path = REPOSITORY) -> dict[str, int]:
         "characters": num_characters,
         "lines": sum(text.count("\n") for text in texts),
         "files": len(texts),
-        "approximate tokens": num_characters // CHARACTERS_PER_TOKEN,
+        "approximate tokens": num_characters // 4,
         "lines of the dependency lock": lock.read_text().count("\n") if lock.is_file() else 0,
     }
 
@@ -116,10 +102,12 @@ def code_size(root: Path = REPOSITORY) -> dict[str, int]:
 def machine() -> dict[str, str]:
     """What the run ran on, as printable values."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    table = Path("/proc/cpuinfo")  # on Linux
+    cpu = re.search(r"model name\s*:\s*(.+)", table.read_text()) if table.is_file() else None
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "host": socket.gethostname(),
-        "CPU": f"{cpu_name()}, {os.cpu_count()} cores",
+        "CPU": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores",
         "GPU": ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus) or "-",
         "memory": f"{memory / 2**30:.1f} GiB",
         "OS": platform.platform(),
@@ -127,13 +115,6 @@ def machine() -> dict[str, str]:
         "torch": str(torch.__version__),
         "git revision": git_revision(),
     }
-
-
-def cpu_name() -> str:
-    """The processor's marketing name where Linux tells it, else its architecture."""
-    table = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", table.read_text()) if table.is_file() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def reset() -> None:
@@ -148,41 +129,36 @@ def reset() -> None:
 def read_json(name: str) -> dict[str, Any] | None:
     """One file of the report folder, or None where the stage has not run."""
     path = report_dir() / f"{name}.json"
-    if not path.is_file():
-        return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError as error:
-        raise UserError(
-            f"{path} is not readable ({error}); delete it or run its stage again"
-        ) from None
+        raise UserError(f"{path} is damaged ({error}); delete it or run its stage again") from None
 
 
 def generate() -> None:
-    """Write report.md into the report folder and copy it to the working folder.
-
-    Raises UserError where no stage has left a section.
-    """
-    found = {stage: read_json(stage) for stage in STAGES}
-    sections = {stage: section for stage, section in found.items() if section is not None}
+    """Write report.md into the report folder and the working folder. Raises UserError without a section."""
+    sections = {stage: section for stage in STAGES if (section := read_json(stage))}
     if not sections:
         raise UserError(f"no stage has reported to {report_dir()}; run `bash runcpu.sh` first")
-    path = report_dir() / "report.md"
-    write_file(path, render(sections, read_json(START)))
-    shutil.copyfile(path, "report.md")
-    say(f"report: wrote {path}, copied to {Path('report.md').resolve()}")
+    text = render(sections, read_json(START))
+    for path in (report_dir() / "report.md", Path("report.md").resolve()):
+        write_file(path, text)
+        say(f"report: wrote {path}")
 
 
 def render(sections: Mapping[str, dict[str, Any]], start: Mapping[str, Any] | None) -> str:
     """The whole report as Markdown; `sections` in pipeline order, `start` what `reset` noted."""
-    parts = ["# nanochat report\n"]
-    if start is not None:
-        parts.append(f"Started {format_time(start['time'])}.\n")
-    parts.append("## Machine\n\n" + bullets(start["machine"] if start else machine()))
-    parts.append("## Code base\n\n" + (bullets(code_size()) or "- size: -\n"))
-    parts += [render_section(section) for section in sections.values()]
-    parts.append("## Summary\n\n" + summary_table(sections))
-    parts.append(f"Total wall clock time: {wall_clock(sections, start)}\n")
+    # To the end of the last stage: a report that is generated a day later says the same.
+    end = max(section["time"] for section in sections.values())
+    parts = [
+        "# nanochat report\n",
+        f"Started {format_time(start['time']) if start else '-'}.\n",
+        "## Machine\n\n" + bullets(start["machine"] if start else machine()),
+        "## Code base\n\n" + (bullets(code_size()) or "- size: -\n"),
+        *map(render_section, sections.values()),
+        "## Summary\n\n" + summary_table(sections),
+        f"Total wall clock time: {format_seconds(end - start['time']) if start else '-'}\n",
+    ]
     return "\n".join(parts)
 
 
@@ -193,13 +169,11 @@ def render_section(section: Mapping[str, Any]) -> str:
         f"## {section['title']}\n",
         f"{format_time(section['time'])} on {section['host']}, revision {section['git']}{took}.\n",
     ]
-    if section["settings"]:
-        parts.append("Settings:\n\n" + bullets(section["settings"]))
-    if section["results"]:
-        parts.append("Results:\n\n" + bullets(section["results"]))
+    for name in ("settings", "results"):
+        if section[name]:
+            parts.append(f"{name.capitalize()}:\n\n{bullets(section[name])}")
     if section["samples"]:
-        parts.append("Samples:\n")
-        parts += [fenced(sample) for sample in section["samples"]]
+        parts += ["Samples:\n", *map(fenced, section["samples"])]
     return "\n".join(parts)
 
 
@@ -238,13 +212,6 @@ def percent(results: Mapping[str, Any], task: str) -> str:
     return f"{100 * accuracy:.1f} %" + (f" ± {100 * stderr:.1f}" if stderr is not None else "")
 
 
-def wall_clock(sections: Mapping[str, dict[str, Any]], start: Mapping[str, Any] | None) -> str:
-    """From `reset` to the end of the last stage: a report that is generated a day later says the same."""
-    if start is None:
-        return "-"
-    return format_seconds(max(section["time"] for section in sections.values()) - start["time"])
-
-
 def one_line(value: object) -> str:
     """Text that cannot break out of a list line or a table cell."""
     return " ".join(str(value).split()).replace("|", "\\|")
@@ -268,8 +235,7 @@ def format_time(seconds: float) -> str:
 
 def fenced(text: str) -> str:
     """A code block whose fence is longer than any run of backticks in `text`."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    fence = "`" + max(["``", *re.findall("`+", text)], key=len)
     return f"{fence}text\n{text}\n{fence}\n"
 
 

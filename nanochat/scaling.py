@@ -19,27 +19,28 @@ from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 from nanochat.optim import MuonAdamW
 
 REFERENCE_BATCH = 2**19  # tokens a step at which the learning rates below were tuned
-REFERENCE_TOKENS = (
-    12 * 110_100_912
-)  # of the same run: 12 per parameter of blocks and head at depth 12
+REFERENCE_TOKENS = 12 * 110_100_912  # 12 for each parameter of blocks and head at depth 12
+REFERENCE_STEPS = REFERENCE_TOKENS / REFERENCE_BATCH  # 2,520
 REFERENCE_WIDTH = 768
-SQRT_RULE_FROM = 2**18  # tokens a step; below, the learning rates stop falling with the batch
+SQRT_RULE_FROM = 2**18  # tokens a step; below, learning rates stop falling with the batch
 
-# Learning rates at the reference batch and width. `by_width`: times (width / 768)^-.5. `by_batch`: see batch_factor.
-# Betas and decays are per group because they were tuned so; matrices' decay is scaled by weight_decay().
-ADAMW = {"kind": "adamw", "eps": 1e-10, "by_width": False, "by_batch": True}
+# Learning rates at the reference batch, length and width. `by_width`: times (width / 768)^-.5. `by_batch` and
+# `by_length`: see rate_factor. Betas and decays are per group as they were tuned; see weight_decay for the matrices'.
+ADAMW = {"kind": "adamw", "eps": 1e-10, "by_width": False, "by_batch": True, "by_length": 0.0}
+TABLE = ADAMW | {"betas": (0.8, 0.995), "by_width": True, "by_length": 0.5}
+SCALAR = ADAMW | {"betas": (0.8, 0.95), "weight_decay": 0.0}
 OPTIONS: dict[str, dict[str, Any]] = {
     "matrices": {
         "kind": "muon", "lr": 0.02, "momentum": 0.95, "beta2": 0.9, "weight_decay": 0.28,
-        "by_width": False, "by_batch": True,
+        "by_width": False, "by_batch": True, "by_length": 0.5,
     },
-    "head": ADAMW | {"lr": 0.008, "betas": (0.8, 0.96), "weight_decay": 0.01, "by_width": True},
-    "embedding": ADAMW | {"lr": 0.3, "betas": (0.8, 0.995), "weight_decay": 0.001, "by_width": True},
-    "value_embeddings": ADAMW | {"lr": 0.15, "betas": (0.8, 0.995), "weight_decay": 0.01, "by_width": True},
-    "resid_scalars": ADAMW | {"lr": 0.005, "betas": (0.8, 0.95), "weight_decay": 0.05},
-    "x0_scalars": ADAMW | {"lr": 0.5, "betas": (0.96, 0.95), "weight_decay": 0.0},
-    "gates": ADAMW | {"lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.0},
-    "smear_backout": ADAMW | {"lr": 0.2, "betas": (0.8, 0.95), "weight_decay": 0.0, "by_batch": False},
+    "head": TABLE | {"lr": 0.008, "betas": (0.8, 0.96), "weight_decay": 0.01, "by_length": -1 / 6},
+    "embedding": TABLE | {"lr": 0.3, "weight_decay": 0.001},
+    "value_embeddings": TABLE | {"lr": 0.15, "weight_decay": 0.01},
+    "resid_scalars": SCALAR | {"lr": 0.005, "weight_decay": 0.05},
+    "x0_scalars": SCALAR | {"lr": 0.5, "betas": (0.96, 0.95)},
+    "gates": SCALAR | {"lr": 0.02},
+    "smear_backout": SCALAR | {"lr": 0.2, "by_batch": False},
 }  # fmt: skip
 
 
@@ -112,16 +113,23 @@ def batch_tokens(num_tokens: float) -> int:
     return 2 ** max(0, round(exponent))
 
 
-def batch_factor(total_batch_size: int) -> float:
-    """Multiplier of the learning rates for a batch: sqrt(batch / 2^19), constant below 2^18."""
-    return (max(total_batch_size, SQRT_RULE_FROM) / REFERENCE_BATCH) ** 0.5
+def rate_factor(total_batch_size: int, num_steps: int, by_length: float) -> float:
+    """Multiplier of a learning rate: sqrt(batch / 2^19) from batches of 2^18 on, the published range.
+
+    Smaller batches keep the rate of 2^18, times (2520 / steps)^by_length in runs of fewer steps than the
+    reference's 2,520. One step stands for an unknown number: a stage that starts from a trained model.
+    """
+    factor = (max(total_batch_size, SQRT_RULE_FROM) / REFERENCE_BATCH) ** 0.5
+    if total_batch_size >= SQRT_RULE_FROM or num_steps <= 1:
+        return factor
+    return factor * max(1.0, REFERENCE_STEPS / num_steps) ** by_length
 
 
-def weight_decay(total_batch_size: int, num_tokens: float) -> float:
+def weight_decay(total_batch_size: int, num_steps: int) -> float:
     """Decay of the matrices that keeps learning rate x decay x steps as it was in the reference run."""
-    decay: float = OPTIONS["matrices"]["weight_decay"]
-    steps = num_tokens / total_batch_size
-    return decay * REFERENCE_TOKENS / REFERENCE_BATCH / steps / batch_factor(total_batch_size)
+    matrices = OPTIONS["matrices"]
+    factor = rate_factor(total_batch_size, num_steps, matrices["by_length"])
+    return matrices["weight_decay"] * REFERENCE_STEPS / num_steps / factor
 
 
 def optimizer_groups(
@@ -131,12 +139,13 @@ def optimizer_groups(
     groups = []
     for group in parameter_groups:
         options = dict(OPTIONS[group["name"]])
+        by_length, by_batch = options.pop("by_length"), options.pop("by_batch")
         if options.pop("by_width"):
             options["lr"] *= (width / REFERENCE_WIDTH) ** -0.5
-        if options.pop("by_batch"):
-            options["lr"] *= batch_factor(total_batch_size)
+        if by_batch:
+            options["lr"] *= rate_factor(total_batch_size, num_steps, by_length)
         if options["kind"] == "muon":
-            options["weight_decay"] = weight_decay(total_batch_size, num_steps * total_batch_size)
+            options["weight_decay"] = weight_decay(total_batch_size, num_steps)
         groups.append({**group, **options})
     return groups
 

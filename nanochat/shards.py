@@ -1,7 +1,7 @@
 """Shards of text: parquet files with one string column `text`, one document a row.
 
-Written with zstd in row groups of at most 1,024 documents; read back one row group at a time, so neither
-side holds more than that. Files of other makers are read too, whatever else they hold beside `text`.
+Written with zstd in row groups of at most 1,024 documents; read back one row group at a time. Files of other
+makers are read too, whatever else they hold beside `text`.
 
 The choice that would surprise: documents that come before the reading position are passed over by the row
 counts in the footers, without decompressing them, so resuming deep in a corpus costs milliseconds.
@@ -58,10 +58,7 @@ def is_whole(path: Path) -> bool:
 
 
 def read_texts(shards: Sequence[Path], skip: int = 0) -> Iterator[str]:
-    """The documents of `shards` in order, once; the first `skip` are passed over by their row counts.
-
-    Holds one row group of one shard at a time. Raises UserError for a shard that is damaged.
-    """
+    """The documents of `shards` in order, once, but the first `skip`. Raises UserError for a damaged shard."""
     for path in shards:
         num_documents = check_shard(path)
         if skip >= num_documents:
@@ -91,8 +88,7 @@ class ShardWriter:
     """Writes documents to one parquet file, a row group at a time."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.num_chars = 0
+        self.path, self.num_chars = path, 0
         self._file = pq.ParquetWriter(path, SCHEMA, compression="zstd")
         self._texts: list[str] = []
         self._group_chars = 0

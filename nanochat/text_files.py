@@ -29,11 +29,11 @@ def list_files(path: Path) -> list[Path]:
     files = [file for file in found if file.suffix in kinds and file.is_file()]
     if not files:
         raise UserError(f"--from={path}: found no .parquet, .txt or .jsonl file there")
-    return sorted(files, key=lambda file: [_number(part) for part in re.split(r"(\d+)", str(file))])
+    return sorted(files, key=_name_parts)
 
 
-def _number(part: str) -> tuple[int, str]:
-    return (int(part), "") if part.isdecimal() else (-1, part)
+def _name_parts(path: Path) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
 def read_documents(files: Sequence[Path]) -> Iterator[str]:

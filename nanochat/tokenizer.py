@@ -2,10 +2,8 @@
 
 Byte-level BPE: the 256 bytes are the first tokens, so that every text can be encoded; each merge adds one;
 special tokens come last and are never produced from text, even where a text spells one. The split pattern
-is GPT-4's, with numbers cut to at most two digits, which spends less of a small vocabulary on them; it is
-stored with the tokenizer, so training and encoding cannot disagree.
-
-A tokenizer is one JSON file, hence whole or absent, with a checksum over the tokens.
+is GPT-4's, with numbers cut to at most two digits, which spends less of a small vocabulary on them. A
+tokenizer is one JSON file, hence whole or absent, with the pattern and a checksum over the tokens.
 
 The choice that would surprise: a lone surrogate, which no UTF-8 text can hold but a Python string can, is
 encoded as the three bytes that UTF-8 would give it, so that decode(encode(text)) == text for every str.
@@ -30,9 +28,7 @@ SPLIT_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 FILE_NAME = "tokenizer.json"
-NUM_BYTES = 256
-# tiktoken's regex engine backtracks over a run of blanks and panics (StackOverflow) between 0.1 and 1
-# million of them, so longer runs than this are cut.
+# tiktoken's regex engine backtracks over blanks and panics (StackOverflow) at 0.1 to 1 million of them.
 MAX_BLANKS = 50_000
 # What tiktoken cannot take as it is: lone surrogates, very long runs of blanks.
 ODD = re.compile(rf"[\ud800-\udfff]+|(?<!\s)\s{{{MAX_BLANKS},}}")
@@ -48,24 +44,19 @@ class Tokenizer:
         self.vocab_size = len(tokens) + len(specials)
         self._tokens = list(tokens)
         ranks = {token: rank for rank, token in enumerate(tokens)}
-        self._byte_ids = [ranks[bytes([byte])] for byte in range(NUM_BYTES)]
+        self._byte_ids = [ranks[bytes([byte])] for byte in range(256)]
         self._encoding = tiktoken.Encoding(
             "nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.specials
         )
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, specials: Sequence[str]) -> "Tokenizer":
-        """A tokenizer of `vocab_size` ids, specials included; fewer where the texts hold no more merges.
-
-        Raises UserError when `vocab_size` has no room for the 256 bytes and the specials.
-        """
+        """A tokenizer of `vocab_size` ids, specials included; fewer where the texts hold no more merges."""
         import rustbpe  # here, so that loading a tokenizer does without the compiled extension
 
-        if vocab_size < NUM_BYTES + len(specials):
-            raise UserError(
-                f"--vocab_size={vocab_size} is too small; use at least {NUM_BYTES + len(specials)}"
-                f" (the bytes and {len(specials)} special tokens)"
-            )
+        smallest = 256 + len(specials)
+        if vocab_size < smallest:
+            raise UserError(f"--vocab_size={vocab_size} is too small; use at least {smallest}")
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(iter(texts), vocab_size - len(specials), pattern=SPLIT_PATTERN)
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
@@ -123,8 +114,6 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 2) -> list[list[int]]:
         """The ids of each text, encoded in parallel: tiktoken works without the GIL."""
-        if num_threads == 1 or len(texts) < 2:
-            return [self.encode(text) for text in texts]
         with ThreadPoolExecutor(num_threads) as pool:
             return list(pool.map(self.encode, texts))
 

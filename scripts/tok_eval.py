@@ -31,8 +31,7 @@ SAMPLES = {
     "English": """\
 The lighthouse keeper had two rules. The lamp must be lit before the last boat leaves the harbour, and
 nobody climbs the stairs with wet boots. On the night of the storm she broke the second rule eleven
-times, and the first one not at all. "It's only water," she told the inspector the next morning, while
-he counted the boats. He didn't answer; every one of them was there.
+times, and the first one not at all. "It's only water," she told the inspector. He didn't answer.
 """,
     "code": '''\
 def longest_run(values: list[int]) -> tuple[int, int]:
@@ -44,8 +43,6 @@ def longest_run(values: list[int]) -> tuple[int, int]:
         if i - start + 1 > best_length:
             best_start, best_length = start, i - start + 1
     return best_start, best_length
-
-
 for (int row = 0; row < height; row++) { sum += pixels[row * width + column] & 0xFF; }
 ''',
     "maths": r"""
@@ -92,10 +89,9 @@ def find_yardsticks() -> dict[str, Callable[[str], int]]:
         try:
             with no_downloads():
                 reference = tiktoken.get_encoding(encoding)
+            found[name] = lambda text, reference=reference: len(reference.encode_ordinary(text))
         except (OSError, ValueError):
             say(f"{name}'s vocabulary is not in tiktoken's cache: left out")
-            continue
-        found[name] = lambda text, reference=reference: len(reference.encode_ordinary(text))
     return found or {
         "bytes": lambda text: len(text.encode()),
         "words": lambda text: len(text.split()),
@@ -105,12 +101,10 @@ def find_yardsticks() -> dict[str, Callable[[str], int]]:
 def gather_texts(cfg: Config) -> dict[str, list[str]]:
     """Name of each kind of text -> its documents."""
     corpus = find_corpus(cfg.data)
-    train, val = (
-        list(islice(read_texts([shard]), cfg.num_documents))
-        for shard in (corpus.train[0], corpus.val)
-    )
-    written = {name: [text] for name, text in SAMPLES.items()}
-    return {**written, f"{corpus.name}, train": train, f"{corpus.name}, val": val}
+    texts = {name: [text] for name, text in SAMPLES.items()}
+    for split, shard in (("train", corpus.train[0]), ("val", corpus.val)):
+        texts[f"{corpus.name}, {split}"] = list(islice(read_texts([shard]), cfg.num_documents))
+    return texts
 
 
 def main(cfg: Config) -> None:

@@ -3,9 +3,7 @@
     python -m scripts.tok_train                                          # 2 billion characters, 32,768 ids
     python -m scripts.tok_train --vocab_size=4096 --max_chars=20000000   # a laptop, in seconds
 
-The work is done by CPU threads; GPUs do not matter, 8 of them neither.
-
-The choice that would surprise: of each document only the first 10,000 characters count, so that a few
+The work is done by CPU threads; GPUs do not matter. The choice that would surprise: of each document only the first 10,000 characters count, so that a few
 books do not decide the vocabulary of a corpus of pages.
 
 reads:  base_data/NAME/shard_*.parquet (the training shards)
@@ -34,23 +32,22 @@ class Config:
     data: str = ""  # name of the corpus; default: the one prepared last
 
 
+@dataclass
 class CountedTexts:
     """The beginnings of documents, until `max_chars` characters in all; counts what it gives."""
 
-    def __init__(self, texts: Iterable[str], max_chars: int, max_doc_chars: int) -> None:
-        self._texts = texts
-        self._max_chars = max_chars
-        self._max_doc_chars = max_doc_chars
-        self.num_documents = 0
-        self.num_chars = 0
+    texts: Iterable[str]
+    cfg: Config
+    num_documents: int = 0
+    num_chars: int = 0
 
     def __iter__(self) -> Iterator[str]:
-        for text in self._texts:
-            text = text[: min(self._max_doc_chars, self._max_chars - self.num_chars)]
+        for text in self.texts:
+            text = text[: min(self.cfg.max_doc_chars, self.cfg.max_chars - self.num_chars)]
             self.num_documents += 1
             self.num_chars += len(text)
             yield text
-            if self.num_chars >= self._max_chars:
+            if self.num_chars >= self.cfg.max_chars:
                 return
 
 
@@ -59,34 +56,25 @@ def main(cfg: Config) -> None:
     if cfg.max_chars < 1 or cfg.max_doc_chars < 1:
         raise UserError("--max_chars and --max_doc_chars must be 1 or more")
     corpus = find_corpus(cfg.data)
-    texts = CountedTexts(read_texts(corpus.train), cfg.max_chars, cfg.max_doc_chars)
+    texts = CountedTexts(read_texts(corpus.train), cfg)
     say(f"training a tokenizer of {cfg.vocab_size:,} ids on the corpus {corpus.name}")
     begin = time.perf_counter()
     tokenizer = Tokenizer.train(texts, cfg.vocab_size, SPECIAL_TOKENS)
     seconds = time.perf_counter() - begin
     tokenizer.save(tokenizer_dir())
-    say(
-        f"{texts.num_chars:,} characters of {texts.num_documents:,} documents in {seconds:.1f} s"
-        f" | saved in {tokenizer_dir()}"
-    )
+    say(f"{texts.num_chars:,} characters of {texts.num_documents:,} documents in {seconds:.1f} s")
     if tokenizer.vocab_size < cfg.vocab_size:
         say(f"the text holds no more than {tokenizer.vocab_size:,} ids: nothing is left to merge")
     lengths = [length for length in tokenizer.token_bytes() if length > 0]
-    write_section(
-        "tok_train",
-        "Tokenizer training",
-        vars(cfg),
-        {
-            "corpus": corpus.name,
-            "vocabulary": tokenizer.vocab_size,
-            "characters": texts.num_chars,
-            "documents": texts.num_documents,
-            "seconds": round(seconds, 2),
-            "mean bytes of a token": round(sum(lengths) / len(lengths), 2),
-            "longest token in bytes": max(lengths),
-        },
-        seconds=seconds,
-    )
+    results = {
+        "corpus": corpus.name,
+        "vocabulary": tokenizer.vocab_size,
+        "characters": texts.num_chars,
+        "documents": texts.num_documents,
+        "mean bytes of a token": sum(lengths) / len(lengths),
+        "longest token in bytes": max(lengths),
+    }
+    write_section("tok_train", "Tokenizer training", vars(cfg), results, seconds=seconds)
 
 
 if __name__ == "__main__":

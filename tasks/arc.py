@@ -20,10 +20,13 @@ from tasks.common import ChoiceTask
 class ARC(ChoiceTask):
     """`config` is ARC-Easy or ARC-Challenge; the splits are train, validation and test."""
 
+    name = "allenai/ai2_arc"
+
     def __init__(
         self, config: str, split: str, start: int = 0, stop: int | None = None, step: int = 1
     ) -> None:
-        super().__init__("allenai/ai2_arc", config, split, start, stop, step)
+        self.config = config
+        super().__init__(split, start, stop, step)
 
     def convert(self, row: dict[str, Any]) -> Conversation:
         choices = row["choices"]

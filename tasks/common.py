@@ -1,14 +1,11 @@
 """What every task is: a list of conversations that can be cut, mixed, shuffled and scored.
 
-A task answers `num_examples()`, `get_example(index)` and, where it is an evaluation, `score`. Cutting
-(`start`, `stop`, `step`) is done here, so `Arc(stop=100)` works for all of them, and so is reading rows of
-Hugging Face data sets, from the hub or, with `NANOCHAT_DATASETS=<folder>`, from
+A task answers `num_examples()`, `get_example(index)` and, where it is an evaluation, `score`; cutting is
+done here. Rows of Hugging Face data sets come from the hub or, with `NANOCHAT_DATASETS=<folder>`, from
 `<folder>/<owner>/<name>/<config>/<split>.jsonl` or `.parquet`.
 
-The choices that would surprise: a mixture repeats a task that is listed twice, so oversampling is written
-down where it can be seen, and not hidden in a weight. And the rows of a public data set come in an order
-that is shuffled once and for all: MMLU is sorted by subject, and the first hundred rows of any task should
-be a fair sample of it.
+The choice that would surprise: the rows of a public data set come in an order that is shuffled once and for
+all. MMLU is sorted by subject, and the first hundred rows of any task should be a fair sample of it.
 """
 
 import json
@@ -25,11 +22,9 @@ from nanochat.chat_format import Conversation, check_conversation
 from nanochat.paths import UserError
 from nanochat.primer_questions import render_choices
 
-__all__ = ["ChoiceTask", "HubTask", "Task", "TaskMixture", "load_rows", "render_choices"]
-
 
 class Task(Sequence[Conversation]):
-    """A list of conversations. Subclasses say how many there are, make one, and may score a reply."""
+    """A list of conversations. Subclasses say how many there are, make one, and may score otherwise."""
 
     kind = "generate"  # "choice": the reply is one of the letters in the conversation's "letters"
     baseline = 0.0  # accuracy of guessing
@@ -47,17 +42,14 @@ class Task(Sequence[Conversation]):
         raise NotImplementedError
 
     def score(self, conversation: Conversation, reply: str) -> float:
-        """From 0 (wrong) to 1 (right): what evaluation counts and RL rewards."""
-        raise NotImplementedError(f"{type(self).__name__} is for training and scores nothing")
+        """From 0 (wrong) to 1 (right), what evaluation counts and RL rewards: here, is it the answer itself."""
+        return float(reply.strip() == conversation["answer"])
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Conversation:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.get_example(self._indices[index])
-
-    def __iter__(self) -> Iterator[Conversation]:
-        return (self[index] for index in range(len(self)))
 
 
 class TaskMixture(Task):
@@ -80,17 +72,12 @@ class TaskMixture(Task):
 class HubTask(Task):
     """One split of a public data set. Subclasses make a conversation of a row, and raise where they cannot."""
 
-    def __init__(
-        self,
-        name: str,
-        config: str,
-        split: str,
-        start: int = 0,
-        stop: int | None = None,
-        step: int = 1,
-    ) -> None:
-        self._where = f"{name} ({config}, {split})"
-        self._rows = load_rows(name, config, split)
+    name: str  # of the data set on the hub
+    config: str
+
+    def __init__(self, split: str, start: int = 0, stop: int | None = None, step: int = 1) -> None:
+        self._where = f"{self.name} ({self.config}, {split})"
+        self._rows = load_rows(self.name, self.config, split)
         self._order = list(range(len(self._rows)))
         random.Random(self._where).shuffle(self._order)
         super().__init__(start, stop, step)
@@ -122,20 +109,19 @@ class ChoiceTask(HubTask):
     kind = "choice"
     baseline = 0.25
 
-    def score(self, conversation: Conversation, reply: str) -> float:
-        return float(reply.strip() == conversation["answer"])
-
     @staticmethod
     def ask(question: str, choices: Sequence[str], right: int) -> Conversation:
         """The question with choices A, B, C, ...; `right` is the position of the right one."""
         if not 0 <= right < len(choices):
             raise ValueError(f"answer {right} of {len(choices)} choices")
         letters = list(ascii_uppercase[: len(choices)])
-        messages = [
-            {"role": "user", "content": render_choices(question, letters, choices)},
-            {"role": "assistant", "content": letters[right]},
-        ]
+        messages = exchange(render_choices(question, letters, choices), letters[right])
         return {"messages": messages, "letters": letters, "answer": letters[right]}
+
+
+def exchange(question: str, reply: str | list[dict[str, str]]) -> list[dict[str, Any]]:
+    """The messages of one question and its reply."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
 
 
 def load_rows(name: str, config: str, split: str) -> Sequence[dict[str, Any]]:
@@ -151,10 +137,6 @@ def load_rows(name: str, config: str, split: str) -> Sequence[dict[str, Any]]:
 
         rows = datasets.load_dataset(name, config, split=split)
         return cast(Sequence[dict[str, Any]], rows)  # a Dataset reads a row when it is asked for
-    except ImportError as error:
-        raise UserError(
-            "the package `datasets` is missing; run `source setup.sh`, or set NANOCHAT_DATASETS=<folder>"
-        ) from error
     # datasets raises its own FileNotFoundError and ConnectionError subclasses, and ValueError for splits
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -171,17 +153,12 @@ def _read_local(folder: Path, split: str) -> Sequence[dict[str, Any]]:
         except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
             raise UserError(f"{table} is no readable parquet file; fetch it again") from error
     if lines.is_file():
-        return read_jsonl(lines)
+        return [row for _, row in numbered_jsonl(lines)]
     raise UserError(f"NANOCHAT_DATASETS: there is no {split}.jsonl or {split}.parquet in {folder}")
 
 
-def read_jsonl(path: Path) -> list[Any]:
-    """The rows of a .jsonl file, blank lines left out. Raises UserError with the line that is malformed."""
-    return [row for _, row in numbered_jsonl(path)]
-
-
 def numbered_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, row) of a .jsonl file."""
+    """(line number from 1, row) of a .jsonl file, blank lines left out. Raises UserError with a malformed line."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -18,11 +18,11 @@ from tasks.common import Task, numbered_jsonl
 class CustomJSON(Task):
     """The conversations of one file. Raises UserError with the line that is wrong."""
 
-    def __init__(self, path: Path, start: int = 0, stop: int | None = None, step: int = 1) -> None:
+    def __init__(self, path: Path) -> None:
         self._rows = [_checked(path, number, row) for number, row in numbered_jsonl(path)]
         if not self._rows:
             raise UserError(f"--custom={path}: the file holds no conversation")
-        super().__init__(start, stop, step)
+        super().__init__()
 
     def num_examples(self) -> int:
         return len(self._rows)

@@ -18,7 +18,7 @@ from decimal import Decimal
 from typing import Any
 
 from nanochat.chat_format import Conversation
-from tasks.common import HubTask
+from tasks.common import HubTask, exchange
 
 MARK = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 # Possessive (++), so that "#### 18.5/3" is not read as 18: what stands behind a number counts.
@@ -28,16 +28,12 @@ FINAL = re.compile(r"####\s*([-+]?)\s*\$?\s*([-+]?)([0-9][0-9,]*+(?:\.[0-9]+)?+|
 class GSM8K(HubTask):
     """The splits are train (7,473 rows) and test (1,319)."""
 
-    def __init__(self, split: str, start: int = 0, stop: int | None = None, step: int = 1) -> None:
-        super().__init__("openai/gsm8k", "main", split, start, stop, step)
+    name, config = "openai/gsm8k", "main"
 
     def convert(self, row: dict[str, Any]) -> Conversation:
         if final_number(row["answer"]) is None:
             raise ValueError("the answer has no number after ####")
-        messages = [
-            {"role": "user", "content": row["question"]},
-            {"role": "assistant", "content": solution_parts(row["answer"])},
-        ]
+        messages = exchange(row["question"], solution_parts(row["answer"]))
         return {"messages": messages, "answer": row["answer"].rpartition("####")[2].strip()}
 
     def score(self, conversation: Conversation, reply: str) -> float:

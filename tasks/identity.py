@@ -18,21 +18,11 @@ from pathlib import Path
 from nanochat.chat_format import Conversation
 from nanochat.paths import UserError
 from nanochat.primer_words import ways
-from tasks.common import Task
+from tasks.common import Task, exchange
 
 FACTS = Path(__file__).with_name("identity.json")
 NUM_ROWS = 1_000
-OPENINGS = (
-    "",
-    "",
-    "",
-    "Hi! ",
-    "Hello. ",
-    "Hey! ",
-    "Good morning. ",
-    "Quick question: ",
-    "Tell me: ",
-)
+OPENINGS = ("", "", "", "Hi! ", "Hello. ", "Hey! ", "Good morning. ", "Quick question: ", "Tell me: ")  # fmt: skip
 # subject -> (questions, replies); {name} and the like are facts of the file
 TOPICS = {
     "name": (
@@ -77,11 +67,9 @@ TOPICS = {
 class Identity(Task):
     """Conversations of one to three questions about the model itself."""
 
-    def __init__(
-        self, start: int = 0, stop: int | None = None, step: int = 1, facts: Path = FACTS
-    ) -> None:
+    def __init__(self, facts: Path = FACTS) -> None:
         self._facts = read_facts(facts)
-        super().__init__(start, stop, step)
+        super().__init__()
 
     def num_examples(self) -> int:
         return NUM_ROWS
@@ -93,10 +81,7 @@ class Identity(Task):
             questions, replies = TOPICS[topic]
             opening = rng.choice(OPENINGS) if number == 0 else ""
             reply = rng.choice(replies).format(**self._facts)
-            messages += [
-                {"role": "user", "content": opening + rng.choice(questions)},
-                {"role": "assistant", "content": reply},
-            ]
+            messages += exchange(opening + rng.choice(questions), reply)
         return {"messages": messages}
 
 

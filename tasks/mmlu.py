@@ -19,8 +19,7 @@ from tasks.common import ChoiceTask
 class MMLU(ChoiceTask):
     """The splits are auxiliary_train, dev (five rows a subject), validation and test."""
 
-    def __init__(self, split: str, start: int = 0, stop: int | None = None, step: int = 1) -> None:
-        super().__init__("cais/mmlu", "all", split, start, stop, step)
+    name, config = "cais/mmlu", "all"
 
     def convert(self, row: dict[str, Any]) -> Conversation:
         return self.ask(row["question"], row["choices"], row["answer"])

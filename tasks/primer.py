@@ -16,7 +16,7 @@ import re
 from nanochat import primer
 from nanochat.chat_format import Conversation
 from nanochat.primer_questions import LETTERS, NUM_CHOICES, Question
-from tasks.common import Task
+from tasks.common import Task, exchange
 
 NUM_TRAIN, NUM_TEST = 20_000, 400  # the primer is endless; these are the parts that tasks use
 
@@ -49,10 +49,7 @@ class PrimerQuiz(Task):
 
     def get_example(self, index: int) -> Conversation:
         question = primer.quiz(self.split, self.quiz, index)
-        messages = [
-            {"role": "user", "content": question.prompt()},
-            {"role": "assistant", "content": question.reply},
-        ]
+        messages = exchange(question.prompt(), question.reply)
         return {"messages": messages, **self.details(question)}
 
     def details(self, question: Question) -> Conversation:
@@ -75,9 +72,6 @@ class PrimerChoice(PrimerQuiz):
             "continuations": [f" {choice}" for choice in question.choices],
             "gold": question.choices.index(question.answer),
         }
-
-    def score(self, conversation: Conversation, reply: str) -> float:
-        return float(reply.strip() == conversation["answer"])
 
 
 class PrimerExact(PrimerQuiz):

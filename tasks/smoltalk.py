@@ -19,13 +19,7 @@ from tasks.common import HubTask
 class SmolTalk(HubTask):
     """The splits are train and test."""
 
-    def __init__(self, split: str, start: int = 0, stop: int | None = None, step: int = 1) -> None:
-        super().__init__("HuggingFaceTB/smol-smoltalk", "default", split, start, stop, step)
+    name, config = "HuggingFaceTB/smol-smoltalk", "default"
 
     def convert(self, row: dict[str, Any]) -> Conversation:
-        return {
-            "messages": [
-                {"role": message["role"], "content": message["content"]}
-                for message in row["messages"]
-            ]
-        }
+        return {"messages": row["messages"]}

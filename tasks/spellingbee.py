@@ -24,7 +24,7 @@ from nanochat.paths import UserError
 from nanochat.primer_questions import fill, generator, held_out, tally, times
 from nanochat.primer_texts import COUNT_QUESTIONS, HAND_QUESTIONS, SPELL_QUESTIONS
 from nanochat.primer_words import ALPHABET
-from tasks.common import Task
+from tasks.common import Task, exchange
 from tasks.primer import last_count, normalized
 
 NUM_TRAIN, NUM_TEST = 1_000_000, 400  # the parts of the endless rows that tasks can use
@@ -55,13 +55,7 @@ class SpellWord(Task):
         word = rng.choice(self.words)
         spelled = "-".join(word)
         question = fill(rng.choice(ASK_SPELLING), word=word)
-        return {
-            "messages": [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": spelled},
-            ],
-            "answer": spelled,
-        }
+        return {"messages": exchange(question, spelled), "answer": spelled}
 
     def score(self, conversation: Conversation, reply: str) -> float:
         return float(normalized(reply) == conversation["answer"])
@@ -83,13 +77,7 @@ class SpellingBee(SpellWord):
         )
         question = fill(rng.choice(ASK_COUNT), word=word, letter=letter)
         reply = [{"type": kind, "text": text} for kind, text in parts]
-        return {
-            "messages": [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": reply},
-            ],
-            "answer": count,
-        }
+        return {"messages": exchange(question, reply), "answer": count}
 
     def score(self, conversation: Conversation, reply: str) -> float:
         return float(last_count(reply) == conversation["answer"])
@@ -105,9 +93,7 @@ def words_of(split: str, file: Path | None = None) -> tuple[str, ...]:
         try:
             lines = file.read_text(encoding="utf-8").lower().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"--words={file}: {error}; give a text file, one word a line"
-            ) from error
+            raise UserError(f"--words={file}: {error}; give a text file of words") from error
         words = {word for line in lines if re.fullmatch("[a-z]{2,}", word := line.strip())}
     own = sorted(word for word in words if held_out("word", word) == (split != "train"))
     if not own:

@@ -81,9 +81,7 @@ def all_data(write_rows: WriteRows) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    text = (
-        f"{PENS['question']} {PENS['answer']} - light =>A - sugar =>B\nThe letter appears times in"
-    )
+    text = f"{PENS['question']} {PENS['answer']} - light A - sugar B\nThe letter appears times in"
     return Tokenizer.train([text], 300, SPECIAL_TOKENS)
 
 
@@ -111,7 +109,7 @@ def test_arc_looks_the_answer_up_among_the_rows_labels(
     write_rows("allenai/ai2_arc/ARC-Easy/test", [row])
     task = ARC("ARC-Easy", "test")
     asked = task[0]
-    lines = [f"- {text} =>{each}" for text, each in zip(texts, "ABCDE", strict=False)]
+    lines = [f"- {text} {each}" for text, each in zip(texts, "ABCDE", strict=False)]
     assert asked["messages"][0]["content"].split("\n")[:-1] == [question, *lines]
     assert asked["letters"] == list("ABCDE"[: len(texts)])
     assert asked["messages"][1]["content"] == asked["answer"] == letter
@@ -123,7 +121,7 @@ def test_a_choice_prompt_to_the_token(write_rows: WriteRows, tokenizer: Tokenize
     row = MMLU("test")[0]
     ids, mask = render_conversation(tokenizer, row)
     assert tokenizer.decode(ids) == (
-        "<|bos|><|user_start|>2 + 2?\n- 1 =>A\n- 2 =>B\n- 3 =>C\n- 4 =>D\nAnswer with the letter only.<|user_end|>"
+        "<|bos|><|user_start|>2 + 2?\n- 1 A\n- 2 B\n- 3 C\n- 4 D\nAnswer with the letter only.<|user_end|>"
         "<|assistant_start|>D<|assistant_end|>"
     )
     learned = [id for id, on in zip(ids, mask, strict=True) if on]

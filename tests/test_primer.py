@@ -120,7 +120,7 @@ def test_no_test_sum_is_ever_taught(train_pages: list[str], train_talks: list[di
         reply = primer.quiz("test", "arithmetic", index).reply
         assert isinstance(reply, list)
         tested |= sums(reply[0]["text"])
-    assert len(taught) > 4000
+    assert len(taught) > 3000
     assert len(tested) > 800
     assert not taught & tested
     # Small sums are where two samples would meet by chance.

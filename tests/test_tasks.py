@@ -61,23 +61,19 @@ def test_a_mixture_holds_every_row_as_often_as_its_task_is_listed() -> None:
     )
 
 
-def test_the_letter_after_a_choice_is_the_one_token_that_the_answer_is(
-    tokenizer: Tokenizer,
-) -> None:
-    """Trained on pages full of lettered choices, so a merge across the letter would have been learned."""
+def test_the_letter_after_a_choice_is_one_token_whatever_the_choice(tokenizer: Tokenizer) -> None:
     rows = [primer.quiz("test", "choice", index).choices for index in range(50)]
     choices = [*chain.from_iterable(rows), "light.", "5 %", "x=", "(so)", "A"]
     for letter in "ABCDE":
-        answer = tokenizer.encode(letter)
-        assert len(answer) == 1
-        for choice in choices:
-            line = render_choices("?", [letter], [choice]).split("\n")[1]
-            assert tokenizer.encode(line)[-1:] == answer, line
+        assert len(tokenizer.encode(letter)) == 1  # the answer
+        lines = [render_choices("?", [letter], [choice]).split("\n")[1] for choice in choices]
+        last = {tokenizer.encode(line)[-1] for line in lines}
+        assert len(last) == 1 and tokenizer.decode(list(last)).strip() == letter
 
 
 def test_choices_are_rendered_with_the_letter_behind() -> None:
     text = render_choices("What colour is snow?", ["A", "B"], ["red", "white"])
-    assert text.split("\n")[:3] == ["What colour is snow?", "- red =>A", "- white =>B"]
+    assert text.split("\n")[:3] == ["What colour is snow?", "- red A", "- white B"]
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
@@ -129,7 +125,7 @@ def test_scores_are_neither_too_kind_nor_too_strict() -> None:
 def test_choice_rows_carry_what_a_base_model_is_asked() -> None:
     for row in list(PrimerChoice("test"))[:50]:
         choice = row["continuations"][row["gold"]].strip()
-        assert f"- {choice} =>{row['answer']}" in row["messages"][0]["content"]
+        assert f"- {choice} {row['answer']}" in row["messages"][0]["content"]
         assert row["document"].startswith("Question: ") and row["document"].endswith("\nAnswer:")
         assert len(row["letters"]) == len(row["continuations"])
 

@@ -2,9 +2,8 @@
 
     python -m dev.bench.engine_speed
 
-Rounds of the three engines are interleaved, so that whatever else the machine does meets all of them alike;
-the median round is printed. Every round generates 64 tokens for as many requests as there are slots, reading
-a prompt of its own (32 tokens) for each.
+The median of interleaved rounds, so that a busy machine disturbs all alike. A round generates 64 tokens for as
+many requests as there are slots, each with a prompt of 32 tokens.
 """
 
 import random
@@ -21,16 +20,12 @@ from nanochat.gpt import GPT
 from nanochat.scaling import depth_to_config
 from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
 
-PROMPT_TOKENS = 32
-
 
 @dataclass
 class Config:
     """How fast one process generates for 1, 4 and 16 at once."""
 
     depth: int = 4  # layers
-    vocab_size: int = 32768  # ids, all of which are sampled from
-    max_seq_len: int = 512  # tokens of context
     num_tokens: int = 64  # generated per request
     num_rounds: int = 7  # per number of slots
     device: str = "cpu"  # cpu or cuda
@@ -40,7 +35,7 @@ def one_round(engine: Engine, num_tokens: int, seed: int) -> float:
     """Tokens per second of one full set of requests."""
     ids = random.Random(seed)
     requests = [
-        Request(ids.choices(range(256), k=PROMPT_TOKENS), num_tokens, top_k=50, seed=seed + i)
+        Request(ids.choices(range(256), k=32), num_tokens, top_k=50, seed=seed + i)
         for i in range(engine.num_slots)
     ]
     begin = time.perf_counter()
@@ -51,9 +46,9 @@ def one_round(engine: Engine, num_tokens: int, seed: int) -> float:
 def main(cfg: Config) -> None:
     """Print the median speed for each number of slots, and how much faster it is than one slot."""
     tokenizer = Tokenizer([bytes([byte]) for byte in range(256)], SPECIAL_TOKENS, SPLIT_PATTERN)
-    model = GPT(depth_to_config(cfg.depth, cfg.vocab_size, cfg.max_seq_len))
+    model = GPT(depth_to_config(cfg.depth, 32768, 512))
     model.init_weights()
-    model = model.to(cfg.device)
+    model.to(cfg.device)
     if cfg.device == "cuda":
         model.set_compute_dtype(torch.bfloat16)
     speeds: dict[int, list[float]] = {1: [], 4: [], 16: []}

@@ -46,7 +46,7 @@ mkdir -p "$done_dir"
 # moment at which the stage before was done; a stage that follows another one than last time starts over.
 chain=""
 stage() {
-    local name=$1 marker="$done_dir/$1" began="$done_dir/$1.began" want
+    local name=$1 marker="$done_dir/$1" began="$done_dir/$1.began" start=$SECONDS want
     shift
     want="$chain $*"
     if [ "$(head -n 1 "$marker" 2>/dev/null)" = "$want" ]; then
@@ -59,6 +59,7 @@ stage() {
         fi
         "$@"
         printf '%s\n%s\n' "$want" "$(date +%s).$RANDOM" >"$marker"
+        echo "== $name: took $((SECONDS - start)) s"
     fi
     chain=$(tail -n 1 "$marker")
 }
@@ -72,7 +73,7 @@ stage tok_train python -m scripts.tok_train --data="$corpus" --vocab_size=2048 -
 stage tok_eval python -m scripts.tok_eval --data="$corpus"
 stage base_train python -m scripts.base_train "${place[@]}" --data="$corpus" \
     --depth=4 --aspect_ratio=32 --head_dim=32 --max_seq_len=256 --total_batch_size=4096 --device_batch_size=16 \
-    --num_iterations=1000 --eval_every=500 --eval_tokens=65536 --save_every=100 --log_every=50
+    --num_iterations=1200 --eval_every=600 --eval_tokens=65536 --save_every=100 --log_every=50
 stage base_loss python -m scripts.base_loss "${place[@]}" --data="$corpus" --eval_tokens=131072 --device_batch_size=16
 stage base_eval python -m scripts.base_eval "${place[@]}"
 chat=(--mixture=primer --total_batch_size=4096 --device_batch_size=16 --eval_every=300 --eval_tokens=65536

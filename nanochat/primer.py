@@ -12,7 +12,6 @@ so that a base model can be examined, and the chat stages only have to teach man
 """
 
 import random
-import string
 from typing import Any
 
 from nanochat import primer_questions as ask
@@ -99,18 +98,14 @@ def choice_page(rng: random.Random, split: str) -> str:
 
 
 def lettered_page(rng: random.Random, split: str) -> str:
-    """A list with letters, and which letter stands by what.
-
-    Short lists and any letters teach to copy a letter before there is anything to choose; from lists of three in
-    their order alone, a small model learns neither (dev/LOG.md).
-    """
-    choices = ask.ask_letter(rng, split).choices[: rng.choice((1, 1, 2, 2, 3))]
-    letters = rng.sample(string.ascii_uppercase[:8], len(choices))
-    rows = rng.choices(list(zip(letters, choices, strict=True)), k=3 if len(choices) > 1 else 1)
+    """A list with letters, and which letter stands by what."""
+    page = ask.ask_letter(rng, split)
+    rows = list(zip(page.letters, page.choices, strict=True))
     asked = [
-        f"{fill(rng.choice(texts.WHICH_LETTER), value=value)}\n{letter}" for letter, value in rows
+        f"{fill(rng.choice(texts.WHICH_LETTER), value=value)}\n{letter}"
+        for letter, value in rng.choices(rows, k=4 if len(rows) > 1 else 1)
     ]
-    return "\n".join([ask.letter_choices(letters, choices), *asked])
+    return "\n".join([ask.letter_choices(page.letters, page.choices), *asked])
 
 
 def counting_page(rng: random.Random, split: str) -> str:
@@ -212,7 +207,7 @@ def about_me(rng: random.Random, split: str) -> str:
 
 PAGES = {
     story: 16, letter: 3, diary: 5, fable: 4, poem: 2, animal_page: 5, facts_page: 16, mixed_page: 6,
-    school_page: 12, choice_page: 10, lettered_page: 28, counting_page: 3, sums_page: 3, calculator_page: 8, spelling_page: 6,
+    school_page: 12, choice_page: 10, lettered_page: 70, counting_page: 3, sums_page: 3, calculator_page: 8, spelling_page: 6,
     letters_page: 5, dialogue: 8, recipe: 2, dictionary: 4, groups_page: 3, about_me: 3,
 }  # fmt: skip
 QUESTIONS = {
@@ -223,6 +218,7 @@ QUESTIONS = {
 }  # fmt: skip
 QUIZZES = {
     "choice": (ask.ask_choice,),
+    "letter": (ask.ask_letter,),
     "exact": (ask.ask_fact,),
     "arithmetic": (ask.ask_sum, ask.ask_sum, ask.ask_problem),
     "spelling": (ask.ask_spelling, ask.ask_letters),
@@ -242,7 +238,7 @@ def document_prompt(question: str) -> str:
 
 
 def quiz(split: str, kind: str, index: int) -> Question:
-    """Question `index` of a kind of quiz: choice, exact, arithmetic or spelling."""
+    """Question `index` of a kind of quiz: choice, letter, exact, arithmetic or spelling."""
     rng = ask.generator(split, kind, index)
     return rng.choice(QUIZZES[kind])(rng, split)
 

@@ -11,6 +11,7 @@ no model can know a capital that it was never told.
 import hashlib
 import random
 import re
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -23,8 +24,8 @@ from nanochat.primer_words import a, plural
 
 SPLITS = ("train", "val", "test")  # val and test share the content that is kept from train
 HELD_OUT_ONE_IN = 10
-LETTERS = ("A", "B", "C", "D")
-NUM_CHOICES = 3
+LETTERS = "ABC"  # of a quiz
+NUM_CHOICES = len(LETTERS)
 CHOICE = re.compile(r"\[([^\[\]]*)\]")
 SLOT = re.compile(r"\{(?:([aAsS]) )?(\w+)\}")
 
@@ -50,13 +51,14 @@ class Question:
     reply: Reply
     accepted: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()  # of a multiple-choice question: `text` stands before them
+    letters: str = LETTERS  # one for each choice
     answer: str = ""  # the right choice, or the fact in one word
 
     def prompt(self) -> str:
         """The whole of what the user writes."""
         if not self.choices:
             return self.text
-        return render_choices(self.text, LETTERS[: len(self.choices)], self.choices)
+        return render_choices(self.text, self.letters, self.choices)
 
 
 # --- splits and templates
@@ -175,16 +177,20 @@ def ask_choice(rng: random.Random, split: str) -> Question:
     wrong = rng.sample([other for other in TOPIC_VALUES[name] if other != value], NUM_CHOICES - 1)
     choices = rng.sample([value, *wrong], NUM_CHOICES)
     question = fill(topic.questions[i], key=key, value=value)
-    return Question(question, LETTERS[choices.index(value)], (), tuple(choices), value)
+    return Question(question, LETTERS[choices.index(value)], (), tuple(choices), answer=value)
 
 
 def ask_letter(rng: random.Random, split: str) -> Question:
-    """Which letter stands by a choice: the bare skill that multiple choice needs beside knowledge."""
-    name = rng.choice(TOPIC_NAMES)
-    choices = rng.sample(TOPIC_VALUES[name], NUM_CHOICES)
-    value = rng.choice(choices)
+    """Which letter stands by a choice: the bare skill that multiple choice needs beside knowledge.
+
+    Short lists and any letters teach to copy a letter before there is anything to choose; from lists of three in
+    their order alone, a small model learns neither (dev/LOG.md).
+    """
+    choices = rng.sample(TOPIC_VALUES[rng.choice(TOPIC_NAMES)], rng.choice((1, 2, 2, 3, 3)))
+    letters = "".join(rng.sample(string.ascii_uppercase[:8], len(choices)))
+    value, letter = rng.choice(list(zip(choices, letters, strict=True)))
     question = fill(rng.choice(texts.WHICH_LETTER), value=value)
-    return Question(question, LETTERS[choices.index(value)], (), tuple(choices), value)
+    return Question(question, letter, (), tuple(choices), letters, answer=value)
 
 
 def pick_sum(

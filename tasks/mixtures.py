@@ -20,6 +20,7 @@ from tasks.primer import (
     PrimerChoice,
     PrimerConversations,
     PrimerExact,
+    PrimerLetter,
     PrimerSpelling,
 )
 from tasks.smoltalk import SmolTalk
@@ -55,12 +56,14 @@ MIXTURES: dict[tuple[str, str], Callable[[Path | None], list[Task]]] = {
     ],
     ("mid", "primer"): lambda _: [
         PrimerConversations("train", size=20_000),
+        PrimerLetter("train", stop=14_000),
         PrimerChoice("train", stop=6_000),
         PrimerArithmetic("train", stop=4_000),
         PrimerSpelling("train", stop=2_000),
     ],
     ("sft", "primer"): lambda _: [
         PrimerConversations("train", size=10_000, first=20_000),
+        PrimerLetter("train", start=14_000, stop=17_000),
         PrimerChoice("train", start=6_000, stop=9_000),
         PrimerExact("train", stop=3_000),
         PrimerArithmetic("train", start=4_000, stop=6_000),

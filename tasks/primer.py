@@ -15,7 +15,7 @@ import re
 
 from nanochat import primer
 from nanochat.chat_format import Conversation
-from nanochat.primer_questions import LETTERS, NUM_CHOICES, Question
+from nanochat.primer_questions import NUM_CHOICES, Question
 from tasks.common import Task, exchange
 
 NUM_TRAIN, NUM_TEST = 20_000, 400  # the primer is endless; these are the parts that tasks use
@@ -66,12 +66,18 @@ class PrimerChoice(PrimerQuiz):
 
     def details(self, question: Question) -> Conversation:
         return {
-            "letters": list(LETTERS[: len(question.choices)]),
+            "letters": list(question.letters),
             "answer": question.reply,
             "document": primer.document_prompt(question.text),
             "continuations": [f" {choice}" for choice in question.choices],
             "gold": question.choices.index(question.answer),
         }
+
+
+class PrimerLetter(PrimerQuiz):
+    """Which letter stands by a choice: practice for PrimerChoice."""
+
+    quiz = "letter"
 
 
 class PrimerExact(PrimerQuiz):

@@ -245,7 +245,7 @@ def test_letters_are_spelled_and_counted_right(split: str) -> None:
         assert f"By hand I count {output['text']}." in by_hand["text"]
         assert bee.score(row, by_hand["text"] + said["text"]) == 1
         assert bee.score(row, "The letter appears 99 times.") == bee.score(row, "") == 0
-    assert {row["answer"] for row in bee} > {"0", "1", "2"}
+    assert {row["answer"] for row in bee} >= {"0", "1", "2"}
 
 
 def test_a_word_belongs_to_one_split(tmp_path: Path) -> None:

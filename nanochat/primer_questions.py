@@ -103,13 +103,8 @@ def fill(template: str, rng: random.Random | None = None, /, **slots: object) ->
 
 
 def letter_choices(letters: Sequence[str], choices: Sequence[str]) -> str:
-    """A line per choice with its letter behind it.
-
-    The letter follows the choice at once, with nothing but a space: so the token next to the choice is the letter,
-    and smear hands it what it stands for. With " =>" between them a small model did not learn to bind.
-    """
-    rows = zip(letters, choices, strict=True)
-    return "\n".join(f"- {choice} {letter}" for letter, choice in rows)
+    """A line per choice, its letter right behind it: smear then hands the letter what it stands for."""
+    return "\n".join(map("- {} {}".format, choices, letters))
 
 
 def render_choices(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:

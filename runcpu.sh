@@ -90,5 +90,6 @@ python -m nanochat.report generate
 
 echo
 echo "== a conversation with it; for your own: python -m scripts.chat_cli -i rl -g $tag"
-printf '%s\n' "Hello! Who are you?" "What is 27 plus 58?" "What is the opposite of hot?" "Tell me a story." |
+printf '%s\n' "Hello!" "Who are you?" "What is 27 plus 58?" "What colour is snow?" "How do you spell tiger?" \
+    "Tell me a story about a fox." |
     python -m scripts.chat_cli "${place[@]}" -i rl --temperature=0

@@ -39,6 +39,7 @@ SCORED_DOCUMENTS, SCORED_CHARS = 96, 1000
 class Config:
     data: Path  # folder of parquet shards; the last one is for the score
     seeds: int = 3  # runs, which differ in their initial weights
+    first_seed: int = 0  # of them
     steps: int = 300  # of 4,096 tokens
     score_every: int = 100  # steps between scores
     plain: bool = False  # the first-generation architecture
@@ -102,7 +103,8 @@ def main(cfg: Config) -> None:
     tokenizer = Tokenizer.train(texts, VOCAB_SIZE, SPECIAL_TOKENS)
     documents = [text[:SCORED_CHARS] for text in islice(read_texts([held_out]), SCORED_DOCUMENTS)]
     print("seed  step    tokens  seconds     bpb")
-    runs = [train(cfg, seed, tokenizer, shards, documents) for seed in range(cfg.seeds)]
+    seeds = range(cfg.first_seed, cfg.first_seed + cfg.seeds)
+    runs = [train(cfg, seed, tokenizer, shards, documents) for seed in seeds]
     for index, at in enumerate(zip(*runs, strict=True)):
         print(f"mean {index * cfg.score_every:5}: {sum(at) / len(at):.4f} (worst {max(at):.4f})")
 

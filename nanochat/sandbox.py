@@ -1,0 +1,139 @@
+"""Run a model-written program, and the checks on it, in fresh processes that can reach as little as possible.
+
+On Linux each of the two runs in a bubblewrap of its own: no network, no other process in sight, nothing of
+the file system but the system and Python's installation, both read-only, an empty environment and a small
+/tmp. Everywhere they have limits on time, memory, processes, open files and the size of files, and are
+killed with their groups at the deadline. What they say to each other, and why a program cannot talk its way
+past the checks, stands in sandbox_child.py.
+
+The choice that would surprise: root gets no new user namespace, as every other user does, but becomes a
+random user inside. The kernel does not limit the number of root's processes, whatever the namespace.
+
+This isolates as well as the kernel does, and without bubblewrap not at all: limits keep nobody from reading
+files. Sources: bwrap(1), 0.7 or newer; namespaces(7); setrlimit(2).
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from nanochat.paths import UserError
+
+CHILD = Path(__file__).with_name("sandbox_child.py").resolve()
+PYTHON = Path(sys.executable).resolve()
+PREFIX = PYTHON.parents[1]  # of Python's installation
+SCRATCH_BYTES = 1 << 24  # of /tmp; counts as the machine's memory, not as the process's
+MAX_SAID = 1 << 16  # bytes of what the checks say at their end; a pipe holds no more
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a program."""
+
+    passed: bool
+    reason: str  # why it did not pass; empty where it did
+
+
+@cache
+def isolation() -> str | None:
+    """None where programs can be isolated on this machine, else why not; found out once, by doing it."""
+    if not shutil.which("bwrap"):
+        return "there is no bubblewrap; on Linux run `apt-get install bubblewrap`"
+    if Path(os.path.expanduser("~")).is_relative_to(PREFIX):
+        return f"Python's installation, {PREFIX}, has your files in it; use another Python"
+    outcome = _run("def f(): return 1", "f", "def check(f): assert f() == 1", 60.0, isolated=True)
+    return None if outcome.passed else f"bubblewrap does not work here ({outcome.reason})"
+
+
+def run_program(
+    program: str,
+    name: str,
+    checks: str,
+    seconds: float = 5.0,
+    allow_unsafe: bool = False,
+) -> Outcome:
+    """Passed, if the function `check` of `checks` returns when given the function `name` of `program`.
+
+    Both are source code; `seconds` is for all of it, the start of Python included. Many threads may call this
+    at once. Raises UserError where programs cannot be isolated, unless `allow_unsafe`.
+    """
+    missing = isolation()
+    if missing and not allow_unsafe:
+        raise UserError(f"{missing}; --allow_unsafe_exec runs a model's programs as they are")
+    return _run(program, name, checks, seconds, isolated=not missing)
+
+
+def _run(program: str, name: str, checks: str, seconds: float, isolated: bool) -> Outcome:
+    arguments = (name, int(seconds) + 1, isolated)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ExitStack() as stack:
+        wire = socket.socketpair()
+        with wire[0], wire[1]:  # open here only until each process has its end
+            server = _process(Path(folder, "program.py"), program, wire[0], *arguments)
+            stack.enter_context(server)
+            checker = _process(Path(folder, "checks.py"), checks, wire[1], *arguments)
+            judge = stack.enter_context(checker)
+        try:
+            status = judge.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return Outcome(False, f"no verdict within {seconds:g} s")
+        assert judge.stderr is not None
+        said = os.read(judge.stderr.fileno(), MAX_SAID).decode(errors="replace").split("\n")
+    reason = [f"status {status}", *filter(None, said)][-1]  # a traceback's last line
+    return Outcome(status == 0, reason if status else "")
+
+
+@contextmanager
+def _process(
+    file: Path, source: str, wire: socket.socket, name: str, seconds: int, isolated: bool
+) -> Iterator[subprocess.Popen]:
+    """The process for a module that is written to `file`; killed with its group at the end."""
+    file.write_bytes(source.encode(errors="replace"))
+    file.chmod(0o644)
+    # Two with the same user by chance would share one limit on processes, and nothing else.
+    uid = 20_000 + secrets.randbelow(40_000) if isolated and os.getuid() == 0 else 0
+    isolate = _bubblewrap(PREFIX, CHILD, file.resolve()) if isolated else []
+    numbers = map(str, (wire.fileno(), seconds, uid))
+    command = [*isolate, str(PYTHON), "-I", "-S", str(CHILD), file.stem, name, *numbers]
+    with subprocess.Popen(
+        command,
+        cwd=file.parent,
+        env={},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE if file.stem == "checks" else subprocess.DEVNULL,
+        pass_fds=[wire.fileno()],
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _bubblewrap(*readable: Path) -> list[str]:
+    """The beginning of a command line that isolates the rest of it, with these paths in view."""
+    namespaces = ["--unshare-all"]
+    if os.getuid() == 0:
+        namespaces = ["--unshare-" + kind for kind in ("ipc", "pid", "net", "uts", "cgroup-try")]
+        namespaces += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    view = ["--ro-bind", "/usr", "/usr"]
+    for path in ("/lib", "/lib64"):
+        view += ["--ro-bind-try", path, path]
+    view += ["--perms", "1777", "--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp"]
+    for path in readable:
+        for parent in reversed(path.parents[:-1]):  # closed to all but root if left to bwrap
+            view += ["--perms", "0755", "--dir", str(parent)]
+        view += ["--ro-bind", str(path), str(path)]
+    bwrap = shutil.which("bwrap") or "bwrap"
+    return [bwrap, *namespaces, "--die-with-parent", "--new-session", *view, "--remount-ro", "/"]

@@ -1,0 +1,104 @@
+"""What runs inside the sandbox: a model-written program at one end of a wire, the checks on it at the other.
+
+Two processes, each in a sandbox of its own, started by nanochat/sandbox.py as
+
+    python -I -S sandbox_child.py program|checks NAME DESCRIPTOR SECONDS UID
+
+One waits for calls of the function NAME of program.py; the other passes a stand-in for that function to
+`check` of checks.py and ends with status 0 only where it returns. Over the wire go Python literals in ASCII,
+one a line: `((2,), {})` is a call, `(True, 4)` its value, `(False, 'ValueError: ...')` its exception.
+
+The choice that would surprise: the program and its checks share no interpreter. What the program does to
+`assert`, to `__eq__`, to its output or to itself stays at its end; the checks see numbers, text and
+containers of both, so a program passes them by returning the right values and in no other way.
+"""
+
+import ast
+import importlib
+import io
+import os
+import resource
+import sys
+from typing import Any
+
+MAX_MESSAGE = 1 << 20  # bytes
+LIMITS = {
+    resource.RLIMIT_AS: 1 << 28,  # bytes of memory of one process
+    resource.RLIMIT_NPROC: 8,  # processes and threads; of the whole user where there is no bubblewrap
+    resource.RLIMIT_FSIZE: 1 << 24,  # bytes of one file
+    resource.RLIMIT_NOFILE: 64,
+    resource.RLIMIT_CORE: 0,
+}
+SCALARS: tuple[type[Any], ...] = (int, float, complex, str, bytes)
+
+
+def plain(value: Any) -> Any:
+    """`value` in the types of literals, subclasses cut down to them; TypeError for anything else."""
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in SCALARS:
+        if isinstance(value, kind):
+            return kind(value)
+    for kind in (list, tuple, set):
+        if isinstance(value, kind):
+            return kind(map(plain, value))
+    if isinstance(value, dict):
+        return {plain(key): plain(each) for key, each in value.items()}
+    raise TypeError(f"a {type(value).__name__} cannot be passed on")
+
+
+def write(wire: io.BufferedRWPair, value: Any) -> None:
+    """Send one literal."""
+    wire.write(ascii(plain(value)).encode() + b"\n")
+    wire.flush()
+
+
+def serve(wire: io.BufferedRWPair, name: str) -> None:
+    """Call the program's function for as long as the checks ask."""
+    while line := wire.readline():
+        args, kwargs = ast.literal_eval(line.decode())
+        try:
+            function = getattr(importlib.import_module("program"), name)
+            reply = (True, plain(function(*args, **kwargs)))
+        except Exception as error:
+            reply = (False, f"{type(error).__name__}: {error}")
+        write(wire, reply)
+
+
+def check(wire: io.BufferedRWPair, name: str) -> None:
+    """Run the checks; raises whatever they raise, and RuntimeError for an exception of the program."""
+
+    def candidate(*args: Any, **kwargs: Any) -> Any:
+        write(wire, (args, kwargs))
+        line = wire.readline(MAX_MESSAGE)
+        if not line.endswith(b"\n"):
+            sys.exit("the program ended, or replied more than 1 MiB")
+        returned, value = ast.literal_eval(line.decode())
+        if returned:
+            return value
+        raise RuntimeError(str(value)[:200])
+
+    checks = importlib.import_module("checks")
+    setattr(checks, name, candidate)  # some checks call the function by its own name
+    checks.check(candidate)
+
+
+def main(role: str, name: str, *numbers: str) -> None:
+    """Give up what can be given up, then play the role."""
+    descriptor, seconds, uid = map(int, numbers)
+    if uid:  # root, in namespaces made without a new user: no limit on processes binds root
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    for kind, limit in {**LIMITS, resource.RLIMIT_CPU: seconds}.items():
+        hard = resource.getrlimit(kind)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        if kind != resource.RLIMIT_AS or sys.platform != "darwin":  # a Mac refuses it
+            resource.setrlimit(kind, (limit, limit))
+    sys.path.append(os.getcwd())
+    socket = io.FileIO(descriptor, "r+")
+    (serve if role == "program" else check)(io.BufferedRWPair(socket, socket), name)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

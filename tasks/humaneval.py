@@ -1,0 +1,67 @@
+"""HumanEval: functions in Python to be completed from their signature and docstring, checked by running them.
+
+One row, its docstring and checks cut short:
+    {"task_id": "HumanEval/53", "prompt": "\\n\\ndef add(x: int, y: int):\\n    \\"\\"\\"Add two numbers x and y\\n ...",
+     "canonical_solution": "    return x + y\\n", "entry_point": "add",
+     "test": "\\n\\nMETADATA = {}\\n\\n\\ndef check(candidate):\\n    import random\\n\\n    assert candidate(0, 1) == 1\\n ..."}
+
+The reply may be the whole function or its body, in a fenced block or bare. Either way the prompt comes before
+it: it has the imports, in some rows a helper, and the function itself without a body.
+
+The choice that would surprise: the checks run in a process that never sees the program, only what its
+function returns (nanochat/sandbox_child.py), so they need the prompt too; some call its helper.
+
+Source: openai/openai_humaneval on the Hugging Face hub (arXiv 2107.03374), MIT.
+"""
+
+import re
+import textwrap
+from typing import Any
+
+from nanochat.chat_format import Conversation
+from nanochat.sandbox import run_program
+from tasks.common import HubTask, exchange
+
+FENCED = re.compile(r"```[ \t]*\w*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+class HumanEval(HubTask):
+    """The only split is test (164 rows). `allow_unsafe_exec` also scores where programs cannot be isolated."""
+
+    name, config = "openai/openai_humaneval", "openai_humaneval"
+
+    def __init__(
+        self,
+        split: str,
+        start: int = 0,
+        stop: int | None = None,
+        step: int = 1,
+        allow_unsafe_exec: bool = False,
+    ) -> None:
+        self.allow_unsafe_exec = allow_unsafe_exec
+        super().__init__(split, start, stop, step)
+
+    def convert(self, row: dict[str, Any]) -> Conversation:
+        prompt, solution = row["prompt"].strip("\n"), row["canonical_solution"].strip("\n")
+        question = f"Complete this Python function:\n```python\n{prompt}\n```"
+        reply = f"```python\n{prompt}\n{solution}\n```"
+        kept = {key: row[key] for key in ("task_id", "prompt", "entry_point", "test")}
+        return {"messages": exchange(question, reply), **kept}
+
+    def score(self, conversation: Conversation, reply: str) -> float:
+        """1 where the program passes; may be called from many threads. Raises UserError without isolation."""
+        prompt, name = conversation["prompt"], conversation["entry_point"]
+        program = complete(prompt, name, reply)
+        checks = f"{prompt}\n{conversation['test']}"
+        return float(run_program(program, name, checks, allow_unsafe=self.allow_unsafe_exec).passed)
+
+
+def complete(prompt: str, name: str, reply: str) -> str:
+    """The program that `reply` makes of `prompt`: a whole function `name` stands for the one of the prompt."""
+    blocks = FENCED.findall(reply) or [reply]
+    whole = re.compile(rf"^(?:async )?def {name}\b|^{name} *=", re.MULTILINE)
+    for block in blocks:
+        if whole.search(block):
+            return f"{prompt}\n{block}"
+    body = blocks[0].lstrip("\n")
+    return prompt + (body if body.startswith((" ", "\t")) else textwrap.indent(body, "    "))

@@ -1,11 +1,12 @@
-"""The report card: every stage leaves a section, and `generate` makes report.md of them.
+"""The report card: every stage leaves a section, and `generate` makes a report of them for people and programs.
 
     python -m nanochat.report reset      # before a run: clear the sections, note the time and the machine
-    python -m nanochat.report generate   # after it: write report.md, here and in the report folder
+    python -m nanochat.report generate   # after it: write report.md, report.html and report.json
     python -m nanochat.report size       # print the size of the code base
 
 A section is one JSON file, `$NANOCHAT_BASE_DIR/report/<stage>.json`, which a stage that runs again replaces.
-The report lists them in pipeline order and ends with the table Metric | BASE | MID | SFT | RL.
+The report lies beside them, and in the working folder what people read. It lists the sections in pipeline order,
+with charts of the training runs, and ends with the table Metric | BASE | MID | SFT | RL.
 
 The choice that would surprise: a token of the code base is taken for four characters, since the count should
 not depend on a vocabulary.
@@ -18,16 +19,18 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
 
-from nanochat.metrics import format_seconds
-from nanochat.paths import UserError, report_dir, write_file
+from nanochat import report_page as page
+from nanochat.metrics import format_seconds, read_metrics
+from nanochat.paths import UserError, base_dir, report_dir, write_file
+from nanochat.report_plots import draw_run
 from nanochat.runtime import run_script, say
 from nanochat.training import git_revision
 
@@ -42,9 +45,24 @@ COLUMNS = {
     "SFT": (("chat_sft",), "chat_eval_sft"),
     "RL": (("chat_rl",), "chat_eval_rl"),
 }
+# How metrics begin that are not accuracies. CORE and ChatCORE are centred: 0 is guessing.
+NO_ACCURACY = ("val_bpb", "CORE", "ChatCORE")
 START = "start"  # start.json holds what `reset` noted; no stage has this name
 REPOSITORY = Path(__file__).resolve().parent.parent
 CODE_SUFFIXES = {".py", ".rs", ".toml", ".sh", ".md", ".html", ".js", ".css"}
+
+
+class Section(NamedTuple):
+    """What one stage left."""
+
+    title: str
+    time: float
+    seconds: float | None
+    git: str
+    host: str
+    settings: dict[str, Any]
+    results: dict[str, Any]
+    samples: list[str]
 
 
 def write_section(
@@ -57,23 +75,18 @@ def write_section(
 ) -> None:
     """Write the section of `stage`, whole or not at all, on the main rank alone.
 
-    `results` of an evaluation (base_eval, chat_eval_*) are {task: accuracy in 0..1, task + "_stderr": float};
-    a trainer's may hold "val_bpb". `seconds` is how long the stage took.
+    `results` of an evaluation (base_eval, chat_eval_*) are {task: accuracy in 0..1}, and CORE or ChatCORE; those of
+    a trainer may hold "val_bpb" and "folder", that of the run below the base folder. A `name + "_stderr"` is the
+    standard error of `name`. `seconds` is how long the stage took.
     """
-    assert stage in STAGES, f"unknown stage {stage}; one of {STAGES}"
+    assert stage in (START, *STAGES), f"unknown stage {stage}; one of {STAGES}"
     if int(os.environ.get("RANK", 0)) != 0:
         return
-    section = {
-        "title": title,
-        "time": time.time(),
-        "seconds": seconds,
-        "git": git_revision(),
-        "host": socket.gethostname(),
-        "settings": dict(settings),
-        "results": dict(results),
-        "samples": list(samples),
-    }
-    write_file(report_dir() / f"{stage}.json", json.dumps(section, indent=1, default=str))
+    place = git_revision(), socket.gethostname()
+    section = Section(
+        title, time.time(), seconds, *place, dict(settings), dict(results), list(samples)
+    )
+    write_file(report_dir() / f"{stage}.json", json.dumps(section._asdict(), indent=1, default=str))
 
 
 def code_size(root: Path = REPOSITORY) -> dict[str, int]:
@@ -86,8 +99,6 @@ def code_size(root: Path = REPOSITORY) -> dict[str, int]:
     names = [Path(name) for name in listing.split("\0") if name]
     code = [name for name in names if name.suffix in CODE_SUFFIXES and "tests" not in name.parts]
     texts = [(root / name).read_text(encoding="utf-8") for name in code if (root / name).is_file()]
-    if not texts:
-        return {}
     num_characters = sum(map(len, texts))
     lock = root / "requirements.lock"
     return {
@@ -121,122 +132,111 @@ def reset() -> None:
     """Forget the sections of earlier runs; note the time and the machine of the one that begins."""
     for path in report_dir().glob("*.json"):
         path.unlink()
-    noted = {"time": time.time(), "machine": machine()}
-    write_file(report_dir() / f"{START}.json", json.dumps(noted, indent=1))
+    write_section(START, "Start", {}, machine())
     say(f"report: started afresh in {report_dir()}")
 
 
-def read_json(name: str) -> dict[str, Any] | None:
-    """One file of the report folder, or None where the stage has not run."""
-    path = report_dir() / f"{name}.json"
+def read_section(stage: str) -> Section | None:
+    """The section of a stage, None where it has not run. A NaN, which JSON does not know, is a missing number."""
+    path = report_dir() / f"{stage}.json"
+    if not path.is_file():
+        return None
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
+        return Section(**json.loads(path.read_text("utf-8"), parse_constant=lambda _: None))
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it or run its stage again") from None
 
 
 def generate() -> None:
-    """Write report.md into the report folder and the working folder. Raises UserError without a section."""
-    sections = {stage: section for stage in STAGES if (section := read_json(stage))}
+    """Write the report; what people read also into the working folder. Raises UserError without a section."""
+    sections = {stage: section for stage in STAGES if (section := read_section(stage))}
     if not sections:
         raise UserError(f"no stage has reported to {report_dir()}; run `bash runcpu.sh` first")
-    text = render(sections, read_json(START))
-    for path in (report_dir() / "report.md", Path("report.md").resolve()):
-        write_file(path, text)
-        say(f"report: wrote {path}")
-
-
-def render(sections: Mapping[str, dict[str, Any]], start: Mapping[str, Any] | None) -> str:
-    """The whole report as Markdown; `sections` in pipeline order, `start` what `reset` noted."""
+    start = read_section(START)
     # To the end of the last stage: a report that is generated a day later says the same.
-    end = max(section["time"] for section in sections.values())
-    parts = [
-        "# nanochat report\n",
-        f"Started {format_time(start['time']) if start else '-'}.\n",
-        "## Machine\n\n" + bullets(start["machine"] if start else machine()),
-        "## Code base\n\n" + (bullets(code_size()) or "- size: -\n"),
-        *map(render_section, sections.values()),
-        "## Summary\n\n" + summary_table(sections),
-        f"Total wall clock time: {format_seconds(end - start['time']) if start else '-'}\n",
+    end = max(section.time for section in sections.values())
+    report = {
+        "started": start.time if start else None,
+        "total_seconds": end - start.time if start else None,
+        "machine": start.results if start else machine(),
+        "code": code_size(),
+        "sections": {stage: section._asdict() for stage, section in sections.items()},
+        "summary": summarize(sections),
+    }
+    chapters = make_chapters(report, sections)
+    texts = {"report.md": page.markdown_page(chapters), "report.html": page.html_page(chapters)}
+    for name, text in texts.items():
+        write_file(report_dir() / name, text)
+        write_file(Path(name).resolve(), text)
+    write_file(report_dir() / "report.json", json.dumps(report, indent=1) + "\n")
+    say(f"report: wrote {' and '.join(texts)} here, and with report.json to {report_dir()}")
+
+
+def make_chapters(report: Mapping[str, Any], sections: Mapping[str, Section]) -> list[page.Chapter]:
+    """What the report says, in its order."""
+    started, seconds = report["started"], report["total_seconds"]
+    began = f"Started {'-' if started is None else format_time(started)}."
+    took = f"Total wall clock time: {'-' if seconds is None else format_seconds(seconds)}"
+    blocks = [
+        page.facts("Machine", report["machine"]),
+        page.facts("Size of the code base", report["code"] or {"size": None}),
     ]
-    return "\n".join(parts)
-
-
-def render_section(section: Mapping[str, Any]) -> str:
-    """One stage: when and where, then settings, results and samples."""
-    took = f", took {format_seconds(section['seconds'])}" if section["seconds"] is not None else ""
-    parts = [
-        f"## {section['title']}\n",
-        f"{format_time(section['time'])} on {section['host']}, revision {section['git']}{took}.\n",
+    return [
+        page.Chapter("start", "Machine and code", began, blocks),
+        *(stage_chapter(stage, section) for stage, section in sections.items()),
+        page.Chapter("summary", "Summary", took, [summary_table(report["summary"])]),
     ]
-    for name in ("settings", "results"):
-        if section[name]:
-            parts.append(f"{name.capitalize()}:\n\n{bullets(section[name])}")
-    if section["samples"]:
-        parts += ["Samples:\n", *map(fenced, section["samples"])]
-    return "\n".join(parts)
 
 
-def bullets(values: Mapping[str, Any]) -> str:
-    """A list line per value; `name_stderr` joins the line of `name`."""
-    lines = []
-    for name, value in values.items():
-        if name.removesuffix("_stderr") in values and name.endswith("_stderr"):
-            continue
-        stderr = values.get(f"{name}_stderr")
-        error = f" ± {format_value(stderr)}" if stderr is not None else ""
-        lines.append(f"- {one_line(name)}: {format_value(value)}{error}\n")
-    return "".join(lines)
+def stage_chapter(stage: str, section: Section) -> page.Chapter:
+    """One stage: when and where, then settings, results, charts of its run, and samples."""
+    took = f", took {format_seconds(section.seconds)}" if section.seconds is not None else ""
+    text = f"{format_time(section.time)} on {section.host}, revision {section.git}{took}."
+    results = section.results
+    if stage in {test for _, test in COLUMNS.values()}:
+        rows = score_rows(page.own_names(results), [results])
+        blocks = [page.table("Results", ["Task", "Score"], rows)]
+    else:
+        blocks = [page.facts("Results", results)]
+    if figures := draw_run(read_metrics(base_dir() / results.get("folder", "-")), stage):
+        blocks.append(page.charts("Charts", figures))
+    if section.samples:
+        blocks.append(page.samples("Samples", section.samples))
+    blocks.append(page.facts("Settings", section.settings))
+    return page.Chapter(stage, section.title, text, blocks)
 
 
-def summary_table(sections: Mapping[str, dict[str, Any]]) -> str:
-    """Metric | BASE | MID | SFT | RL: bits per byte, then one row per task that any stage was tested on."""
-    results = {stage: section["results"] for stage, section in sections.items()}
-    tests = {column: results.get(stage, {}) for column, (_, stage) in COLUMNS.items()}
-    tasks = dict.fromkeys(
-        name for test in tests.values() for name in test if not name.endswith("_stderr")
-    )
-    rows = [["Metric", *COLUMNS], ["---", *["---:"] * len(COLUMNS)], ["val_bpb"]]
-    for stages, _ in COLUMNS.values():
-        measured = [results[s]["val_bpb"] for s in stages if "val_bpb" in results.get(s, {})]
-        rows[-1].append(format_value(measured[0] if measured else None))
-    rows += [[one_line(task), *(percent(tests[c], task) for c in COLUMNS)] for task in tasks]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+def summarize(sections: Mapping[str, Section]) -> dict[str, dict[str, Any]]:
+    """{column: {"val_bpb": ..., and the results of its evaluation}} for all of COLUMNS."""
+    results = {stage: section.results for stage, section in sections.items()}
+    summary = {}
+    for column, (trainers, test) in COLUMNS.items():
+        bpb = [results[s]["val_bpb"] for s in trainers if "val_bpb" in results.get(s, {})]
+        summary[column] = {"val_bpb": bpb[0] if bpb else None, **results.get(test, {})}
+    return summary
 
 
-def percent(results: Mapping[str, Any], task: str) -> str:
-    """`85.0 % ± 1.2`, without the standard error where there is none, `-` without the accuracy."""
-    accuracy, stderr = results.get(task), results.get(f"{task}_stderr")
-    if accuracy is None:
-        return "-"
-    return f"{100 * accuracy:.1f} %" + (f" ± {100 * stderr:.1f}" if stderr is not None else "")
+def summary_table(summary: Mapping[str, Mapping[str, Any]]) -> page.Block:
+    """Metric | BASE | MID | SFT | RL, without CORE's tasks, unless a chat model was tested on them too."""
+    base, *chat = map(page.own_names, summary.values())
+    if any(name.startswith("CORE") for name in base):
+        base = [name for name in base if name.startswith(NO_ACCURACY)]
+    names = dict.fromkeys(sum(chat, base))
+    rows = score_rows(sorted(names, key=lambda n: not n.startswith(NO_ACCURACY)), summary.values())
+    return page.table("Metrics", ["Metric", *summary], rows)
 
 
-def one_line(value: object) -> str:
-    """Text that cannot break out of a list line or a table cell."""
-    return " ".join(str(value).split()).replace("|", "\\|")
-
-
-def format_value(value: Any) -> str:
-    """A number short enough to compare by eye; anything else as it prints; `-` for what is missing."""
-    if value is None or value == "":
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return one_line(value)
+def score_rows(names: Iterable[str], columns: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """A row for each name, with its score in every column."""
+    return [
+        [name, *(page.show(column, name, not name.startswith(NO_ACCURACY)) for column in columns)]
+        for name in names
+    ]
 
 
 def format_time(seconds: float) -> str:
     """A moment, in UTC."""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
-
-
-def fenced(text: str) -> str:
-    """A code block whose fence is longer than any run of backticks in `text`."""
-    fence = "`" + max(["``", *re.findall("`+", text)], key=len)
-    return f"{fence}text\n{text}\n{fence}\n"
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The report card: sections, the summary table, fences, the size of the code base."""
+"""The report card: sections, the summary table, report.json, fences, the size of the code base."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ import pytest
 
 from nanochat import report
 from nanochat.paths import UserError, report_dir
+from nanochat.report_page import format_value
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +24,9 @@ def section(stage: str, results: dict | None = None, **more) -> None:
     report.write_section(stage, f"The title of {stage}", {"depth": 2}, results or {}, **more)
 
 
-def table_rows(text: str) -> dict[str, list[str]]:
-    """First cell -> the other cells, of the report's only table."""
+def table_rows(title: str = "Summary") -> dict[str, list[str]]:
+    """First cell -> the other cells, of the table in that chapter of report.md."""
+    text = Path("report.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
 
@@ -38,8 +40,9 @@ def test_report_lists_stages_in_pipeline_order_and_ends_with_table_and_time(fold
     places = [text.index(f"## The title of {stage}\n") for stage in report.STAGES]
     assert places == sorted(places)
     assert places[-1] < text.index("| Metric | BASE | MID | SFT | RL |")
-    assert text.splitlines()[-1].startswith("Total wall clock time: ")
-    assert text == (report_dir() / "report.md").read_text()
+    assert text.splitlines()[-1].startswith("| val_bpb |") and "Total wall clock time: 0s" in text
+    for name in ("report.md", "report.html"):
+        assert Path(name).read_bytes() == (report_dir() / name).read_bytes()
 
 
 def test_summary_table_fills_what_was_measured_and_dashes_the_rest() -> None:
@@ -48,7 +51,7 @@ def test_summary_table_fills_what_was_measured_and_dashes_the_rest() -> None:
     section("base_eval", {"quiz": 0.25, "quiz_stderr": 0.021})
     section("chat_eval_sft", {"quiz": 0.875, "quiz_stderr": 0.0125, "sums": 1.0})
     report.generate()
-    assert table_rows(Path("report.md").read_text()) == {
+    assert table_rows() == {
         "Metric": ["BASE", "MID", "SFT", "RL"],
         "---": ["---:"] * 4,
         "val_bpb": ["1.2500", "-", "-", "-"],
@@ -64,7 +67,7 @@ def test_total_time_runs_from_reset_to_the_last_stage_not_to_generate() -> None:
         path = report_dir() / f"{name}.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"time": moment}))
     report.generate()
-    assert Path("report.md").read_text().endswith("Total wall clock time: 3m 07s\n")
+    assert "Total wall clock time: 3m 07s\n" in Path("report.md").read_text()
 
 
 def test_reset_forgets_earlier_sections() -> None:
@@ -115,11 +118,80 @@ def test_a_value_cannot_leave_its_line_or_cell() -> None:
     assert "\n# c" not in text
 
 
-def test_an_unreadable_section_is_named() -> None:
+@pytest.mark.parametrize("stage", ["start", "base_train"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"title": "only"}', "null", b"\xff"])
+def test_an_unreadable_section_is_named_in_one_line(stage: str, content: str | bytes) -> None:
     section("base_train")
-    (report_dir() / "base_train.json").write_text("{")
-    with pytest.raises(UserError, match="base_train.json"):
+    path = report_dir() / f"{stage}.json"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError, match=rf"{stage}\.json is damaged .*; delete it") as caught:
         report.generate()
+    assert "\n" not in str(caught.value) and not Path("report.md").exists()
+
+
+@pytest.mark.parametrize("stage", report.STAGES)
+def test_one_stage_alone_makes_a_report(stage: str) -> None:
+    section(stage)
+    report.generate()
+    assert f"## The title of {stage}\n" in Path("report.md").read_text()
+    assert table_rows() == {
+        "Metric": ["BASE", "MID", "SFT", "RL"],
+        "---": ["---:"] * 4,
+        "val_bpb": ["-"] * 4,
+    }
+
+
+def test_centred_means_stand_first_and_core_keeps_its_tasks_to_itself() -> None:
+    core = {"copa": 0.6, "copa_stderr": 0.049, "both": 0.5, "CORE (21 of 22)": 0.2219}
+    section("base_eval", core | {"CORE (21 of 22)_stderr": 0.00312})
+    section("chat_eval_rl", {"both": 0.75, "GSM8K": 0.031, "ChatCORE": -0.02})
+    report.generate()
+    assert list(table_rows().items())[2:] == [
+        ("val_bpb", ["-", "-", "-", "-"]),
+        ("CORE (21 of 22)", ["0.2219 ± 0.0031", "-", "-", "-"]),
+        ("ChatCORE", ["-", "-", "-", "-0.0200"]),
+        ("both", ["50.0 %", "-", "-", "75.0 %"]),
+        ("GSM8K", ["-", "-", "-", "3.1 %"]),
+    ]
+    own = table_rows("The title of base_eval")
+    assert own["copa"] == ["60.0 % ± 4.9"] and own["CORE (21 of 22)"] == ["0.2219 ± 0.0031"]
+
+
+def test_report_json_holds_what_the_sections_hold() -> None:
+    report.reset()
+    section("base_train", {"val_bpb": 2.5}, samples=["a\nb"], seconds=3.5)
+    section("chat_eval_sft", {"quiz": 0.875, "quiz_stderr": 0.0125})
+    report.generate()
+    found = json.loads((report_dir() / "report.json").read_text())
+    assert list(found) == ["started", "total_seconds", "machine", "code", "sections", "summary"]
+    assert list(found["sections"]) == ["base_train", "chat_eval_sft"]
+    for stage, written in found["sections"].items():
+        assert written == json.loads((report_dir() / f"{stage}.json").read_text())
+    assert found["sections"]["base_train"]["samples"] == ["a\nb"]
+    assert found["summary"] == {
+        "BASE": {"val_bpb": 2.5},
+        "MID": {"val_bpb": None},
+        "SFT": {"val_bpb": None, "quiz": 0.875, "quiz_stderr": 0.0125},
+        "RL": {"val_bpb": None},
+    }
+    last = found["sections"]["chat_eval_sft"]["time"]
+    assert found["total_seconds"] == last - found["started"] >= 0
+
+
+def test_what_is_not_a_number_is_missing_for_people_and_null_for_programs() -> None:
+    section("base_train", {"loss": float("nan"), "val_bpb": float("inf"), "note": None})
+    report.generate()
+    text = Path("report.md").read_text()
+    assert "- loss: -\n" in text and "- note: -\n" in text and table_rows()["val_bpb"][0] == "-"
+    strict = json.loads((report_dir() / "report.json").read_text(), parse_constant=pytest.fail)
+    assert strict["sections"]["base_train"]["results"]["loss"] is None
+
+
+def test_a_standard_error_joins_its_value() -> None:
+    section("chat_rl", {"accuracy": 0.5, "accuracy_stderr": 0.0441, "alone_stderr": 2})
+    report.generate()
+    text = Path("report.md").read_text()
+    assert "- accuracy: 0.5000 ± 0.0441\n- alone_stderr: 2\n" in text
 
 
 def test_code_size_counts_tracked_sources_without_tests(tmp_path: Path) -> None:
@@ -159,10 +231,13 @@ def test_code_size_outside_git_is_unknown(tmp_path: Path, monkeypatch: pytest.Mo
         (0.85, "0.8500"),
         (3e-5, "3e-05"),
         (1.5e15, "1.5e+15"),
+        (15784.98, "15,785"),
+        (-20000.4, "-20,000"),
         (32768, "32,768"),
         (True, "True"),
-        ("a\nb", "a b"),
+        ("", "-"),
+        ("auto", "auto"),
     ],
 )
 def test_values_print_short(value: object, text: str) -> None:
-    assert report.format_value(value) == text
+    assert format_value(value) == text

@@ -1,101 +1,239 @@
-"""Multiple choice as the CORE metric scores it: the choice whose own tokens surprise the model least.
+"""The CORE metric: few-shot tasks as plain documents, judged by the losses of a base model.
 
-Every choice is a full document, few-shot examples included. All choices of an item share a beginning; what
-is scored is the mean loss of the tokens after it. Rows of all items are sorted by length and batched.
+An item becomes one document per option: solved examples, a blank line after each, then the item itself.
 
-The choice that would surprise: `<|bos|>` stays first even where a prompt is longer than the context. The
-text is then cropped from the left behind it, because the model has never seen a row without.
+    multiple_choice    query + delimiter + choice           lowest mean loss after the choices' common prefix
+    schema             option + delimiter + continuation    lowest mean loss of the options' common suffix
+    language_modeling  context + delimiter + continuation   every token of the continuation is the likeliest
 
-Source: DCLM, arXiv 2406.11794, and its multiple-choice evaluation in document form.
+CORE is the mean over 22 tasks of (accuracy - guessing) / (1 - guessing). Prefixes, suffixes and the start of a
+continuation are found among token ids, because the blank before a word belongs to its token. What an item's
+options share is read once, into a KV cache, and logits are computed for what stands behind it only.
 
-B rows, T time.
+The choice that would surprise: a document longer than the context is cropped from the left, but `<|bos|>`
+stays first, because the model never saw a row without; and all options of an item lose equally much, so that
+they are compared behind the same prompt.
+
+Source: DCLM, arXiv 2406.11794. Seeds, blanks and the order of rows are those of the published numbers.
+
+B rows, T time, M scored tokens, V vocabulary.
 """
 
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from nanochat.gpt import GPT
+from nanochat.kv_cache import KVCache
+from nanochat.paths import UserError
+from nanochat.runtime import gather, own_part, progress
 from nanochat.tokenizer import Tokenizer
+
+CORE_TASKS = (
+    "hellaswag_zeroshot", "jeopardy", "bigbench_qa_wikidata", "arc_easy", "arc_challenge", "copa",
+    "commonsense_qa", "piqa", "openbook_qa", "lambada_openai", "hellaswag", "winograd", "winogrande",
+    "bigbench_dyck_languages", "agi_eval_lsat_ar", "bigbench_cs_algorithms", "bigbench_operators",
+    "bigbench_repeat_copy_logic", "squad", "coqa", "boolq", "bigbench_language_identification",
+)  # fmt: skip
+SHOT_SEED = 1234  # plus the number of the item
+CPU_CHUNK = 128  # tokens of each row that a CPU reads at a time
 
 
 @dataclass(frozen=True)
-class ChoiceScore:
-    """What the model made of one item."""
+class CoreTask:
+    """A task; each row has the fields of its kind and an "id"."""
 
-    prediction: int  # index of the choice with the lowest loss; the first of equals
-    gold: int
-    losses: list[float]  # mean nats per scored token; infinite for a choice with none of its own
+    label: str
+    kind: str  # multiple_choice, schema or language_modeling
+    rows: Sequence[dict[str, Any]]
+    baseline: float  # accuracy of guessing
+    num_fewshot: int = 0
+    delimiter: str = " "
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """The outcome of one task, over all ranks."""
+
+    task: CoreTask
+    records: list[dict[str, Any]]  # per item: task, id, prediction, gold, correct, losses
 
     @property
-    def correct(self) -> bool:
-        """True where the model chose as it should have."""
-        return self.prediction == self.gold
+    def accuracy(self) -> float:
+        return sum(record["correct"] for record in self.records) / len(self.records)
+
+    @property
+    def stderr(self) -> float:
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / max(1, len(self.records) - 1))
+
+    @property
+    def centred(self) -> float:
+        """0 for guessing, 1 for all right."""
+        return (self.accuracy - self.task.baseline) / (1 - self.task.baseline)
 
 
-@dataclass
-class Row:
-    """One choice, ready for the model: tokens from `begin` on are scored."""
-
-    ids: list[int]
-    begin: int
-
-
-def score_choices(
-    model: GPT, tokenizer: Tokenizer, items: Sequence[tuple[Sequence[str], int]], batch_size: int
-) -> list[ChoiceScore]:
-    """The score of every item (full text of each choice, index of the right one), in order.
-
-    `batch_size` counts choices, not items.
-    """
-    rows: list[Row] = []
-    for texts, _ in items:
-        rows += choice_rows(tokenizer, texts, model.config.sequence_len)
-    losses = iter(span_losses(model, rows, batch_size))
-    scores = []
-    for texts, gold in items:
-        own = [next(losses) for _ in texts]
-        scores.append(ChoiceScore(own.index(min(own)), gold, own))
-    return scores
+def core_score(results: Sequence[TaskResult]) -> tuple[str, float, float]:
+    """(name, mean centred accuracy, its standard error); the name is "CORE" only where all 22 tasks are there."""
+    num, total = len(results), len(CORE_TASKS)
+    squares = [(result.stderr / (1 - result.task.baseline)) ** 2 for result in results]
+    name = "CORE" if num == total else f"CORE ({num} of {total})"
+    return name, sum(result.centred for result in results) / num, math.sqrt(sum(squares)) / num
 
 
-def choice_rows(tokenizer: Tokenizer, texts: Sequence[str], max_len: int) -> list[Row]:
-    """The rows of one item; scored is what follows the tokens that all of its choices begin with."""
-    choices = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
-    same = takewhile(lambda column: len(set(column)) == 1, zip(*choices, strict=False))
-    num_common = sum(1 for _ in same)
-    rows = []
-    for ids in choices:
-        num_cut = max(0, len(ids) - max_len)
-        # Position 0 is `<|bos|>`, which nothing predicts.
-        rows.append(Row(ids[:1] + ids[1 + num_cut :], max(1, num_common - num_cut)))
-    return rows
+class Reader(Protocol):
+    """What is asked of a model and its tokenizer."""
+
+    max_len: int
+
+    def encode(self, text: str) -> list[int]: ...  # with what begins every document
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def start(self, prefixes: Sequence[list[int]]) -> None: ...  # read one into each slot
+    def logits(self, slots: Sequence[int], tails: Sequence[list[int]]) -> torch.Tensor:
+        """(B, T, V) after each token of tails[b] behind the prefix in slots[b]; junk after its end."""
+        ...
 
 
-@torch.inference_mode()
-def span_losses(model: GPT, rows: Sequence[Row], batch_size: int) -> list[float]:
-    """Mean nats per scored token of each row; infinity where there is none."""
-    device = next(model.parameters()).device
-    means = [0.0] * len(rows)
-    order = sorted(
-        range(len(rows)), key=lambda i: -len(rows[i].ids)
-    )  # longest first: OOM comes early
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        longest = max(len(rows[i].ids) for i in batch)
-        ids = torch.full((len(batch), longest), rows[batch[0]].ids[0])  # (B, T), padded with bos
-        targets = torch.full((len(batch), longest), -1)
-        for b, i in enumerate(batch):
-            row, length = torch.tensor(rows[i].ids), len(rows[i].ids)
-            ids[b, :length] = row
-            targets[b, rows[i].begin - 1 : length - 1] = row[rows[i].begin :]
-        targets = targets.to(device)
-        nats = model(ids.to(device), targets, reduction="none").reshape(targets.shape).double()
-        counts = (targets >= 0).sum(1)
-        sums = torch.where(targets >= 0, nats, 0.0).sum(1)
-        mean = torch.where(counts > 0, sums / counts.clamp(min=1), torch.inf)
-        for i, value in zip(batch, mean.tolist(), strict=True):
-            means[i] = value
-    return means
+class GPTReader:
+    """Keeps the prefixes in a KV cache, so that any number of tails can be read behind each."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, num_slots: int) -> None:
+        self.model, self.max_len = model, model.config.sequence_len
+        self.tokenizer, self.decode = tokenizer, tokenizer.decode
+        device = next(model.parameters()).device
+        self.cache = KVCache(model.config, num_slots, self.max_len, device, model.compute_dtype)
+        self.chunk = CPU_CHUNK if device.type == "cpu" else self.max_len
+
+    def encode(self, text: str) -> list[int]:
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+
+    @torch.inference_mode()
+    def start(self, prefixes: Sequence[list[int]]) -> None:
+        self.cache.lengths.zero_()
+        self.cache.previous.zero_()
+        for begin in range(0, max(map(len, prefixes)), self.chunk):
+            slots = [slot for slot, prefix in enumerate(prefixes) if len(prefix) > begin]
+            self._read(slots, [prefixes[s][begin : begin + self.chunk] for s in slots], last=True)
+        self.lengths, self.previous = self.cache.lengths.clone(), self.cache.previous.clone()
+
+    @torch.inference_mode()
+    def logits(self, slots: Sequence[int], tails: Sequence[list[int]]) -> torch.Tensor:
+        self.cache.lengths.copy_(self.lengths)  # forget the tails before these
+        self.cache.previous.copy_(self.previous)
+        return self._read(slots, tails, last=False)
+
+    def _read(self, slots: Sequence[int], rows: Sequence[list[int]], last: bool) -> torch.Tensor:
+        where = (self.cache, torch.tensor(slots), torch.tensor([len(row) for row in rows]))
+        return self.model(padded(rows).to(self.cache.keys.device), None, "", *where, last)
+
+
+def padded(rows: Sequence[list[int]]) -> torch.Tensor:
+    """(B, T) the rows, with zeros up to the longest."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+
+
+@dataclass(frozen=True)
+class Item:
+    """An item as ids: what its options share, and the rest of each, whose last tokens are scored."""
+
+    number: int
+    prefix: list[int]
+    tails: list[list[int]]
+    num_scored: list[int]  # per tail; at least one more stands before them
+
+
+def evaluate(reader: Reader, task: CoreTask, batch_size: int, max_items: int | None) -> TaskResult:
+    """Score the first `max_items` items (None: all), `batch_size` at once. Examples come from all rows."""
+    numbers = own_part(min(len(task.rows), max_items or len(task.rows)))
+    items = [encode_item(reader, task, number) for number in numbers]
+    items.sort(key=lambda item: -len(item.prefix) - max(map(len, item.tails)))
+    records: list[tuple[int, dict[str, Any]]] = []
+    for begin in progress(range(0, len(items), batch_size), f" batch of {task.label}"):
+        batch = items[begin : begin + batch_size]
+        for item, losses, likeliest in zip(batch, *score_items(reader, batch), strict=True):
+            row = task.rows[item.number]
+            if task.kind == "language_modeling":
+                prediction, gold = reader.decode(likeliest), row["continuation"]
+                correct = likeliest == item.tails[0][-item.num_scored[0] :]
+            else:
+                prediction, gold = losses.index(min(losses)), row["gold"]  # the first of equals
+                correct = prediction == gold
+            record = {"task": task.label, "id": row["id"], "prediction": prediction, "gold": gold}
+            nats = [loss if loss < math.inf else None for loss in losses]  # JSON has no infinity
+            records.append((item.number, record | {"correct": correct, "losses": nats}))
+    ordered = sorted(gather(records), key=lambda pair: pair[0])
+    return TaskResult(task, [record for _, record in ordered])
+
+
+def score_items(reader: Reader, items: Sequence[Item]) -> tuple[list[list[float]], list[list[int]]]:
+    """(mean nats of every option of each item, infinite without tokens; likeliest ids for its last option)."""
+    reader.start([item.prefix for item in items])
+    losses: list[list[float]] = [[] for _ in items]
+    likeliest: list[list[int]] = [[] for _ in items]
+    for k in range(max(len(item.tails) for item in items)):
+        slots = [slot for slot, item in enumerate(items) if k < len(item.tails)]
+        tails = [items[slot].tails[k] for slot in slots]
+        for slot, tail, logits in zip(slots, tails, reader.logits(slots, tails), strict=True):
+            begin = len(tail) - items[slot].num_scored[k]
+            own = logits[begin - 1 : len(tail) - 1].float()  # (M, V)
+            if not own.isfinite().all():
+                raise UserError("the model's logits are not numbers; choose another --step")
+            targets = torch.tensor(tail[begin:], dtype=torch.int64, device=own.device)  # (M,)
+            loss = F.cross_entropy(own, targets)
+            losses[slot].append(float(loss) if len(own) else math.inf)
+            likeliest[slot] = own.argmax(-1).tolist()
+    return losses, likeliest
+
+
+def encode_item(reader: Reader, task: CoreTask, number: int) -> Item:
+    """One item with its examples, cropped to what the model can read."""
+    rows, num_scored = item_rows(reader, task, number)
+    cut = min(max(map(len, rows)) - reader.max_len, num_shared(rows, num_scored))
+    cuts = [max(0, cut, len(row) - reader.max_len) for row in rows]
+    rows = [row[:1] + row[1 + cut :] for row, cut in zip(rows, cuts, strict=True)]
+    num_scored = [min(num, len(row) - 1) for num, row in zip(num_scored, rows, strict=True)]
+    begin = num_shared(rows, num_scored)
+    return Item(number, rows[0][:begin], [row[begin:] for row in rows], num_scored)
+
+
+def item_rows(reader: Reader, task: CoreTask, number: int) -> tuple[list[list[int]], list[int]]:
+    """(ids of each option's whole document, how many at its end are scored)."""
+    drawn = random.Random(SHOT_SEED + number).sample(range(len(task.rows) - 1), task.num_fewshot)
+    shots = [task.rows[other + (other >= number)] for other in drawn]  # any row but the item's
+    solved = [task.delimiter.join(options(task, row)[row.get("gold", 0)]) for row in shots]
+    before = "".join(f"{text}\n\n" for text in solved)
+    pairs = options(task, task.rows[number])
+    rows = [reader.encode(before + task.delimiter.join(pair)) for pair in pairs]
+    if task.kind == "schema":
+        return rows, [num_common([row[::-1] for row in rows])] * len(rows)
+    alike = rows
+    if task.kind == "language_modeling":
+        alike = [rows[0], reader.encode((before + pairs[0][0] + task.delimiter).rstrip())]
+    return rows, [len(row) - num_common(alike) for row in rows]
+
+
+def options(task: CoreTask, row: dict[str, Any]) -> list[tuple[str, str]]:
+    """What stands before and behind the delimiter, for every option of a row."""
+    if task.kind == "multiple_choice":
+        return [(row["query"], choice) for choice in row["choices"]]
+    if task.kind == "schema":
+        return [(option, row["continuation"]) for option in row["context_options"]]
+    return [(row["context"].strip(), row["continuation"])]
+
+
+def num_common(rows: Sequence[list[int]]) -> int:
+    """How many ids all rows begin with."""
+    alike = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+    return sum(1 for _ in alike)
+
+
+def num_shared(rows: Sequence[list[int]], num_scored: Sequence[int]) -> int:
+    """How many ids to read once for all rows: one less than stand before any score, which needs its logits."""
+    num_before = [len(row) - num for row, num in zip(rows, num_scored, strict=True)]
+    return min(num_common(rows), *num_before) - 1

@@ -43,6 +43,11 @@ def report_dir() -> Path:
     return base_dir() / "report"
 
 
+def eval_bundle_dir() -> Path:
+    """The public data of the CORE metric, once they are downloaded."""
+    return base_dir() / "eval_bundle"
+
+
 def fsync_dir(folder: Path) -> None:
     """Make the names inside `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)

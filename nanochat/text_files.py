@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from nanochat.paths import UserError
 from nanochat.shards import read_texts
@@ -83,6 +84,22 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{path}, line {number}: expected a JSON object with a string `text`"
+                ) from error
+
+
+def numbered_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, row) of a .jsonl file, blank lines left out. Raises UserError with a malformed line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}; give a .jsonl file in UTF-8") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise UserError(
+                    f"{path}, line {number}: not JSON ({error}); mend that line"
                 ) from error
 
 

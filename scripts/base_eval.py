@@ -1,78 +1,157 @@
-"""Examine a base model: multiple choice in document form, scored by the loss of the choices.
+"""Examine a base model: the CORE metric over 22 few-shot tasks, or the primer's multiple choice.
 
     python -m scripts.base_eval                                        # one GPU
     torchrun --nproc_per_node=8 -m scripts.base_eval                   # eight
-    python -m scripts.base_eval --batch_size 64                        # laptop
+    python -m scripts.base_eval --max_per_task 100                     # laptop
+    python -m scripts.base_eval -a primer-choice                       # a model of the primer, offline
+    python -m scripts.base_eval --hf_path openai-community/gpt2        # a causal model of transformers
 
-reads: base/<model tag>/
-writes: base/<model tag>/eval_base.jsonl (one item a line), report/base_eval.json
+reads: base/<model tag>/, the eval bundle (--eval_bundle, NANOCHAT_EVAL_BUNDLE, or downloaded once)
+writes: base/<model tag>/base_eval.jsonl (one item a line), report/base_eval.json; for a model of another stage
+    or of transformers <stage>/<model tag>/ or hf/<name>/base_eval.jsonl only
 """
 
 import json
-import math
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import tyro
 
 from nanochat.checkpoint import load_model
-from nanochat.core_eval import score_choices
-from nanochat.paths import run_dir, write_file
+from nanochat.core_eval import (
+    CORE_TASKS,
+    CoreTask,
+    GPTReader,
+    TaskResult,
+    core_score,
+    evaluate,
+    padded,
+)
+from nanochat.eval_bundle import find_bundle, load_tasks
+from nanochat.paths import UserError, run_dir, write_file
 from nanochat.report import write_section
-from nanochat.runtime import run_script, say, set_up
+from nanochat.runtime import Runtime, barrier, run_script, say, set_up
 from tasks.mixtures import build_task
 
-TASK = "primer-choice"
+PRIMER = "primer-choice"
 
 
 @dataclass
 class Config:
     source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "base"  # stage of the checkpoint
-    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = (
-        ""  # its run; empty: the one written last
+    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # empty: the one written last
+    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # the newest if left out
+    hf_path: str = ""  # instead, a model of transformers: its name on the hub, or a folder
+    tasks: Annotated[str, tyro.conf.arg(aliases=["-a"])] = (
+        "core"  # or some of it, or primer-choice, | between
     )
-    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = (
-        None  # its step; the newest if left out
-    )
-    max_problems: int | None = None  # items of the task; all if left out
-    batch_size: int = 64  # choices that the model reads at once
+    eval_bundle: str = ""  # folder with core.yaml; empty: downloaded once
+    max_per_task: int | None = None  # items of each task; all if left out
+    batch_size: int = 32  # items that the model reads at once
     device_type: str = ""  # cpu, cuda or mps; empty: the best there is
     dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
+class HFReader:
+    """Reads each document whole, since the caches of transformers differ from model to model."""
+
+    def __init__(self, name: str, runtime: Runtime) -> None:
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=runtime.dtype)
+        except ImportError as error:
+            mend = "run `uv pip install transformers`"
+            raise UserError(f"--hf_path={name} needs transformers ({error}); {mend}") from error
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"--hf_path={name}: {reason}; name another") from error
+        self.model = model.to(runtime.device).eval()
+        self.max_len = getattr(model.config, "max_position_embeddings", 2048)
+        self.decode = self.tokenizer.decode
+
+    def encode(self, text: str) -> list[int]:
+        first = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)  # bos, or eos, or none
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return [id for id in first if id is not None][:1] + ids
+
+    def start(self, prefixes: Sequence[list[int]]) -> None:
+        self.prefixes = prefixes
+
+    @torch.inference_mode()
+    def logits(self, slots: Sequence[int], tails: Sequence[list[int]]) -> torch.Tensor:
+        ids = padded([self.prefixes[s] + tail for s, tail in zip(slots, tails, strict=True)])
+        begins = torch.tensor([len(self.prefixes[slot]) for slot in slots])
+        num = ids.shape[1] - int(begins.min())
+        logits = self.model(ids.to(self.model.device), logits_to_keep=num).logits[:, -num:]
+        at = (begins - begins.min())[:, None] + torch.arange(max(map(len, tails)))  # (B, T)
+        return logits[torch.arange(len(at))[:, None], at.clamp(max=num - 1)]
+
+
+def choose_tasks(cfg: Config, runtime: Runtime) -> list[CoreTask]:
+    """What `--tasks` names; the bundle is fetched by one rank for all."""
+    names, tasks = cfg.tasks.split("|"), []
+    if PRIMER in names:
+        quiz = build_task(PRIMER)
+        rows = [{**quiz[i], "id": i} for i in range(len(quiz))]
+        rows = [row | {"query": row["document"], "choices": row["continuations"]} for row in rows]
+        tasks.append(CoreTask(PRIMER, "multiple_choice", rows, quiz.baseline, delimiter=""))
+    labels = [own for n in names if n != PRIMER for own in (CORE_TASKS if n == "core" else [n])]
+    if labels:
+        if runtime.is_main:
+            find_bundle(cfg.eval_bundle)
+        barrier()
+        tasks += load_tasks(find_bundle(cfg.eval_bundle), labels)
+    return tasks
+
+
 def main(cfg: Config) -> None:
-    """Score every item, keep what the model made of it, and report the accuracy."""
+    """Evaluate the tasks one after the other; keep what the model made of every item; report."""
+    began = time.perf_counter()
+    if cfg.batch_size < 1 or (cfg.max_per_task is not None and cfg.max_per_task < 1):
+        raise UserError("--batch_size and --max_per_task must be at least 1")
     runtime = set_up(cfg.device_type, cfg.dtype)
-    model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
-    task = build_task(TASK, "test")
-    rows = [task[i] for i in range(min(len(task), cfg.max_problems or len(task)))]
-    items = [
-        ([row["document"] + text for text in row["continuations"]], row["gold"]) for row in rows
-    ]
-    scores = score_choices(model, tokenizer, items, cfg.batch_size)
-    accuracy = sum(score.correct for score in scores) / len(scores)
-    stderr = math.sqrt(accuracy * (1 - accuracy) / max(1, len(scores) - 1))
-    say(
-        f"{TASK}: {100 * accuracy:.1f} % ± {100 * stderr:.1f} of {len(scores)} (guessing: {100 * task.baseline:.0f} %)"
-    )
-    lines = [
-        json.dumps(
-            {
-                "index": i,
-                "prediction": s.prediction,
-                "gold": s.gold,
-                "losses": s.losses,
-                "texts": texts,
-            }
+    tasks, settings = choose_tasks(cfg, runtime), vars(cfg)
+    if cfg.hf_path:
+        reader = HFReader(cfg.hf_path, runtime)
+        folder = run_dir("hf", cfg.hf_path.strip("/").replace("/", "--"))
+    else:
+        model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
+        reader = GPTReader(model, tokenizer, cfg.batch_size)
+        settings = settings | {"model_tag": meta["model_tag"], "step": meta["step"]}
+        folder = run_dir(cfg.source, meta["model_tag"])
+    results: list[TaskResult] = []
+    figures, lines = {}, []
+    for task in tasks:
+        try:
+            result = evaluate(reader, task, cfg.batch_size, cfg.max_per_task)
+        except Exception as error:
+            kind = UserError if isinstance(error, UserError) else RuntimeError
+            raise kind(f"task {task.label} failed: {error}") from error
+        results.append(result)
+        figures |= {task.label: result.accuracy, f"{task.label}_stderr": result.stderr}
+        percent = f"{100 * result.accuracy:.1f} % ± {100 * result.stderr:.1f}"
+        lines.append(
+            f"{task.label}: {percent} of {len(result.records)}, centred {result.centred:.4f}"
         )
-        for i, (s, (texts, _)) in enumerate(zip(scores, items, strict=True))
-    ]
+        say(lines[-1])
+    if core := [result for result in results if result.task.label in CORE_TASKS]:
+        name, value, stderr = core_score(core)
+        figures |= {name: value, f"{name}_stderr": stderr}
+        lines.append(f"{name}: {value:.4f} ± {stderr:.4f}")
+        say(lines[-1])
     if runtime.is_main:
-        write_file(
-            run_dir(cfg.source, meta["model_tag"]) / "eval_base.jsonl", "\n".join(lines) + "\n"
+        rows = [json.dumps(record) for result in results for record in result.records]
+        write_file(folder / "base_eval.jsonl", "\n".join(rows) + "\n")
+    if cfg.source == "base" and not cfg.hf_path:
+        seconds = time.perf_counter() - began
+        write_section(
+            "base_eval", "Base evaluation", settings, figures, ["\n".join(lines)], seconds
         )
-    results = {TASK: accuracy, f"{TASK}_stderr": stderr}
-    write_section("base_eval", "Base evaluation", vars(cfg), results)
 
 
 if __name__ == "__main__":

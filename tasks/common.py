@@ -8,10 +8,9 @@ The choice that would surprise: the rows of a public data set come in an order t
 all. MMLU is sorted by subject, and the first hundred rows of any task should be a fair sample of it.
 """
 
-import json
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, cast
@@ -21,6 +20,7 @@ import pyarrow.parquet as parquet
 from nanochat.chat_format import Conversation, check_conversation
 from nanochat.paths import UserError
 from nanochat.primer_questions import render_choices
+from nanochat.text_files import numbered_jsonl
 
 
 class Task(Sequence[Conversation]):
@@ -155,19 +155,3 @@ def _read_local(folder: Path, split: str) -> Sequence[dict[str, Any]]:
     if lines.is_file():
         return [row for _, row in numbered_jsonl(lines)]
     raise UserError(f"NANOCHAT_DATASETS: there is no {split}.jsonl or {split}.parquet in {folder}")
-
-
-def numbered_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, row) of a .jsonl file, blank lines left out. Raises UserError with a malformed line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}; give a .jsonl file in UTF-8") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise UserError(
-                    f"{path}, line {number}: not JSON ({error}); mend that line"
-                ) from error

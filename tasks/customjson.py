@@ -12,7 +12,8 @@ from pathlib import Path
 
 from nanochat.chat_format import Conversation, check_conversation
 from nanochat.paths import UserError
-from tasks.common import Task, numbered_jsonl
+from nanochat.text_files import numbered_jsonl
+from tasks.common import Task
 
 
 class CustomJSON(Task):

@@ -1,0 +1,188 @@
+"""The examination of a base model: what it writes and reports, what it refuses, and models of transformers."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat import eval_bundle
+from nanochat.chat_format import SPECIAL_TOKENS
+from nanochat.checkpoint import config_dict, save_checkpoint
+from nanochat.core_eval import CoreTask, evaluate, item_rows
+from nanochat.eval_bundle import load_tasks
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.paths import UserError, report_dir, run_dir
+from nanochat.runtime import Runtime
+from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
+from scripts.base_eval import Config, HFReader, main
+from tasks.mixtures import build_task
+from tests.test_eval_bundle import write_bundle
+
+TOKENIZER = Tokenizer([bytes([byte]) for byte in range(256)], SPECIAL_TOKENS, SPLIT_PATTERN)
+RUNTIME = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
+NUM = {"copa": 4, "lambada_openai": 4, "winograd": 4}  # items with --max_per_task 4
+
+
+def save_model(tag: str, broken: bool = False) -> Path:
+    """The folder of a run of a small random model, step 5."""
+    config = GPTConfig(128, TOKENIZER.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
+    model = GPT(config)
+    model.init_weights(0)
+    if broken:
+        torch.nn.init.constant_(model.lm_head.weight, math.nan)
+    folder = run_dir("base", tag)
+    TOKENIZER.save(folder / "tokenizer")
+    state = {"step": 5, "model_config": config_dict(config)}
+    save_checkpoint(folder, state, model.state_dict(), {}, None, RUNTIME)
+    return folder
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A small bundle, in a world without a network and with a base folder of the test's own."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.delenv("NANOCHAT_EVAL_BUNDLE", raising=False)
+    monkeypatch.setattr(eval_bundle, "URL", "http://127.0.0.1:9/eval_bundle.zip")
+    return str(write_bundle(tmp_path / "bundle"))
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "base_eval.jsonl").read_text().splitlines()]
+
+
+def test_core_is_recorded_and_reported(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_model("d1")
+    main(Config(eval_bundle=bundle, max_per_task=4, batch_size=3, device_type="cpu"))
+    records = read_records(folder)
+    assert [record["task"] for record in records] == [n for n in NUM for _ in range(NUM[n])]
+    for record in records:
+        assert record.keys() == {"task", "id", "prediction", "gold", "correct", "losses"}
+        if record["task"] != "lambada_openai":
+            assert record["prediction"] == record["losses"].index(min(record["losses"]))
+    section = json.loads((report_dir() / "base_eval.json").read_text())
+    results, centred = section["results"], []
+    for name, guessing in (("copa", 0.5), ("lambada_openai", 0.0), ("winograd", 0.5)):
+        right = [record["correct"] for record in records if record["task"] == name]
+        accuracy = sum(right) / 4
+        assert results[name] == accuracy
+        assert results[f"{name}_stderr"] == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 3))
+        centred.append((accuracy - guessing) / (1 - guessing))
+    assert results["CORE (3 of 22)"] == pytest.approx(sum(centred) / 3)
+    assert "CORE (3 of 22)_stderr" in results and "CORE" not in results
+    assert section["settings"]["step"] == 5 and section["seconds"] > 0
+    said = capsys.readouterr().out
+    assert "squad" in said and section["samples"][0] in said  # the missing, then the table
+
+
+def test_one_item_of_some_tasks_and_the_quiz_of_the_primer(bundle: str) -> None:
+    folder = save_model("d1")
+    tasks = "winograd|primer-choice"
+    main(Config(tasks=tasks, eval_bundle=bundle, max_per_task=1, device_type="cpu"))
+    assert [record["task"] for record in read_records(folder)] == ["primer-choice", "winograd"]
+    main(Config(tasks="primer-choice", batch_size=64, device_type="cpu"))  # no bundle needed
+    records, quiz = read_records(folder), build_task("primer-choice")
+    assert [record["gold"] for record in records] == [row["gold"] for row in quiz]
+    results = json.loads((report_dir() / "base_eval.json").read_text())["results"]
+    assert results.keys() == {"primer-choice", "primer-choice_stderr"}
+    assert results["primer-choice"] == sum(record["correct"] for record in records) / len(quiz)
+
+
+REFUSED = {
+    "no bundle and no network": ({}, "--eval_bundle"),
+    "no such bundle": ({"eval_bundle": "/nowhere"}, "NANOCHAT_EVAL_BUNDLE"),
+    "unknown task": ({"tasks": "core|cope", "eval_bundle": "BUNDLE"}, "'cope' is unknown"),
+    "no items": ({"tasks": "primer-choice", "max_per_task": 0}, "--max_per_task"),
+    "no batch": ({"tasks": "primer-choice", "batch_size": 0}, "--batch_size"),
+    "no such model": ({"tasks": "primer-choice", "model_tag": "d9"}, "d9"),
+    "broken model": ({"eval_bundle": "BUNDLE", "model_tag": "broken"}, "task copa failed"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_leave_nothing_behind(bundle: str, tmp_path: Path, case: str) -> None:
+    save_model("d1")
+    save_model("broken", broken=True)
+    options, message = REFUSED[case]
+    options = {key: bundle if value == "BUNDLE" else value for key, value in options.items()}
+    with pytest.raises(UserError, match=message) as refusal:
+        main(Config(device_type="cpu", **{"model_tag": "d1", **options}))
+    assert "\n" not in str(refusal.value)
+    assert not list((tmp_path / "base").rglob("base_eval.*"))
+    assert not (tmp_path / "base/eval_bundle").exists()
+
+
+def test_a_fault_in_a_task_fails_the_run_and_names_it(
+    bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(reader: Any, task: CoreTask, *rest: Any) -> Any:
+        if task.label == "winograd":
+            raise IndexError("out of range")
+        return evaluate(reader, task, *rest)
+
+    folder = save_model("d1")
+    monkeypatch.setattr("scripts.base_eval.evaluate", failing)
+    with pytest.raises(RuntimeError, match="task winograd failed: out of range"):
+        main(Config(eval_bundle=bundle, max_per_task=2, device_type="cpu"))
+    assert not report_dir().exists() and not (folder / "base_eval.jsonl").exists()
+
+
+def save_hf_model(folder: Path, bos: str | None) -> None:
+    """A random GPT-2 of 2 layers over bytes, as transformers saves one; its special tokens end the vocabulary."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate([*letters, "<s>", "</s>"])}
+    fast = Fast(models.BPE(vocab=vocab, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    fast.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token=bos, eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(3)
+    sizes = GPT2Config(vocab_size=len(vocab), n_positions=96, n_embd=32, n_layer=2, n_head=2)
+    sizes.initializer_range = 0.3  # so that predictions differ
+    GPT2LMHeadModel(sizes).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("bos", "first"), [("<s>", 256), (None, 257)])
+def test_a_model_of_transformers(bundle: str, tmp_path: Path, bos: str | None, first: int) -> None:
+    pytest.importorskip("transformers")
+    save_hf_model(tmp_path / "gpt2", bos)
+    name = str(tmp_path / "gpt2")
+    main(Config(hf_path=name, eval_bundle=bundle, batch_size=3, device_type="cpu"))
+    assert not report_dir().exists()  # the report is about models of our own
+    records = read_records(run_dir("hf", name.strip("/").replace("/", "--")))
+    reader = HFReader(name, RUNTIME)
+    assert reader.max_len == 96
+    numbered = [(task, i) for task in load_tasks(Path(bundle)) for i in range(len(task.rows))]
+    assert len(records) == len(numbered)
+    for record, (task, number) in zip(records, numbered, strict=True):
+        losses = []
+        rows, num_scored = item_rows(reader, task, number)
+        cut = max(0, max(map(len, rows)) - 96)
+        for row, num in zip(rows, num_scored, strict=True):
+            assert row[0] == first
+            ids = torch.tensor([row[:1] + row[1 + cut :]])
+            with torch.no_grad():
+                logs = reader.model(ids).logits[0].log_softmax(-1)
+            nats = -logs[:-1].gather(1, ids[0, 1:, None])[-num:]
+            losses.append(float(nats.mean()))
+        assert record["losses"] == pytest.approx(losses, abs=1e-4)
+
+
+def test_without_transformers_and_without_the_model(
+    bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"eval_bundle": bundle, "device_type": "cpu"}
+    pytest.importorskip("transformers")
+    with pytest.raises(UserError, match="--hf_path=") as refusal:
+        main(Config(hf_path=str(tmp_path), **options))
+    assert "\n" not in str(refusal.value)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match="uv pip install transformers"):
+        main(Config(hf_path="gpt2", **options))

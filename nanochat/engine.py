@@ -1,85 +1,142 @@
 """The one way to generate: many different requests at once, each with its own sampling, seed and tool calls.
 
-`run` keeps `num_slots` places. Each round it gives free places to waiting requests, first come first
-served, samples one token for every place, and then decodes all places in one forward call. A request
-leaves when it samples a stop token (its own, `<|assistant_end|>` or `<|bos|>`) or has max_tokens tokens.
-When it closes a tool call, the calculator's answer is forced as its next tokens; they have mask 0 and
-count as generated. Where the calculator has no answer nothing is forced, and the model goes on by itself.
+A request waits until it is the oldest and a slot of the KV cache is free. Its prompt is read into the slot, and
+from then on every `step` gives it one token, as all others in flight, until it samples a stop token (its own,
+`<|assistant_end|>` or `<|bos|>`) or has max_tokens tokens. A step reads at most CHUNK tokens of prompts, so that
+nobody waits long for somebody else's. `run` and its kin drive the steps themselves; a server calls `submit`,
+`cancel` and `step`.
 
-What would surprise: every prompt is read alone, in pieces whose shapes follow from its length, into a
-staging cache that is then copied to a place; and decoding always takes all the places, used or not. So
-the shapes, and with them the last bit of every logit, do not depend on what else is in flight. Requests
-that follow each other with the same prompt (samples of one question) share one reading: a copy is exact.
+What would surprise: every prompt is read alone, in chunks whose shapes follow from its length, and decoding always
+takes all the slots, used or not. So the shapes, and with them the last bit of every logit, do not depend on what
+else is in flight, unless `prefix_reuse` lets a prompt begin with what another has read (nanochat/slots.py).
 
-N slots, V vocabulary, P length of a padded piece of a prompt.
+N slots, V vocabulary, P length of a padded chunk of a prompt.
 """
 
-import codecs
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 
 import torch
 
-from nanochat.calculator import calculate
 from nanochat.chat_format import ChatTokens, chat_tokens
+from nanochat.decode_graph import DecodeGraph
+from nanochat.flight import Event, Flight, Request
 from nanochat.gpt import GPT
-from nanochat.kv_cache import KVCache
+from nanochat.kv_cache import KVCache, slot_bytes
 from nanochat.paths import UserError
-from nanochat.sampling import counter_uniform, derive_seed, sample
+from nanochat.runtime import free_memory
+from nanochat.sampling import Settings, counter_uniform, derive_seed, sample, with_logprobs
+from nanochat.slots import Prompt, Slots
 from nanochat.tokenizer import Tokenizer
 
-LONGEST_PIECE = 256  # tokens of a prompt that one forward call takes
-SHORTEST_PIECE = 16  # pieces are padded to powers of two from here on, so that few shapes occur
+CHUNK = 256  # tokens of prompts, padding included, that one step reads
+ROUND_UP = 16  # chunks are padded to a multiple of this, so that few shapes occur
+IDLE = Request([], 0, temperature=0.0)  # what a slot without a request samples with
 
 
-@dataclass(eq=False)
-class Request:
-    """What to continue and how; compared by identity, so that equal requests stay apart."""
+class StepFailed(RuntimeError):
+    """The model broke in a step: `requests` are lost, all others go on with the next step."""
 
-    prompt: list[int]
-    max_tokens: int  # generated tokens, what the tool forces included
-    temperature: float = 1.0  # 0: the likeliest token
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
-    seed: int = 0
-    stop: AbstractSet[int] = frozenset()  # ids; <|assistant_end|> and <|bos|> always stop
+    def __init__(self, requests: Sequence[Request]) -> None:
+        super().__init__(f"a step of the engine failed for {len(requests)} requests")
+        self.requests = requests
 
 
-IDLE = Request([], 0, temperature=0.0)  # what a free slot samples with
-
-
-@dataclass
-class Slot:
-    """A request in flight: what it has generated so far, and whether it is inside a tool call."""
-
-    request: Request
-    num_generated: int = 0
-    last: int = 0  # the newest token, next to be fed to the model
-    finished: bool = False
-    forced: deque[int] = field(default_factory=deque)  # what the tool still has to say
-    expression: list[int] | None = None  # tokens of an open tool call
+def slots_that_fit(model: GPT, max_len: int | None = None) -> int:
+    """How many slots of `max_len` tokens the free memory of the model's device has room for, a fifth left over."""
+    each = slot_bytes(model.config, max_len or model.config.sequence_len, model.compute_dtype)
+    return int(0.8 * free_memory(next(model.parameters()).device)) // each
 
 
 class Engine:
     """Generates with `model` for up to `num_slots` requests at a time, each of at most `max_len` tokens."""
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, num_slots: int = 16, max_len: int | None = None
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        num_slots: int = 16,
+        max_len: int | None = None,
+        prefix_reuse: bool = True,
     ) -> None:
+        """Raises UserError when the slots would not fit into the memory that is free."""
         self.model, self.tokenizer = model, tokenizer
         self.chat: ChatTokens = chat_tokens(tokenizer)
-        self.num_slots = num_slots
+        self.num_slots, self.prefix_reuse = num_slots, prefix_reuse
         self.max_len = max_len or model.config.sequence_len
         self.device = next(model.parameters()).device
-        sizes = (self.max_len, self.device, model.compute_dtype)
-        self.cache = KVCache(model.config, num_slots, *sizes)
-        self.staging = KVCache(model.config, 1, *sizes)
-        self.staged: list[int] = []  # the prompt that `staging` holds
-        self.staged_logits = torch.zeros(model.config.vocab_size, device=self.device)  # (V,)
+        if num_slots > (room := slots_that_fit(model, self.max_len)):
+            raise UserError(
+                f"{num_slots} slots are more than the {room} that the free memory holds; "
+                "lower --slots (of chat_eval: --batch_size, of chat_rl: --num_slots)"
+            )
+        sizes = (num_slots, self.max_len, self.device, model.compute_dtype)
+        self.cache = KVCache(model.config, *sizes)
+        self.graph = DecodeGraph(model, self.cache) if self.device.type == "cuda" else None
         self.logits = torch.zeros(num_slots, model.config.vocab_size, device=self.device)  # (N, V)
-        self.running = False
+        self.num_read = 0  # tokens of prompts that went through the model so far
+        self.reset()
+
+    def reset(self) -> None:
+        """Drop every request, and forget what the slots hold."""
+        self.slots = Slots(self.model, self.cache, self.prefix_reuse)
+        self.waiting: deque[Request] = deque()
+        self.reading: Flight | None = None  # its prompt is not read to the end
+        self.running: list[Flight] = []
+        self.settings: Settings | None = None  # of sampling, until a flight begins or ends
+
+    @property
+    def flights(self) -> list[Flight]:
+        """Every request with a slot."""
+        return [*self.running, *filter(None, [self.reading])]
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self.waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests with a slot, the one whose prompt is being read included."""
+        return len(self.flights)
+
+    @property
+    def busy(self) -> bool:
+        """True while there is something for `step` to do."""
+        return bool(self.num_waiting or self.num_running)
+
+    def submit(self, request: Request) -> None:
+        """Queue the request. Raises UserError where it cannot fit."""
+        self._check(request)
+        self.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Forget the request, wherever it is; it gets no more events, and its slot is free at once."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        for flight in self.flights:
+            if flight.request is request:
+                self._leave(flight)
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Read a chunk of the oldest prompts, then give every request whose prompt is read its next token.
+
+        Raises StepFailed where the model does, with those requests dropped that it concerns.
+        """
+        self._read_prompts()
+        if not self.running:
+            return []
+        with self._at_stake(self.running):
+            self._decode()
+            rows = self._sample()
+            chat = (self.tokenizer, self.chat)
+            events = [flight.take(rows[flight.slot.index], *chat) for flight in self.running]
+        for flight, event in zip(self.running.copy(), events, strict=True):
+            if event.finish:
+                self._leave(flight)
+        return events
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, int, int]]:
         """Yield (request, token, mask) as tokens come; mask 0 where the tool forced the token.
@@ -87,21 +144,21 @@ class Engine:
         The stop token is yielded too, with mask 1. Tokens of one request come in order, those of several
         are interleaved. Raises UserError, before any work, for a request that cannot fit.
         """
-        waiting = deque(requests)
-        for request in waiting:
+        requests = list(requests)
+        for request in requests:
             self._check(request)
-        return self._serve(waiting)
+        return ((event.request, event.token, event.mask) for event in self._drive(requests))
 
     def complete(
         self, requests: Iterable[Request]
     ) -> Iterator[tuple[Request, list[int], list[int]]]:
         """Yield (request, tokens, masks) as each request ends, its stop token included; as `run` else."""
         said: dict[Request, tuple[list[int], list[int]]] = {}
-        for request, token, mask in self.run(requests):
+        for request, token, mask, _, finish in self._drive(requests):
             tokens, masks = said.setdefault(request, ([], []))
             tokens.append(token)
             masks.append(mask)
-            if self._ends(request, token, mask, len(tokens)):
+            if finish:
                 yield request, *said.pop(request)
 
     def generate(
@@ -119,19 +176,16 @@ class Engine:
         context is the limit. More samples than slots: the first columns wait for the last samples.
         """
         requests = self._samples(tokens, num_samples, max_tokens, temperature, top_k, seed)
-        rows: list[list[tuple[int, int]]] = [[] for _ in requests]
-        place = {request: i for i, request in enumerate(requests)}
-        still_open, step = set(requests), 0
-        for request, token, mask in self.run(requests):
-            row = rows[place[request]]
-            row.append((token, mask))
-            if self._ends(request, token, mask, len(row)):
-                still_open.remove(request)
+        rows: dict[Request, list[tuple[int, int]]] = {request: [] for request in requests}
+        still_open, step = dict(rows), 0
+        for request, token, mask, _, finish in self._drive(requests):
+            rows[request].append((token, mask))
+            if finish:
+                del still_open[request]
             # A column is whole when every sample that goes on has reached it.
-            while step < min(
-                (len(rows[place[r]]) for r in still_open), default=max(map(len, rows))
-            ):
-                column = [r[step] if step < len(r) else (self.chat.assistant_end, 0) for r in rows]
+            while step < min(map(len, still_open.values()), default=max(map(len, rows.values()))):
+                ended = (self.chat.assistant_end, 0)
+                column = [row[step] if step < len(row) else ended for row in rows.values()]
                 yield [token for token, _ in column], [mask for _, mask in column]
                 step += 1
 
@@ -149,14 +203,14 @@ class Engine:
         The same samples as those of `generate`.
         """
         requests = self._samples(tokens, num_samples, max_tokens, temperature, top_k, seed)
-        said = {request: (ids, masks) for request, ids, masks in self.complete(requests)}
-        results, all_masks = [], []
-        for request in requests:
-            ids, masks = said[request]
-            length = len(ids) - bool(masks[-1] and ids[-1] in self._stops(request))
-            results.append(tokens + ids[:length])
-            all_masks.append([0] * len(tokens) + masks[:length])
-        return results, all_masks
+        said: dict[Request, tuple[list[int], list[int]]] = {
+            request: (list(tokens), [0] * len(tokens)) for request in requests
+        }
+        for request, token, mask, _, finish in self._drive(requests):
+            if finish != "stop":
+                said[request][0].append(token)
+                said[request][1].append(mask)
+        return [ids for ids, _ in said.values()], [masks for _, masks in said.values()]
 
     def _samples(
         self,
@@ -174,6 +228,25 @@ class Engine:
             for i in range(num_samples)
         ]
 
+    def _drive(self, requests: Iterable[Request]) -> Iterator[Event]:
+        """Submit the requests and step until they have ended; the events of no others."""
+        assert not self.busy, "one run at a time: exhaust or close the one before"
+        if not self.prefix_reuse:
+            self.reset()  # the weights may have changed since the last run
+        unfinished = dict.fromkeys(requests)
+        try:
+            for request in unfinished:
+                self.submit(request)
+            while unfinished:
+                for event in self.step():
+                    if event.request in unfinished:
+                        if event.finish:
+                            del unfinished[event.request]
+                        yield event
+        finally:
+            for request in unfinished:
+                self.cancel(request)
+
     def _check(self, request: Request) -> None:
         if not request.prompt or request.max_tokens < 1:
             raise UserError("a request needs a prompt and --max_tokens of at least 1")
@@ -183,173 +256,99 @@ class Engine:
                 f"the context of {self.max_len}; shorten the prompt or lower --max_tokens"
             )
 
-    def _stops(self, request: Request) -> AbstractSet[int]:
-        return request.stop | {self.chat.assistant_end, self.chat.bos}
-
-    def _ends(self, request: Request, token: int, mask: int, num_generated: int) -> bool:
-        """True where `token` is the request's last."""
-        stopped = bool(mask) and token in self._stops(request)
-        return stopped or num_generated >= request.max_tokens
-
-    def _serve(self, waiting: deque[Request]) -> Iterator[tuple[Request, int, int]]:
-        assert not self.running, "one run at a time: exhaust or close the one before"
-        self.running, self.staged = True, []  # the weights may have changed since the last run
-        slots: list[Slot | None] = [None] * self.num_slots
+    @contextmanager
+    def _at_stake(self, flights: Iterable[Flight]) -> Iterator[None]:
+        """Where something fails inside, it costs these flights and no others."""
         try:
-            while waiting or any(slots):
-                for index, slot in enumerate(slots):
-                    if slot is None and waiting:
-                        slots[index] = self._admit(index, waiting.popleft())
-                for index, token in enumerate(self._sample(slots)):
-                    if (slot := slots[index]) is not None:
-                        newest, mask = self._advance(slot, token)
-                        yield slot.request, newest, mask
-                        slots[index] = None if slot.finished else slot
-                if any(slots):
-                    self._decode(slots)
-        finally:
-            self.running = False
+            yield
+        except Exception as error:
+            lost = list(flights)
+            for flight in lost:
+                flight.slot.held, flight.slot.prompt = [], None
+                self._leave(flight)
+            raise StepFailed([flight.request for flight in lost]) from error
 
-    @torch.inference_mode()
-    def _admit(self, index: int, request: Request) -> Slot:
-        """Give slot `index` to the request: its past and the logits after its prompt."""
-        if request.prompt != self.staged:
-            self._read(request.prompt)
-        for name in ("keys", "values"):  # (L, N, ...)
-            getattr(self.cache, name)[:, index] = getattr(self.staging, name)[:, 0]
-        for name in ("previous", "lengths"):  # (N, ...)
-            getattr(self.cache, name)[index] = getattr(self.staging, name)[0]
-        self.logits[index] = self.staged_logits
-        return Slot(request)
+    def _leave(self, flight: Flight) -> None:
+        """Free the flight's slot, which goes on holding its tokens."""
+        if flight is self.reading:
+            self.reading = None
+        else:
+            self.running.remove(flight)
+        self.slots.give_back(flight.slot)
+        self.settings = None
 
-    def _read(self, prompt: list[int]) -> None:
-        """Prefill: put `prompt` into the staging cache, piece by piece."""
-        self.staging.reset()
-        self.staged = list(prompt)
-        for begin in range(0, len(prompt), LONGEST_PIECE):
-            piece = prompt[begin : begin + LONGEST_PIECE]
-            padded = max(SHORTEST_PIECE, 1 << (len(piece) - 1).bit_length())
-            ids = torch.tensor([piece + [self.chat.bos] * (padded - len(piece))])  # (1, P)
-            logits = self.model(
-                ids.to(self.device),
-                cache=self.staging,
-                num_new=torch.tensor([len(piece)]),
-                last_only=True,
-            )
-            self.staged_logits = logits[0, 0]
+    def _admit(self) -> Flight | None:
+        """Give the oldest waiting request a slot, if there is one of either."""
+        if not (self.waiting and self.slots.free):
+            return None
+        self.reading = Flight(self.waiting[0], self.slots.take(self.waiting[0].prompt))
+        self.waiting.popleft()
+        return self.reading
 
-    @torch.inference_mode()
-    def _sample(self, slots: Sequence[Slot | None]) -> list[int]:
-        """One token per slot; a free one gets a token that nobody looks at."""
-        rows = [IDLE if slot is None else slot.request for slot in slots]
-        counts = [0 if slot is None else slot.num_generated for slot in slots]
-        seeds = torch.tensor([request.seed & (2**63 - 1) for request in rows])
-        ids = sample(
-            self.logits,
-            torch.tensor([request.temperature for request in rows]),
-            torch.tensor([request.top_k for request in rows]),
-            torch.tensor([request.top_p for request in rows]),
-            counter_uniform(seeds, torch.tensor(counts)),
-        )
-        return ids.tolist()
+    def _read_prompts(self) -> None:
+        """Read at most CHUNK tokens, the oldest prompt first; whose prompt is read to its end, runs."""
+        room = CHUNK
+        while flight := self.reading or self._admit():
+            prompt, held = flight.request.prompt, flight.slot.held
+            chunk = prompt[len(held) : len(held) + CHUNK]
+            padded = -(-len(chunk) // ROUND_UP) * ROUND_UP  # P
+            if padded > room:
+                return
+            room -= padded
+            if chunk:  # else all of it was copied
+                with self._at_stake([flight]):
+                    self._read(flight, chunk, padded)
+            if len(held) == len(prompt):
+                self.reading, self.settings = None, None
+                self.running.append(flight)
 
-    @torch.inference_mode()
-    def _decode(self, slots: Sequence[Slot | None]) -> None:
-        """Feed every slot its newest token, for the logits of the next."""
-        ids = torch.tensor([[0 if slot is None else slot.last] for slot in slots])  # (N, 1)
-        num_new = torch.tensor([int(slot is not None) for slot in slots])
-        logits = self.model(
-            ids.to(self.device), cache=self.cache, num_new=num_new, last_only=True
-        )  # (N, 1, V)
-        self.logits = logits[:, 0]
+    def _read(self, flight: Flight, chunk: list[int], padded: int) -> None:
+        """Put `chunk` into the flight's slot, behind what that holds."""
+        slot = flight.slot
+        ids = torch.tensor([chunk + [self.chat.bos] * (padded - len(chunk))])  # (1, P)
+        logits = self._forward(ids, torch.tensor([len(chunk)]), torch.tensor([slot.index]))
+        slot.held += chunk
+        self.num_read += len(chunk)
+        if len(slot.held) == len(flight.request.prompt):
+            previous = self.cache.previous[slot.index].clone()
+            slot.prompt = Prompt(slot.held.copy(), logits[0], previous)
 
-    def _advance(self, slot: Slot, sampled: int) -> tuple[int, int]:
-        """(token, mask) that the slot takes next: what the tool still has to say, else what was sampled."""
-        mask = int(not slot.forced)
-        slot.last = sampled if mask else slot.forced.popleft()
-        slot.num_generated += 1
-        if mask:
-            self._watch_tool(slot)
-        slot.finished = self._ends(slot.request, slot.last, mask, slot.num_generated)
-        return slot.last, mask
+    def _forward(
+        self, ids: torch.Tensor, num_new: torch.Tensor, slots: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, V) logits after each row's last token; arguments as of GPT.forward."""
+        return self.model(
+            ids.to(self.device), cache=self.cache, slots=slots, num_new=num_new, last_only=True
+        )[:, 0]
 
-    def _watch_tool(self, slot: Slot) -> None:
-        """Follow the tool call of which the slot's newest token may be a part; answer it when it ends."""
-        if slot.last == self.chat.python_start:
-            slot.expression = []
-        elif slot.expression is not None and slot.last == self.chat.python_end:
-            result = calculate(self.tokenizer.decode(slot.expression))
-            slot.expression = None
-            if result is not None:
-                said = self.tokenizer.encode(result)
-                slot.forced.extend([self.chat.output_start, *said, self.chat.output_end])
-        elif slot.expression is not None:
-            slot.expression.append(slot.last)
+    def _decode(self) -> None:
+        """Put into `logits` what comes next for every running request."""
+        ids, num_new = [[0] for _ in range(self.num_slots)], [0] * self.num_slots
+        fed = [flight for flight in self.running if flight.num_generated]
+        for flight in fed:
+            ids[flight.slot.index], num_new[flight.slot.index] = [flight.last], 1
+        if fed:
+            forward = self.graph or self._forward
+            self.logits = forward(torch.tensor(ids), torch.tensor(num_new))
+        for flight in self.running:
+            if flight.num_generated:
+                flight.slot.held.append(flight.last)
+            elif flight.slot.prompt:
+                self.logits[flight.slot.index] = flight.slot.prompt.logits
 
-
-class ReplyReader:
-    """Turns the tokens of one reply into text as they come, and into the parts of a message.
-
-    Only whole code points are given out: a character split over tokens waits for its last byte.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        chat = chat_tokens(tokenizer)
-        # Special id -> the kind of what follows it.
-        self.kinds = dict.fromkeys(tokenizer.specials.values(), "text")
-        self.kinds |= {chat.python_start: "python", chat.output_start: "python_output"}
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.kind = "text"
-        self.parts: list[dict[str, str]] = []
-        self.new_part = True
-
-    def feed(self, token: int) -> list[tuple[str, str]]:
-        """The (kind, text) that `token` completes; kind is text, python or python_output."""
-        if token not in self.kinds:
-            return self._emit(self.decoder.decode(self.tokenizer.decode_bytes([token])))
-        rest = self.close()
-        self.kind, self.new_part = self.kinds[token], True
-        return rest
-
-    def close(self) -> list[tuple[str, str]]:
-        """What an unfinished character leaves behind: a replacement character, if anything."""
-        rest = self._emit(self.decoder.decode(b"", final=True))
-        self.decoder.reset()
-        return rest
-
-    def _emit(self, text: str) -> list[tuple[str, str]]:
-        if not text:
-            return []
-        if self.new_part:
-            self.parts.append({"type": self.kind, "text": ""})
-            self.new_part = False
-        self.parts[-1]["text"] += text
-        return [(self.kind, text)]
-
-
-def reply_parts(tokenizer: Tokenizer, tokens: Iterable[int]) -> list[dict[str, str]]:
-    """The parts of an assistant message from its tokens; special tokens end up as the kinds of parts."""
-    reader = ReplyReader(tokenizer)
-    for token in tokens:
-        reader.feed(token)
-    reader.close()
-    return reader.parts
-
-
-def sample_texts(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int = 32
-) -> list[str]:
-    """How a base model goes on, greedily, after each prompt; the prompt included."""
-    requests = [
-        Request([tokenizer.bos_id, *tokenizer.encode(prompt)], max_tokens, temperature=0.0)
-        for prompt in prompts
-    ]
-    # As long as they need it: prompts may be longer than the context of a very small model.
-    max_len = max(len(request.prompt) for request in requests) + max_tokens
-    engine = Engine(model, tokenizer, num_slots=len(prompts), max_len=max_len)
-    said = {request: tokens for request, tokens, _ in engine.complete(requests)}
-    return [
-        prompt + "".join(part["text"] for part in reply_parts(tokenizer, said[request]))
-        for prompt, request in zip(prompts, requests, strict=True)
-    ]
+    def _sample(self) -> list[list[list[float]]]:
+        """Per slot a sampled id, or where some request asks what `with_logprobs` says of it; in one transfer."""
+        requests, counts = [IDLE] * self.num_slots, [0] * self.num_slots
+        for flight in self.running:
+            requests[flight.slot.index] = flight.request
+            counts[flight.slot.index] = flight.num_generated
+        if self.settings is None:
+            rows = [(r.temperature, r.top_k, r.top_p) for r in requests]
+            self.settings = Settings(rows, self.logits.shape[1], self.device)
+        seeds = torch.tensor([request.seed & (2**63 - 1) for request in requests])
+        uniform = counter_uniform(seeds, torch.tensor(counts)).to(self.device)
+        ids = sample(self.logits, self.settings, uniform)
+        num_top = max(request.logprobs for request in requests)
+        if num_top == 0:
+            return ids[:, None, None].tolist()
+        return with_logprobs(ids, self.logits, num_top).tolist()

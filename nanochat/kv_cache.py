@@ -3,17 +3,18 @@
 The buffers are static: `num_slots` sequences of at most `max_len` tokens, all zeros at first. One forward
 call is one `Step`: `begin` checks the whole call before any memory is touched and says where each token goes,
 `attend` writes a layer's new keys and values and attends under the window of training, `finish` advances the
-lengths.
+lengths. `keep` turns a slot back to fewer tokens, its own or another's.
 
 What would surprise:
 - One cell past `max_len` takes what right padding writes, and nothing ever reads it. So no call needs a
   shape that depends on the data.
-- `lengths` lives on the CPU whatever the device: checking it costs no wait for a GPU.
+- `lengths` lives on the CPU whatever the device: checking it costs no wait for a GPU. The device reads where
+  each token goes from one small static buffer, so that a CUDA graph of a step serves all later ones.
 - A decode step reads the keys in blocks of fixed size and skips those that no live row can see. A block
   hidden from a row adds exact zeros to it, so a row's bits do not depend on how long its mates are.
   Cutting the keys at the longest row would be as fast but changes the order of the sums with the mates.
 - QK norm bounds every score by qk_scale^2 * sqrt(D) (16 at D = 128), so exp needs no running maximum.
-- `reset` zeroes a slot: a masked 0 times a NaN that a former request left behind would still be NaN.
+- `keep` zeroes the values behind what it keeps: a masked 0 times a NaN left there would still be NaN.
 
 Shapes: L layers, N slots, B rows of this call, T new tokens, H query heads, K kv heads, D head dimension,
 C channels, S = max_len, E keys in one block.
@@ -21,6 +22,7 @@ C channels, S = max_len, E keys in one block.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -44,6 +46,12 @@ class CacheSizes(Protocol):
     def n_embd(self) -> int: ...
 
 
+def slot_bytes(config: CacheSizes, max_len: int, dtype: torch.dtype) -> int:
+    """Memory that one slot takes, its scratch cell and its row of `previous` included."""
+    cell = 2 * config.n_layer * config.n_kv_head * (config.n_embd // config.n_head)
+    return ((max_len + 1) * cell + config.n_embd) * dtype.itemsize
+
+
 class KVCache:
     """Static buffers for `num_slots` sequences; `lengths[slot]` tokens of each are filled."""
 
@@ -61,27 +69,26 @@ class KVCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.previous = torch.zeros(num_slots, config.n_embd, device=device, dtype=dtype)  # (N, C)
         self.lengths = torch.zeros(num_slots, dtype=torch.int64)  # (N,), always on the CPU
+        self.plan = torch.zeros(3, num_slots, dtype=torch.int64, device=device)  # see Step
         self.num_slots, self.max_len = num_slots, max_len
         self.block = CPU_DECODE_BLOCK if self.keys.device.type == "cpu" else max_len
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory held by the buffers."""
-        return sum(t.numel() * t.element_size() for t in (self.keys, self.values, self.previous))
+    def keep(self, slot: int, length: int, source: int, previous: torch.Tensor | float = 0) -> None:
+        """Let `slot` hold the first `length` tokens of slot `source`, which may be itself, and nothing else.
 
-    @property
-    def bytes_per_slot(self) -> int:
-        """Memory that one more slot would take."""
-        return self.num_bytes // self.num_slots
+        `previous` (C,) is what the model carries over from the last of them (see `swap_previous`).
+        """
+        if source != slot:
+            for buffer in (self.keys, self.values):
+                buffer[:, slot, :, :length] = buffer[:, source, :, :length]
+        self.values[:, slot, :, length:] = 0
+        self.previous[slot] = previous
+        self.lengths[slot] = length
 
-    def reset(self, slots: Sequence[int] | torch.Tensor | None = None) -> None:
-        """Empty `slots` (all by default) and zero their memory."""
-        index = torch.arange(self.num_slots) if slots is None else torch.as_tensor(slots)
-        self.lengths[index] = 0
-        index = index.to(self.keys.device)
-        self.keys[:, index] = 0
-        self.values[:, index] = 0
-        self.previous[index] = 0
+    def reset(self, slots: Sequence[int] | None = None) -> None:
+        """Empty `slots` (all by default)."""
+        for slot in range(self.num_slots) if slots is None else slots:
+            self.keep(slot, 0, slot)
 
     def begin(
         self,
@@ -97,15 +104,11 @@ class KVCache:
         twice or does not exist, a sequence would grow past `max_len`, or the model computes in another dtype.
         """
         if dtype != self.keys.dtype:
-            raise ValueError(
-                f"the model computes in {dtype}, but the cache holds {self.keys.dtype}"
-            )
+            raise ValueError(f"the model computes in {dtype}, but the cache is {self.keys.dtype}")
         where = list(range(self.num_slots)) if slots is None else slots.tolist()
         added = [num_tokens] * num_rows if num_new is None else num_new.tolist()
         if not len(where) == len(added) == num_rows:
-            raise ValueError(
-                f"{num_rows} rows need as many slots and counts, not {len(where)} and {len(added)}"
-            )
+            raise ValueError(f"{num_rows} rows need as many slots and counts")
         if len(set(where)) < num_rows or not all(0 <= s < self.num_slots for s in where):
             raise ValueError(f"slots must be distinct and below {self.num_slots}, not {where}")
         starts = self.lengths[where].tolist()
@@ -113,27 +116,16 @@ class KVCache:
             if not 0 <= count <= num_tokens:
                 raise ValueError(f"slot {slot} cannot take {count} of {num_tokens} tokens")
             if start + count > self.max_len:
-                raise ValueError(
-                    f"slot {slot} holds {start} tokens and cannot take {count} more: "
-                    f"the cache was made for at most {self.max_len}"
-                )
-        offsets = torch.arange(num_tokens)
-        positions = torch.tensor(starts)[:, None] + offsets  # (B, T)
-        real = offsets < torch.tensor(added)[:, None]
-        device = self.keys.device
-        return Step(
-            cache=self,
-            slots=torch.tensor(where, device=device),
-            in_order=where == list(range(self.num_slots)),
-            starts=starts,
-            num_new=added,
-            positions=positions.to(device),
-            write_at=torch.where(real, positions, self.max_len).to(device),
-        )
+                full = f"slot {slot} holds {start} tokens and cannot take {count} more"
+                raise ValueError(f"{full}: the cache was made for at most {self.max_len}")
+        plan = self.plan[:, :num_rows]
+        if not (plan.is_cuda and torch.cuda.is_current_stream_capturing()):
+            plan.copy_(torch.tensor([where, starts, added]))
+        return Step(self, plan, num_tokens, where, starts, added)
 
     def finish(self, step: "Step") -> None:
         """Count the tokens of `step` as held."""
-        self.lengths[step.slots.cpu()] += torch.tensor(step.num_new)
+        self.lengths[step.where] += torch.tensor(step.num_new)
 
 
 @dataclass
@@ -141,26 +133,35 @@ class Step:
     """Where the tokens of one forward call go; made by `KVCache.begin`, shared by its layers."""
 
     cache: KVCache
-    slots: torch.Tensor  # (B,) on the device
-    in_order: bool  # the rows are all slots, in order: the cache can be read without copying
+    plan: torch.Tensor  # (3, B) on the device: the three lists below
+    num_tokens: int  # T
+    where: list[int]  # per row, its slot
     starts: list[int]  # per row, how many tokens its slot held before
     num_new: list[int]  # per row, how many of the T tokens are real; the rest is right padding
-    positions: torch.Tensor  # (B, T) on the device
-    write_at: torch.Tensor  # (B, T) cell of each token; max_len for padding
     masks: dict = field(default_factory=dict)  # per window, made by the first layer that has it
 
-    @property
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """(B, T) place of each token in its sequence."""
+        return self.plan[1, :, None] + torch.arange(self.num_tokens, device=self.plan.device)
+
+    @cached_property
+    def write_at(self) -> torch.Tensor:
+        """(B, T) cell of each token; max_len for padding."""
+        real = self.positions < self.plan[1:].sum(0)[:, None]
+        return torch.where(real, self.positions, self.cache.max_len)
+
+    @cached_property
     def last(self) -> torch.Tensor:
         """(B,) index of each row's last real token among the T."""
-        newest = torch.tensor([max(n - 1, 0) for n in self.num_new])
-        return newest.to(self.positions.device)
+        return (self.plan[2] - 1).clamp(min=0)
 
     def swap_previous(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C) what each slot's newest token looked like before `x` (B, T, C); keeps x's newest instead."""
-        before = self.cache.previous[self.slots]
+        slots, _, num_new = self.plan
+        before = self.cache.previous[slots]
         newest = x[torch.arange(len(x), device=x.device), self.last]  # (B, C)
-        grew = torch.tensor(self.num_new, device=x.device)[:, None] > 0
-        self.cache.previous[self.slots] = torch.where(grew, newest, before)
+        self.cache.previous[slots] = torch.where(num_new[:, None] > 0, newest, before)
         return before
 
     def attend(
@@ -175,10 +176,11 @@ class Step:
         A query sees `window` keys, itself included (None: all). `qkv` are (B, T, H, D), (B, T, K, D) twice.
         """
         q, k, v = qkv
-        self.cache.keys[layer][self.slots[:, None], :, self.write_at] = k
-        self.cache.values[layer][self.slots[:, None], :, self.write_at] = v
-        decoding = q.shape[1] == 1
-        return (self._decode if decoding else self._extend)(layer, q, window, scale)
+        rows = self.plan[0, :, None]
+        self.cache.keys[layer][rows, :, self.write_at] = k
+        self.cache.values[layer][rows, :, self.write_at] = v
+        attend = self._decode if self.num_tokens == 1 else self._extend
+        return attend(layer, q, window, scale)
 
     def _decode(
         self, layer: int, q: torch.Tensor, window: int | None, scale: float
@@ -186,8 +188,8 @@ class Step:
         """One query per row, all rows at once, block by block of keys."""
         num_rows, _, num_heads, head_dim = q.shape
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # (N, K, S + 1, D)
-        if not self.in_order:
-            keys, values = keys[self.slots], values[self.slots]
+        if self.where != list(range(self.cache.num_slots)):  # else nothing need be copied
+            keys, values = keys[self.where], values[self.where]
         grouped = (q * scale).view(num_rows, keys.shape[1], -1, head_dim)  # (B, K, H / K, D)
         if window not in self.masks:
             self.masks[window] = self._decode_mask(window)
@@ -212,16 +214,15 @@ class Step:
         live = [s for s, n in zip(self.starts, self.num_new, strict=True) if n]
         oldest = 0 if window is None or not live else max(0, min(live) - window + 1)
         newest = max(live, default=-1)
-        return hidden, range(
-            oldest // self.cache.block * self.cache.block, newest + 1, self.cache.block
-        )
+        block = self.cache.block
+        return hidden, range(oldest // block * block, newest + 1, block)
 
     def _extend(
         self, layer: int, q: torch.Tensor, window: int | None, scale: float
     ) -> torch.Tensor:
         """Many queries per row, row by row: each row meets its own keys only, in shapes of its own."""
         out = torch.zeros_like(q)  # (B, T, H, D)
-        for row, slot in enumerate(self.slots.tolist() if not self.in_order else range(len(q))):
+        for row, slot in enumerate(self.where):
             start, count = self.starts[row], self.num_new[row]
             if count == 0:
                 continue
@@ -229,10 +230,9 @@ class Step:
             if (window, row) not in self.masks:
                 queries = torch.arange(start, start + count, device=q.device)[:, None]
                 cells = torch.arange(oldest, start + count, device=q.device)
-                seen = cells <= queries
-                self.masks[window, row] = (
-                    seen if window is None else seen & (cells > queries - window)
-                )
+                self.masks[window, row] = seen = cells <= queries
+                if window is not None:
+                    seen &= cells > queries - window
             mixed = F.scaled_dot_product_attention(
                 q[row, :count].transpose(0, 1)[None],
                 self.cache.keys[layer, slot, :, oldest : start + count][None],

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.kv_cache import KVCache
+from nanochat.kv_cache import KVCache, Step, slot_bytes
 
 CONTEXT = 640  # short windows see 256 keys
 VOCAB = 96
@@ -140,6 +141,52 @@ def test_garbage_past_the_end_is_never_seen() -> None:
     assert torch.equal(model(ids, cache=dirty), model(ids, cache=clean))
 
 
+@pytest.mark.parametrize("source", [0, 1])
+def test_a_kept_beginning_goes_on_like_a_fresh_one(source: int) -> None:
+    """Turned back to 300 of 350 tokens, where they are or copied over garbage, past the window."""
+    model = make_model()
+    ids, other = text(1, 350), text(1, 40, seed=2)
+    cache = KVCache(model.config, 2, 400)
+    model(ids, cache=cache, slots=torch.tensor([source]))
+    if source == 1:
+        cache.keys[:, 0], cache.values[:, 0], cache.previous[0] = (torch.nan,) * 3
+    cache.keep(0, 300, source, model.embed(ids[0, 299]))
+    assert cache.lengths.tolist() == [300, 350 * source]
+    tail = torch.cat(
+        [
+            model(piece, cache=cache, slots=torch.tensor([0]))
+            for piece in other.split([30, 9, 1], 1)
+        ],
+        dim=1,
+    )
+    full = model(torch.cat((ids[:, :300], other), dim=1))
+    assert (tail - full[:, 300:]).abs().max() <= 1e-4
+
+
+@pytest.mark.slow
+def test_a_recorded_decode_step_serves_all_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph keeps, traced on the CPU: what changes is read from `plan` and the ids alone."""
+    model = make_model()
+    eager, recorded = KVCache(model.config, 4, 400), KVCache(model.config, 4, 400)
+    eager.block = recorded.block = 400  # as on a GPU
+    with monkeypatch.context() as patch:  # while a graph records, `begin` writes nothing
+        rows = ([0, 1, 2, 3], [0] * 4, [1] * 4)
+        patch.setattr(recorded, "begin", lambda *_: Step(recorded, recorded.plan, 1, *rows))
+        patch.setattr(recorded, "finish", lambda _: None)
+        replay = make_fx(lambda ids: model(ids, cache=recorded, last_only=True))(text(4, 1))
+    recorded.reset()
+    for slot, length in enumerate((1, 140, 300)):
+        for cache in (eager, recorded):
+            model(text(1, length), cache=cache, slots=torch.tensor([slot]))
+    for i in range(20):
+        ids, live = text(4, 1, seed=i), text(1, 4, seed=i)[0] % 2
+        expected = model(ids, cache=eager, num_new=live, last_only=True)
+        step = recorded.begin(4, 1, num_new=live)
+        assert torch.allclose(replay(ids)[live > 0], expected[live > 0], atol=1e-5)
+        recorded.finish(step)
+    assert torch.equal(recorded.previous, eager.previous) and eager.lengths.min() > 3
+
+
 def test_what_does_not_fit_is_refused_untouched() -> None:
     model = make_model()
     cache = KVCache(model.config, 2, 16)
@@ -168,5 +215,7 @@ def test_memory_is_what_it_says() -> None:
     config = GPTConfig(n_layer=3, n_head=4, n_kv_head=2, n_embd=64, vocab_size=VOCAB)
     cache = KVCache(config, 5, 100)
     # 3 layers x (keys, values) x 2 kv heads x (100 + 1) cells x 16 channels, and 64 for smear; 4 bytes each
-    assert cache.bytes_per_slot == 4 * (3 * 2 * 2 * 101 * 16 + 64)
-    assert cache.num_bytes == 5 * cache.bytes_per_slot
+    assert slot_bytes(config, 100, torch.float32) == 4 * (3 * 2 * 2 * 101 * 16 + 64)
+    held = sum(buffer.nbytes for buffer in (cache.keys, cache.values, cache.previous))
+    assert held == 5 * slot_bytes(config, 100, torch.float32)
+    assert slot_bytes(config, 100, torch.bfloat16) == held // 10

@@ -6,7 +6,7 @@ The oracles are the softmax itself (frequencies) and naive Python versions of to
 import pytest
 import torch
 
-from nanochat.sampling import counter_uniform, derive_seed, sample
+from nanochat.sampling import Settings, counter_uniform, derive_seed, sample, with_logprobs
 
 V = 50
 
@@ -22,13 +22,7 @@ def draw(
     n = len(logits)
     if uniform is None:
         uniform = counter_uniform(torch.arange(n), torch.zeros(n, dtype=torch.int64))
-    return sample(
-        logits,
-        torch.full((n,), temperature),
-        torch.full((n,), top_k),
-        torch.full((n,), top_p),
-        uniform,
-    )
+    return sample(logits, Settings([(temperature, top_k, top_p)] * n, logits.shape[1]), uniform)
 
 
 def random_logits(rows: int, seed: int = 0, vocab_size: int = V) -> torch.Tensor:
@@ -141,4 +135,18 @@ def test_rows_do_not_see_their_mates() -> None:
             [1.0, 0.8][setting],
             torch.full((8,), trial / 60),
         )
-        assert sample(mates, temperature, top_k, top_p, uniform)[place] == alone[0]
+        rows = list(zip(temperature.tolist(), top_k.tolist(), top_p.tolist(), strict=True))
+        assert sample(mates, Settings(rows, 500), uniform)[place] == alone[0]
+
+
+def test_logprobs_are_the_log_softmax() -> None:
+    logits = random_logits(3)
+    ids = torch.tensor([4, 0, 49])
+    told = with_logprobs(ids, logits, 5).tolist()
+    expected = logits.softmax(1).log()
+    for row, pairs in enumerate(told):
+        assert pairs[0][0] == ids[row] and [id for id, _ in pairs[1:]] == (
+            expected[row].argsort(descending=True)[:5].tolist()
+        )
+        for id, logprob in pairs:
+            assert logprob == pytest.approx(float(expected[row, int(id)]), abs=1e-5)

@@ -1,15 +1,20 @@
-"""Generated tokens per second of the engine at 1, 4 and 16 slots, with a random model of depth 4.
+"""Speed of the engine by number of slots, with a random model: generated tokens per second, and memory traffic.
 
     python -m dev.bench.engine_speed
+    python -m dev.bench.engine_speed --depth 20 --device cuda --slots 1 16 64
 
-The median of interleaved rounds, so that a busy machine disturbs all alike. A round generates 64 tokens for as
-many requests as there are slots, each with a prompt of 32 tokens.
+The median of interleaved rounds, so that a busy machine disturbs all alike. In a round every engine generates
+num_tokens for as many requests as it has slots, each with a prompt of 32 tokens; then each answers the same
+questions of a task, as chat_eval and the rollouts of chat_rl do. GB/s is what a step must read at least (weights
+and the keys and values in view) over its time; beside it stands what a plain copy reaches here.
 """
 
 import random
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import tyro
@@ -17,51 +22,101 @@ import tyro
 from nanochat.chat_format import SPECIAL_TOKENS
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
+from nanochat.runtime import synchronize
 from nanochat.scaling import depth_to_config
+from nanochat.task_eval import evaluate_generate
 from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
+from tasks.primer import PrimerArithmetic
+
+PROMPT = 32  # tokens
+VOCAB = 32768
 
 
 @dataclass
 class Config:
-    """How fast one process generates for 1, 4 and 16 at once."""
-
     depth: int = 4  # layers
+    slots: tuple[int, ...] = (
+        1,
+        4,
+        8,
+        16,
+    )  # how many at once; the first is what others are compared with
     num_tokens: int = 64  # generated per request
-    num_rounds: int = 7  # per number of slots
+    num_questions: int = 16  # of the task
+    num_rounds: int = 5  # interleaved
     device: str = "cpu"  # cpu or cuda
 
 
-def one_round(engine: Engine, num_tokens: int, seed: int) -> float:
-    """Tokens per second of one full set of requests."""
+def generate(engine: Engine, num_tokens: int, seed: int) -> int:
+    """One full set of requests; how many tokens they got."""
     ids = random.Random(seed)
     requests = [
-        Request(ids.choices(range(256), k=32), num_tokens, top_k=50, seed=seed + i)
+        Request(ids.choices(range(256), k=PROMPT), num_tokens, top_k=50, seed=seed + i)
         for i in range(engine.num_slots)
     ]
+    return sum(1 for _ in engine.run(requests))
+
+
+def answer(engine: Engine, num_tokens: int, num_questions: int) -> int:
+    """A generative evaluation; how many questions it asked."""
+    task = PrimerArithmetic("test")
+    limits = {"max_tokens": num_tokens, "max_problems": num_questions}
+    return evaluate_generate(engine, engine.tokenizer, task, temperature=1.0, **limits).num
+
+
+def copy(source: torch.Tensor, target: torch.Tensor) -> int:
+    """A plain copy; how many bytes it read and wrote."""
+    target.copy_(source)
+    synchronize(source.device)
+    return 2 * source.nbytes
+
+
+def rate(work: Callable[..., int], *arguments: Any) -> float:
+    """What `work` counts, per second."""
     begin = time.perf_counter()
-    count = sum(1 for _ in engine.run(requests))
-    return count / (time.perf_counter() - begin)
+    return work(*arguments) / (time.perf_counter() - begin)
+
+
+def step_bytes(model: GPT, num_slots: int, length: int) -> int:
+    """What one decode step reads at least, when every slot holds `length` tokens."""
+    tables = ("wte", "value_embeds")  # a few rows of them
+    weights = sum(p.nbytes for n, p in model.named_parameters() if n.split(".")[0] not in tables)
+    config = model.config
+    seen = sum(min(length, config.window(i) or length) for i in range(config.n_layer))
+    cell = 2 * config.n_kv_head * config.head_dim * model.compute_dtype.itemsize
+    return weights + num_slots * seen * cell
 
 
 def main(cfg: Config) -> None:
-    """Print the median speed for each number of slots, and how much faster it is than one slot."""
-    tokenizer = Tokenizer([bytes([byte]) for byte in range(256)], SPECIAL_TOKENS, SPLIT_PATTERN)
-    model = GPT(depth_to_config(cfg.depth, 32768, 512))
+    """Print the medians for each number of slots, and how much faster each is than the first."""
+    made_up = [number.to_bytes(3, "big") for number in range(VOCAB - 256 - len(SPECIAL_TOKENS))]
+    vocabulary = [*(bytes([byte]) for byte in range(256)), *made_up]
+    tokenizer = Tokenizer(vocabulary, SPECIAL_TOKENS, SPLIT_PATTERN)
+    model = GPT(depth_to_config(cfg.depth, VOCAB, 512)).to(cfg.device)
     model.init_weights()
-    model.to(cfg.device)
     if cfg.device == "cuda":
-        model.set_compute_dtype(torch.bfloat16)
-    speeds: dict[int, list[float]] = {1: [], 4: [], 16: []}
-    engines = {n: Engine(model, tokenizer, num_slots=n) for n in speeds}
+        model.to(torch.bfloat16).set_compute_dtype(torch.bfloat16)
+    engines = {n: Engine(model, tokenizer, n, prefix_reuse=False) for n in cfg.slots}
+    source, target = torch.ones(2, 2**26, device=cfg.device).unbind(0)  # 256 MiB each
+    speeds: dict[int, list[float]] = {n: [] for n in cfg.slots}
+    answers: dict[int, list[float]] = {n: [] for n in cfg.slots}
+    copies = []
     for engine in engines.values():
-        one_round(engine, 4, seed=0)  # warm-up
+        generate(engine, 4, seed=0)  # warm-up
     for seed in range(cfg.num_rounds):
+        copies.append(rate(copy, source, target))
         for n, engine in engines.items():
-            speeds[n].append(one_round(engine, cfg.num_tokens, seed))
-    alone = statistics.median(speeds[1])
-    for n, own in speeds.items():
-        median = statistics.median(own)
-        print(f"{n:3d} slots: {median:8.0f} tok/s, {median / alone:.2f} times one slot")
+            speeds[n].append(rate(generate, engine, cfg.num_tokens, seed))
+            answers[n].append(rate(answer, engine, cfg.num_tokens, cfg.num_questions))
+    print(f"a copy moves {statistics.median(copies) / 1e9:.1f} GB/s")
+    first, first_answers = (statistics.median(of[cfg.slots[0]]) for of in (speeds, answers))
+    for n in cfg.slots:
+        speed, answered = statistics.median(speeds[n]), statistics.median(answers[n])
+        traffic = step_bytes(model, n, PROMPT + cfg.num_tokens // 2) * speed / n / 1e9
+        print(
+            f"{n:3d} slots: {speed:7.0f} tok/s ({speed / first:.2f} x), {traffic:5.1f} GB/s; "
+            f"{answered:6.2f} questions/s ({answered / first_answers:.2f} x)"
+        )
 
 
 if __name__ == "__main__":

@@ -21,11 +21,16 @@ from nanochat.tokenizer import Tokenizer
 
 @torch.inference_mode()
 def evaluate_bpb(
-    model: GPT, batches: Iterator[Batch], token_bytes: Sequence[int], num_steps: int
+    model: GPT,
+    batches: Iterator[Batch],
+    token_bytes: Sequence[int],
+    num_steps: int,
+    rows: int = 1 << 30,
 ) -> float:
     """Bits per byte over the next `num_steps` batches of every rank; infinite where they hold no bytes.
 
-    `token_bytes` has the byte length of each id, 0 for specials (`Tokenizer.token_bytes`).
+    `token_bytes` has the byte length of each id, 0 for specials (`Tokenizer.token_bytes`). The model is given
+    `rows` rows at a time.
     """
     device = next(model.parameters()).device
     lengths = torch.tensor(token_bytes, device=device)  # (V,)
@@ -33,11 +38,13 @@ def evaluate_bpb(
     sums = torch.zeros(2, dtype=exact, device=device)  # nats, bytes
     for _ in range(num_steps):
         batch = next(batches)
-        targets = batch.targets.reshape(-1)  # (B * T,)
-        nats = model(batch.inputs, batch.targets, reduction="none").reshape(-1)
-        num_bytes = torch.where(targets >= 0, lengths[targets.clamp(min=0)], 0)
-        sums[0] += torch.where(num_bytes > 0, nats, 0.0).sum(dtype=exact)
-        sums[1] += num_bytes.sum()
+        parts = zip(batch.inputs.split(rows), batch.targets.split(rows), strict=True)
+        for inputs, wanted in parts:
+            targets = wanted.reshape(-1)  # (R * T,)
+            nats = model(inputs, wanted, reduction="none").reshape(-1)
+            num_bytes = torch.where(targets >= 0, lengths[targets.clamp(min=0)], 0)
+            sums[0] += torch.where(num_bytes > 0, nats, 0.0).sum(dtype=exact)
+            sums[1] += num_bytes.sum()
     nats_total, bytes_total = all_reduce_sum(sums).tolist()
     return nats_total / (math.log(2) * bytes_total) if bytes_total else math.inf
 
@@ -47,14 +54,18 @@ def text_bpb(
     tokenizer: Tokenizer,
     shards: Sequence[Path],
     num_tokens: int,
-    device_batch_size: int,
+    rows: int,
     runtime: Runtime,
+    num_rows: int = 0,
 ) -> float:
-    """Bits per byte on the first `num_tokens` tokens of the shards, packed as in training."""
-    num_rows, seq_len = device_batch_size * runtime.world_size, model.config.sequence_len
+    """Bits per byte on the first `num_tokens` tokens of the shards, packed as in training.
+
+    `num_rows` (default: `rows` for each rank) of all ranks fix the packing, so that it is the same on any number.
+    """
+    num_rows, seq_len = num_rows or rows * runtime.world_size, model.config.sequence_len
     where = (runtime.rank, runtime.world_size, runtime.device)
     loader = TextLoader(tokenizer, shards, num_rows, seq_len, *where, quiet=True)
     num_steps = max(1, num_tokens // (num_rows * seq_len))
-    bpb = evaluate_bpb(model, loader, tokenizer.token_bytes(), num_steps)
+    bpb = evaluate_bpb(model, loader, tokenizer.token_bytes(), num_steps, rows)
     loader.close()
     return bpb

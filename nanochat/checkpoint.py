@@ -1,35 +1,43 @@
 """Save and load what a run needs to go on: weights, optimizer state, place in the data, loop state.
 
     base/d4/step_000300/model.safetensors             weights by parameter name, fp32; other tools can read it
-                        optimizer_00000.safetensors   one per rank, keyed "<parameter>.<moment>"
-                        loader_00000.json             one per rank: that rank's lanes of the data
+                        optimizer_00000.safetensors   one per rank, keyed "<parameter>.<moment>": a range of the
+                                                      flattened moment; the header has its shape and beginning
+                        rank_00000.json               one per rank: its lanes of the data, its random generators
                         state.json                    step, tokens, seconds, configs, figures
                         manifest.json                 every file's size and sha256, written last
 
 A checkpoint is written into `step_000300.partial`, fsynced, and renamed when it is complete, so a folder
 with the final name is whole. It is verified against its manifest before anything is read from it; a damaged
-one is named, and a resuming run falls back to the one before.
+one is named, and a resuming run falls back to the one before. `CheckpointWriter` writes in the background, from
+a copy in host memory; its threads agree over the ranks in a process group of their own.
 
-The choice that would surprise: no torch.save anywhere. Its files are pickles, which run code when loaded.
+The choice that would surprise: no torch.save anywhere. Its files are pickles, which run code when loaded; so
+are the metadata of torch.distributed.checkpoint.
 """
 
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
+import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import Part
 from nanochat.paths import UserError, base_dir, fsync_dir, run_dir, write_file
-from nanochat.runtime import Runtime, barrier, say
+from nanochat.runtime import Runtime, say
 from nanochat.tokenizer import Tokenizer
 
 STEP_NAME = re.compile(r"step_(\d{6,})")
@@ -51,27 +59,63 @@ class Checkpoint:
 
     def load_weights(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Parameter name -> fp32 tensor on `device`."""
-        return load_tensors(self.folder / "model.safetensors", device)
+        return load_file(self.folder / "model.safetensors", device=str(device))
 
-    def load_optimizer(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """ "<parameter>.<moment>" -> tensor, of all the ranks that saved."""
-        parts = sorted(self.folder.glob("optimizer_*.safetensors"))
-        return {key: value for part in parts for key, value in load_tensors(part, device).items()}
+    def open_optimizer(self) -> Callable[[str, int, int], torch.Tensor]:
+        """read(key, first, last) -> these elements of a flattened moment, whichever ranks saved them.
 
-    def load_loader_state(self) -> dict[str, Any] | None:
+        It raises UserError where they are not all there.
+        """
+        parts: dict[str, list[tuple[int, Any]]] = {}
+        for path in sorted(self.folder.glob("optimizer_*.safetensors")):
+            file = safe_open(path, "pt")
+            header = json.loads((file.metadata() or {}).get("parts", "{}"))
+            for key, part in header.items():
+                parts.setdefault(key, []).append((part["first"], file.get_slice(key)))
+
+        def read(key: str, first: int, last: int) -> torch.Tensor:
+            found, place = [], first
+            for begin, part in sorted(parts.get(key, ()), key=lambda pair: pair[0]):
+                end = min(last, begin + part.get_shape()[0])
+                if begin <= place < end:
+                    found.append(part[place - begin : end - begin])
+                    place = end
+            if place < last:
+                raise UserError(
+                    f"{self.folder} lacks elements {place} to {last} of {key}; use --fresh to start over"
+                )
+            return torch.cat(found)
+
+        return read
+
+    def load_loader_state(self, rank: int, world_size: int) -> dict[str, Any] | None:
         """The place in the data, joined from the parts of all ranks; None for a stage without a loader."""
-        parts = [json.loads(part.read_text()) for part in sorted(self.folder.glob("loader_*.json"))]
-        return merge_states(parts) if parts else None
+        ranks = [json.loads(path.read_text()) for path in sorted(self.folder.glob("rank_*.json"))]
+        parts = [saved["loader"] for saved in ranks if saved["loader"]]
+        if not parts:
+            return None
+        # Among as many ranks as before each knows how far it had dealt: nothing differs from going straight on.
+        own = parts[rank] if len(parts) == world_size else {}
+        return merge_states(parts) | {key: own[key] for key in own if key != "lanes"}
+
+    def restore_generators(self, rank: int) -> None:
+        """Set the random generators to what they were; those of a rank that was not there stay as seeded."""
+        path = self.folder / f"rank_{rank:05d}.json"
+        states = json.loads(path.read_text())["generators"] if path.exists() else {}
+        if "python" in states:
+            version, internal, gauss = states["python"]
+            random.setstate((version, tuple(internal), gauss))
+            torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
 
 
-def load_tensors(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    """All tensors of one safetensors file. Raises UserError when it cannot be read."""
-    try:
-        return load_file(path, device=str(device))
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); choose another --step or train again"
-        ) from error
+def export_generators() -> dict[str, Any]:
+    """The states of this process's random generators as JSON: Python's, torch's, and the GPU's if there is one."""
+    states = {"python": random.getstate(), "torch": torch.get_rng_state().tolist()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state().tolist()
+    return states
 
 
 def step_dir(run: Path, step: int) -> Path:
@@ -94,46 +138,72 @@ def file_digest(path: Path) -> dict[str, Any]:
     return {"num_bytes": path.stat().st_size, "sha256": digest}
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
     """Write and fsync one safetensors file."""
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    host = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(host, path, header)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def together(action: Callable[[], None], group: Any) -> None:
+    """Do `action` on every rank. Raises UserError on all of them where the disk refused one."""
+    error = None
+    try:
+        action()
+    except (OSError, SafetensorError) as caught:
+        error = caught
+    failed = torch.tensor(error is not None, dtype=torch.int32)
+    if dist.is_initialized():
+        dist.all_reduce(failed, group=group)
+    if failed:
+        reason = error or "another rank could not write its part"
+        raise UserError(f"cannot save: {reason}; the checkpoints before are intact") from error
 
 
 def save_checkpoint(
     run: Path,
     state: dict[str, Any],
     weights: dict[str, torch.Tensor],
-    optimizer: dict[str, torch.Tensor],
-    loader: dict[str, Any] | None,
+    moments: dict[str, Part],
+    own: dict[str, Any] | None,
     runtime: Runtime,
+    group: Any = None,
 ) -> Path:
-    """Write the checkpoint of `state["step"]`; every rank calls this and writes its own part.
+    """Write the checkpoint of `state["step"]`; every rank of `group` calls this and writes its own part.
 
-    Returns the folder, which exists whole or not at all. Raises UserError when the disk refuses.
+    `own` is what else this rank alone knows: {"loader", "generators"}. Returns the folder, which exists whole or
+    not at all. Raises UserError, on every rank, when the disk refuses.
     """
     final = step_dir(run, state["step"])
     partial = final.with_suffix(".partial")
-    try:
+
+    def prepare() -> None:
         if runtime.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        barrier()
-        write_tensors(partial / f"optimizer_{runtime.rank:05d}.safetensors", optimizer)
-        if loader is not None:
-            write_file(partial / f"loader_{runtime.rank:05d}.json", json.dumps(loader))
+
+    def write() -> None:
+        parts = {name: {"shape": part.shape, "first": part.first} for name, part in moments.items()}
+        values = {name: part.values for name, part in moments.items()}
+        path = partial / f"optimizer_{runtime.rank:05d}.safetensors"
+        write_tensors(path, values, {"parts": json.dumps(parts)})
+        if own is not None:
+            write_file(partial / f"rank_{runtime.rank:05d}.json", json.dumps(own))
         if runtime.is_main:
-            write_tensors(partial / "model.safetensors", weights)
+            write_tensors(partial / "model.safetensors", weights, {"format": "pt"})
             write_file(partial / "state.json", json.dumps(state, indent=1))
-        barrier()
+
+    def seal() -> None:
         if runtime.is_main:
             commit(partial, final)
-        barrier()
-    except OSError as error:
-        raise UserError(
-            f"cannot save {final}: {error}; the checkpoints before it are intact"
-        ) from error
+
+    try:
+        for action in (prepare, write, seal):
+            together(action, group)
+    except UserError:
+        shutil.rmtree(partial, ignore_errors=True)  # give back what a full disk lacks
+        raise
     return final
 
 
@@ -142,13 +212,86 @@ def commit(partial: Path, final: Path) -> None:
     files = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
     write_file(partial / "manifest.json", json.dumps(files, indent=1))
     if final.exists():
-        shutil.rmtree(final)
+        discard(final)
     partial.rename(final)
     fsync_dir(final.parent)
 
 
-def open_checkpoint(run: Path, step: int) -> Checkpoint:
-    """Verify one checkpoint against its manifest and read its state.
+def discard(folder: Path) -> None:
+    """Delete a checkpoint, which is never seen half deleted under its name."""
+    gone = folder.with_suffix(".deleted")
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def clear_strays(run: Path) -> None:
+    """Delete what killed processes left unfinished."""
+    for stray in (*run.glob("step_*.partial"), *run.glob("step_*.deleted")):
+        shutil.rmtree(stray)
+
+
+class CheckpointWriter:
+    """Saves checkpoints in the background; every rank has one. The next save, and `wait`, wait for the last."""
+
+    def __init__(self, run: Path, keep_last: int, runtime: Runtime) -> None:
+        """`keep_last` newest checkpoints are kept; <= 0: all."""
+        self.run, self.keep_last, self.runtime = run, keep_last, runtime
+        self.group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
+        self.host: dict[str, torch.Tensor] = {}  # reused: page-locking memory takes seconds
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+
+    def start(
+        self,
+        state: dict[str, Any],
+        weights: dict[str, torch.Tensor],
+        moments: dict[str, Part],
+        loader_state: Callable[[], dict[str, Any] | None],
+    ) -> None:
+        """Copy everything to host memory, and write it while training goes on. Raises what `wait` raises."""
+        self.wait()
+        weights = weights if self.runtime.is_main else {}
+        weights = {name: self._copy(name, tensor) for name, tensor in weights.items()}
+        moments = {
+            name: part._replace(values=self._copy(f"moment {name}", part.values))
+            for name, part in moments.items()
+        }
+        if self.runtime.device.type == "cuda":
+            torch.cuda.synchronize(self.runtime.device)
+        generators = export_generators()
+
+        def write() -> None:
+            try:
+                own = {"loader": loader_state(), "generators": generators}
+                arguments = (self.run, state, weights, moments, own, self.runtime, self.group)
+                say(f"saved {save_checkpoint(*arguments)}")
+                if self.runtime.is_main and self.keep_last > 0:
+                    for step in list_steps(self.run)[: -self.keep_last]:
+                        discard(step_dir(self.run, step))
+            except Exception as error:  # handed to the trainer's thread, which raises it
+                self.error = error
+
+        self.thread = threading.Thread(target=write, name="nanochat-checkpoint", daemon=True)
+        self.thread.start()
+
+    def _copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` in host memory, where it stays as it is until the next save."""
+        if name not in self.host:
+            pinned = tensor.device.type == "cuda"
+            self.host[name] = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+        return self.host[name].copy_(tensor.detach(), non_blocking=True)
+
+    def wait(self) -> None:
+        """Wait until the last save is on disk. Raises what went wrong, UserError where the disk refused."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            raise self.error
+
+
+def open_checkpoint(run: Path, step: int, verify: bool = True) -> Checkpoint:
+    """Verify one checkpoint against its manifest (unless another rank has) and read its state.
 
     Raises UserError that names the damaged or missing file.
     """
@@ -156,13 +299,13 @@ def open_checkpoint(run: Path, step: int) -> Checkpoint:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         for name, expected in manifest.items():
-            if file_digest(folder / name) != expected:
+            if verify and file_digest(folder / name) != expected:
                 raise UserError(
                     f"{folder / name} is damaged: its size or sha256 differs from the manifest"
                 )
         digest = manifest["model.safetensors"]["sha256"][:32]
         return Checkpoint(folder, json.loads((folder / "state.json").read_text()), digest)
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
         raise UserError(f"checkpoint {folder} is incomplete: {error}") from error
 
 
@@ -223,9 +366,10 @@ def build_model(
     config: GPTConfig, weights: dict[str, torch.Tensor] | None, runtime: Runtime, seed: int = 0
 ) -> GPT:
     """A model on the runtime's device with the weights given, or freshly initialised from `seed`."""
-    with torch.device("meta"):
+    with (
+        runtime.device
+    ):  # by way of the meta device torch would import its compiler, seconds at each start
         model = GPT(config)
-    model.to_empty(device=runtime.device)
     if weights is None:
         model.init_weights(seed)
     else:

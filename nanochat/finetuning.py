@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from nanochat.batching import batch_rows, compile_for_training, row_choices
 from nanochat.bits_per_byte import evaluate_bpb
 from nanochat.chat_format import Conversation
 from nanochat.chat_loader import ChatLoader
@@ -21,7 +22,7 @@ from nanochat.runtime import Runtime, all_reduce_sum, say, set_up
 from nanochat.scaling import make_optimizer
 from nanochat.schedule import lr_multiplier_at
 from nanochat.tokenizer import Tokenizer
-from nanochat.training import TrainRun, accumulate, batch_rows, compile_for_training, split_rows
+from nanochat.training import TrainRun, accumulate
 
 MOMENTUM = 0.95  # of Muon; constant, since a stage starts from a trained model
 
@@ -34,7 +35,7 @@ class FinetuneConfig(Protocol):
     step: int | None
     max_seq_len: int
     total_batch_size: int
-    device_batch_size: int
+    device_batch_size: int | Literal["auto"]
     num_iterations: int
     num_epochs: int
     lr_scale: float
@@ -46,24 +47,28 @@ class FinetuneConfig(Protocol):
     eval_every: int
     eval_tokens: int
     save_every: int
+    keep_last: int
 
 
 def validate(
     model: GPT,
     tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
-    seq_len: int,
-    cfg: FinetuneConfig,
+    shape: tuple[int, int, int],
+    eval_tokens: int,
     runtime: Runtime,
 ) -> float:
-    """Bits per byte of what the assistant says in the first `eval_tokens` tokens of `conversations`."""
-    num_rows = cfg.device_batch_size * runtime.world_size
+    """Bits per byte of what the assistant says in the first `eval_tokens` tokens of `conversations`.
+
+    `shape`: rows of all ranks, tokens of a row, rows of one pass on a device.
+    """
+    num_rows, seq_len, rows = shape
     where = (runtime.rank, runtime.world_size, runtime.device)
     loader = ChatLoader(
         conversations, tokenizer, num_rows, seq_len, *where, num_epochs=None, quiet=True
     )
-    num_steps = max(1, cfg.eval_tokens // (num_rows * seq_len))
-    bpb = evaluate_bpb(model, loader, tokenizer.token_bytes(), num_steps)
+    num_steps = max(1, eval_tokens // (num_rows * seq_len))
+    bpb = evaluate_bpb(model, loader, tokenizer.token_bytes(), num_steps, rows)
     loader.close()
     return bpb
 
@@ -77,7 +82,7 @@ def finetune(
     settings = vars(cfg) | {"weights": meta["weights"]}
     seq_len = cfg.max_seq_len if cfg.max_seq_len > 0 else model.config.sequence_len
     num_rows = batch_rows(cfg.total_batch_size, seq_len)
-    rows = split_rows(num_rows, cfg.device_batch_size, runtime.world_size)
+    choices = row_choices(num_rows, cfg.device_batch_size, seq_len, model.config, runtime)
 
     with TrainRun(stage, meta["model_tag"], settings, runtime) as run:
         if run.finished:
@@ -90,19 +95,22 @@ def finetune(
             train, tokenizer, num_rows, seq_len, *where, num_epochs, state, cfg.seed
         )
         run.at_exit.callback(loader.close)
-        compiled = compile_for_training(model.train(), cfg.compile, runtime.device)
+        compiled, run.rows = compile_for_training(
+            model.train(), cfg.compile, choices, seq_len, run.guard
+        )
         say(f"{len(train):,} conversations, {num_rows} rows of {seq_len} tokens a step")
         run.begin(model, tokenizer)
         loader_state, num_cropped = (lambda: state), 0
         while True:
             if run.step > 0 and run.due(cfg.save_every):
-                run.save(model, optimizer, loader_state())
+                run.save(model, optimizer, loader_state)
             if run.due(cfg.eval_every):
-                run.note(val_bpb=validate(model, tokenizer, val, seq_len, cfg, runtime))
+                how_much = ((num_rows, seq_len, run.rows), cfg.eval_tokens, runtime)
+                run.note(val_bpb=validate(model, tokenizer, val, *how_much))
             if run.progress >= 1:
                 break
             batch = run.fetch(loader)
-            loss = accumulate(compiled, batch, rows, runtime.world_size)
+            loss = accumulate(compiled, batch, run.rows, runtime.world_size, optimizer=optimizer)
             multiplier = cfg.lr_scale * lr_multiplier_at(run.progress, cfg.warmdown)
             optimizer.set_multipliers(multiplier, MOMENTUM, weight_decay=0.0)
             optimizer.step()

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanochat.fp8 import QuantisedWeight, fp8_linear
 from nanochat.fused import norm, relu_squared, rotary_angles, rotate, softcap_loss
 from nanochat.kv_cache import KVCache, Step
 from nanochat.paths import UserError
@@ -79,9 +80,7 @@ class GPTConfig:
     n_head: int = 6
     n_kv_head: int = 6
     n_embd: int = 768
-    window_pattern: str = (
-        "SSSL"  # tiled over the layers; S short, L all; the last layer is always L
-    )
+    window_pattern: str = "SSSL"  # tiled over the layers; S short, L all; the last is always L
     rope_base: float = 100000.0
     qk_scale: float = 1.2
     softcap: float = 15.0
@@ -140,6 +139,8 @@ class GPTConfig:
 class Linear(nn.Linear):
     """A matrix without bias, cast to the dtype of its input; its values are init_weights' business."""
 
+    quantised: QuantisedWeight | None = None  # see nanochat.fp8.enable
+
     def __init__(self, fan_in: int, fan_out: int) -> None:
         super().__init__(fan_in, fan_out, bias=False)
 
@@ -147,6 +148,8 @@ class Linear(nn.Linear):
         """Nothing: see GPT.init_weights."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.quantised is not None and torch.is_grad_enabled():
+            return fp8_linear(input, self.weight, self.quantised)
         return F.linear(input, self.weight.to(input.dtype))
 
 
@@ -163,9 +166,7 @@ class Context:
 
     angles: tuple[torch.Tensor, torch.Tensor]  # (cos, sin), (1 or B, T, 1, D / 2)
     step: Step | None  # where the cache takes the tokens, if there is a cache
-    masks: dict[int, torch.Tensor] = field(
-        default_factory=dict
-    )  # (T, T) per window, see window_mask
+    masks: dict[int, torch.Tensor] = field(default_factory=dict)  # (T, T) per window
 
 
 def window_mask(time: int, window: int, device: torch.device) -> torch.Tensor:
@@ -348,13 +349,14 @@ class GPT(nn.Module):
             )
             return loss.view(batch, time) if reduction == "none" else loss
         if last_only:
-            x = (
-                x[:, -1:]
-                if step is None
-                else x[torch.arange(batch, device=x.device), step.last][:, None]
-            )
+            rows = torch.arange(batch, device=x.device)
+            x = x[:, -1:] if step is None else x[rows, step.last][:, None]
         logits = self.lm_head(x)[..., : self.config.vocab_size].float()
         return self.config.softcap * torch.tanh(logits / self.config.softcap)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """(..., C) what the stream begins with, before smear; of the newest token a KVCache keeps it."""
+        return norm(self.wte(ids).to(self.compute_dtype))
 
     def _stream(self, ids: torch.Tensor, step: Step | None) -> torch.Tensor:
         """(B, T, C) normed output of the last layer."""
@@ -364,7 +366,7 @@ class GPT(nn.Module):
         )
         angles = rotary_angles(positions, config.head_dim, config.rope_base)
         context = Context(angles, step)
-        x = norm(self.wte(ids).to(self.compute_dtype))
+        x = self.embed(ids)
         if config.smear:
             x = self._smear(x, step)
         x0 = middle = x
@@ -383,8 +385,7 @@ class GPT(nn.Module):
 
     def _smear(self, x: torch.Tensor, step: Step | None) -> torch.Tensor:
         """`x` with a gated part of the token before added; the first token has none before it."""
-        nothing = torch.zeros_like(x[:, :1])
-        first = nothing if step is None else step.swap_previous(x)[:, None]  # (B, 1, C)
+        first = torch.zeros_like(x[:, :1]) if step is None else step.swap_previous(x)[:, None]
         before = torch.cat((first, x[:, :-1]), dim=1)
         gate = (
             self.smear_lambda.to(x.dtype) * self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]).sigmoid()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nanochat.paths import write_file
+from nanochat.paths import UserError, write_file
 
 
 class MetricsFile:
@@ -40,15 +40,20 @@ class MetricsFile:
         """Write the kept records, durably."""
         if not self.pending:
             return
-        with self.path.open("a") as file:
-            for record in self.pending:
-                values = {name: to_number(value) for name, value in record.items()}
-                file.write(json.dumps(values) + "\n")
-                if self.wandb is not None:
-                    self.wandb.log(values, step=values["step"])
-            file.flush()
-            os.fsync(file.fileno())
+        records = [
+            {name: to_number(value) for name, value in record.items()} for record in self.pending
+        ]
         self.pending.clear()
+        try:
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error}") from error
+        if self.wandb is not None:
+            for record in records:
+                self.wandb.log(record, step=record["step"])
 
     def close(self) -> None:
         """Write what is kept and end the wandb run."""

@@ -1,24 +1,26 @@
 """Muon for the matrices and AdamW for everything else, in one class, for one rank or many.
 
 Parameters are packed into buckets of rows: matrices of one shape are stacked (a row is a whole matrix), large
-AdamW parameters stand alone and small ones are joined (a row is one element). With N ranks each bucket's
-gradients are summed and divided by N, every rank updates its own N-th of the rows, and the results are gathered;
-small buckets are updated alike on every rank. One rank does none of that. A Muon step is momentum, equal row
-norms, Polar Express, NorMuon's variance and cautious decay; AdamW is torch's fused kernel. State is fp32.
+AdamW parameters stand alone and small ones are joined (a row is one element). With N ranks a bucket's gradients
+are reduced as soon as the last backward of a step has brought them, every rank updates its own N-th of the rows,
+whose state it alone holds, and the results are gathered; small buckets are updated alike on every rank. One rank
+does none of that. A Muon step is momentum, equal row norms, Polar Express, NorMuon's variance and cautious
+decay; AdamW is torch's fused kernel. State is fp32.
 
-What would surprise: on a CPU the matrices are orthogonalised in fp32, since in bf16 a rounding difference of
-1e-7 (another number of ranks) becomes 2 % of the update. And the class is not a torch.optim.Optimizer: making
-one of those imports torch's compiler, 4.6 s of CPU at each start, and gives nothing that is used here.
+What would surprise: a step whose reduced gradient is not finite changes nothing, on any rank, and the host is
+not asked: zero times the update is added (`finite` tells later). On a CPU the matrices are orthogonalised in
+fp32, since in bf16 a rounding difference of 1e-7 (another number of ranks) becomes 2 % of the update. And the
+class is not a torch.optim.Optimizer: making one of those imports torch's compiler, 4.6 s of CPU at each start.
 
 Sources: Muon, Jordan et al. 2024; Polar Express, arXiv 2505.16932; NorMuon, 2510.05491; cautious weight decay,
 2510.12402; AdamW, 1711.05101. Shapes: K matrices of M x N, P rows in a bucket.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,7 +35,9 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 SMALL = 1024  # parameters with fewer elements are joined and replicated: a message each costs more than it saves
-PART_OF = re.compile(r"(.*)\[(\d+):(\d+)\]")
+MESSAGE_ELEMENTS = (
+    1 << 23
+)  # of matrices sent together: 32 MB in fp32, so that there is something to overlap
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -53,11 +57,19 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def muon_update(
-    weights: Tensor, gradients: Tensor, state: dict[str, Tensor], options: dict[str, Any]
+    weights: Tensor,
+    gradients: Tensor,
+    state: dict[str, Tensor],
+    options: dict[str, Any],
+    finite: Tensor,
 ) -> None:
-    """One Muon step on `weights`, in place. All (K, M, N) fp32; state: momentum (K, M, N), variance."""
+    """One Muon step on `weights`, in place; none where not `finite` ().
+
+    All (K, M, N) fp32; state: momentum (K, M, N), variance.
+    """
     rows, columns = weights.shape[-2:]
-    momentum = state["momentum"].lerp_(gradients, 1 - options["momentum"])
+    gradients = torch.where(finite, gradients, 0.0)  # zero times infinity would not be zero
+    momentum = state["momentum"].lerp_(gradients, (1 - options["momentum"]) * finite)
     update = gradients.lerp(momentum, options["momentum"])  # Nesterov's look ahead
     # Rows of equal norm; their common norm falls to the normalisation that follows.
     update /= update.norm(dim=-1, keepdim=True).clamp_(min=1e-6)
@@ -65,13 +77,13 @@ def muon_update(
     size = math.sqrt(min(rows, columns))  # the Frobenius norm of an exactly orthogonal matrix
     update *= size / update.norm(dim=(-2, -1), keepdim=True).clamp_(min=1e-10)
     mean_square = update.square().mean(dim=-1 if rows >= columns else -2, keepdim=True)
-    variance = state["variance"].lerp_(mean_square, 1 - options["beta2"])
+    variance = state["variance"].lerp_(mean_square, (1 - options["beta2"]) * finite)
     update *= variance.clamp(min=1e-10).rsqrt()
     update *= size / update.norm(dim=(-2, -1), keepdim=True).clamp_(min=1e-10)
     if options["weight_decay"]:  # only where the step and the decay pull the same way
         agree = update * weights >= 0
         update = torch.where(agree, update.add(weights, alpha=options["weight_decay"]), update)
-    weights.sub_(update, alpha=options["lr"] * max(1, rows / columns) ** 0.5)
+    weights.addcmul_(update, finite * (options["lr"] * max(1, rows / columns) ** 0.5), value=-1)
 
 
 def adamw_update(
@@ -79,15 +91,27 @@ def adamw_update(
     gradients: Tensor,
     state: dict[str, Tensor],
     options: dict[str, Any],
-    step: int,
+    finite: Tensor,
+    step: Tensor,
 ) -> None:
-    """One step of torch.optim.AdamW on `weights`, in place. All (P,) fp32; state: mean, variance."""
+    """One step of torch.optim.AdamW on `weights`, in place; none where not `finite` ().
+
+    All (P,) fp32; state: mean, variance; `step` () counts this one.
+    """
     torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
-        [weights], [gradients], [state["mean"]], [state["variance"]], [],
-        [torch.full((), float(step), device=weights.device)],
+        [weights], [gradients], [state["mean"]], [state["variance"]], [], [step],
         lr=options["lr"], beta1=options["betas"][0], beta2=options["betas"][1],
         weight_decay=options["weight_decay"], eps=options["eps"], amsgrad=False, maximize=False,
+        found_inf=1.0 - finite.float(),
     )  # fmt: skip
+
+
+class Part(NamedTuple):
+    """A range of the flattened elements of one moment."""
+
+    values: Tensor  # (last - first,)
+    shape: tuple[int, ...]  # of the whole moment
+    first: int
 
 
 @dataclass
@@ -101,6 +125,8 @@ class Bucket:
     num_parts: int  # ranks that share the rows; 1: every rank updates them all
     part: int  # which share is this rank's
     state: dict[str, Tensor] = field(default_factory=dict)
+    num_missing: int = 0  # gradients that the last backward has not brought yet
+    wait: Callable[[], Tensor] | None = None  # of the reduction that is under way
 
     def __post_init__(self) -> None:
         """Zero moments for this rank's rows."""
@@ -138,16 +164,18 @@ class Bucket:
             if part.data_ptr() != param.data_ptr():
                 param.copy_(part.view(param.shape))
 
-    def spans(self) -> Iterator[tuple[str, int, int, int]]:
-        """(name, first, last, offset): rows [first, last) of that parameter lie from `offset` in the own rows."""
+    def moments(self) -> Iterator[tuple[str, Part]]:
+        """("<parameter>.<moment>", this rank's part of it) of every moment; the values are views."""
         num_own = len(next(iter(self.state.values())))
         begin, end = self.part * num_own, (self.part + 1) * num_own
         start = 0
         for name, param in zip(self.names, self.params, strict=True):
             stop = start + self.rows_of(param)
-            if max(start, begin) < min(stop, end):
-                first, last = max(start, begin) - start, min(stop, end) - start
-                yield name, first, last, start + first - begin
+            first, last = max(start, begin), min(stop, end)
+            for moment, rows in self.state.items() if first < last else ():
+                own = rows[first - begin : last - begin]
+                shape = own.shape[1:] if self.stacked else param.shape
+                yield f"{name}.{moment}", Part(own.view(-1), tuple(shape), first - start)
             start = stop
 
 
@@ -163,17 +191,26 @@ class MuonAdamW:
         self, groups: Sequence[dict[str, Any]], rank: int = 0, world_size: int = 1
     ) -> None:
         self.param_groups = [dict(group) for group in groups]
-        self.world_size = world_size
-        self.num_steps = 0
-        self.scatters = world_size > 1 and dist.get_backend() == "nccl"  # gloo may lack it
+        self.rank, self.world_size = rank, world_size
         for group in self.param_groups:
             group["base_lr"], group["base_weight_decay"] = group["lr"], group["weight_decay"]
         self.buckets = [
             Bucket(group, names, params, group["kind"] == "muon", num_parts, rank % num_parts)
             for group in self.param_groups
-            for names, params in partition(group)
+            for names, params in partition(group, world_size)
             for num_parts in [world_size if params[0].numel() >= SMALL else 1]
         ]
+        device = self.buckets[0].params[0].device
+        self.num_steps = torch.zeros(
+            (), device=device
+        )  # updates made; on the device, as `finite` is
+        self.finite: Tensor | None = None  # bool (): did the last step change anything?
+        self.expecting = False  # the gradients of the backward that comes are complete
+        if world_size > 1:
+            self.scatters = dist.get_backend() in ("nccl", "gloo")  # others may lack it
+            for bucket in self.buckets:
+                for param in bucket.params:
+                    param.register_post_accumulate_grad_hook(partial(self._arrive, bucket))
 
     def set_multipliers(self, lr: float, momentum: float, weight_decay: float) -> None:
         """Set the coming step's options: learning rates times `lr`, Muon's momentum, Muon's decay times `weight_decay`."""
@@ -189,49 +226,75 @@ class MuonAdamW:
             for param in group["params"]:
                 param.grad = None
 
+    def expect_last_backward(self) -> None:
+        """The backward that comes completes the gradients: reduce each bucket as soon as it is there."""
+        self.expecting = True
+        for bucket in self.buckets:
+            bucket.num_missing = len(bucket.params)
+
+    def _arrive(self, bucket: Bucket, _: Tensor) -> None:
+        """A gradient is complete. All ranks walk the same graph, so their buckets fill in the same order."""
+        if self.expecting:
+            bucket.num_missing -= 1
+            if not bucket.num_missing:
+                self.start_reduction(bucket)
+
     @torch.no_grad()
     def step(self) -> None:
-        """Average the gradients over the ranks and update every parameter.
+        """Average the gradients over the ranks and update every parameter, or none if they are not finite.
 
         Raises RuntimeError when a parameter has no gradient.
         """
-        self.num_steps += 1
-        reductions = [self.start_reduction(bucket) for bucket in self.buckets]
+        self.expecting = False
+        for bucket in self.buckets:
+            if bucket.wait is None:
+                self.start_reduction(bucket)
+        gradients = [bucket.wait() for bucket in self.buckets if bucket.wait]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.world_size > 1:
+            dist.all_reduce(norm)  # the sum is finite where the norm of every rank's rows is
+        self.finite = norm.isfinite()
+        self.num_steps += self.finite
         gathers = [
-            self.start_gather(bucket, self.update(bucket, wait()))
-            for bucket, wait in zip(self.buckets, reductions, strict=True)
+            self.start_gather(bucket, self.update(bucket, gradient, self.finite))
+            for bucket, gradient in zip(self.buckets, gradients, strict=True)
         ]
         for wait in gathers:
             wait()
 
-    def start_reduction(self, bucket: Bucket) -> Callable[[], Tensor]:
-        """Start averaging the bucket's gradients; the returned call waits and gives this rank's rows."""
+    @torch.no_grad()
+    def start_reduction(self, bucket: Bucket) -> None:
+        """Start averaging the bucket's gradients; `bucket.wait` ends it and gives this rank's rows."""
         gradients = [param.grad for param in bucket.params if param.grad is not None]
         if len(gradients) < len(bucket.params):
             raise RuntimeError(f"a parameter of {', '.join(bucket.names)} has no gradient")
         if self.world_size == 1:
-            return lambda: bucket.pack(gradients).float()
+            bucket.wait = lambda: bucket.pack(gradients).float()
+            return
         rows = bucket.pack(gradients).float()
+        for param in bucket.params:
+            param.grad = None  # the rows hold it now
+        own = bucket.own(rows)
         if self.scatters and bucket.num_parts > 1:
-            own = torch.empty_like(bucket.own(rows))
+            own = torch.empty_like(own)
             work = dist.reduce_scatter_tensor(own, rows, async_op=True)
         else:
-            own = bucket.own(rows)
             work = dist.all_reduce(rows, async_op=True)
 
         def wait() -> Tensor:
             work.wait()  # pyright: ignore[reportOptionalMemberAccess]
             return own.div_(self.world_size)
 
-        return wait
+        bucket.wait = wait
 
-    def update(self, bucket: Bucket, gradients: Tensor) -> Tensor:
+    def update(self, bucket: Bucket, gradients: Tensor, finite: Tensor) -> Tensor:
         """Update this rank's rows by their averaged gradients; returns the new rows in fp32."""
+        bucket.wait = None
         weights = bucket.own(bucket.pack(bucket.params)).float()
         if bucket.stacked:
-            muon_update(weights, gradients, bucket.state, bucket.group)
+            muon_update(weights, gradients, bucket.state, bucket.group, finite)
         else:
-            adamw_update(weights, gradients, bucket.state, bucket.group, self.num_steps)
+            adamw_update(weights, gradients, bucket.state, bucket.group, finite, self.num_steps)
         return weights
 
     def start_gather(self, bucket: Bucket, own: Tensor) -> Callable[[], None]:
@@ -249,67 +312,41 @@ class MuonAdamW:
 
         return wait
 
-    def export_state(self) -> dict[str, Tensor]:
-        """This rank's moments as "<parameter>.<moment>", and "step"; views, not copies.
-
-        A large AdamW parameter that is shared among ranks appears as "<parameter>.<moment>[first:last]", a
-        range of its flattened elements, so the exports of all ranks join into one dictionary.
-        """
-        tensors = {"step": torch.tensor(self.num_steps)}
+    def moments(self) -> Iterator[tuple[str, Part]]:
+        """This rank's parts of all moments, and "step"; views, not copies."""
+        yield "step", Part(self.num_steps.view(1), (), 0)
         for bucket in self.buckets:
-            shapes = dict(zip(bucket.names, (param.shape for param in bucket.params), strict=True))
-            for name, first, last, offset in bucket.spans():
-                for moment, rows in bucket.state.items():
-                    part = rows[offset : offset + last - first]
-                    if bucket.stacked:
-                        tensors[f"{name}.{moment}"] = part[0]
-                    elif last - first == shapes[name].numel():
-                        tensors[f"{name}.{moment}"] = part.view(shapes[name])
-                    else:
-                        tensors[f"{name}.{moment}[{first}:{last}]"] = part
-        return tensors
+            yield from bucket.moments()
+
+    def export_state(self) -> dict[str, Part]:
+        """What this rank holds by "<parameter>.<moment>"; the exports of all ranks cover every moment."""
+        return dict(self.moments())
 
     @torch.no_grad()
-    def import_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the joined `export_state` of any number of ranks, bit for bit.
+    def import_state(self, read: Callable[[str, int, int], Tensor]) -> None:
+        """Take over an exported state, of any number of ranks, bit for bit.
 
-        Raises KeyError when a moment, or a part of one, is missing.
+        `read(key, first, last)` gives these elements of a flattened moment.
         """
-        parts: dict[str, list[tuple[int, Tensor]]] = {}
-        for key, tensor in tensors.items():
-            match = PART_OF.fullmatch(key)
-            name, first = (match[1], int(match[2])) if match else (key, 0)
-            parts.setdefault(name, []).append((first, tensor))
-        for bucket in self.buckets:
-            for name, first, last, offset in bucket.spans():
-                for moment, rows in bucket.state.items():
-                    own = rows[offset : offset + last - first]
-                    if bucket.stacked:
-                        own.copy_(tensors[f"{name}.{moment}"])
-                    else:
-                        fill(own, first, parts[f"{name}.{moment}"])
-        self.num_steps = int(tensors["step"])
+        for key, part in self.moments():
+            part.values.copy_(read(key, part.first, part.first + len(part.values)))
 
 
-def partition(group: dict[str, Any]) -> Iterator[tuple[list[str], list[Tensor]]]:
-    """(names, parameters) of each bucket of a group: Muon's by shape; AdamW's large ones alone, small ones joined."""
+def partition(group: dict[str, Any], world_size: int) -> Iterator[tuple[list[str], list[Tensor]]]:
+    """(names, parameters) of each bucket of a group: Muon's by shape; AdamW's large ones alone, small ones joined.
+
+    Among ranks a shape is cut into messages, from the last layer, where backward begins, to the first.
+    """
     together: dict[Any, list[tuple[str, Tensor]]] = {}
-    for name, param in zip(group["names"], group["params"], strict=True):
+    for name, param in reversed(list(zip(group["names"], group["params"], strict=True))):
         alone = name if param.numel() >= SMALL else ""
         key = param.shape if group["kind"] == "muon" else alone
         together.setdefault(key, []).append((name, param))
     for members in together.values():
-        yield [name for name, _ in members], [param for _, param in members]
-
-
-def fill(own: Tensor, first: int, parts: list[tuple[int, Tensor]]) -> None:
-    """Copy elements [first, first + len(own)) out of the parts, each a (first element, tensor)."""
-    missing = len(own)
-    for start, tensor in parts:
-        flat = tensor.reshape(-1)
-        low, high = max(start, first), min(start + len(flat), first + len(own))
-        if low < high:
-            own[low - first : high - first] = flat[low - start : high - start]
-            missing -= high - low
-    if missing:
-        raise KeyError(f"{missing} elements of a moment are missing")
+        num_each = len(members)
+        if world_size > 1 and group["kind"] == "muon":
+            num_rounds = MESSAGE_ELEMENTS // (world_size * members[0][1].numel())
+            num_each = world_size * max(1, num_rounds)
+        for begin in range(0, len(members), num_each):
+            some = members[begin : begin + num_each]
+            yield [name for name, _ in some], [param for _, param in some]

@@ -9,21 +9,27 @@ be faster, but a small model's step is bound by what lies between them (dev/LOG.
 Peak figures: vendor data sheets, dense (no sparsity). A device that is not listed is measured with a matmul.
 """
 
+import ctypes
 import os
 import random
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 import tyro
+from tqdm import tqdm
 
 from nanochat.paths import UserError
 
 Config = TypeVar("Config")
+Part = TypeVar("Part")
 
 # Part of the device name -> dense bf16 peak in FLOP/s (vendor data sheets).
 PEAK_BF16_FLOPS = {
@@ -40,6 +46,7 @@ PEAK_BF16_FLOPS = {
     "RTX 4090": 165.2e12,
     "RTX 3090": 71e12,
 }
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -63,6 +70,12 @@ def say(text: str) -> None:
     """Print on the main rank alone; the one place where the library speaks."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(text, flush=True)  # noqa: T201
+
+
+def progress(parts: Iterable[Part], unit: str, total: int | None = None) -> Iterable[Part]:
+    """`parts`, with a progress bar on stderr where somebody is looking at the main rank."""
+    hidden = not sys.stderr.isatty() or int(os.environ.get("RANK", 0)) != 0
+    return tqdm(parts, unit=unit, total=total, disable=hidden, leave=False)
 
 
 def choose_device(device_type: str) -> str:
@@ -120,11 +133,20 @@ def set_up(device_type: str = "", dtype: str = "auto", seed: int = 0) -> Runtime
     if kind == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # Torchrun gives each rank a session of its own: when it is killed, they would go on and hold the run.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        timeout = timedelta(seconds=patience())
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
     seed_everything(seed)
     name = torch.cuda.get_device_name(device) if kind == "cuda" else kind
     return Runtime(device, choose_dtype(device, dtype), rank, world_size, name)
+
+
+def patience() -> float:
+    """Seconds that a rank waits for another one before it takes it for dead; `NANOCHAT_TIMEOUT`, default 900."""
+    return float(os.environ.get("NANOCHAT_TIMEOUT") or 900)
 
 
 def synchronize(device: torch.device) -> None:
@@ -142,25 +164,54 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def own_part(num: int) -> range:
+    """The items of `num` that are this rank's: r, r + n, r + 2n, ... for rank r of n."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return range(rank, num, world_size)
+
+
+def gather(parts: list[Part]) -> list[Part]:
+    """The lists of all ranks as one, the same on every rank."""
+    if not dist.is_initialized():
+        return parts
+    lists: list[list[Part]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(lists, parts)
+    return [part for own in lists for part in own]
+
+
 def barrier() -> None:
     """Wait for all ranks; one rank goes on at once."""
     if dist.is_initialized():
         dist.barrier()
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that new tensors on `device` may take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if (system := Path("/proc/meminfo")).exists():
+        lines = dict(line.split(":") for line in system.read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
 def measure_flops(
-    device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2
+    device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.5
 ) -> float:
-    """FLOP/s of a square matmul on this device: the yardstick where no data sheet is known."""
+    """FLOP/s of a square matmul on this device: the yardstick where no data sheet is known.
+
+    The fastest of many, so that a busy machine does not make the peak look low.
+    """
     left, right = torch.randn(2, size, size, device=device, dtype=dtype).unbind(0)
-    torch.mm(left, right)
-    synchronize(device)
-    begin, count = time.perf_counter(), 0
-    while time.perf_counter() - begin < seconds:
+    start, best = time.perf_counter(), float("inf")
+    while time.perf_counter() - start < seconds:
+        begin = time.perf_counter()
         torch.mm(left, right)
         synchronize(device)
-        count += 1
-    return 2 * size**3 * count / (time.perf_counter() - begin)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
 
 
 def peak_flops(runtime: Runtime) -> tuple[float, str]:

@@ -1,17 +1,18 @@
 """The verbs that every trainer shares: open a run, is it due, fetch, accumulate, update, save, finish.
 
 A trainer reads as a loop of these verbs; the order of events stays in the script. `TrainRun` is the run folder
-of one stage: it holds the lock, the place (step, tokens, seconds, progress), the console line and metrics.jsonl.
+of one stage: it holds the lock, the place (step, tokens, seconds, progress), the console line, metrics.jsonl, the
+checkpoints' writer and the guard against faults. After a signal the next `save` ends the process.
 
     with TrainRun("base", "d4", vars(cfg), runtime) as run:
         loader_state = run.restore(model, optimizer)
         run.begin(model, tokenizer)
         while True:
-            if run.step > 0 and run.due(cfg.save_every): run.save(model, optimizer, loader_state)
+            if run.step > 0 and run.due(cfg.save_every): run.save(model, optimizer, batch.state)
             if run.due(cfg.eval_every): run.note(val_bpb=...)
             if run.progress >= 1: break
             batch = run.fetch(loader)
-            loss = accumulate(model, batch, rows, world_size)
+            loss = accumulate(model, batch, rows, world_size, optimizer=optimizer)
             optimizer.step()
             run.update(loss, lr_multiplier, progress, num_tokens)
         run.finish()
@@ -24,27 +25,33 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, Literal, Self, cast
+from typing import IO, Any, Self
 
 import torch
 from torch import Tensor
 
+from nanochat.batching import out_of_memory
 from nanochat.checkpoint import (
     Checkpoint,
+    CheckpointWriter,
+    clear_strays,
     config_dict,
     list_steps,
     newest_checkpoint,
-    save_checkpoint,
+    open_checkpoint,
 )
 from nanochat.dataloader import Batch
+from nanochat.faults import Guard
 from nanochat.gpt import GPT
 from nanochat.metrics import MetricsFile, format_seconds, to_number
 from nanochat.optim import MuonAdamW
-from nanochat.paths import UserError, run_dir, tokenizer_dir, write_file
+from nanochat.paths import UserError, base_dir, run_dir, tokenizer_dir, write_file
 from nanochat.runtime import Runtime, all_reduce_sum, barrier, peak_flops, say
 from nanochat.scaling import flops_per_token, parameter_counts
 from nanochat.tokenizer import Tokenizer
@@ -53,7 +60,7 @@ CHECKOUT = Path(__file__).resolve().parent
 # What a resumed run may change: none of it reaches the weights but through float rounding.
 FREE_SETTINGS = {
     "run", "fresh", "device_type", "device_batch_size", "log_every", "save_every", "eval_every",
-    "eval_tokens", "sample_every", "compile",
+    "eval_tokens", "sample_every", "compile", "keep_last",
 }  # fmt: skip
 
 
@@ -72,66 +79,25 @@ def git_revision() -> str:
         return "unknown"
 
 
-def batch_rows(total_batch_size: int, seq_len: int) -> int:
-    """Rows of the global batch. Raises UserError naming the nearest sizes when they are not whole."""
-    if total_batch_size < seq_len or total_batch_size % seq_len:
-        below = total_batch_size // seq_len * seq_len
-        choices = " or ".join(str(size) for size in (below, below + seq_len) if size)
-        raise UserError(
-            f"--total_batch_size={total_batch_size} is not a multiple of --max_seq_len={seq_len}; use {choices}"
-        )
-    return total_batch_size // seq_len
-
-
-def compile_for_training(
-    model: GPT, choice: Literal["auto", "yes", "no"], device: torch.device
-) -> torch.nn.Module:
-    """The model through torch.compile (`choice` yes, or auto on a GPU), else as it is.
-
-    Only training goes through it: evaluation and sampling have other shapes, each of which would compile anew.
-    """
-    wanted = choice == "yes" or (choice == "auto" and device.type == "cuda")
-    return cast(torch.nn.Module, torch.compile(model, dynamic=False)) if wanted else model
-
-
-def split_rows(num_rows: int, device_batch_size: int, world_size: int) -> int:
-    """Rows per micro-batch: `device_batch_size`, or all of a rank's rows when they are fewer.
-
-    Raises UserError that names the nearest sizes when the global batch of `num_rows` rows does not divide.
-    """
-    if num_rows % world_size:
-        raise UserError(
-            f"a batch of {num_rows} rows does not divide among {world_size} ranks; change the batch"
-        )
-    local = num_rows // world_size
-    rows = min(device_batch_size, local)
-    if rows < 1 or local % rows:
-        fitting = [size for size in range(1, local + 1) if local % size == 0]
-        nearest = sorted(sorted(fitting, key=lambda size: abs(size - device_batch_size))[:2])
-        choices = " or ".join(f"--device_batch_size={size}" for size in nearest)
-        raise UserError(
-            f"--device_batch_size={device_batch_size} does not divide the {local} rows of a rank's batch; use {choices}"
-        )
-    return rows
-
-
 def accumulate(
     model: torch.nn.Module,
     batch: Batch,
     rows: int,
     world_size: int,
     weights: Tensor | None = None,
+    optimizer: MuonAdamW | None = None,
 ) -> Tensor:
     """Add the gradient of the global batch's mean loss, `rows` rows at a time; returns that loss, detached.
 
     The mean is over all targets of all ranks, so neither micro-batches nor ranks change it; the gradients are
     scaled so that their *average* over ranks, which the optimizer takes, is the gradient of that mean.
-    `weights` (R, T) multiplies each target's loss (the advantages of a policy gradient).
+    `weights` (R, T) multiplies each target's loss (the advantages of a policy gradient). The `optimizer` begins to
+    reduce gradients during the last backward pass; without it, in its step.
     """
-    num_targets = all_reduce_sum(
-        torch.tensor(batch.num_targets, device=batch.targets.device)
-    ).clamp(min=1)
-    total = torch.zeros((), device=batch.targets.device)
+    device = batch.targets.device
+    # Filled on the device: a number copied there would make the host wait.
+    num_targets = all_reduce_sum(torch.full((), batch.num_targets, device=device)).clamp(min=1)
+    total = torch.zeros((), device=device)
     for begin in range(0, len(batch.inputs), rows):
         part = slice(begin, begin + rows)
         if weights is None:
@@ -140,6 +106,8 @@ def accumulate(
             losses = model(batch.inputs[part], batch.targets[part], reduction="none")
             loss = (losses.view_as(weights[part]) * weights[part]).sum()
         loss = loss / num_targets
+        if optimizer and begin + rows >= len(batch.inputs):
+            optimizer.expect_last_backward()
         (loss * world_size).backward()
         total += loss.detach()
     return all_reduce_sum(total)
@@ -168,15 +136,11 @@ class TrainRun:
             name: str(value) if isinstance(value, Path) else value for name, value in config.items()
         }
         self.folder = run_dir(stage, model_tag)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.at_exit = ExitStack()  # what is to be closed however the run ends
-        if runtime.is_main:
-            self.at_exit.enter_context(lock_folder(self))
+        self.guard = Guard(runtime)
+        self.writer = CheckpointWriter(self.folder, config.get("keep_last", 3), runtime)
         try:
-            if config["fresh"] and runtime.is_main:
-                clear_folder(self)
-            barrier()
-            self.resumed: Checkpoint | None = newest_checkpoint(self.folder)
+            self.resumed = open_run(self.folder, config["fresh"], self.guard, self.at_exit)
             state = self.resumed.state if self.resumed else {}
             check_settings(self, state.get("config", self.config))
         except BaseException:
@@ -187,6 +151,11 @@ class TrainRun:
         self.seconds: float = state.get("seconds", 0.0)
         self.progress: float = state.get("progress", 0.0)
         self.record: dict[str, Any] = state.get("record", {"step": 0, "tokens": 0, "seconds": 0.0})
+        self.guard.num_skipped, self.guard.num_in_a_row = state.get("skipped", (0, 0))
+        self.stopping = 0  # the signal on which all ranks have agreed to stop
+        self.rows: int = config.get("device_batch_size", 1)  # "auto": the trainer sets it
+        self.optimizer: MuonAdamW | None = None
+        self.place: Callable[[], dict[str, Any]] | None = None  # of the batch fetched last
         self.metrics: MetricsFile | None = None
         self.flops_per_second_at_peak = self.flops_per_token = 1.0
         self.clock = self.window_seconds = self.wait_seconds = 0.0
@@ -202,13 +171,13 @@ class TrainRun:
 
     def restore(self, model: GPT, optimizer: MuonAdamW) -> dict[str, Any] | None:
         """Take over weights and moments where the run is resumed; returns the loader's state, or None."""
+        self.optimizer = optimizer
         if self.resumed is None:
             return None
         say(f"resuming {self.folder} at step {self.step}")
-        device = self.runtime.device
-        model.load_state_dict(self.resumed.load_weights(device))
-        optimizer.import_state(self.resumed.load_optimizer(device))
-        return self.resumed.load_loader_state()
+        model.load_state_dict(self.resumed.load_weights(self.runtime.device))
+        optimizer.import_state(self.resumed.open_optimizer())
+        return self.resumed.load_loader_state(self.runtime.rank, self.runtime.world_size)
 
     def begin(self, model: GPT, tokenizer: Tokenizer) -> None:
         """Say what is trained, write the run's copy of tokenizer and settings, and open metrics.jsonl."""
@@ -226,19 +195,26 @@ class TrainRun:
             write_file(self.folder / "config.json", json.dumps(settings, indent=1))
             self.metrics = MetricsFile(self.folder, self.step - 1, self.config["run"], self.config)
             self.at_exit.callback(self.metrics.close)
+        if self.resumed:  # now that everything is set up, which may have drawn numbers
+            self.resumed.restore_generators(self.runtime.rank)
 
     def due(self, every: int) -> bool:
-        """True when something done every `every` steps falls on this step; always at the end of the run."""
-        return due(self.step, every, self.progress >= 1)
+        """True when something done every `every` steps falls on this step; always at the end of the run.
+
+        And after a signal, for the save, which comes first in every loop and then ends the process.
+        """
+        return due(self.step, every, self.progress >= 1 or self.stopping > 0)
 
     def start_clock(self) -> None:
         """The step begins now; `update` ends it."""
+        self.guard.watch()
         self.clock = time.perf_counter()
 
     def fetch(self, loader: Any) -> Batch:
         """The next batch; starts the step's clock and counts the wait for data."""
         self.start_clock()
         batch = next(loader)
+        self.place = batch.state
         self.wait_seconds += time.perf_counter() - self.clock
         return batch
 
@@ -248,9 +224,13 @@ class TrainRun:
         self.step, self.progress = self.step + 1, progress
         self.window_steps += 1
         self.tokens, self.window_tokens = self.tokens + num_tokens, self.window_tokens + num_tokens
+        if self.optimizer is not None and self.optimizer.finite is not None:
+            self.guard.add_step(self.step, self.optimizer.finite, self.place)
+            self.optimizer.finite = None
         line_due = due(self.step, self.log_every, progress >= 1)
         if line_due:
             loss = torch.tensor(loss.item())  # the one wait for the device
+            self.guard.check_steps()
         elapsed = time.perf_counter() - self.clock
         self.seconds, self.window_seconds = self.seconds + elapsed, self.window_seconds + elapsed
         tok_per_second = self.window_tokens / max(self.window_seconds, 1e-9)
@@ -261,12 +241,20 @@ class TrainRun:
         }  # fmt: skip
         if line_due:
             self.print_line()
+        errors = self.writer.error is not None
+        self.stopping, errors = self.guard.agree(self.guard.signal_number, errors)
+        if errors:
+            self.writer.wait()
+            raise UserError(f"another rank could not save in {self.folder}")
+        self.guard.watch()
 
     def print_line(self) -> None:
         """One parseable line about the steps since the last one; starts a new window of measurement."""
         left = self.seconds * (1 - self.progress) / max(self.progress, 1e-9)
         wait = self.wait_seconds / max(self.window_seconds, 1e-9)
         stall = " | warning: training waits for data" if wait > 0.1 else ""
+        if self.guard.num_skipped:
+            stall += f" | {self.guard.num_skipped} steps skipped, not finite"
         total = max(self.step, round(self.step / max(self.progress, 1e-9)))
         say(
             f"step {self.step:05d}/{total:05d} ({100 * self.progress:.1f}%) | loss {float(self.record['loss']):.4f}"
@@ -282,56 +270,96 @@ class TrainRun:
     def note(self, **figures: float) -> None:
         """Add figures measured at this step, such as val_bpb, to its record; says them."""
         self.record |= figures
-        say(
-            f"step {self.step:05d} | "
-            + " | ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        )
+        texts = [f"{name} {value:.4f}" for name, value in figures.items()]
+        say(" | ".join([f"step {self.step:05d}", *texts]))
 
     def close_record(self) -> None:
         """The step's record is complete: hand it to metrics.jsonl."""
         if self.metrics:
             self.metrics.add(self.record)
 
-    def save(self, model: GPT, optimizer: MuonAdamW, loader_state: dict[str, Any] | None) -> None:
-        """Write a checkpoint of this step, unless it is the one that the run was resumed from."""
-        if self.resumed and self.resumed.state["step"] == self.step:
-            return
-        if self.metrics:
-            self.metrics.flush()
-        loss = self.record.get("loss")
-        self.record |= {} if loss is None else {"loss": float(loss)}
-        state = {
-            "stage": self.stage, "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
-            "progress": self.progress, "record": self.record, "config": self.config,
-            "model_config": config_dict(model.config), "git": git_revision(),
-        }  # fmt: skip
-        weights, moments = model.state_dict(), optimizer.export_state()
-        folder = save_checkpoint(self.folder, state, weights, moments, loader_state, self.runtime)
-        say(f"saved {folder}")
+    def save(
+        self,
+        model: GPT,
+        optimizer: MuonAdamW,
+        loader_state: Callable[[], dict[str, Any] | None] | None,
+    ) -> None:
+        """Write a checkpoint of this step in the background, unless it is the one that the run was resumed from.
+
+        After a signal it is waited for, and the process exits with 128 plus the signal's number.
+        """
+        if not self.resumed or self.resumed.state["step"] != self.step:
+            self.guard.check_steps()
+            if self.metrics:
+                self.metrics.flush()
+            loss = self.record.get("loss")
+            self.record |= {} if loss is None else {"loss": float(loss)}
+            state = {
+                "stage": self.stage, "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
+                "progress": self.progress, "record": self.record, "config": self.config,
+                "skipped": (self.guard.num_skipped, self.guard.num_in_a_row),
+                "model_config": config_dict(model.config), "git": git_revision(),
+            }  # fmt: skip
+            weights, moments = model.state_dict(), optimizer.export_state()
+            self.writer.start(state, weights, moments, loader_state or (lambda: None))
+        if self.stopping:
+            self.writer.wait()
+            say(f"stopped by {signal.Signals(self.stopping).name}; the same command goes on")
+            raise SystemExit(128 + self.stopping)
 
     def results(self) -> dict[str, Any]:
-        """The figures of the last step, for the report."""
-        return {name: to_number(value) for name, value in self.record.items()}
+        """The run's folder below the base folder and the figures of its last step, for the report."""
+        figures = {name: to_number(value) for name, value in self.record.items()}
+        return {"folder": str(self.folder.relative_to(base_dir()))} | figures
 
     def finish(self) -> None:
         """Mark the run as finished, with its results."""
         self.close_record()
+        self.writer.wait()
+        barrier()
         if self.runtime.is_main:
             write_file(self.folder / "result.json", json.dumps(self.results(), indent=1))
 
     def __enter__(self) -> Self:
+        self.guard.open()
+        self.at_exit.callback(self.guard.close)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.at_exit.close()
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        with self.at_exit:
+            self.writer.wait()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise out_of_memory(self.rows) from error
 
 
-def lock_folder(run: TrainRun) -> IO[str]:
-    """Hold the run folder for this process; the kernel lets go when the process ends, however it ends.
+def open_run(folder: Path, fresh: bool, guard: Guard, at_exit: ExitStack) -> Checkpoint | None:
+    """The checkpoint to go on from, on every rank; `at_exit` unlocks the folder.
 
-    Raises UserError with the pid of the process that holds it.
+    Raises UserError when another process trains in it, it cannot be written to, or a rank does not see it.
     """
-    file = (run.folder / ".lock").open("a+")
+    found = None
+    if guard.runtime.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            at_exit.enter_context(lock_folder(folder))
+            clear_strays(folder)
+            # torchrun repeats the command after a fault; what was trained until then is to be kept.
+            if fresh and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+                clear_folder(folder)
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error}") from error
+        found = newest_checkpoint(folder)
+    (step,) = guard.agree(found.state["step"] if found else -1)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not on a disk that all machines share; set NANOCHAT_BASE_DIR")
+    if step >= 0 and found is None:
+        found = open_checkpoint(folder, step, verify=False)
+    return found
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Hold the run folder for this process. Raises UserError with the pid of the process that holds it."""
+    file = (folder / ".lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -339,7 +367,7 @@ def lock_folder(run: TrainRun) -> IO[str]:
         owner = file.read().strip()
         file.close()
         raise UserError(
-            f"{run.folder} is being trained in by process {owner}; wait for it or stop it"
+            f"{folder} is being trained in by process {owner}; wait for it or stop it"
         ) from None
     file.truncate(0)
     file.write(str(os.getpid()))
@@ -347,11 +375,11 @@ def lock_folder(run: TrainRun) -> IO[str]:
     return file
 
 
-def clear_folder(run: TrainRun) -> None:
+def clear_folder(folder: Path) -> None:
     """Delete what an earlier run left, for `--fresh`."""
-    if list_steps(run.folder):
-        say(f"--fresh: deleting the earlier run in {run.folder}")
-    for entry in run.folder.iterdir():
+    if list_steps(folder):
+        say(f"--fresh: deleting the earlier run in {folder}")
+    for entry in folder.iterdir():
         if entry.name == ".lock":
             continue
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

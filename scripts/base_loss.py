@@ -16,7 +16,7 @@ import tyro
 from nanochat.bits_per_byte import text_bpb
 from nanochat.checkpoint import load_model
 from nanochat.dataset import find_corpus
-from nanochat.engine import sample_texts
+from nanochat.replies import sample_texts
 from nanochat.report import write_section
 from nanochat.runtime import run_script, say, set_up
 

@@ -11,14 +11,18 @@ reads: base_data/<corpus>/, tokenizer/
 writes: base/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), report/base_train.json
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from nanochat import fp8
+from nanochat.batching import batch_rows, compile_for_training, row_choices
 from nanochat.bits_per_byte import text_bpb
 from nanochat.checkpoint import build_model
 from nanochat.dataloader import TextLoader
 from nanochat.dataset import find_corpus
-from nanochat.engine import sample_texts
+from nanochat.optim import MuonAdamW
+from nanochat.replies import sample_texts
 from nanochat.report import write_section
 from nanochat.runtime import run_script, say, set_up
 from nanochat.scaling import (
@@ -28,14 +32,7 @@ from nanochat.scaling import (
     make_optimizer,
 )
 from nanochat.schedule import lr_multiplier, muon_momentum, weight_decay_multiplier
-from nanochat.training import (
-    TrainRun,
-    accumulate,
-    batch_rows,
-    compile_for_training,
-    load_tokenizer,
-    split_rows,
-)
+from nanochat.training import TrainRun, accumulate, load_tokenizer
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -58,11 +55,14 @@ class Config:
     num_iterations: int = -1  # steps; -1: from target_param_data_ratio
     target_param_data_ratio: float = 12.0  # tokens per parameter of blocks and head
     total_batch_size: int = -1  # tokens a step over all ranks; -1: from the horizon
-    device_batch_size: int = 32  # rows per micro-batch on one device
+    device_batch_size: int | Literal["auto"] = (
+        32  # rows per micro-batch on one device; auto: what fits
+    )
     # data and machine
     data: str = ""  # corpus; empty: the one prepared last
     device_type: str = ""  # cpu, cuda or mps; empty: the best there is
     dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
+    fp8: bool = False  # matmuls of the blocks in 8-bit floats, on GPUs that have them
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on a GPU
     seed: int = 0  # of the initial weights
     # the run
@@ -74,6 +74,7 @@ class Config:
     eval_tokens: int = 10_485_760  # tokens of one validation
     sample_every: int = 2000  # steps between samples; <= 0: at the end alone
     save_every: int = 1000  # steps between checkpoints; <= 0: at the end alone
+    keep_last: int = 3  # newest checkpoints to keep; <= 0: all
 
 
 def plan_steps(cfg: Config, num_tokens: int) -> tuple[int, int]:
@@ -83,6 +84,17 @@ def plan_steps(cfg: Config, num_tokens: int) -> tuple[int, int]:
         total = max(batch_tokens(num_tokens), cfg.max_seq_len)
     num_steps = cfg.num_iterations if cfg.num_iterations > 0 else round(num_tokens / total)
     return total, max(1, num_steps)
+
+
+def update(optimizer: MuonAdamW, linears: Sequence[Any], step: int, num_steps: int) -> float:
+    """Make the update of `step`, and the 8-bit copies of `linears` anew; the learning rate multiplier."""
+    multiplier, progress = lr_multiplier(step, num_steps), step / num_steps
+    momentum, decay = muon_momentum(step, num_steps), weight_decay_multiplier(progress)
+    optimizer.set_multipliers(multiplier, momentum, decay)
+    optimizer.step()
+    optimizer.zero_grad()
+    fp8.refresh(linears)
+    return multiplier
 
 
 def main(cfg: Config) -> None:
@@ -96,7 +108,7 @@ def main(cfg: Config) -> None:
     )  # fmt: skip
     total_batch_size, num_steps = plan_steps(cfg, horizon(config, cfg.target_param_data_ratio))
     num_rows = batch_rows(total_batch_size, cfg.max_seq_len)
-    rows = split_rows(num_rows, cfg.device_batch_size, runtime.world_size)
+    choices = row_choices(num_rows, cfg.device_batch_size, cfg.max_seq_len, config, runtime)
 
     with TrainRun("base", tag, vars(cfg), runtime) as run:
         if run.finished:
@@ -106,35 +118,30 @@ def main(cfg: Config) -> None:
             model, total_batch_size, num_steps, runtime.rank, runtime.world_size
         )
         state = run.restore(model, optimizer)
+        linears = fp8.enable(model.blocks) if cfg.fp8 and fp8.is_there(runtime) else []
         where = (runtime.rank, runtime.world_size, runtime.device)
         loader = TextLoader(tokenizer, corpus.train, num_rows, cfg.max_seq_len, *where, state)
         run.at_exit.callback(loader.close)
-        compiled = compile_for_training(model, cfg.compile, runtime.device)
+        compiled, run.rows = compile_for_training(
+            model, cfg.compile, choices, cfg.max_seq_len, run.guard
+        )
         say(f"corpus {corpus.name}; {num_steps:,} steps of {total_batch_size:,} tokens")
         run.begin(model, tokenizer)
         loader_state, samples = (lambda: state), []
         while True:
             if run.step > 0 and run.due(cfg.save_every):
-                run.save(model, optimizer, loader_state())
+                run.save(model, optimizer, loader_state)
             if run.due(cfg.eval_every):
-                run.note(
-                    val_bpb=text_bpb(model, tokenizer, [corpus.val], cfg.eval_tokens, rows, runtime)
-                )
+                how_much = (cfg.eval_tokens, run.rows, runtime, num_rows)
+                run.note(val_bpb=text_bpb(model, tokenizer, [corpus.val], *how_much))
             if run.step > 0 and run.due(cfg.sample_every):
                 samples = sample_texts(model, tokenizer, SAMPLE_PROMPTS)
                 say("\n".join(samples))
             if run.progress >= 1:
                 break
             batch = run.fetch(loader)
-            loss = accumulate(compiled, batch, rows, runtime.world_size)
-            multiplier = lr_multiplier(run.step, num_steps)
-            optimizer.set_multipliers(
-                multiplier,
-                muon_momentum(run.step, num_steps),
-                weight_decay_multiplier(run.step / num_steps),
-            )
-            optimizer.step()
-            optimizer.zero_grad()
+            loss = accumulate(compiled, batch, run.rows, runtime.world_size, optimizer=optimizer)
+            multiplier = update(optimizer, linears, run.step, num_steps)
             run.update(loss, multiplier, (run.step + 1) / num_steps, total_batch_size)
             loader_state = batch.state
         run.finish()

@@ -42,7 +42,9 @@ class Config:
     # batch and steps
     max_seq_len: int = -1  # tokens of a row; -1: the model's context
     total_batch_size: int = 65536  # tokens a step over all ranks
-    device_batch_size: int = 32  # rows per micro-batch on one device
+    device_batch_size: int | Literal["auto"] = (
+        32  # rows per micro-batch on one device; auto: what fits
+    )
     lr_scale: float = 0.1  # times the learning rates of pretraining
     warmdown: float = 1.0  # last part of the run, in which the learning rate falls to 0
     # machine
@@ -57,6 +59,7 @@ class Config:
     eval_every: int = 100  # steps between validations; <= 0: at the end alone
     eval_tokens: int = 1_048_576  # tokens of one validation
     save_every: int = 500  # steps between checkpoints; <= 0: at the end alone
+    keep_last: int = 3  # newest checkpoints to keep; <= 0: all
 
 
 def main(cfg: Config) -> None:

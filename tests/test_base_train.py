@@ -61,8 +61,8 @@ def test_resumed_equals_uninterrupted(
         )
         assert expected.keys() == found.keys()
         assert all(expected[key].equal(found[key]) for key in expected), name
-    loaders = [(run / "step_000009" / "loader_00000.json").read_text() for run in (whole, pieces)]
-    assert loaders[0] == loaders[1]
+    lanes = [(run / "step_000009" / "rank_00000.json").read_text() for run in (whole, pieces)]
+    assert lanes[0] == lanes[1]
     curves = [
         [(r["step"], r["tokens"], r.get("loss"), r.get("val_bpb")) for r in read_metrics(run)]
         for run in (whole, pieces)

@@ -1,6 +1,8 @@
 """nanochat.checkpoint: what is saved comes back bit for bit, and what is damaged is never loaded."""
 
 import json
+import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def save(run: Path, step: int, model: GPT, loader: dict[str, Any] | None = None) -> Path:
-    optimizer = make_optimizer(model, 64, 10)
-    state = {"step": step, "model_config": checkpoint.config_dict(model.config)}
+    own = {"loader": loader, "generators": checkpoint.export_generators()}
+    moments = make_optimizer(model, 64, 10).export_state()
     return checkpoint.save_checkpoint(
-        run, state, model.state_dict(), optimizer.export_state(), loader, CPU
+        run, state_of(step, model), model.state_dict(), moments, own, CPU
     )
+
+
+def state_of(step: int, model: GPT) -> dict[str, Any]:
+    return {"step": step, "model_config": checkpoint.config_dict(model.config)}
 
 
 def new_model(seed: int = 0) -> GPT:
@@ -47,8 +53,10 @@ def test_everything_comes_back(run: Path) -> None:
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     moments = make_optimizer(model, 64, 10).export_state()
-    assert loaded.load_optimizer(CPU.device).keys() == moments.keys()
-    assert loaded.load_loader_state() == loader
+    read = loaded.open_optimizer()
+    for key, part in moments.items():
+        assert torch.equal(read(key, part.first, part.first + len(part.values)), part.values)
+    assert loaded.load_loader_state(0, 1) == loader
 
 
 def test_steps_are_numbers_and_strays_are_passed_over(run: Path) -> None:
@@ -60,29 +68,47 @@ def test_steps_are_numbers_and_strays_are_passed_over(run: Path) -> None:
     assert checkpoint.list_steps(run) == [999, 1000, 1_000_000]
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "state.json", "optimizer_00000.safetensors", "manifest.json"]
-)
-@pytest.mark.parametrize("damage", ["cut", "flip", "delete"])
+def test_random_generators_go_on_where_they_were(run: Path) -> None:
+    random.seed(3)
+    torch.manual_seed(3)
+    save(run, 20, new_model())
+    expected = random.random(), torch.rand(4).tolist()
+    checkpoint.open_checkpoint(run, 20).restore_generators(rank=1)  # was not there: nothing is set
+    assert random.random() != expected[0]
+    checkpoint.open_checkpoint(run, 20).restore_generators(rank=0)
+    assert (random.random(), torch.rand(4).tolist()) == expected
+
+
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
-    run: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str]
+    run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """100 cases: each file cut at some places, with a bit flipped at some, or gone."""
     save(run, 10, new_model())
-    path = save(run, 20, new_model()) / name
-    data = bytearray(path.read_bytes())
-    if damage == "cut":
-        path.write_bytes(data[: len(data) // 2])
-    elif damage == "flip":
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-    else:
-        path.unlink()
-    with pytest.raises(UserError, match="use --step=10"):
-        checkpoint.find_checkpoint("base", "d2", 20)
+    folder = save(run, 20, new_model())
+    whole = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    assert len(whole) == 5
+    places = random.Random(0)
+    for case in range(100):
+        path = list(whole)[case % len(whole)]
+        place = places.randrange(len(whole[path]))
+        flipped = bytes([whole[path][place] ^ 1 << places.randrange(8)])
+        if case < len(whole):
+            path.unlink()
+        elif case % 2:
+            path.write_bytes(whole[path][:place])
+        else:
+            path.write_bytes(whole[path][:place] + flipped + whole[path][place + 1 :])
+        newest = checkpoint.newest_checkpoint(run)
+        assert newest is not None and newest.state["step"] == 10, (case, path)
+        said = capsys.readouterr().out
+        named = path.name in said or path.name == "manifest.json"
+        assert named and "step_000020" in said and "trying the one before" in said, said
+        if case < 15:
+            with pytest.raises(UserError, match="use --step=10"):
+                checkpoint.find_checkpoint("base", "d2", 20)
+        path.write_bytes(whole[path])
     newest = checkpoint.newest_checkpoint(run)
-    assert newest is not None and newest.state["step"] == 10
-    said = capsys.readouterr().out
-    assert "step_000020" in said and "trying the one before" in said
+    assert newest is not None and newest.state["step"] == 20
 
 
 def test_saving_again_replaces_a_partial_folder(run: Path) -> None:
@@ -94,6 +120,7 @@ def test_saving_again_replaces_a_partial_folder(run: Path) -> None:
     assert set(json.loads((folder / "manifest.json").read_text())) == {
         "model.safetensors",
         "optimizer_00000.safetensors",
+        "rank_00000.json",
         "state.json",
     }
 
@@ -123,3 +150,77 @@ def test_a_disk_that_refuses_leaves_the_old_checkpoint(
         save(run, 20, new_model())
     assert checkpoint.list_steps(run) == [10]
     checkpoint.open_checkpoint(run, 10)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is what was there at `start`; the next save waits; older checkpoints are deleted."""
+    model = new_model()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moments = make_optimizer(model, 64, 10).export_state()
+    disk, write_tensors = threading.Event(), checkpoint.write_tensors
+
+    def slow(*arguments: Any) -> None:
+        assert disk.wait(60)
+        write_tensors(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", slow)
+    writer = checkpoint.CheckpointWriter(run, 2, CPU)
+    writer.start(state_of(1, model), model.state_dict(), moments, lambda: None)
+    assert checkpoint.list_steps(run) == []
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *(part.values for part in moments.values())]:
+            tensor.fill_(7)
+    disk.set()
+    for step in (2, 3):
+        writer.start(state_of(step, model), model.state_dict(), moments, lambda: None)
+        assert checkpoint.list_steps(run)[-1] == step - 1
+        if step == 2:
+            saved = checkpoint.open_checkpoint(run, 1)
+            for name, tensor in saved.load_weights(CPU.device).items():
+                assert torch.equal(tensor, expected[name])
+            assert not saved.open_optimizer()("lm_head.weight.mean", 0, 100).any()
+    writer.wait()
+    assert checkpoint.list_steps(run) == [2, 3]
+
+
+@pytest.mark.parametrize("refusing", ["write_tensors", "write_file", "fsync_dir", "file_digest"])
+def test_a_disk_that_refuses_is_told_by_the_next_save(
+    run: Path, monkeypatch: pytest.MonkeyPatch, refusing: str
+) -> None:
+    model = new_model()
+    writer = checkpoint.CheckpointWriter(run, 3, CPU)
+    arguments = (model.state_dict(), make_optimizer(model, 64, 10).export_state(), lambda: None)
+    writer.start(state_of(10, model), *arguments)
+    writer.wait()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, refusing, full)
+    writer.start(state_of(20, model), *arguments)
+    with pytest.raises(UserError, match=r"cannot save.*No space left.*are intact"):
+        writer.start(state_of(30, model), *arguments)
+    monkeypatch.undo()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(run.parent.parent))
+    assert checkpoint.list_steps(run)[0] == 10 and not list(run.glob("*.partial"))
+    checkpoint.open_checkpoint(run, 10)
+
+
+def test_what_a_killed_process_left_is_cleared(run: Path) -> None:
+    save(run, 10, new_model())
+    for stray in ("step_000020.partial", "step_000005.deleted"):
+        (run / stray).mkdir()
+        (run / stray / "model.safetensors").write_text("half")
+    checkpoint.clear_strays(run)
+    assert [path.name for path in run.iterdir()] == ["step_000010"]
+
+
+def test_moments_that_are_not_all_there_are_told(run: Path) -> None:
+    save(run, 10, new_model())
+    read = checkpoint.open_checkpoint(run, 10).open_optimizer()
+    with pytest.raises(UserError, match=r"lacks elements 0 to 3 of nothing\.mean"):
+        read("nothing.mean", 0, 3)
+    with pytest.raises(UserError, match=r"lacks elements .* of lm_head\.weight\.mean"):
+        read("lm_head.weight.mean", 0, 10**6)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import training
+from nanochat import batching, training
 from nanochat.checkpoint import build_model
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
@@ -63,18 +63,18 @@ def test_weights_multiply_each_targets_loss() -> None:
 
 @pytest.mark.parametrize(("device_batch_size", "expected"), [(8, 8), (16, 8), (4, 4), (1, 1)])
 def test_rows_per_micro_batch(device_batch_size: int, expected: int) -> None:
-    assert training.split_rows(8, device_batch_size, 1) == expected
+    assert batching.split_rows(8, device_batch_size, 1) == expected
 
 
 def test_sizes_that_do_not_divide_name_the_nearest() -> None:
     with pytest.raises(UserError, match="--device_batch_size=4 or --device_batch_size=6"):
-        training.split_rows(12, 5, 1)
+        batching.split_rows(12, 5, 1)
     with pytest.raises(UserError, match="does not divide among 5 ranks"):
-        training.split_rows(12, 4, 5)
+        batching.split_rows(12, 4, 5)
     with pytest.raises(UserError, match="use 512 or 1024"):
-        training.batch_rows(1000, 512)
+        batching.batch_rows(1000, 512)
     with pytest.raises(UserError, match="use 512"):
-        training.batch_rows(100, 512)
+        batching.batch_rows(100, 512)
 
 
 def test_due() -> None:

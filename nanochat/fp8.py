@@ -1,0 +1,109 @@
+"""Linear layers whose three matmuls run in 8-bit floats: y = x W^T, dx = g W, dW = g^T x.
+
+Inputs and weights are e4m3, which has the precision, gradients e5m2, which has the range. Each tensor has one
+scale, its largest magnitude over the format's. Weights are quantised once per optimizer step (`refresh`), in both
+layouts that the matmuls want, so that micro-batches share them. Master weights stay fp32, results are bf16.
+
+What would surprise: only training goes through here. Evaluation and sampling keep bf16, so that what is measured
+is the model that is saved.
+
+Source: FP8 formats, arXiv 2209.05433; `torch._scaled_mm` wants the second matrix column by column.
+Shapes: M tokens, K inputs, N outputs, all multiples of 16.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanochat.runtime import Runtime, say
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def quantise(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(values in `dtype`, the fp32 scale () that they are to be multiplied by)."""
+    scale = values.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
+    return (values / scale).to(dtype), scale
+
+
+def multiply(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor) -> Tensor:
+    """bf16 `left` @ `right`.T of two 8-bit matrices, both row by row: (M, K), (N, K) -> (M, N)."""
+    scaled_mm = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+    return scaled_mm(left, right.t(), left_scale, right_scale, out_dtype=torch.bfloat16)
+
+
+@dataclass
+class QuantisedWeight:
+    """A weight in both layouts; refreshed in place, so that a compiled model sees the new values."""
+
+    rows: Tensor  # (N, K) e4m3
+    columns: Tensor  # (K, N) e4m3
+    scale: Tensor  # () fp32
+
+    @classmethod
+    def like(cls, weight: Tensor) -> "QuantisedWeight":
+        """The quantised form of `weight` (N, K), not yet filled."""
+        rows = torch.empty_like(weight, dtype=E4M3)
+        return cls(rows, rows.t().contiguous(), torch.ones((), device=weight.device))
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor) -> None:
+        """Take over the values that the optimizer has just written."""
+        rows, scale = quantise(weight, E4M3)
+        self.rows.copy_(rows)
+        self.columns.copy_(rows.t())
+        self.scale.copy_(scale)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _: Tensor, rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:  # fmt: skip
+        x8, x_scale = quantise(x, E4M3)  # (M, K)
+        ctx.save_for_backward(x8, x_scale, columns, scale)
+        return multiply(x8, rows, x_scale, scale)  # (M, N)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x8, x_scale, columns, scale = ctx.saved_tensors
+        g8, g_scale = quantise(grads[0], E5M2)  # (M, N)
+        dx = multiply(g8, columns, g_scale, scale)  # (M, K)
+        dw = multiply(g8.t().contiguous(), x8.t().contiguous(), g_scale, x_scale)  # (N, K)
+        return dx, dw.float(), None, None, None
+
+
+def fp8_linear(x: Tensor, weight: Tensor, quantised: QuantisedWeight) -> Tensor:
+    """bf16 (..., N) = x (..., K) times the weight; `weight` (N, K) only takes the gradient."""
+    q = quantised
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, q.rows, q.columns, q.scale)
+    return y.view(*x.shape[:-1], -1)
+
+
+def is_there(runtime: Runtime) -> bool:
+    """True on a GPU with 8-bit matmuls; says so where there are none."""
+    there = runtime.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
+    if not there:
+        say(f"--fp8: {runtime.device_name} has no 8-bit matmuls; training in {runtime.dtype}")
+    return there
+
+
+def fits(weight: Tensor) -> bool:
+    """True for a matrix that is large enough to gain and whose sides the hardware takes."""
+    return weight.ndim == 2 and min(weight.shape) >= 128 and not any(n % 16 for n in weight.shape)
+
+
+def enable(model: nn.Module) -> list[Any]:
+    """Let the large linear layers of `model` train in 8-bit floats; returns them, for `refresh`."""
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and fits(m.weight)]
+    for linear in linears:
+        linear.quantised = QuantisedWeight.like(linear.weight)  # pyright: ignore
+    refresh(linears)
+    return linears
+
+
+def refresh(linears: Iterable[Any]) -> None:
+    """Quantise the weights of these layers anew; call it after each optimizer step."""
+    for linear in linears:
+        linear.quantised.refresh(linear.weight)

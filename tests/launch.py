@@ -1,0 +1,168 @@
+"""Start a script's ranks in processes of their own, which can be killed, stopped and started again.
+
+The processes are forked from a server that has imported everything, so that a start costs no import; all ranks of
+one start are in one process group, as torchrun's would be. `meddle`, a function at module level, runs in each rank
+before the script, to inject a fault or to look on.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.process
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat import dataset
+from nanochat.runtime import run_script
+from nanochat.training import TrainRun
+from scripts import base_train, chat_rl, chat_sft, mid_train, tok_train
+
+SCRIPTS = {
+    script.__name__.split(".")[-1]: script for script in (base_train, mid_train, chat_sft, chat_rl)
+}
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["pytest", "tests.launch"])
+os.environ["PYTHONPATH"] = str(
+    Path(__file__).parent.parent
+)  # the server passes over what it cannot import
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def prepare(vocab_size: int = 300, **source: Any) -> None:
+    """A corpus, by default a small one, and its tokenizer, in NANOCHAT_BASE_DIR."""
+    source = source or {"corpus": "primer", "num_documents": 200}
+    dataset.main(dataset.Config(**source))
+    tok_train.main(tok_train.Config(vocab_size=vocab_size))
+
+
+@dataclass
+class Group:
+    """The ranks of one start."""
+
+    processes: Sequence[multiprocessing.process.BaseProcess]
+    log: Path  # what all of them printed
+
+    def wait(self, seconds: float = 120) -> list[int | None]:
+        """Exit codes of the ranks; what still runs after `seconds` is killed and has none."""
+        until = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, until - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        self.signal(signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+        return codes
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        """Send a signal to one rank, or to all."""
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid or 0, number)
+
+    def wait_for(self, text: str, seconds: float = 60) -> str:
+        """What was printed, once `text` is in it."""
+        until = time.monotonic() + seconds
+        while text not in (said := self.log.read_text()):
+            assert time.monotonic() < until, said
+            time.sleep(0.01)
+        return said
+
+
+def start(
+    base_dir: Path,
+    script: str,
+    flags: Sequence[str],
+    world_size: int = 1,
+    meddle: Callable[[], None] | None = None,
+    environment: dict[str, str] | None = None,
+) -> Group:
+    """Start `script` on `world_size` gloo ranks."""
+    log = base_dir / f"log_{time.monotonic_ns()}.txt"
+    log.touch()
+    shared = {
+        "NANOCHAT_BASE_DIR": str(base_dir),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+    } | (environment or {})
+    processes = []
+    for rank in range(world_size):
+        own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        arguments = (script, list(flags), own, log, meddle)
+        processes.append(FORK.Process(target=be_a_rank, args=arguments))
+        processes[-1].start()
+        shared["GROUP_LEADER"] = str(processes[0].pid)
+    return Group(processes, log)
+
+
+def join_group(leader: int) -> None:
+    """Enter the process group of the first rank, which may not have made it yet; 0: make one."""
+    while True:
+        with suppress(PermissionError, ProcessLookupError):
+            return os.setpgid(0, leader)
+        time.sleep(0.001)
+
+
+def be_a_rank(
+    script: str,
+    flags: list[str],
+    environment: dict[str, str],
+    log: Path,
+    meddle: Callable[[], None] | None,
+) -> None:
+    """The life of one rank."""
+    os.environ.update(environment)
+    join_group(int(environment.get("GROUP_LEADER", 0)))
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdin = open(os.devnull)  # noqa: SIM115
+    torch.set_num_threads(1)
+    if meddle is not None:
+        meddle()
+    run(script, flags)
+
+
+def run(script: str, flags: list[str]) -> None:
+    """What the command line does."""
+    sys.argv = [script, *flags]
+    run_script(SCRIPTS[script].main, SCRIPTS[script].Config)
+
+
+def note_batches() -> None:
+    """Each rank writes the hash of every row that it is given, step after step."""
+    fetch = TrainRun.fetch
+    path = Path(os.environ["NANOCHAT_BASE_DIR"]) / f"rows_{os.environ['RANK']}.jsonl"
+
+    def noting(run: TrainRun, loader: Any) -> Any:
+        batch = fetch(run, loader)
+        pairs = zip(batch.inputs.numpy(), batch.targets.numpy(), strict=True)
+        rows = [hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest() for x, y in pairs]
+        with path.open("a") as file:
+            file.write(json.dumps([run.step, rows]) + "\n")
+        return batch
+
+    TrainRun.fetch = noting  # pyright: ignore[reportAttributeAccessIssue]
+
+
+if __name__ == "__main__":  # under torchrun
+    note_batches()
+    with (Path(os.environ["NANOCHAT_BASE_DIR"]) / "pids.txt").open("a") as pids:
+        pids.write(f"{os.getpid()}\n")
+    run(sys.argv[1], sys.argv[2:])

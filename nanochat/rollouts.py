@@ -15,14 +15,15 @@ Sources: REINFORCE with a group baseline (arXiv 2402.03300 without its ratio, KL
 deviation); normalisation by tokens, arXiv 2503.14476. Shapes: R rows, T time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from nanochat.chat_format import Conversation, render_prompt
 from nanochat.dataloader import IGNORED, Batch
-from nanochat.engine import Engine, Request, reply_parts
+from nanochat.engine import Engine, Request
+from nanochat.replies import reply_parts
 from nanochat.sampling import derive_seed
 from nanochat.task_eval import EvalTask, spoken_text
 
@@ -41,28 +42,31 @@ class Rollout:
 
 def roll_out(
     engine: Engine,
-    questions: Sequence[Conversation],
+    questions: Mapping[int, Conversation],
     task: EvalTask,
     num_samples: int,
     max_tokens: int,
     temperature: float,
     seed: int,
 ) -> list[list[Rollout]]:
-    """A group of `num_samples` rollouts for each question; `seed` fixes every one of them."""
+    """A group of `num_samples` rollouts for each question (number -> question), in order.
+
+    `seed` and the question's number fix every one of them, whichever rank makes it.
+    """
     asked: dict[Request, int] = {}
-    for index, question in enumerate(questions):
+    for number, question in questions.items():
         prompt = render_prompt(engine.tokenizer, question)
         for k in range(num_samples):
-            own = derive_seed(seed, index, k)
-            asked[Request(prompt, max_tokens, temperature, seed=own)] = index
-    groups: list[list[Rollout]] = [[] for _ in questions]
+            own = derive_seed(seed, number, k)
+            asked[Request(prompt, max_tokens, temperature, seed=own)] = number
+    groups: dict[int, list[Rollout]] = {number: [] for number in questions}
     for request, tokens, masks in engine.complete(asked):
-        index = asked[request]
+        number = asked[request]
         text = spoken_text(reply_parts(engine.tokenizer, tokens))
-        reward = task.score(questions[index], text)
+        reward = task.score(questions[number], text)
         sampled = [0] * len(request.prompt) + masks
-        groups[index].append(Rollout(request.prompt + tokens, sampled, reward, text))
-    return groups
+        groups[number].append(Rollout(request.prompt + tokens, sampled, reward, text))
+    return list(groups.values())
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:

@@ -12,25 +12,23 @@ B rows, T time, V vocabulary.
 """
 
 import math
-import sys
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 from nanochat.chat_format import Conversation, render_prompt
-from nanochat.engine import Engine, Request, reply_parts
+from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.paths import UserError
-from nanochat.runtime import all_reduce_sum
+from nanochat.replies import reply_parts
+from nanochat.runtime import all_reduce_sum, gather, own_part, progress
 from nanochat.sampling import derive_seed
 from nanochat.tokenizer import Tokenizer
-
-Step = TypeVar("Step")
 
 
 class EvalTask(Protocol):
@@ -64,7 +62,7 @@ def evaluate_choice(
     prompts = [_fit(render_prompt(tokenizer, row), model.config.sequence_len) for _, row in rows]
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
     records = []
-    for start in _progress(range(0, len(order), batch_size), "batch"):
+    for start in progress(range(0, len(order), batch_size), "batch"):
         batch = order[start : start + batch_size]
         logits = next_logits(model, [prompts[i] for i in batch])
         for i, row_logits in zip(batch, logits, strict=True):
@@ -115,13 +113,17 @@ def evaluate_generate(
             own = derive_seed(seed, index, k)
             asked[Request(prompt, max_tokens, temperature, seed=own)] = (index, k)
     replies: dict[tuple[int, int], list[dict[str, str]]] = {}
-    for request, tokens, _ in _progress(engine.complete(asked), "reply", len(asked)):
+    for request, tokens, _ in progress(engine.complete(asked), "reply", len(asked)):
         replies[asked[request]] = reply_parts(tokenizer, tokens)
-    records = []
-    for index, conversation in items.items():
+
+    def judge(index: int) -> dict[str, Any]:
         parts = [replies[index, k] for k in range(num_samples)]
         said = [spoken_text(reply) for reply in parts]
-        records.append(_record(task, index, conversation, said, parts))
+        return _record(task, index, items[index], said, parts)
+
+    # In threads, because scoring a program means to wait for it.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        records = list(progress(pool.map(judge, items), "score", len(items)))
     return _reduce(records, engine.device)
 
 
@@ -132,22 +134,15 @@ def spoken_text(parts: Sequence[dict[str, str]]) -> str:
 
 def _own_items(task: EvalTask, max_problems: int | None) -> range:
     """The items of this rank."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     num = len(task) if max_problems is None else min(len(task), max_problems)
     if num < 1:
         raise UserError("there is nothing to evaluate; use --max_problems of at least 1")
-    return range(rank, num, world_size)
+    return own_part(num)
 
 
 def _fit(prompt: list[int], max_len: int) -> list[int]:
     """`prompt`, or its first token (bos) and its end where it is longer than `max_len`."""
     return prompt if len(prompt) <= max_len else prompt[:1] + prompt[len(prompt) - max_len + 1 :]
-
-
-def _progress(steps: Iterable[Step], unit: str, total: int | None = None) -> Iterable[Step]:
-    """A progress bar, where somebody is looking."""
-    hidden = not sys.stderr.isatty() or (dist.is_initialized() and dist.get_rank() != 0)
-    return tqdm(steps, unit=unit, total=total, disable=hidden, leave=False)
 
 
 def _record(
@@ -171,10 +166,6 @@ def _reduce(records: list[dict[str, Any]], device: torch.device) -> EvalResult:
     exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
     sums = all_reduce_sum(torch.tensor(values, dtype=exact, device=device))
     count, total, squares, total_best = sums.tolist()
-    if dist.is_initialized():
-        gathered: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, records)
-        records = [record for part in gathered for record in part]
     accuracy = total / count
     spread = max(0.0, squares / count - accuracy**2)
     return EvalResult(
@@ -182,5 +173,5 @@ def _reduce(records: list[dict[str, Any]], device: torch.device) -> EvalResult:
         stderr=math.sqrt(spread / max(count - 1, 1)),
         num=int(count),
         best_of=total_best / count,
-        records=sorted(records, key=lambda record: record["index"]),
+        records=sorted(gather(records), key=lambda record: record["index"]),
     )

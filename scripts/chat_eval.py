@@ -1,20 +1,24 @@
 """Examine a chat model: accuracy with its standard error on every task, and a record of every reply.
 
-    python -m scripts.chat_eval -i sft                                          # one GPU, all tasks
+    python -m scripts.chat_eval -i sft                                          # one GPU, ChatCORE
     torchrun --nproc_per_node=8 -m scripts.chat_eval -i sft                     # eight
-    python -m scripts.chat_eval -i rl -a 'primer-choice|primer-exact' --max_problems 50  # laptop
+    python -m scripts.chat_eval -i rl -a 'ARC-Easy|GSM8K' --max_problems 50
+    python -m scripts.chat_eval -i rl -a 'primer-choice|primer-exact'           # laptop
 
 Choices are read off the logits of their letters; everything else is generated, all replies of a task in
 flight at once. With --num_samples above 1 the accuracy is the mean over the samples (pass@1), and the share
-of problems that any sample solves is given beside it (pass@k).
+of problems that any sample solves is given beside it (pass@k). ChatCORE is the mean of the six tasks' accuracies
+once chance is taken out of them: 0 is guessing, 1 is everything right.
 
 reads: <source>/<model tag>/, the tasks' data sets
 writes: <source>/<model tag>/chat_eval_<task>.jsonl, report/chat_eval_<source>.json
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -24,16 +28,17 @@ from nanochat.engine import Engine
 from nanochat.paths import UserError, run_dir, write_file
 from nanochat.report import write_section
 from nanochat.runtime import run_script, say, set_up
+from nanochat.sandbox import isolation
 from nanochat.task_eval import EvalResult, evaluate_choice, evaluate_generate
 from tasks.common import Task
-from tasks.mixtures import EVALUATIONS, build_task
+from tasks.mixtures import CHAT_CORE, Options, build_task
 
 
 @dataclass
 class Config:
     source: Annotated[Literal["mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])] = "sft"  # stage
     tasks: Annotated[str, tyro.conf.arg(aliases=["-a", "--task_name"])] = (
-        ""  # names with | between; all if empty
+        ""  # names with | between; ChatCORE's six if empty
     )
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # empty: the one written last
     step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # the newest if left out
@@ -43,25 +48,45 @@ class Config:
     temperature: float = 0.0  # 0: always the likeliest token
     max_tokens: int = 512  # of one reply; at most half the context
     seed: int = 0  # of the sampling
+    words: Path | None = None  # SpellingBee: a file of words, one a line; the primer's if left out
+    allow_unsafe_exec: bool = False  # HumanEval: run programs even where nothing isolates them
     device_type: str = ""  # cpu, cuda or mps; empty: the best there is
     dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
+def choose_tasks(cfg: Config) -> dict[str, Task]:
+    """The tasks asked for; HumanEval is left out, with the reason, where its programs cannot be isolated."""
+    options = Options(cfg.words, cfg.allow_unsafe_exec)
+    names = cfg.tasks.split("|") if cfg.tasks else list(CHAT_CORE)
+    reason = None if cfg.allow_unsafe_exec or "HumanEval" not in names else isolation()
+    if reason:
+        say(f"HumanEval is skipped: {reason}; --allow_unsafe_exec runs the model's programs anyway")
+        names.remove("HumanEval")
+    return {name: build_task(name, options=options) for name in names}
+
+
 def evaluate(cfg: Config, engine: Engine, task: Task) -> EvalResult:
     """The result of one task, of whichever kind it is."""
-    model, tokenizer = engine.model, engine.tokenizer
     if task.kind == "choice":
+        model, tokenizer = engine.model, engine.tokenizer
         return evaluate_choice(model, tokenizer, task, cfg.batch_size, cfg.max_problems)
-    return evaluate_generate(
-        engine,
-        tokenizer,
-        task,
-        cfg.num_samples,
-        cfg.max_tokens,
-        cfg.temperature,
-        cfg.seed,
-        cfg.max_problems,
-    )
+    sampling = (cfg.num_samples, cfg.max_tokens, cfg.temperature, cfg.seed)
+    return evaluate_generate(engine, engine.tokenizer, task, *sampling, cfg.max_problems)
+
+
+def chat_core(tasks: dict[str, Task], results: dict[str, float]) -> dict[str, float]:
+    """ChatCORE and its standard error; `ChatCORE (5 of 6)` where one task is missing, nothing from two on."""
+    names = [name for name in CHAT_CORE if name in tasks]
+    if len(names) < len(CHAT_CORE) - 1:
+        return {}
+    label = "ChatCORE" if len(names) == len(CHAT_CORE) else f"ChatCORE ({len(names)} of 6)"
+    rooms = [1 - tasks[name].baseline for name in names]  # between chance and everything right
+    centred = [1 - (1 - results[name]) / room for name, room in zip(names, rooms, strict=True)]
+    errors = [results[f"{name}_stderr"] / room for name, room in zip(names, rooms, strict=True)]
+    return {
+        label: sum(centred) / len(names),
+        f"{label}_stderr": math.hypot(*errors) / len(names),
+    }
 
 
 def sample_of(record: dict[str, Any]) -> str:
@@ -79,11 +104,10 @@ def main(cfg: Config) -> None:
     begin = time.perf_counter()
     if cfg.num_samples < 1 or (cfg.num_samples > 1 and cfg.temperature <= 0):
         raise UserError("--num_samples above 1 needs a --temperature above 0; at 0 all are alike")
-    names = cfg.tasks.split("|") if cfg.tasks else list(EVALUATIONS)
-    tasks = {name: build_task(name) for name in names}
+    tasks = choose_tasks(cfg)
     runtime = set_up(cfg.device_type, cfg.dtype)
     model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
-    engine = Engine(model, tokenizer, num_slots=cfg.batch_size)
+    engine = Engine(model, tokenizer, num_slots=cfg.batch_size, prefix_reuse=False)
     run = run_dir(cfg.source, meta["model_tag"])
     results: dict[str, float] = {}
     samples = []
@@ -99,9 +123,13 @@ def main(cfg: Config) -> None:
         if runtime.is_main:
             rows = [json.dumps({"step": meta["step"], **record}) for record in result.records]
             write_file(run / f"chat_eval_{name}.jsonl", "\n".join(rows) + "\n")
+    for name, value in (core := chat_core(tasks, results)).items():
+        if not name.endswith("_stderr"):
+            say(f"{name}: {value:.4f} ± {core[f'{name}_stderr']:.4f}")
     title = f"Chat evaluation of {cfg.source.upper()}"
     settings = vars(cfg) | {"model_tag": meta["model_tag"], "step": meta["step"]}
     seconds = time.perf_counter() - begin
+    results |= core
     write_section(f"chat_eval_{cfg.source}", title, settings, results, samples, seconds)
 
 

@@ -6,7 +6,7 @@ log-probabilities the gradient uses.
 
     python -m scripts.chat_rl                                          # one GPU
     torchrun --nproc_per_node=8 -m scripts.chat_rl                     # eight
-    python -m scripts.chat_rl --task primer-arithmetic --num_steps 20  # laptop
+    python -m scripts.chat_rl --task primer-exact --num_steps 20 --max_tokens 64 --eval_samples 1  # laptop
 
 reads: sft/<model tag>/, the task's data set
 writes: rl/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), report/chat_rl.json
@@ -24,7 +24,6 @@ from nanochat.engine import Engine
 from nanochat.report import write_section
 from nanochat.rollouts import Rollout, is_useful, policy_batch, roll_out
 from nanochat.runtime import Runtime, all_reduce_sum, run_script, set_up
-from nanochat.sampling import derive_seed
 from nanochat.scaling import make_optimizer
 from nanochat.schedule import lr_multiplier_at
 from nanochat.task_eval import evaluate_generate
@@ -49,7 +48,7 @@ class Config:
         None  # its step; the newest if left out
     )
     # problems and answers
-    task: str = "primer-arithmetic"  # a generative task that scores its answers
+    task: str = "GSM8K"  # a generative task that scores its answers
     num_steps: int = 100  # updates
     questions_per_step: int = 16  # over all ranks
     num_samples: int = 16  # answers in the group of one question
@@ -68,7 +67,8 @@ class Config:
     fresh: bool = False  # start over instead of resuming
     log_every: int = 1  # steps between console lines
     eval_every: int = 25  # steps between held-out measurements; <= 0: at the end alone
-    eval_problems: int = 128  # problems of one such measurement, answered greedily
+    eval_problems: int = 400  # problems of one such measurement
+    eval_samples: int = 8  # answers to each: pass@1 and pass@8; 1: one answer, the likeliest
     save_every: int = 50  # steps between checkpoints; <= 0: at the end alone
 
 
@@ -77,13 +77,23 @@ def ask(
 ) -> list[list[Rollout]]:
     """This rank's groups of answers to the questions of `step`; the seed and the step fix them."""
     numbers = range(step * cfg.questions_per_step, (step + 1) * cfg.questions_per_step)
-    own = [task[number % len(task)] for number in numbers[runtime.rank :: runtime.world_size]]
-    seed = derive_seed(cfg.seed, step, runtime.rank)
-    return roll_out(engine, own, task, cfg.num_samples, cfg.max_tokens, cfg.temperature, seed)
+    own = numbers[runtime.rank :: runtime.world_size]
+    questions = {number: task[number % len(task)] for number in own}
+    sampling = (cfg.num_samples, cfg.max_tokens, cfg.temperature, cfg.seed)
+    return roll_out(engine, questions, task, *sampling)
+
+
+def examine(cfg: Config, engine: Engine, held_out: Task) -> dict[str, float]:
+    """Accuracy on the held-out problems; of several sampled answers the mean, with pass@k beside it."""
+    num, sampled = cfg.eval_samples, cfg.eval_samples > 1
+    sampling = (num, cfg.max_tokens, cfg.temperature if sampled else 0.0, cfg.seed)
+    result = evaluate_generate(engine, engine.tokenizer, held_out, *sampling, cfg.eval_problems)
+    best = {f"pass_at_{num}": result.best_of} if sampled else {}
+    return {"accuracy": result.accuracy, "accuracy_stderr": result.stderr, **best}
 
 
 def summarize(groups: Sequence[Sequence[Rollout]], device: torch.device) -> dict[str, float]:
-    """Mean reward, share of useful groups and mean answer length over the groups of all ranks."""
+    """Mean reward, share of useful groups, mean and total answer length over the groups of all ranks."""
     rollouts = [rollout for group in groups for rollout in group]
     rewards, lengths = sum(r.reward for r in rollouts), sum(sum(r.mask) for r in rollouts)
     useful = sum(is_useful(group) for group in groups)
@@ -93,6 +103,7 @@ def summarize(groups: Sequence[Sequence[Rollout]], device: torch.device) -> dict
         "reward": rewards / num_rollouts,
         "useful_groups": useful / num_groups,
         "answer_tokens": lengths / num_rollouts,
+        "sampled_tokens": lengths,
     }
 
 
@@ -107,21 +118,13 @@ def main(cfg: Config) -> None:
             return
         optimizer = make_optimizer(model, BATCH_TOKENS, 1, runtime.rank, runtime.world_size)
         run.restore(model, optimizer)
-        engine = Engine(model, tokenizer, cfg.num_slots)
+        engine = Engine(model, tokenizer, cfg.num_slots, prefix_reuse=False)
         run.begin(model, tokenizer)
-        samples: list[str] = []
         while True:
             if run.step > 0 and run.due(cfg.save_every):
                 run.save(model, optimizer, None)
             if run.due(cfg.eval_every):
-                result = evaluate_generate(
-                    engine,
-                    tokenizer,
-                    held_out,
-                    max_tokens=cfg.max_tokens,
-                    max_problems=cfg.eval_problems,
-                )
-                run.note(accuracy=result.accuracy, accuracy_stderr=result.stderr)
+                run.note(**examine(cfg, engine, held_out))
             if run.progress >= 1:
                 break
             run.start_clock()
@@ -135,14 +138,16 @@ def main(cfg: Config) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
             run.update(
-                loss, multiplier, (run.step + 1) / cfg.num_steps, int(figures["answer_tokens"])
+                loss, multiplier, (run.step + 1) / cfg.num_steps, int(figures.pop("sampled_tokens"))
             )
             run.note(**figures)
-            samples = [f"reward {r.reward:g}: {r.text}" for group in groups[:2] for r in group[:2]]
+            said = [f"reward {r.reward:g}: {r.text}" for group in groups[:2] for r in group[:2]]
+            run.record["samples"] = said
         run.finish()
-        write_section(
-            "chat_rl", "Reinforcement learning", vars(cfg), run.results(), samples, run.seconds
-        )
+        results = run.results()
+        samples = results.pop("samples")
+        title = "Reinforcement learning"
+        write_section("chat_rl", title, vars(cfg), results, samples, run.seconds)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ more of the quizzes. The default mixtures are for a model that holds more, and t
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.paths import UserError
@@ -13,6 +14,7 @@ from tasks.arc import ARC
 from tasks.common import Task, TaskMixture
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
 from tasks.identity import Identity
 from tasks.mmlu import MMLU
 from tasks.primer import (
@@ -72,19 +74,32 @@ MIXTURES: dict[tuple[str, str], Callable[[Path | None], list[Task]]] = {
     ("val", "primer"): lambda _: [PrimerConversations("val", size=400)],
 }
 
+# The six tasks of ChatCORE, in the order of the report.
+CHAT_CORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may set of an evaluation."""
+
+    words: Path | None = None  # file of words to spell; None: the primer's
+    allow_unsafe_exec: bool = False  # run model-written programs even where nothing isolates them
+
+
 # name -> the task of a split, which is "test" or, for practice, "train"
-EVALUATIONS: dict[str, Callable[[str], Task]] = {
-    "primer-choice": PrimerChoice,
-    "primer-exact": PrimerExact,
-    "primer-arithmetic": PrimerArithmetic,
-    "primer-spelling": PrimerSpelling,
-}
-PUBLIC_EVALUATIONS: dict[str, Callable[[str], Task]] = {
-    "arc-easy": lambda split: ARC("ARC-Easy", split),
-    "arc-challenge": lambda split: ARC("ARC-Challenge", split),
-    "mmlu": lambda split: MMLU("auxiliary_train" if split == "train" else split),
-    "gsm8k": GSM8K,
-    "spellingbee": SpellingBee,
+EVALUATIONS: dict[str, Callable[[str, Options], Task]] = {
+    "ARC-Easy": lambda split, _: ARC("ARC-Easy", split),
+    "ARC-Challenge": lambda split, _: ARC("ARC-Challenge", split),
+    "MMLU": lambda split, _: MMLU("auxiliary_train" if split == "train" else split),
+    "GSM8K": lambda split, _: GSM8K(split),
+    "HumanEval": lambda split, options: HumanEval(
+        split, allow_unsafe_exec=options.allow_unsafe_exec
+    ),
+    "SpellingBee": lambda split, options: SpellingBee(split, words=options.words),
+    "primer-choice": lambda split, _: PrimerChoice(split),
+    "primer-exact": lambda split, _: PrimerExact(split),
+    "primer-arithmetic": lambda split, _: PrimerArithmetic(split),
+    "primer-spelling": lambda split, _: PrimerSpelling(split),
 }
 
 
@@ -103,12 +118,11 @@ def build_mixture(
     return TaskMixture([*MIXTURES[stage, name](words), *own], seed=seed)
 
 
-def build_task(name: str, split: str = "test") -> Task:
+def build_task(name: str, split: str = "test", options: Options | None = None) -> Task:
     """The evaluation task of that name; with split "train" its practice part, for RL.
 
     Raises UserError for a task that does not exist.
     """
-    known = EVALUATIONS | PUBLIC_EVALUATIONS
-    if name not in known:
-        raise UserError(f"the task {name!r} is unknown; choose one of: {', '.join(known)}")
-    return known[name](split)
+    if name not in EVALUATIONS:
+        raise UserError(f"the task {name!r} is unknown; choose one of: {', '.join(EVALUATIONS)}")
+    return EVALUATIONS[name](split, options or Options())

@@ -27,7 +27,7 @@ from tasks.arc import ARC
 from tasks.common import load_rows
 from tasks.gsm8k import GSM8K, final_number
 from tasks.identity import FACTS, Identity
-from tasks.mixtures import PUBLIC_EVALUATIONS, build_mixture, build_task
+from tasks.mixtures import CHAT_CORE, build_mixture, build_task
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SpellingBee, SpellWord, words_of
@@ -129,7 +129,118 @@ def test_a_choice_prompt_to_the_token(write_rows: WriteRows, tokenizer: Tokenize
     assert len(learned) == 2 and ids[: -len(learned)] == render_prompt(tokenizer, row)
 
 
+# Real rows, prompt and letters as they must be: ARC (CC BY-SA 4.0) and MMLU (MIT).
+REAL_CHOICES = [
+    (
+        "ARC-Easy",
+        "allenai/ai2_arc/ARC-Easy/test",
+        {
+            "question": "As children grow, their body height usually",
+            "choices": {
+                "text": ["decreases", "increases", "remains the same"],
+                "label": ["1", "2", "3"],
+            },
+            "answerKey": "2",
+        },
+        "As children grow, their body height usually\n- decreases A\n- increases B\n- remains the same C\n",
+        "B",
+    ),
+    (
+        "ARC-Challenge",
+        "allenai/ai2_arc/ARC-Challenge/test",
+        {
+            "question": "Which part of a pine tree makes food?",
+            "choices": {
+                "text": ["root", "cone", "trunk", "needle"],
+                "label": ["A", "B", "C", "D"],
+            },
+            "answerKey": "D",
+        },
+        "Which part of a pine tree makes food?\n- root A\n- cone B\n- trunk C\n- needle D\n",
+        "D",
+    ),
+    (
+        "ARC-Easy",
+        "allenai/ai2_arc/ARC-Easy/test",
+        {
+            "question": "Large amounts of metals like iron and aluminum are found in",
+            "choices": {
+                "text": ["dead trees", "water", "animal bones", "oil wells", "rocks"],
+                "label": ["A", "B", "C", "D", "E"],
+            },
+            "answerKey": "E",
+        },
+        "Large amounts of metals like iron and aluminum are found in\n- dead trees A\n- water B\n"
+        "- animal bones C\n- oil wells D\n- rocks E\n",
+        "E",
+    ),
+    (
+        "MMLU",
+        "cais/mmlu/all/test",
+        {
+            "question": "The concentration ratio for a monopoly is",
+            "subject": "high_school_microeconomics",
+            "choices": ["0", "5", "10", "100"],
+            "answer": 3,
+        },
+        "The concentration ratio for a monopoly is\n- 0 A\n- 5 B\n- 10 C\n- 100 D\n",
+        "D",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "split", "row", "prompt", "letter"), REAL_CHOICES)
+def test_real_rows_of_multiple_choice(
+    write_rows: WriteRows,
+    tokenizer: Tokenizer,
+    name: str,
+    split: str,
+    row: dict,
+    prompt: str,
+    letter: str,
+) -> None:
+    write_rows(split, [row])
+    task = build_task(name)
+    asked = task[0]
+    ids, mask = render_conversation(tokenizer, asked)
+    assert tokenizer.decode(ids) == (
+        f"<|bos|><|user_start|>{prompt}Answer with the letter only.<|user_end|>"
+        f"<|assistant_start|>{letter}<|assistant_end|>"
+    )
+    assert mask == [0] * (len(ids) - 2) + [1, 1]
+    assert [each for each in asked["letters"] if task.score(asked, each)] == [letter]
+
+
 # --- GSM8K
+
+
+def test_a_real_row_of_gsm8k(write_rows: WriteRows, tokenizer: Tokenizer) -> None:
+    row = {  # openai/gsm8k, MIT
+        "question": "Tim buys 3 dozen eggs.  Eggs cost $.50 each.  How much did he pay for eggs?",
+        "answer": "He bought 3*12=<<3*12=36>>36 eggs\nSo they cost 36*.5=$<<36*.5=18>>18\n#### 18",
+    }
+    write_rows("openai/gsm8k/main/test", [row])
+    task = GSM8K("test")
+    ids, mask = render_conversation(tokenizer, task[0])
+    own = [id for id, on in zip(ids, mask, strict=True) if on]
+    given = [id for id, on in zip(ids, mask, strict=True) if not on]
+    assert tokenizer.decode(given) == (
+        f"<|bos|><|user_start|>{row['question']}<|user_end|><|assistant_start|>"
+        "<|output_start|>36<|output_end|><|output_start|>18<|output_end|>"
+    )
+    assert tokenizer.decode(own) == (
+        "He bought 3*12=<|python_start|>3*12<|python_end|>36 eggs\nSo they cost 36*.5=$"
+        "<|python_start|>36*.5<|python_end|>18\n#### 18<|assistant_end|>"
+    )
+    replies = {
+        row["answer"]: 1,
+        "#### 18.0": 1,
+        "#### $18": 1,
+        "#### -18": 0,
+        "18": 0,
+        "#### 1,8": 1,
+    }
+    assert {reply: task.score(task[0], reply) for reply in replies} == replies
 
 
 def test_marks_become_calls_of_the_tool(write_rows: WriteRows, tokenizer: Tokenizer) -> None:
@@ -288,7 +399,7 @@ def test_the_default_mixtures_hold_every_row(all_data: None, stage: str) -> None
         check_conversation(mixture[index])
 
 
-@pytest.mark.parametrize("name", PUBLIC_EVALUATIONS)
+@pytest.mark.parametrize("name", sorted(set(CHAT_CORE) - {"HumanEval"}))
 def test_the_public_evaluations_score_their_own_answers(all_data: None, name: str) -> None:
     for split in ("train", "test"):
         task = build_task(name, split)
@@ -314,14 +425,14 @@ def test_the_first_rows_are_a_sample_of_all(write_rows: WriteRows) -> None:
 @pytest.mark.parametrize(
     ("name", "split", "row", "reason"),
     [
-        ("mmlu", "cais/mmlu/all/test", SUM | {"answer": 4}, "answer 4 of 4 choices"),
-        ("mmlu", "cais/mmlu/all/test", SUM | {"answer": -1}, "answer -1 of 4 choices"),
-        ("mmlu", "cais/mmlu/all/test", {"question": "2 + 2?"}, "no 'choices'"),
-        ("arc-easy", "allenai/ai2_arc/ARC-Easy/test", PLANTS | {"answerKey": "1"}, "'1' is not in"),
-        ("arc-easy", "allenai/ai2_arc/ARC-Easy/test", PLANTS | {"choices": None}, "NoneType"),
-        ("gsm8k", "openai/gsm8k/main/test", PENS | {"answer": "13"}, "no number after ####"),
-        ("gsm8k", "openai/gsm8k/main/test", PENS | {"question": None}, "content must be a string"),
-        ("gsm8k", "openai/gsm8k/main/test", ["a list"], "indices"),
+        ("MMLU", "cais/mmlu/all/test", SUM | {"answer": 4}, "answer 4 of 4 choices"),
+        ("MMLU", "cais/mmlu/all/test", SUM | {"answer": -1}, "answer -1 of 4 choices"),
+        ("MMLU", "cais/mmlu/all/test", {"question": "2 + 2?"}, "no 'choices'"),
+        ("ARC-Easy", "allenai/ai2_arc/ARC-Easy/test", PLANTS | {"answerKey": "1"}, "'1' is not in"),
+        ("ARC-Easy", "allenai/ai2_arc/ARC-Easy/test", PLANTS | {"choices": None}, "NoneType"),
+        ("GSM8K", "openai/gsm8k/main/test", PENS | {"answer": "13"}, "no number after ####"),
+        ("GSM8K", "openai/gsm8k/main/test", PENS | {"question": None}, "content must be a string"),
+        ("GSM8K", "openai/gsm8k/main/test", ["a list"], "indices"),
     ],
 )
 def test_a_malformed_row_is_named(
@@ -336,7 +447,7 @@ def test_a_malformed_row_is_named(
 
 def test_a_missing_split_is_told(write_rows: WriteRows) -> None:
     with pytest.raises(UserError, match=r"there is no test\.jsonl or test\.parquet"):
-        build_task("gsm8k")
+        build_task("GSM8K")
 
 
 def test_the_hub_is_asked_by_name_and_its_failure_told(monkeypatch: pytest.MonkeyPatch) -> None:

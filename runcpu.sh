@@ -37,32 +37,8 @@ source ./setup.sh --device_type=cpu
 
 tag="laptop-$corpus"
 place=(--device_type=cpu --model_tag="$tag")
-done_dir="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/done/$tag"
-[ -z "$fresh" ] || rm -rf "$done_dir"
-mkdir -p "$done_dir"
-[ -n "$(ls -A "$done_dir")" ] || python -m nanochat.report reset
-
-# stage NAME COMMAND...: run the command, unless the very same is done and so is all before it. `chain` is the
-# moment at which the stage before was done; a stage that follows another one than last time starts over.
-chain=""
-stage() {
-    local name=$1 marker="$done_dir/$1" began="$done_dir/$1.began" start=$SECONDS want
-    shift
-    want="$chain $*"
-    if [ "$(head -n 1 "$marker" 2>/dev/null)" = "$want" ]; then
-        echo "== $name: done before"
-    else
-        echo "== $name: $*"
-        if [ "$(cat "$began" 2>/dev/null)" != "$want" ]; then
-            case $name in base_train | mid_train | chat_sft | chat_rl) set -- "$@" --fresh ;; esac
-            echo "$want" >"$began"
-        fi
-        "$@"
-        printf '%s\n%s\n' "$want" "$(date +%s).$RANDOM" >"$marker"
-        echo "== $name: took $((SECONDS - start)) s"
-    fi
-    chain=$(tail -n 1 "$marker")
-}
+source ./stages.sh
+begin "$tag" "$fresh"
 
 if [ -n "$from" ]; then
     stage corpus python -m nanochat.dataset --from "$from"
@@ -75,7 +51,7 @@ stage base_train python -m scripts.base_train "${place[@]}" --data="$corpus" \
     --depth=4 --aspect_ratio=32 --head_dim=32 --max_seq_len=256 --total_batch_size=4096 --device_batch_size=16 \
     --num_iterations=1200 --eval_every=600 --eval_tokens=65536 --save_every=100 --log_every=50
 stage base_loss python -m scripts.base_loss "${place[@]}" --data="$corpus" --eval_tokens=131072 --device_batch_size=16
-stage base_eval python -m scripts.base_eval "${place[@]}"
+stage base_eval python -m scripts.base_eval "${place[@]}" -a primer-choice
 chat=(--mixture=primer --total_batch_size=4096 --device_batch_size=16 --eval_every=300 --eval_tokens=65536
     --save_every=100 --log_every=50)
 examine=(-a 'primer-choice|primer-exact|primer-arithmetic|primer-spelling')
@@ -83,8 +59,8 @@ stage mid_train python -m scripts.mid_train "${place[@]}" "${chat[@]}"
 stage chat_eval_mid python -m scripts.chat_eval "${place[@]}" -i mid "${examine[@]}"
 stage chat_sft python -m scripts.chat_sft "${place[@]}" "${chat[@]}" --lr_scale=0.3
 stage chat_eval_sft python -m scripts.chat_eval "${place[@]}" -i sft "${examine[@]}"
-stage chat_rl python -m scripts.chat_rl "${place[@]}" --task=primer-arithmetic \
-    --num_steps=20 --num_samples=8 --max_tokens=64 --eval_every=10 --save_every=10
+stage chat_rl python -m scripts.chat_rl "${place[@]}" --task=primer-exact --lr_scale=0.1 --num_steps=25 \
+    --questions_per_step=32 --num_samples=8 --max_tokens=32 --eval_samples=1 --save_every=10 --log_every=5
 stage chat_eval_rl python -m scripts.chat_eval "${place[@]}" -i rl "${examine[@]}"
 python -m nanochat.report generate
 

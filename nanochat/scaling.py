@@ -1,4 +1,4 @@
-"""From depth alone: width, heads, parameters, FLOPs, horizon, batch, learning rates, weight decay.
+"""From depth alone: width, heads, parameters, FLOPs, memory, horizon, batch, learning rates, weight decay.
 
 Depth sets the width (aspect_ratio x depth, rounded up to whole heads). Tokens are a ratio times the parameters
 of blocks and head, the count that gave the steadiest scaling law. Batch, learning rates and weight decay were
@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from nanochat.fused import GPU_CHUNK
 from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 from nanochat.optim import MuonAdamW
 
@@ -105,6 +106,28 @@ def flops_per_token(config: GPTConfig, exact: bool = False) -> float:
 def horizon(config: GPTConfig, target_param_data_ratio: float) -> int:
     """Tokens to train on: the ratio times the parameters of blocks and head."""
     return round(target_param_data_ratio * scaling_parameters(config))
+
+
+def memory_bytes(config: GPTConfig, device_batch_size: int, world_size: int = 1) -> dict[str, int]:
+    """Bytes that training in bf16 holds on one GPU, by part, and their "total".
+
+    Weights and gradients are fp32 and whole on every rank; the optimizer's state is shared out. A layer keeps
+    32 bytes per channel and token for the backward pass: 4 + 4 widths in the MLP, 3.5 in norms and inputs,
+    4.5 in queries, keys and values, of two bytes each (counted by tests/test_scaling.py).
+    """
+    counts = parameter_counts(config)
+    num_tokens = device_batch_size * config.sequence_len
+    muon = counts["blocks"]
+    parts = {
+        "weights": 4 * counts["total"],
+        "bf16 copies": 2 * scaling_parameters(config),
+        "gradients": 4 * counts["total"],
+        "optimizer": (4 * muon + 8 * (counts["total"] - muon)) // world_size,
+        "activations": 32 * config.n_embd * config.n_layer * num_tokens,
+        # The head's gradient, made in the forward pass, and three tensors of one chunk's logits.
+        "loss": 4 * counts["head"] + 3 * 4 * min(GPU_CHUNK, num_tokens * config.padded_vocab_size),
+    }
+    return parts | {"total": sum(parts.values())}
 
 
 def batch_tokens(num_tokens: float) -> int:

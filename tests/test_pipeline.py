@@ -69,7 +69,7 @@ def test_from_text_to_a_chat_answer(tmp_path: Path) -> None:
 
     report = (tmp_path / "report.md").read_text()
     assert "| Metric | BASE | MID | SFT | RL |" in report
-    row = next(line for line in report.splitlines() if line.startswith("| primer-arithmetic |"))
+    row = [line for line in report.splitlines() if line.startswith("| primer-arithmetic |")][-1]
     assert row.split("|")[2:5] == [" - "] * 3 and "%" in row.split("|")[5]
 
     again = run(STAGES["mid"])

@@ -140,3 +140,34 @@ def test_optimizer_covers_every_parameter() -> None:
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     decay = next(g["weight_decay"] for g in optimizer.param_groups if g["kind"] == "muon")
     assert decay == scaling.weight_decay(1024, 10)
+
+
+@pytest.mark.parametrize(("depth", "rows"), [(2, 4), (4, 8)])
+def test_memory_of_activations_is_what_autograd_keeps(depth: int, rows: int) -> None:
+    config = scaling.depth_to_config(depth, 4096, 256)
+    model = GPT(config)
+    model.init_weights()
+    model.set_compute_dtype(torch.bfloat16)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in weights:
+            kept[place] = tensor
+        return tensor
+
+    ids = torch.zeros(rows, 256, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(ids, ids)
+    num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    parts = scaling.memory_bytes(config, rows)
+    copies = parts["bf16 copies"] - 2 * scaling.parameter_counts(config)["head"]
+    head = 4 * scaling.parameter_counts(config)["head"]
+    assert num_bytes == pytest.approx(parts["activations"] + copies + head, rel=0.15)
+
+
+def test_memory_of_the_optimizer_is_shared_out() -> None:
+    config = scaling.depth_to_config(20, 32768)
+    alone, eighth = scaling.memory_bytes(config, 8), scaling.memory_bytes(config, 8, world_size=8)
+    saved = alone["total"] - eighth["total"]
+    assert saved == pytest.approx(7 / 8 * alone["optimizer"])

@@ -1,0 +1,95 @@
+/* Conversations and settings, kept in the browser's local storage: one entry each, so that two tabs disturb each other
+little. The server keeps nothing.
+
+A conversation is {id, title, updated, messages}. Its messages have the form that nanochat trains on (a reply's content
+is a list of parts of type text, python or python_output), so that an export serves as `--custom FILE` as it is. */
+
+const PREFIX = "nanochat:conversation:";
+const SETTINGS = "nanochat:settings";
+const PARTS = ["text", "python", "python_output"];
+const TITLE_LENGTH = 60;
+
+export const textOf = ({ content }) =>
+  typeof content === "string" ? content : content.map(({ type, text }) => (type === "text" ? text : "")).join("");
+
+export class Store {
+  constructor(onFull) {
+    this.onFull = onFull; // called when the browser has no room left
+    this.load();
+  }
+
+  load() {
+    const keys = Object.keys(localStorage).filter((key) => key.startsWith(PREFIX));
+    const conversations = keys.map((key) => JSON.parse(localStorage.getItem(key)));
+    this.conversations = new Map(conversations.map((conversation) => [conversation.id, conversation]));
+    this.settings = JSON.parse(localStorage.getItem(SETTINGS) ?? "{}");
+  }
+
+  /* Newest first. */
+  list() {
+    return [...this.conversations.values()].sort((a, b) => b.updated - a.updated);
+  }
+
+  create(question) {
+    return { id: newId(), title: titleOf(question), updated: Date.now(), messages: [] };
+  }
+
+  save(conversation) {
+    this.conversations.set(conversation.id, conversation);
+    this.write(PREFIX + conversation.id, conversation);
+  }
+
+  delete({ id }) {
+    this.conversations.delete(id);
+    localStorage.removeItem(PREFIX + id);
+  }
+
+  saveSettings(settings) {
+    this.settings = settings;
+    this.write(SETTINGS, settings);
+  }
+
+  write(key, value) {
+    try {
+      localStorage.setItem(key, JSON.stringify(value));
+    } catch {
+      this.onFull();
+    }
+  }
+
+  /* All conversations, one a line. */
+  exportText() {
+    return this.list().map((conversation) => `${JSON.stringify(conversation)}\n`).join("");
+  }
+
+  /* Adds the conversations of an export; how many were new. Throws, having added none, when one is malformed. */
+  importText(text) {
+    const found = text.split("\n").filter((line) => line.trim()).map((line, i) => checked(JSON.parse(line), i + 1));
+    const here = new Set([...this.conversations.values()].map((each) => JSON.stringify(each)));
+    const fresh = found.filter((conversation) => !here.has(JSON.stringify(conversation)));
+    for (const conversation of fresh) {
+      this.save(this.conversations.has(conversation.id) ? { ...conversation, id: newId() } : conversation);
+    }
+    return fresh.length;
+  }
+}
+
+const titleOf = (text) => text.replace(/\s+/g, " ").replace(new RegExp(`(?<=^.{${TITLE_LENGTH}}).+`, "u"), "…");
+const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(36)).join("");
+
+/* The conversation in `value`, with what the page knows of it and nothing else. */
+function checked(value, number) {
+  const { id, title, updated, messages } = Array.isArray(value) ? { messages: value } : (value ?? {});
+  const isPart = (part) => PARTS.includes(part?.type) && typeof part.text === "string";
+  const isContent = (content) => typeof content === "string" || (Array.isArray(content) && content.every(isPart));
+  const isMessage = (message) => ["user", "assistant"].includes(message?.role) && isContent(message.content);
+  if (!Array.isArray(messages) || !messages.length || !messages.every(isMessage)) {
+    throw new Error(`conversation ${number} is not in nanochat's form`);
+  }
+  return {
+    id: /^[a-z0-9]+$/.test(id) ? id : newId(),
+    title: String(title ?? titleOf(textOf(messages[0]))),
+    updated: Number(updated) || Date.now(),
+    messages,
+  };
+}

@@ -1,0 +1,130 @@
+/* How a conversation looks: a question, a reply that grows, and an entry of the list of conversations.
+
+The choice that would surprise: a tool call stands in the sentence it belongs to. In the text that becomes Markdown it
+is one private use character. style.css hides the buttons that make no sense at the moment. */
+
+import { FIRST_OBJECT, MarkdownView, node } from "./markdown.js";
+import { textOf } from "./store.js";
+
+/* An element with these properties (`className`, `onclick`, ...) and children. */
+export function el(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+export const button = (label, onclick, properties) => el("button", { type: "button", onclick, ...properties }, label);
+const copyButton = (message) => button("Copy", ({ target }) => copy(textOf(message), target));
+
+/* Copies a text; on a page without https, where the browser offers no clipboard, by way of a selection. */
+export async function copy(text, pressed) {
+  if (navigator.clipboard) await navigator.clipboard.writeText(text);
+  else {
+    const field = el("textarea", { value: text, className: "unseen" });
+    document.body.append(field);
+    field.select();
+    document.execCommand("copy");
+    field.remove();
+    pressed.focus();
+  }
+  pressed.textContent = "Copied";
+  setTimeout(() => (pressed.textContent = "Copy"), 1500);
+}
+
+export const isTouch = () => matchMedia("(pointer: coarse)").matches;
+
+/* Whether this key sends: Enter, but on a touch screen, with Shift, or inside an input method, it is a new line. */
+export const entersMessage = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing && !isTouch();
+
+export class QuestionView {
+  /* `onEdit` gets the new text. */
+  constructor(message, onEdit) {
+    const edit = button("Edit", () => this.edit(message.content, onEdit), { className: "change" });
+    this.said = el("div", { className: "said", dir: "auto" }, message.content);
+    this.actions = el("div", { className: "actions" }, edit, copyButton(message));
+    const who = el("h2", { className: "who" }, "You");
+    this.element = el("article", { className: "question" }, who, this.said, this.actions);
+  }
+
+  edit(text, onEdit) {
+    const field = el("textarea", { value: text, ariaLabel: "Edit your message", rows: 3 });
+    const done = () => {
+      form.replaceWith(this.said, this.actions);
+      this.actions.firstChild.focus();
+    };
+    const send = () => field.value.trim() && onEdit(field.value.trim());
+    const buttons = el("div", { className: "actions" }, button("Send again", send), button("Cancel", done));
+    const form = el("div", { className: "edit" }, field, buttons);
+    field.onkeydown = (event) => {
+      if (event.key === "Escape") done();
+      else if (entersMessage(event)) send();
+      else return;
+      event.preventDefault();
+      event.stopPropagation();
+    };
+    this.actions.remove();
+    this.said.replaceWith(form);
+    field.focus();
+  }
+}
+
+export class ReplyView {
+  /* `onAgain` asks for another reply. */
+  constructor(message, onAgain) {
+    const again = (label) => button(label, onAgain, { className: "change again" });
+    this.message = message;
+    this.queued = ""; // its place in the server's queue
+    this.tools = [];
+    this.said = el("div", { className: "said markdown" });
+    this.markdown = new MarkdownView(this.said, this.tools);
+    this.state = el("span", { className: "state" });
+    this.reason = el("p");
+    this.problem = el("div", { className: "problem", role: "alert" }, this.reason, again("Retry"));
+    const actions = el("div", { className: "actions" }, copyButton(message), again("Regenerate"), this.state);
+    const who = el("h2", { className: "who" }, "nanochat");
+    this.element = el("article", { className: "reply" }, who, this.said, this.problem, actions);
+  }
+
+  /* Shows what the reply holds by now. */
+  update(live) {
+    const { content, stats, note, error } = this.message;
+    const status = this.queued ? `queued: ${this.queued}` : "";
+    this.element.classList.toggle("live", live);
+    this.markdown.update(this.compose(typeof content === "string" ? [{ type: "text", text: content }] : content));
+    this.state.textContent = live ? status : [note, stats].filter(Boolean).join(" · ");
+    this.reason.textContent = error ?? "";
+    this.problem.hidden = !error;
+  }
+
+  compose(parts) {
+    this.tools.length = 0;
+    const attributes = { class: "tool", role: "group", "aria-label": "Calculator" };
+    const pieces = parts.map(({ type, text }) => {
+      if (type === "text") return text.replace(/[\ue000-\uf8ff]/g, "\ufffd");
+      if (type === "python_output") this.tools.at(-1)?.children.push(" = ", node("output", [text]));
+      if (type === "python_output") return "";
+      return String.fromCharCode(FIRST_OBJECT + this.tools.push(node("span", [node("code", [text])], attributes)) - 1);
+    });
+    return pieces.join("");
+  }
+}
+
+/* An entry of the list; `onRename` gets the new title. */
+export function entryView({ id, title }, isShown, onRename, onDelete) {
+  const named = (verb) => ({ ariaLabel: `${verb} “${title}”` });
+  const link = el("a", { href: `#${id}`, title, ariaCurrent: isShown ? "page" : null }, title);
+  const rename = () => {
+    const field = el("input", { value: title, ariaLabel: "New title" });
+    field.onblur = () => onRename(field.value.trim() || title);
+    field.onkeydown = (event) => {
+      event.stopPropagation();
+      if (event.key === "Escape") field.value = title;
+      if (event.key === "Enter" || event.key === "Escape") field.blur();
+    };
+    entry.replaceChildren(field);
+    field.select();
+  };
+  const actions = [button("Rename", rename, named("Rename")), button("Delete", onDelete, named("Delete"))];
+  const entry = el("li", {}, link, el("div", { className: "actions" }, ...actions));
+  return entry;
+}

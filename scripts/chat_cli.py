@@ -1,30 +1,49 @@
 """Talk to a model in the terminal; words appear as they are sampled, and tool calls as [sum = result].
 
     python -m scripts.chat_cli                              # the newest finetuned model, on the best device
-    python -m scripts.chat_cli -i rl -g d20 -p "Why is the sky blue?"  # one answer, then the end
-    python -m scripts.chat_cli --device_type=cpu --temperature=0
+    python -m scripts.chat_cli -i rl -g d20 -p "Why is the sky blue?"  # one answer on standard output
+    python -m scripts.chat_cli --device_type=cpu --temperature=0 < questions.txt  # one question a line
     (one process: eight GPUs answer one person no faster)
 
-The context is a rolling window: when a conversation outgrows it, the oldest turns are forgotten. A base
-model has not learned to converse; it continues what is typed.
+/help lists the commands. Ctrl-C stops an answer, Ctrl-D ends. The context is a rolling window: when a
+conversation outgrows it, the oldest turns are forgotten. A base model has not learned to converse; it continues
+what is typed.
+
+What would surprise: Ctrl-C during an answer is looked at between two tokens, so that it never tears one apart.
 
 reads: <source>/<model tag>/
-writes: nothing
+writes: chat_history, what was typed; what /save names
 """
 
+import json
+import os
+import shlex
+import signal
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from nanochat.chat_format import render_prompt
 from nanochat.checkpoint import load_model
-from nanochat.engine import Engine, ReplyReader, Request
+from nanochat.engine import Engine
+from nanochat.flight import Request
+from nanochat.paths import base_dir, write_file
+from nanochat.replies import ReplyReader
 from nanochat.runtime import run_script, say, set_up
 from nanochat.sampling import derive_seed
 from nanochat.tokenizer import Tokenizer
+
+HELP = """\
+/clear                forget the conversation
+/save FILE            write it to FILE, as one line of JSON that --custom can train on
+/temperature NUMBER   0: always the likeliest word; 1: as the model sees it
+/quit                 end, as Ctrl-D does
+Enter sends, Alt-Enter begins a new line, text of many lines can be pasted, the arrow keys find old questions.
+Ctrl-C stops an answer."""
 
 
 @dataclass
@@ -55,9 +74,12 @@ def fit_window(tokenizer: Tokenizer, messages: list[dict[str, Any]], max_len: in
 
 
 def ask(
-    engine: Engine, cfg: Config, messages: list[dict[str, Any]], reader: ReplyReader
-) -> Generator[tuple[str, str], None, None]:
-    """The pieces of the answer to the newest message, as they come; `reader` holds what was said."""
+    engine: Engine, cfg: Config, messages: list[dict[str, Any]], reader: ReplyReader, stop: list
+) -> Iterator[tuple[str, str]]:
+    """The pieces of the answer to the newest message, until `stop` holds something.
+
+    `reader` keeps what was said; the oldest turns in `messages` may be forgotten, see `fit_window`.
+    """
     max_tokens = max(1, min(cfg.max_tokens, engine.max_len // 2))
     room = engine.max_len - max_tokens
     if cfg.source == "base":
@@ -69,6 +91,8 @@ def ask(
     sampling = (cfg.temperature, cfg.top_k, cfg.top_p, seed)
     for _, token, _ in engine.run([Request(prompt, max_tokens, *sampling)]):
         yield from reader.feed(token)
+        if stop:
+            break
     yield from reader.close()
 
 
@@ -81,20 +105,63 @@ def show(pieces: Iterable[tuple[str, str]]) -> None:
             print(marks[kind], end="")
         print(text, end="", flush=True)
         before = kind
-    print("" if before == "text" else "]")
+    print("" if before == "text" else "]", flush=True)
 
 
 def answer(engine: Engine, cfg: Config, messages: list[dict[str, Any]], question: str) -> None:
     """Add the question and its printed answer to `messages`; Ctrl-C keeps what was said so far."""
     messages.append({"role": "user", "content": question})
-    reader = ReplyReader(engine.tokenizer)
-    pieces = ask(engine, cfg, messages, reader)
+    reader, pressed = ReplyReader(engine.tokenizer), []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
     try:
-        show(pieces)
-    except KeyboardInterrupt:
-        pieces.close()
-        print("\n(stopped)")
+        show(ask(engine, cfg, messages, reader, pressed))
+    finally:
+        signal.signal(signal.SIGINT, before)
     messages.append({"role": "assistant", "content": reader.parts})
+
+
+def obey(command: str, cfg: Config, messages: list[dict[str, Any]]) -> str:
+    """Carry out a line that begins with a slash; returns what is to be said about it."""
+    try:
+        name, *arguments = shlex.split(command)
+        if name == "/clear" and not arguments:
+            messages.clear()
+            return "The conversation is forgotten."
+        if name == "/save" and len(arguments) == 1:
+            path = Path(arguments[0]).expanduser()
+            write_file(path, json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+            return f"{len(messages)} messages are in {path}."
+        if name == "/temperature" and len(arguments) == 1 and 0 <= float(arguments[0]) <= 100:
+            cfg.temperature = float(arguments[0])
+            return f"The temperature is {cfg.temperature:g}."
+    except (ValueError, OSError) as error:
+        return f"{command}: {error}"
+    return HELP
+
+
+def questions() -> Iterator[str]:
+    """What is typed, or the lines of standard input, until it ends."""
+    if not sys.stdin.isatty():
+        for line in sys.stdin:
+            print(f"\nYou: {line.strip()}")  # a terminal would have shown it
+            yield line.strip()
+        return
+    from prompt_toolkit import PromptSession  # where a person types; it takes 0.2 s to import
+    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    base_dir().mkdir(parents=True, exist_ok=True)
+    history = FileHistory(str(base_dir() / "chat_history"))
+    session = PromptSession(history=history, key_bindings=keys)
+    while True:
+        try:
+            yield session.prompt("\nYou: ").strip()
+        except KeyboardInterrupt:
+            continue  # the line is dropped
+        except EOFError:
+            return
 
 
 def main(cfg: Config) -> None:
@@ -103,28 +170,21 @@ def main(cfg: Config) -> None:
     model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
     engine = Engine(model, tokenizer, num_slots=1)
     messages: list[dict[str, Any]] = []
-    if cfg.prompt:
-        answer(engine, cfg, messages, cfg.prompt)
-        return
-    name = f"{cfg.source}/{meta['model_tag']} step {meta['step']}"
-    say(f"{name} on {runtime.device_name}. `clear` starts over, `quit` (or Ctrl-D) ends.")
-    while True:
-        try:
-            question = input("\nYou: ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if not sys.stdin.isatty():
-            print(question)  # a terminal has shown it already
-        if question in ("quit", "exit"):
-            return
-        if question == "clear":
-            messages.clear()
-            say("The conversation is forgotten.")
-        elif question:
-            print("Model: ", end="", flush=True)
-            answer(engine, cfg, messages, question)
-            sys.stdout.flush()
+    try:
+        if cfg.prompt:
+            return answer(engine, cfg, messages, cfg.prompt)
+        name = f"{cfg.source}/{meta['model_tag']} step {meta['step']}"
+        say(f"{name} on {runtime.device_name}. /help lists what you can do; Ctrl-D ends.")
+        for question in questions():
+            if question in ("/quit", "quit", "exit"):
+                return
+            if question.startswith("/"):
+                print(obey(question, cfg, messages))
+            elif question:
+                print("Model: ", end="", flush=True)
+                answer(engine, cfg, messages, question)
+    except BrokenPipeError:  # whoever read the answer has had enough, as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

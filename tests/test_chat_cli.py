@@ -1,22 +1,28 @@
-"""The terminal chat: the rolling window, tool calls on the screen, and a whole session with typed input."""
+"""The terminal chat: the rolling window, tool calls on the screen, commands, and whole sessions.
 
+Sessions are piped through standard input, or typed key by key into prompt_toolkit's pipe.
+"""
+
+import io
+import json
 import random
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
-from nanochat.chat_format import SPECIAL_TOKENS, chat_tokens, render_prompt
-from nanochat.checkpoint import config_dict, save_checkpoint
+from nanochat.chat_format import check_conversation, render_prompt
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.paths import run_dir
-from nanochat.runtime import Runtime
-from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
-from scripts.chat_cli import Config, answer, fit_window, main, show
+from scripts.chat_cli import HELP, Config, answer, fit_window, main, obey, questions, show
+from tests.serving import CHAT, TOKENIZER, save_chat_model
 
-TOKENIZER = Tokenizer([bytes([byte]) for byte in range(256)], SPECIAL_TOKENS, SPLIT_PATTERN)
 CONTEXT = 64
 
 
@@ -45,10 +51,9 @@ def test_the_window_forgets_the_oldest_turns_only() -> None:
 
 
 def test_one_message_longer_than_the_window_keeps_bos_and_its_end() -> None:
-    chat = chat_tokens(TOKENIZER)
     prompt = fit_window(TOKENIZER, [{"role": "user", "content": "a" * 90 + "end"}], 30)
-    assert len(prompt) == 30 and prompt[0] == chat.bos
-    assert prompt[-5:] == [*b"end", chat.user_end, chat.assistant_start]
+    assert len(prompt) == 30 and prompt[0] == CHAT.bos
+    assert prompt[-5:] == [*b"end", CHAT.user_end, CHAT.assistant_start]
 
 
 @pytest.mark.parametrize("source", ["sft", "base"])
@@ -84,21 +89,66 @@ def test_tool_calls_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "It is [1+1 = 2] two.\n[1/0]\n"
 
 
+def test_ctrl_c_stops_the_answer_between_two_tokens(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = Engine(random_model(), TOKENIZER, num_slots=1)
+    run, handler = engine.run, signal.getsignal(signal.SIGINT)
+    num_tokens = 0
+
+    def interrupted(requests: list[Any]) -> Iterator[tuple[Any, int, int]]:
+        nonlocal num_tokens
+        for event in run(requests):
+            num_tokens += 1
+            if num_tokens == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield event
+
+    monkeypatch.setattr(engine, "run", interrupted)
+    messages: list[dict[str, Any]] = []
+    answer(engine, Config(max_tokens=30, temperature=2.0, seed=1), messages, "hello")
+    assert num_tokens == 3 and [message["role"] for message in messages] == ["user", "assistant"]
+    assert signal.getsignal(signal.SIGINT) is handler
+    monkeypatch.undo()
+    answer(engine, Config(max_tokens=5), messages, "and now?")
+    assert len(messages) == 4 and capsys.readouterr().out.count("\n") >= 2
+
+
+def test_commands(tmp_path: Path) -> None:
+    cfg, messages = Config(), talk([3, 2])
+    saved = tmp_path / "my chats.jsonl"
+    assert "2 messages" in obey(f"/save '{saved}'", cfg, messages)
+    assert json.loads(saved.read_text()) == {"messages": messages}
+    check_conversation(json.loads(saved.read_text()))
+    assert obey("/save /proc/nowhere/file", cfg, messages).startswith("/save /proc/nowhere/file: ")
+    assert "1.5" in obey("/temperature 1.5", cfg, messages) and cfg.temperature == 1.5
+    for wrong in ("/temperature hot", "/save 'half", "/temperature 1,5"):
+        assert obey(wrong, cfg, messages).startswith(wrong + ": ") and cfg.temperature == 1.5
+    for unknown in ("/help", "/nonsense", "/temperature", "/temperature -1", "/save", "/clear all"):
+        assert obey(unknown, cfg, messages) == HELP and len(messages) == 2
+    assert obey("/clear", cfg, messages) and messages == []
+
+
+def test_typing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enter sends, Alt-Enter and pasted line ends do not; Ctrl-C drops a line."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    with create_pipe_input() as keyboard, create_app_session(keyboard, DummyOutput()):
+        keyboard.send_text("one\x1b\rtwo\r")
+        keyboard.send_text("dropped\x03\x1b[200~a\n\nb\x1b[201~\r")
+        keyboard.send_text("\x04")
+        assert list(questions()) == ["one\ntwo", "a\n\nb"]
+    assert "+one\n+two\n" in (tmp_path / "chat_history").read_text()
+
+
 def test_a_session_and_one_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    model = random_model()
-    run = run_dir("sft", "d2")
-    TOKENIZER.save(run / "tokenizer")
-    state = {"step": 3, "model_config": config_dict(model.config)}
-    runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
-    save_checkpoint(run, state, model.state_dict(), {}, None, runtime)
-    typed = iter(["hello", "clear", "", "hello", "quit"])
-    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    save_chat_model(tmp_path, monkeypatch)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/clear\n\nhello\n/help\nquit\nnever\n"))
     main(Config(device_type="cpu"))
     out = capsys.readouterr().out
-    assert "sft/d2 step 3" in out
+    assert "sft/d2 step 3" in out and "You: hello\n" in out and HELP in out and "never" not in out
     first, second = (part.split("\n")[0] for part in out.split("Model: ")[1:])
     assert first == second  # the same question to an empty memory, with the same seed
     main(Config(device_type="cpu", prompt="hello"))

@@ -1,0 +1,103 @@
+"""Serve a model: the chat page and an OpenAI-compatible API.
+
+    python -m scripts.chat_web                                 # the newest finetuned model, at http://127.0.0.1:8000
+    python -m scripts.chat_web -i rl -g d20 --num_gpus=8 --host=0.0.0.0   # a model on each of eight, for everybody
+    python -m scripts.chat_web --device_type=cpu --slots=4     # laptop
+
+With $NANOCHAT_API_KEY set, the API asks for that key. Ctrl-C lets the answers under way finish; twice ends at once.
+
+reads: <source>/<model tag>/, report/report.html
+writes: nothing
+"""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import torch
+import tyro
+import uvicorn
+
+from nanochat.api import Settings
+from nanochat.checkpoint import load_model
+from nanochat.engine import Engine, slots_that_fit
+from nanochat.kv_cache import slot_bytes
+from nanochat.paths import UserError
+from nanochat.runtime import run_script, say, set_up
+from nanochat.server import Server, create_app, listen
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
+
+
+@dataclass
+class Config:
+    source: Annotated[Literal["mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])] = "sft"  # stage
+    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # empty: the one written last
+    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # the newest if left out
+    host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: open to other machines
+    port: int = 8000  # 0: any that is free
+    slots: int = 0  # answers computed at once, on each GPU; 0: 64, on a CPU 8, if memory has room
+    queue: int = 64  # requests that may wait for a slot, for each GPU; more are refused
+    num_gpus: int = 1  # a model on each
+    temperature: float = 0.6  # where a request does not say
+    top_k: int = 50  # likewise; 0: off
+    max_tokens: int = 512  # likewise, as far as the context has room
+    cors_origin: str = ""  # a web page elsewhere that may call, such as https://example.org
+    log_conversations: bool = False  # what people write is logged only with this
+    device_type: str = ""  # cpu, cuda or mps; empty: the best there is
+    dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
+
+
+def load_engines(cfg: Config) -> tuple[list[Engine], str]:
+    """(an engine for each GPU, the name of the model)."""
+    runtime = set_up(cfg.device_type, cfg.dtype)
+    present = torch.cuda.device_count() if runtime.device.type == "cuda" else 1
+    if not 1 <= cfg.num_gpus <= present:
+        raise UserError(f"--num_gpus={cfg.num_gpus}: there are {present}; choose 1 to {present}")
+    if cfg.slots < 0 or cfg.queue < 0:
+        raise UserError("--slots and --queue cannot be negative")
+    engines, name = [], ""
+    for index in range(cfg.num_gpus):
+        device = torch.device("cuda", index) if present > 1 else runtime.device
+        own = replace(runtime, device=device)
+        model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, own)
+        usual = max(1, min(64 if device.type == "cuda" else 8, slots_that_fit(model)))
+        engines.append(Engine(model, tokenizer, num_slots=cfg.slots or usual))
+        name = f"nanochat-{meta['model_tag']}-{cfg.source}"
+    return engines, name
+
+
+def main(cfg: Config) -> None:
+    """Load, listen, serve."""
+    listener = listen(cfg.host, cfg.port)
+    engines, name = load_engines(cfg)
+    is_local = cfg.host in LOOPBACK | {"::1"}
+    settings = Settings(
+        name,
+        cfg.temperature,
+        cfg.top_k,
+        cfg.max_tokens,
+        max_waiting=cfg.queue,
+        api_key=os.environ.get("NANOCHAT_API_KEY", ""),
+        cors_origin=cfg.cors_origin,
+        host_names=LOOPBACK if is_local else frozenset(),
+        log_conversations=cfg.log_conversations,
+    )
+    if not (is_local or settings.api_key):
+        say("open to whoever reaches this machine; set NANOCHAT_API_KEY to ask for a key")
+    model, num_slots, max_len = engines[0].model, engines[0].num_slots, engines[0].max_len
+    size = slot_bytes(model.config, max_len, model.compute_dtype) / 2**20
+    say(f"{name}: {cfg.num_gpus} x {num_slots} slots of {max_len} tokens, {size:.1f} MiB each")
+    host, port = listener.getsockname()[:2]
+    say(f"chat at http://{host}:{port}, API at http://{host}:{port}/v1; Ctrl-C ends")
+    app = create_app(engines, settings)
+    config = uvicorn.Config(
+        app, access_log=False, limit_concurrency=1000, timeout_graceful_shutdown=5
+    )
+    with suppress(KeyboardInterrupt):  # which uvicorn raises again at its end
+        Server(config).run([listener])
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

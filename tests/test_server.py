@@ -1,0 +1,509 @@
+"""The server from outside, over HTTP on a loopback port: OpenAI's conformance cases, limits, leavers, failures.
+
+Oracles: the echo engine, which says back what it was asked, so every answer is known; for sampling a small random
+model, asked alone and among noisy mates.
+"""
+
+import json
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanochat.api import Settings
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from tests.serving import CHAT, TOKENIZER, EchoEngine, Running, serving
+
+USAGE = {"stream_options": {"include_usage": True}}
+EMOJI = "né 汉字 👩‍👩‍👧 🏳️‍🌈"
+
+
+@pytest.fixture(scope="module")
+def echo() -> Iterator[Running]:
+    """A server that echoes, shared by the tests that leave it as it is."""
+    with serving([EchoEngine(max_len=512)]) as running:
+        yield running
+
+
+# What a client of OpenAI's API expects
+
+
+def test_a_whole_answer(echo: Running) -> None:
+    answer = echo.ask("hello").json()
+    assert answer["object"] == "chat.completion" and answer["id"].startswith("chatcmpl-")
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "hello", "refusal": None}
+    assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "stop", None)
+    assert answer["usage"] == {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}
+
+
+def test_a_streamed_answer(echo: Running) -> None:
+    stream = echo.stream(EMOJI)
+    headers = stream.response.headers
+    assert headers["content-type"].startswith("text/event-stream")
+    assert (headers["cache-control"], headers["x-accel-buffering"]) == ("no-cache", "no")
+    assert stream.text() == EMOJI == echo.ask(EMOJI).json()["choices"][0]["message"]["content"]
+    heads = {(c["id"], c["object"], c["created"], c["model"]) for c in stream.chunks}
+    assert len(heads) == 1 and heads.pop()[1] == "chat.completion.chunk"
+    deltas = [choice["delta"] for choice in stream.choices]
+    assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
+    assert [delta for delta in deltas if "role" in delta] == deltas[:1]
+    assert (stream.finish, stream.num_done, stream.last) == (["stop"], 1, "[DONE]")
+    assert all(choice["logprobs"] is None for choice in stream.choices)
+    assert all("usage" not in chunk and chunk["choices"] for chunk in stream.chunks)
+
+
+def test_usage_of_a_stream_only_on_request(echo: Running) -> None:
+    *chunks, last = echo.stream("hello", **USAGE).chunks
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert last["choices"] == [] and last["usage"]["total_tokens"] == 15
+    timings = last["timings"]
+    assert 0 <= timings["queue_seconds"] <= timings["first_token_seconds"]
+    assert timings["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "said", "finish", "num_tokens"),
+    [
+        ({}, "hello", "stop", 6),
+        ({"max_tokens": 1}, "h", "length", 1),
+        ({"max_completion_tokens": 5}, "hello", "length", 5),
+        ({"max_tokens": 6}, "hello", "stop", 6),
+        ({"stop": "l"}, "he", "stop", 3),
+        ({"stop": ["zz", "lo"]}, "hel", "stop", 5),
+        ({"stop": "hello"}, "", "stop", 5),
+        ({"stop": "hellish"}, "hello", "stop", 6),
+        ({"temperature": 0, "top_p": 0.5, "top_k": 3, "seed": 1}, "hello", "stop", 6),
+        ({"user": "me", "metadata": {"a": "b"}, "unknown": 1}, "hello", "stop", 6),
+    ],
+)
+def test_ends(echo: Running, fields: dict, said: str, finish: str, num_tokens: int) -> None:
+    answer = echo.ask("hello", **fields).json()
+    (choice,) = answer["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (said, finish)
+    assert answer["usage"]["completion_tokens"] == num_tokens
+    stream = echo.stream("hello", **fields, **USAGE)
+    assert (stream.text(), stream.finish) == (said, [finish])
+    assert stream.chunks[-1]["usage"]["completion_tokens"] == num_tokens
+
+
+def test_several_choices_and_logprobs(echo: Running) -> None:
+    answer = echo.ask("hi", n=3, logprobs=True, top_logprobs=2).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert answer["usage"] == {"prompt_tokens": 6, "completion_tokens": 9, "total_tokens": 15}
+    for choice in answer["choices"]:
+        content = choice["logprobs"]["content"]
+        assert [entry["token"] for entry in content] == ["h", "i"]
+        assert [len(entry["top_logprobs"]) for entry in content] == [2, 2]
+    stream = echo.stream("hi", n=3, logprobs=True)
+    assert [stream.text(index) for index in range(3)] == ["hi"] * 3
+    assert stream.finish == ["stop"] * 3 and stream.num_done == 1
+    entries = [e for c in stream.choices if c["logprobs"] for e in c["logprobs"]["content"]]
+    assert sorted(entry["token"] for entry in entries) == ["h"] * 3 + ["i"] * 3
+    assert all(entry["top_logprobs"] == [] and entry["logprob"] == -0.5 for entry in entries)
+
+
+def test_a_tool_call_is_a_delta_of_its_own() -> None:
+    engine = EchoEngine()
+    call = [CHAT.python_start, *b"1+1", CHAT.python_end, CHAT.output_start, *b"2", CHAT.output_end]
+    engine.scripts["sum"] = [*b"it is ", *call, *b"two"]
+    with serving([engine]) as server:
+        stream = server.stream("sum")
+        tools = [c["delta"]["tool"] for c in stream.choices if "tool" in c["delta"]]
+        assert tools == [{"expression": "1+1", "result": "2"}]
+        assert stream.text() == "it is two"
+        assert server.ask("sum").json()["choices"][0]["message"]["content"] == "it is two"
+
+
+def test_special_tokens_spelled_out_are_text(echo: Running) -> None:
+    assert echo.stream("<|assistant_end|> <|bos|>").text() == "<|assistant_end|> <|bos|>"
+
+
+def test_context_off_by_one(echo: Running) -> None:
+    long = "x" * 500  # 504 tokens of 512
+    assert echo.ask(long, max_tokens=8).json()["choices"][0]["finish_reason"] == "length"
+    assert echo.ask("x" * 507).json()["usage"]["completion_tokens"] == 1
+    for response in (echo.ask(long, max_tokens=9), echo.ask("x" * 508)):
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
+
+
+def test_models(echo: Running) -> None:
+    for prefix in ("/v1", ""):
+        listed = echo.client.get(f"{prefix}/models").json()
+        assert listed["object"] == "list"
+        (card,) = listed["data"]
+        assert (card["id"], card["object"], card["context_length"]) == ("nanochat", "model", 512)
+        assert echo.client.get(f"{prefix}/models/nanochat").json() == card
+        assert echo.client.get(f"{prefix}/models/sft/d4").json()["error"]["param"] == "model"
+        body = {"messages": [{"role": "user", "content": "a"}], "model": "nanochat"}
+        assert echo.client.post(f"{prefix}/chat/completions", json=body).status_code == 200
+
+
+JSON = {"content-type": "application/json"}
+STRANGERS: list[tuple[str, str, dict[str, Any], int, str | None]] = [
+    ("POST", "/v1/chat/completions", {"content": b'{"messages": [', "headers": JSON}, 400, None),
+    ("POST", "/v1/chat/completions", {"content": b"", "headers": JSON}, 400, None),
+    ("POST", "/v1/chat/completions", {"content": b"[" * 900_000, "headers": JSON}, 400, None),
+    ("POST", "/v1/chat/completions", {"content": b"\xff\xfe", "headers": JSON}, 400, None),
+    ("POST", "/v1/chat/completions", {"content": b"{}"}, 400, None),  # a page elsewhere can send this
+    ("POST", "/v1/chat/completions", {"json": []}, 400, None),
+    ("POST", "/v1/chat/completions", {"json": {"messages": None}}, 400, None),
+    (
+        "POST", "/v1/chat/completions",
+        {"content": b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}', "headers": JSON},
+        400, None,
+    ),
+    (
+        "POST", "/v1/chat/completions",
+        {"json": {"messages": [{"role": "user", "content": "a"}] * 10_000}}, 400, None,
+    ),
+    ("POST", "/v1/chat/completions", {"json": {"messages": "x" * 2_000_000}}, 413, "request_too_large"),
+    ("POST", "/v1/chat/completions", {"content": iter([b"x" * 60_000] * 30)}, 413, "request_too_large"),
+    ("GET", "/v1/chat/completions", {}, 405, None),
+    ("DELETE", "/v1/models", {}, 405, None),
+    ("OPTIONS", "/v1/chat/completions", {}, 405, None),
+    ("GET", "/nowhere", {}, 404, None),
+    ("GET", "/ui/../server.py", {}, 404, None),
+    ("GET", "/docs", {}, 404, None),
+    ("GET", "/v1/models/gpt-4", {}, 404, "model_not_found"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path", "sent", "status", "code"), STRANGERS)
+def test_strangers_get_openais_errors(
+    echo: Running, method: str, path: str, sent: dict[str, Any], status: int, code: str | None
+) -> None:
+    response = echo.client.request(method, path, **sent)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", code)
+    assert response.headers["x-content-type-options"] == "nosniff"
+
+
+# Sampling, with a real model
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    config = GPTConfig(256, TOKENIZER.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+    model = GPT(config)
+    model.init_weights(0)
+    return model.eval()
+
+
+def test_a_seed_decides_whatever_else_is_in_flight(model: GPT) -> None:
+    engine = Engine(model, TOKENIZER, num_slots=16, prefix_reuse=False)
+    settings = Settings(temperature=1.0, max_tokens=40)
+    with serving([engine], settings) as server:
+        alone = server.ask("a", seed=3).json()["choices"]
+        assert alone != server.ask("a", seed=4).json()["choices"]
+        assert server.stream("a", seed=3).text() == alone[0]["message"]["content"]
+        greedy = [server.ask("a", temperature=0).json()["choices"] for _ in range(2)]
+        assert greedy[0] == greedy[1]
+        with ThreadPoolExecutor(16) as pool:
+            mates = [pool.submit(server.ask, f"noise {i}", seed=i) for i in range(15)]
+            assert server.ask("a", seed=3).json()["choices"] == alone
+            assert all(mate.result().status_code == 200 for mate in mates)
+
+
+# Queue, leavers, limits
+
+
+def in_flight(server: Running) -> int:
+    return len(server.chat.replicas[0].in_flight)
+
+
+def background(server: Running, count: int, **fields: Any) -> tuple[ThreadPoolExecutor, list]:
+    """`count` questions under way in threads."""
+    pool = ThreadPoolExecutor(16)
+    return pool, [pool.submit(server.stream, f"question {i}", **fields) for i in range(count)]
+
+
+def test_a_full_queue_refuses_before_any_event_and_the_others_are_served_in_turn() -> None:
+    engine = EchoEngine(num_slots=2)
+    with serving([engine], Settings(max_waiting=3)) as server:
+        engine.go.clear()
+        pool, streams = background(server, 5)
+        server.until(lambda: in_flight(server) == 5)
+        for stream in (True, False):
+            refused = server.ask("one more", stream=stream)
+            assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
+            error = refused.json()["error"]
+            assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
+        metrics = server.client.get("/metrics").text
+        assert "nanochat_num_requests_running 2.0" in metrics
+        assert "nanochat_num_requests_waiting 3.0" in metrics
+        assert 'nanochat_requests_refused_total{code="queue_full"} 2.0' in metrics
+        engine.go.set()
+        said = [stream.result() for stream in streams]
+        pool.shutdown()
+        assert [stream.text() for stream in said] == [f"question {i}" for i in range(5)]
+        queued = sorted(comment for stream in said for comment in stream.comments)
+        assert queued == [": queued 1", ": queued 2", ": queued 3"]
+
+
+def test_several_engines_share_the_load() -> None:
+    engines = [EchoEngine(num_slots=2), EchoEngine(num_slots=2)]
+    with serving(engines) as server:
+        for engine in engines:
+            engine.go.clear()
+        pool, streams = background(server, 4)
+        server.until(lambda: all(len(r.in_flight) == 2 for r in server.chat.replicas))
+        for engine in engines:
+            engine.go.set()
+        assert [stream.result().num_done for stream in streams] == [1] * 4
+        pool.shutdown()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("phase", ["queue", "slot"])
+def test_who_leaves_frees_what_he_held(stream: bool, phase: str) -> None:
+    engine = EchoEngine(num_slots=1)
+    engine.pace = 0.01
+    with serving([engine]) as server:
+        before = int(phase == "queue")
+        pool, others = background(server, before)
+        server.until(lambda: in_flight(server) == before)
+        with server.connect("x" * 200, stream=stream):
+            server.until(lambda: in_flight(server) == before + 1)
+            server.until(lambda: phase == "queue" or len(engine.slots) == 1)
+        server.until(lambda: len(engine.cancelled) == 1)
+        left = engine.cancelled[0]
+        assert TOKENIZER.decode(left.prompt).count("x") == 200
+        assert left not in engine.slots and engine.said.get(left, 0) < 200
+        assert [other.result().num_done for other in others] == [1] * before
+        pool.shutdown()
+        assert in_flight(server) == 0 and server.ask("next").status_code == 200
+
+
+def test_a_stop_string_frees_the_slot() -> None:
+    engine = EchoEngine(num_slots=1)
+    with serving([engine]) as server:
+        assert server.stream("a" * 20 + "END" + "b" * 200, stop="END").text() == "a" * 20
+        server.until(lambda: len(engine.cancelled) == 1)
+        assert in_flight(server) == 0
+
+
+@pytest.mark.parametrize(("max_unread", "stalled_seconds"), [(64, 60.0), (10**9, 0.2)])
+def test_who_does_not_read_is_dropped(
+    max_unread: int, stalled_seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Because too many events wait for him, or because his socket stays full for too long."""
+    monkeypatch.setattr("nanochat.replica.MAX_UNREAD", max_unread)
+    engine = EchoEngine(num_slots=1, max_len=1 << 20)
+    engine.scripts["endless"] = [ord("x")] * 900_000
+    settings = Settings(stalled_seconds=stalled_seconds)
+    ask: dict[str, Any] = {"max_tokens": 900_000, "stream": True}
+    with serving([engine], settings) as server, server.connect("endless", **ask):
+        server.until(lambda: len(engine.cancelled) == 1, 20)
+        assert in_flight(server) == 0 and server.ask("next").status_code == 200
+
+
+def test_an_answer_that_takes_too_long_ends() -> None:
+    engine = EchoEngine()
+    engine.pace = 0.02
+    with serving([engine], Settings(answer_seconds=0.15)) as server:
+        response = server.ask("x" * 100)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "timeout")
+        stream = server.stream("x" * 100)
+        assert json.loads(stream.last)["error"]["code"] == "timeout"
+        assert stream.num_done == 0 and not stream.finish and 0 < len(stream.text()) < 100
+        server.until(lambda: not engine.busy)
+
+
+def test_a_silent_stream_is_pinged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanochat.completion.PING_SECONDS", 0.1)
+    monkeypatch.setattr("nanochat.completion.QUEUE_SECONDS", 0.02)
+    engine = EchoEngine(num_slots=1)
+    engine.pace = 0.25
+    with serving([engine]) as server:
+        comments = server.stream("a").comments
+        assert set(comments) == {": ping"} and len(comments) >= 2
+
+
+# Failures
+
+
+def test_a_failing_step_fails_only_what_it_computed() -> None:
+    engine = EchoEngine(num_slots=2)
+    with serving([engine]) as server:
+        engine.go.clear()
+        pool = ThreadPoolExecutor(4)
+        asked = []
+        for i in range(4):
+            asked.append(pool.submit(server.ask, f"q{i}"))
+            server.until(lambda: in_flight(server) == len(asked))
+        engine.num_failures = 1
+        engine.go.set()
+        statuses = [future.result().status_code for future in asked]
+        assert statuses == [500, 200, 200, 200]  # the first alone had a slot by then
+        error = asked[0].result().json()["error"]
+        assert (error["type"], error["code"]) == ("server_error", None)
+        assert server.ask("again").json()["choices"][0]["message"]["content"] == "again"
+        pool.shutdown()
+
+
+def test_a_dead_engine_is_told_and_nobody_hangs() -> None:
+    engine = EchoEngine()
+    with serving([engine]) as server:
+        engine.num_failures = 99
+        assert [server.ask("a").status_code for _ in range(8)] == [500] * 8
+        server.until(lambda: server.client.get("/ready").status_code == 503)
+        assert server.ask("b").status_code == 503
+        assert server.client.get("/health").status_code == 200
+
+
+def test_a_failure_amid_a_stream_is_no_stop() -> None:
+    engine = EchoEngine()
+    engine.pace = 0.01
+    with serving([engine]) as server:
+        pool, (asked,) = background(server, 1)
+        server.until(lambda: any(engine.said[request] > 3 for request in list(engine.slots)))
+        engine.num_failures = 1
+        stream = asked.result()
+        pool.shutdown()
+        assert json.loads(stream.last)["error"]["type"] == "server_error"
+        assert not stream.finish and stream.num_done == 0 and stream.text()
+
+
+def test_loading_is_told() -> None:
+    engine = EchoEngine()
+    engine.go.clear()
+    with serving([engine], loaded=False) as server:
+        for response in (server.client.get("/ready"), server.ask("a")):
+            assert response.status_code == 503 and response.headers["retry-after"]
+            assert response.json()["error"]["code"] == "loading"
+        engine.go.set()
+        server.until(lambda: server.client.get("/ready").status_code == 200)
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_the_end_waits_for_answers_under_way(
+    in_time: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanochat.server.DRAIN_SECONDS", 20.0 if in_time else 0.3)
+    engine = EchoEngine()
+    engine.pace = 0.01 if in_time else 0.05
+    with serving([engine]) as server:
+        pool, (asked,) = background(server, 1)
+        server.until(lambda: bool(engine.slots))
+        server.server.should_exit = True  # what a first SIGTERM does
+        server.until(lambda: server.client.get("/ready").status_code == 503)
+        refused = server.ask("late")
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+        assert refused.json()["error"]["code"] == "shutting_down"
+        stream = asked.result()
+        pool.shutdown()
+        if in_time:
+            assert (stream.text(), stream.finish, stream.num_done) == ("question 0", ["stop"], 1)
+        else:
+            assert json.loads(stream.last)["error"]["code"] == "shutting_down"
+            assert not stream.finish and stream.num_done == 0
+
+
+# Who may come in, and what is said about it
+
+
+def test_an_api_key() -> None:
+    with serving([EchoEngine()], Settings(api_key="sesame")) as server:
+        for given in (None, "Bearer wrong", "Bearer sésame", "sesam", "Bearer"):
+            headers = {b"authorization": given.encode()} if given else None
+            response = server.client.get("/v1/models", headers=headers)
+            assert response.status_code == 401
+            error = response.json()["error"]
+            assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+        assert server.ask("a").status_code == server.client.get("/metrics").status_code == 401
+        assert server.client.get("/health").status_code == 200
+        assert server.client.get("/ui/logo.svg").status_code == 200
+        server.client.headers["authorization"] = "Bearer sesame"
+        assert server.ask("a").status_code == 200
+
+
+def test_other_pages_and_other_names() -> None:
+    settings = Settings(host_names=frozenset({"127.0.0.1", "localhost"}))
+    elsewhere = {"origin": "http://elsewhere.example"}
+    with serving([EchoEngine()], settings) as server:
+        assert server.client.get("/health", headers={"host": "localhost:1"}).status_code == 200
+        rebound = server.client.get("/health", headers={"host": "evil.example"})
+        assert rebound.status_code == 403 and rebound.json()["error"]["message"]
+        assert (
+            "access-control-allow-origin" not in server.client.get("/", headers=elsewhere).headers
+        )
+    with serving([EchoEngine()], Settings(cors_origin=elsewhere["origin"], api_key="k")) as server:
+        asks = {"access-control-request-method": "POST"} | elsewhere
+        allowed = server.client.options("/v1/chat/completions", headers=asks)
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == elsewhere["origin"]
+        refused = server.client.get("/v1/models", headers=elsewhere)
+        assert refused.headers["access-control-allow-origin"] == elsewhere["origin"]
+        assert "access-control-allow-credentials" not in refused.headers
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_prompts_stay_out_of_the_log(wanted: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="uvicorn")
+    engine = EchoEngine()
+    with serving([engine], Settings(log_conversations=wanted)) as server:
+        server.stream("my secret")
+        server.ask("my secret", temperature=9)
+        server.ask("my secret", response_format={"type": "my secret"})
+        engine.num_failures = 1
+        server.ask("my secret")
+    assert ("my secret" in caplog.text) == wanted and "the model failed" in caplog.text
+
+
+def test_pages_and_their_policies(
+    echo: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    logo = echo.client.get("/ui/logo.svg")
+    assert logo.headers["content-type"] == "image/svg+xml" and b"<svg" in logo.content
+    policy = logo.headers["content-security-policy"]
+    assert policy == (
+        "default-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+    )
+    page = echo.client.get("/")
+    assert "<title>" in page.text and page.headers["content-security-policy"] == policy
+    for address in re.findall(r'(?:src|href)="([^"#]+)"', page.text):
+        assert "//" not in address  # nothing from elsewhere
+        assert address == "report" or echo.client.get(f"/{address}").status_code == 200, address
+    assert echo.client.get("/report").json()["error"]["code"] is None
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/report.html").write_text("<h1>Report</h1>")
+    report = echo.client.get("/report")
+    assert report.text == "<h1>Report</h1>"
+    assert "style-src 'unsafe-inline'" in report.headers["content-security-policy"]
+    assert "/v1/chat/completions" in echo.client.get("/openapi.json").json()["paths"]
+
+
+def test_a_crowd_of_leavers_leaks_nothing() -> None:
+    """100 clients at once on 4 slots, half of which leave after so many lines."""
+    engine = EchoEngine(num_slots=4)
+    engine.pace = 0.001
+    statuses: list[int] = []
+
+    def one(i: int) -> None:
+        with server.connect("x" * 50, stream=bool(i % 3)) as connection:
+            lines = connection.makefile("rb")
+            statuses.append(int(next(lines).split()[1]))
+            for count, line in enumerate(lines):
+                if (i % 2 and count > i % 60) or b"[DONE]" in line or b'"usage"' in line:
+                    return
+
+    with serving([engine], Settings(max_waiting=32)) as server:
+        threads = [threading.Thread(target=one, args=(i,)) for i in range(100)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(statuses) == 100 and set(statuses) == {200, 429}
+        server.until(lambda: in_flight(server) == 0 and not engine.busy)
+        assert server.ask("next").status_code == 200

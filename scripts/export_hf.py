@@ -1,0 +1,76 @@
+"""Export a checkpoint to a folder that transformers loads, and with it vLLM and lm-evaluation-harness.
+
+    python -m scripts.export_hf -i sft --out d20  # one process, without a GPU, on any machine
+
+reads: <source>/<model tag>/, report/report.json
+writes: the folder that --out names
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from nanochat import hf_export
+from nanochat.checkpoint import find_checkpoint, write_tensors
+from nanochat.paths import UserError, report_dir, write_file
+from nanochat.report import summary_table
+from nanochat.runtime import run_script, say
+from nanochat.tokenizer import Tokenizer
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {title}
+
+A language model trained with nanochat. `AutoModelForCausalLM.from_pretrained(folder{trust})` loads it. The
+chat template takes strings and parts. What is no chat should begin with the token `bos`, which
+`AutoTokenizer.from_pretrained(folder, add_bos_token=True{trust})` sees to; outside of a chat, encode what
+strangers write with `split_special_tokens=True`.
+
+{table}"""
+
+
+@dataclass
+class Config:
+    out: Path  # the folder to make
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # stage: base, mid, sft or rl
+    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # empty: the one written last
+    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # the newest if left out
+
+
+def main(cfg: Config) -> None:
+    """Write the folder, whole or not at all."""
+    if cfg.out.exists():
+        raise UserError(f"--out={cfg.out} exists; name a new folder")
+    run, checkpoint = find_checkpoint(cfg.source, cfg.model_tag, cfg.step)
+    config, step = checkpoint.model_config, checkpoint.state["step"]
+    weights = checkpoint.load_weights(torch.device("cpu"))
+    weights = hf_export.check_weights(weights, config, checkpoint.folder)
+    files = hf_export.text_files(config, Tokenizer.load(run / "tokenizer"), step)
+    title, trust = f"{run.name}, {cfg.source}, step {step}", ""
+    if not hf_export.is_plain(config):
+        modeling = Path(hf_export.__file__).with_name("hf_modeling.py")
+        files["modeling_nanochat_x.py"], trust = modeling.read_text(), ", trust_remote_code=True"
+    report, table = report_dir() / "report.json", ""
+    if report.is_file():
+        table = summary_table(json.loads(report.read_text())["summary"]).markdown
+    files["README.md"] = CARD.format(title=title, trust=trust, table=table)
+    partial = cfg.out.with_name(f"{cfg.out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for name, content in files.items():
+        is_text = isinstance(content, str)
+        write_file(partial / name, content if is_text else json.dumps(content, indent=1) + "\n")
+    tensors = hf_export.export_weights(weights, config)
+    write_tensors(partial / "model.safetensors", tensors, {"format": "pt"})
+    partial.rename(cfg.out)
+    say(f"wrote {cfg.out} ({title})")
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

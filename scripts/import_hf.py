@@ -1,0 +1,174 @@
+"""Import a model into an ordinary run folder: a checkpoint of the first generation, or an export of our own.
+
+    python -m scripts.import_hf karpathy/nanochat-d32  # from the Hugging Face hub; one process, without a GPU
+    python -m scripts.import_hf FOLDER --stage base    # model_NNNNNN.pt, meta_NNNNNN.json, tokenizer.pkl
+
+The source is not trusted: a .pt file is read with weights_only, tokenizer.pkl by an unpickler that knows a
+tiktoken Encoding and refuses any other name before it is looked up. All is checked before a byte is written.
+
+The choice that would surprise: not even the Encoding is real. What stands in for it keeps its state and does
+nothing, where tiktoken's own would download whatever encoding a pickle names.
+
+reads: the folder or model on the hub
+writes: <stage>/<model tag>/
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from safetensors.torch import load_file
+
+from nanochat import hf_export
+from nanochat.chat_format import SPECIAL_TOKENS
+from nanochat.checkpoint import config_dict, list_steps, save_checkpoint
+from nanochat.gpt import GPTConfig
+from nanochat.paths import UserError, run_dir, write_file
+from nanochat.runtime import run_script, say, set_up
+from nanochat.tokenizer import Tokenizer
+
+SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+Model = tuple[GPTConfig, hf_export.Weights, Tokenizer, int]  # the last is the step
+WANTED = ["model*", "meta_*.json", "tokenizer*", "config.json"]  # of a model on the hub
+
+
+@dataclass
+class Config:
+    source: tyro.conf.Positional[str]  # a folder, or the name of a model on the Hugging Face hub
+    stage: Literal["base", "mid", "sft", "rl"] = "sft"  # what it was trained for
+    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # empty: d and the depth
+    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # the newest if left out
+
+
+class SavedEncoding:
+    """Stands in for tiktoken.Encoding in a pickle."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+class EncodingUnpickler(pickle.Unpickler):
+    """Knows one class, and that one by its stand-in."""
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if (module_name, global_name) != ("tiktoken.core", "Encoding"):
+            raise pickle.UnpicklingError(f"GLOBAL {module_name}.{global_name}")
+        return SavedEncoding
+
+
+def trying(action: Callable[[Any], Any], argument: object, fault: str = "is refused") -> Any:
+    """What `action` makes of `argument`. Raises UserError, in one line, for whatever goes wrong."""
+    try:
+        return action(argument)
+    except Exception as error:  # what a damaged file or a network can do has no end
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch.load says it so, too
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        reason = f"it asks for {named[1]}" if named else reason
+        raise UserError(f"{argument} {fault}: {reason}") from error
+
+
+def find_folder(source: str) -> Path:
+    """`source` itself, or what a model on the hub was downloaded to."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download  # takes half a second
+
+    download = partial(snapshot_download, allow_patterns=WANTED)
+    return Path(trying(download, source, "is no folder here, and not to be had on the hub"))
+
+
+def read_weights(path: Path) -> hf_export.Weights:
+    """Our name -> tensor, of model_NNNNNN.pt."""
+    weights = {}
+    for name, tensor in torch.load(path, "cpu", weights_only=True, mmap=True).items():
+        name = name.removeprefix("_orig_mod.").removeprefix("transformer.")
+        weights[re.sub(r"^h\.", "blocks.", name)] = tensor.float()
+    return weights
+
+
+def read_meta(path: Path) -> GPTConfig:
+    """The architecture that meta_NNNNNN.json tells."""
+    sizes = json.loads(path.read_text())["model_config"]
+    if {name: type(size) for name, size in sizes.items()} != dict.fromkeys(SIZES, int):
+        raise ValueError(f"its model_config is not a whole number for each of {', '.join(SIZES)}")
+    return GPTConfig.plain(**sizes)
+
+
+def make_tokenizer(ranks: dict[bytes, int], specials: dict[str, int], pattern: str) -> Tokenizer:
+    """The tokenizer of these ids, if it is one that chats can be written in."""
+    tokens, names = sorted(ranks, key=ranks.__getitem__), sorted(specials, key=specials.__getitem__)
+    ids = [*(ranks[token] for token in tokens), *(specials[name] for name in names)]
+    if ids != list(range(len(ids))) or tuple(names) != SPECIAL_TOKENS:
+        raise ValueError("the ids have gaps, or the special tokens are not nanochat's")
+    return Tokenizer(tokens, names, pattern)
+
+
+def read_pickle(path: Path) -> Tokenizer:
+    """tokenizer.pkl."""
+    with path.open("rb") as file:
+        state = EncodingUnpickler(file).load().state
+    return make_tokenizer(state["mergeable_ranks"], state["special_tokens"], state["pat_str"])
+
+
+def read_export(folder: Path) -> Model:
+    """An export of our own."""
+    saved = json.loads((folder / "config.json").read_text())
+    if saved["model_type"] == "nanochat_x":
+        config = GPTConfig(**{field.name: saved[field.name] for field in fields(GPTConfig)})
+    else:
+        sizes = {ours: saved[theirs] for ours, theirs in hf_export.SETTINGS.items()}
+        config = GPTConfig.plain(**sizes, rope_base=saved["rope_parameters"]["rope_theta"])
+    names = {theirs: ours for ours, theirs in hf_export.plain_names(config.n_layer).items()}
+    tensors = load_file(folder / "model.safetensors")
+    weights = {names.get(name, name): tensor for name, tensor in tensors.items()}
+    words = json.loads((folder / "tokenizer.json").read_text())
+    byte = {letter: i for i, letter in enumerate(hf_export.LETTERS)}
+    ranks = {bytes(byte[c] for c in token): id for token, id in words["model"]["vocab"].items()}
+    specials = {token["content"]: token["id"] for token in words["added_tokens"]}
+    pattern = words["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    return config, weights, make_tokenizer(ranks, specials, pattern), saved.get("nanochat_step", 0)
+
+
+def read_first_generation(folder: Path, step: int | None) -> Model:
+    """A checkpoint of the first generation; the newest step unless one is named."""
+    stems = [path.stem.removeprefix("model_") for path in folder.glob("model_*.pt")]
+    newest = max(filter(str.isdecimal, stems), key=int, default="NNNNNN")
+    number = newest if step is None else f"{step:06d}"
+    weights = trying(read_weights, folder / f"model_{number}.pt")
+    config = trying(read_meta, folder / f"meta_{number}.json")
+    return config, weights, trying(read_pickle, folder / "tokenizer.pkl"), int(number)
+
+
+def main(cfg: Config) -> None:
+    """Read, check, write."""
+    runtime, folder = set_up("cpu"), find_folder(cfg.source)
+    if (folder / "model.safetensors").exists():
+        config, weights, tokenizer, step = trying(read_export, folder)
+    else:
+        config, weights, tokenizer, step = read_first_generation(folder, cfg.step)
+    if tokenizer.vocab_size != config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens, its model {config.vocab_size}"
+        raise UserError(f"{folder} is refused: its tokenizer has {sizes}")
+    weights = hf_export.check_weights(weights, config, folder)
+    run = run_dir(cfg.stage, cfg.model_tag or f"d{config.n_layer}")
+    if list_steps(run):
+        raise UserError(f"{run} holds checkpoints; choose another --model_tag")
+    tokenizer.save(run / "tokenizer")
+    origin = {"stage": cfg.stage, "step": step, "source": str(cfg.source)}
+    write_file(run / "config.json", json.dumps({"config": origin}, indent=1))
+    state = origin | {"model_config": config_dict(config)}
+    save_checkpoint(run, state, weights, {}, None, runtime)
+    write_file(run / "result.json", json.dumps({"step": step}))  # a run that is finished
+    say(f"imported {run} at step {step}; python -m scripts.chat_cli -i {cfg.stage} -g {run.name}")
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

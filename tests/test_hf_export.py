@@ -1,0 +1,398 @@
+"""Exports against transformers itself: its own NanoChatForCausalLM is the oracle of the plain architecture, its
+tokenizers and chat templates are that of ids; the modelling file of the additions is held against nanochat.gpt.
+
+The agreement with lm-evaluation-harness is measured where lm_eval is installed and NANOCHAT_DATASETS holds
+allenai/ai2_arc.
+"""
+
+import itertools
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from jinja2 import TemplateError
+from tokenizers import Tokenizer as Reference
+from transformers.models.nanochat import modeling_nanochat
+
+from nanochat import report
+from nanochat.chat_format import SPECIAL_TOKENS, Conversation, render_conversation, render_prompt
+from nanochat.checkpoint import config_dict, save_checkpoint
+from nanochat.core_eval import CoreTask, GPTReader, evaluate
+from nanochat.engine import Engine, Request
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.hf_export import GUARD, tokenizer_json
+from nanochat.paths import UserError, run_dir
+from nanochat.runtime import Runtime
+from nanochat.scaling import make_optimizer
+from nanochat.tokenizer import Tokenizer
+from scripts.export_hf import Config, main
+from tasks.common import load_rows
+
+CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
+CORPUS = [
+    "The hen sat on the hay; the hat is on the hen. It's 12345 o'clock, isn't it? We'll see.\n" * 4,
+    "naïve café, Straße, Ελλάδα, Привет, мир! 日本語のテキスト 你好，世界 안녕하세요 مرحبا بالعالم नमस्ते"
+    * 3,
+    "def f(x):\n    return x**2 + 3*x\n\n\nprint(f(10), f(2024))\n" * 3 + "👩‍🚀🚀👨‍👩‍👧‍👦 🇳🇴",
+]
+TOKENIZER = Tokenizer.train(
+    CORPUS, 500, SPECIAL_TOKENS
+)  # 500 is no multiple of 64: rows of padding
+TALK: Conversation = {
+    "messages": [
+        {"role": "system", "content": "Be brief. <|user_end|>"},
+        {"role": "user", "content": "  2 < 3 <|assistant_start|>? <"},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "text", "text": "It is "},
+                {"type": "python", "text": "2+3"},
+                {"type": "python_output", "text": "5"},
+                {"type": "text", "text": "5<|bos|>\n"},
+            ],
+        },
+        {"role": "user", "content": "Sure?\n"},
+        {"role": "assistant", "content": "<\nYes"},
+    ]
+}
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything in the test's folder: runs, and where transformers copies modelling files to."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    monkeypatch.setattr(sys, "path", [modules, *sys.path])
+
+
+def new_config(kind: str, depth: int = 2, num_kv_heads: int = 2, **settings: Any) -> GPTConfig:
+    sizes = {"n_layer": depth, "n_head": 4, "n_kv_head": num_kv_heads, "n_embd": 64}
+    make = GPTConfig.plain if kind == "plain" else GPTConfig
+    return make(**{"sequence_len": 256, "vocab_size": TOKENIZER.vocab_size, **sizes, **settings})
+
+
+def new_model(config: GPTConfig, num_steps: int = 0) -> GPT:
+    """Weights without a zero matrix, after some steps of training; no special token is ever likely."""
+    model, random_ = GPT(config), torch.Generator().manual_seed(1)
+    model.init_weights(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "c_proj" in name or "gate" in name or "lambda" in name or name.startswith("lm_head"):
+                weight.copy_(torch.randn(weight.shape, generator=random_) * 0.2)
+    optimizer = make_optimizer(model, 512, 100)
+    for _ in range(num_steps):
+        ids = torch.randint(0, TOKENIZER.bos_id, (4, 129), generator=random_)
+        ids[:, 1::2] = ids[:, :-1:2]  # something to learn
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.set_multipliers(1.0, 0.95, 0.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        model.lm_head.weight[TOKENIZER.bos_id : TOKENIZER.vocab_size] *= 1e-3
+    assert all(weight.count_nonzero() for weight in model.parameters())
+    return model.eval()
+
+
+def save_run(model: GPT, **changes: torch.Tensor | None) -> None:
+    """The run sft/d2 at step 7; `changes` replace tensors, or take them away."""
+    weights = model.state_dict() | changes
+    state = {"stage": "sft", "step": 7, "model_config": config_dict(model.config)}
+    run = run_dir("sft", "d2")
+    TOKENIZER.save(run / "tokenizer")
+    kept = {name: weight for name, weight in weights.items() if weight is not None}
+    save_checkpoint(run, state, kept, {}, None, CPU)
+
+
+def export(model: GPT, out: Path) -> Any:
+    """What transformers makes of the export of `model`."""
+    save_run(model)
+    main(Config(out))
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert loaded.dtype == torch.float32
+    return loaded
+
+
+def some_ids(shape: tuple[int, int]) -> torch.Tensor:
+    return torch.randint(0, TOKENIZER.bos_id, shape, generator=torch.Generator().manual_seed(5))
+
+
+@torch.inference_mode()
+def largest_difference(model: GPT, loaded: Any, ids: torch.Tensor) -> float:
+    logits = model(ids)
+    assert logits.abs().max() > 1  # else small differences would mean nothing
+    return (logits - loaded(ids).logits).abs().max().item()
+
+
+def module_of(loaded: Any) -> ModuleType:
+    return sys.modules[type(loaded).__module__]
+
+
+@pytest.mark.parametrize("num_steps", [0, 6], ids=["random", "trained"])
+@pytest.mark.parametrize("num_kv_heads", [4, 2], ids=["mha", "gqa"])
+@pytest.mark.parametrize("depth", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["plain", "additions"])
+def test_logits_and_greedy_tokens_are_equal(
+    kind: str, depth: int, num_kv_heads: int, num_steps: int, tmp_path: Path
+) -> None:
+    model = new_model(new_config(kind, depth, num_kv_heads), num_steps)
+    loaded = export(model, tmp_path / "out")
+    own_class = modeling_nanochat.NanoChatForCausalLM
+    assert isinstance(loaded, own_class) == (kind == "plain")
+    assert loaded.get_output_embeddings().weight.shape[0] == TOKENIZER.vocab_size  # no padding
+    assert largest_difference(model, loaded, some_ids((2, 200))) <= 1e-5  # beyond the window of 128
+    prompt = some_ids((1, 120))
+    engine = Engine(model, TOKENIZER, num_slots=1)
+    request = Request(prompt[0].tolist(), 64, temperature=0.0)
+    ours = [token for _, token, _ in engine.run([request])]
+    theirs = loaded.generate(prompt, max_new_tokens=64, do_sample=False)
+    assert theirs[0, 120:].tolist() == ours and len(ours) == 64
+
+
+@pytest.mark.parametrize("kind", ["plain", "additions"])
+def test_the_textbook_rotation_is_another_model(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: turned the other way, the same weights give other logits."""
+    model = new_model(new_config(kind))
+    loaded = export(model, tmp_path / "out")
+    if kind == "plain":
+        turn = modeling_nanochat.rotate_half
+        monkeypatch.setattr(modeling_nanochat, "rotate_half", lambda x: -turn(x))
+    else:
+        rotate = module_of(loaded).rotate
+        monkeypatch.setattr(module_of(loaded), "rotate", lambda x, angles: rotate(x, -angles))
+    assert largest_difference(model, loaded, some_ids((2, 200))) > 0.1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"value_embeddings": True},
+        {"residual_scalars": True},
+        {"smear": True},
+        {"backout": True},
+        {"qk_scale": 1.2},
+        {"window_pattern": "SL"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_each_addition_alone(change: dict[str, Any], tmp_path: Path) -> None:
+    model = new_model(new_config("plain", **change))
+    loaded = export(model, tmp_path / "out")
+    assert type(loaded).__name__ == "NanoChatXForCausalLM"
+    assert largest_difference(model, loaded, some_ids((2, 200))) <= 1e-5
+
+
+def test_padding_on_the_left_beams_and_a_cache_of_ones_own(tmp_path: Path) -> None:
+    """The modelling file by itself: a batch is its rows, and a cache changes nothing."""
+    loaded = export(new_model(new_config("additions")), tmp_path / "out")
+    ids = some_ids((2, 30))
+    greedy = {"max_new_tokens": 20, "do_sample": False}
+    short = loaded.generate(ids[:1, 9:], **greedy)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    both = loaded.generate(ids, attention_mask=mask, **greedy)
+    assert both[0, 9:].tolist() == short[0].tolist()
+    assert both[1].tolist() == loaded.generate(ids[1:], **greedy)[0].tolist()
+    beams = [
+        loaded.generate(ids, num_beams=3, use_cache=cache, **greedy) for cache in (True, False)
+    ]
+    assert torch.equal(*beams)
+    with torch.inference_mode():
+        whole = loaded(ids).logits
+        past = loaded(ids[:, :20], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="previous_ids"):
+            loaded(ids[:, 20:], past_key_values=past)
+        rest = loaded(ids[:, 20:], past_key_values=past, previous_ids=ids[:, 19:20])
+    torch.testing.assert_close(rest.logits, whole[:, 20:], rtol=0, atol=1e-5)
+
+
+def fixture_strings() -> list[str]:
+    """2,000 strings of many scripts, of code, of blanks and of what could be taken for a special token."""
+    alphabets = [
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJ     ",
+        "0123456789 .,-",
+        "日本語漢字你好世界的一是不了人我在有他这、。",
+        "안녕하세요세계 ",
+        "مرحبا بالعالم السلام ",
+        "नमस्ते दुनिया ",
+        "Привет мир Ελλάδα ßéïñøåſİ ",
+        "👩🚀👨👧👦🇳🇴🏳️🌈✊🏽\u200d\ufe0f",
+        " \t\n\r\u00a0\u2003\u3000\x85",
+        "def f(x):\n    return {}[]<>|=+-*/'\"\\#;",
+        "'sS'tT're'LL'vE'd",
+        "\x00\x7f\u0300\ufeff\uffff\U0001f9ff\U0010ffff<",
+    ]
+    specials = [*SPECIAL_TOKENS, "<|", "|>", "<|bos", "<|bos|><|bos|>"]
+    random_, strings = random.Random(0), []
+    for i in range(2000):
+        own = random_.sample(alphabets, random_.randint(1, 3))
+        pieces = ["".join(random_.choices(a, k=random_.randint(1, 20))) for a in own]
+        if i % 5 == 0:
+            pieces.insert(random_.randrange(len(pieces) + 1), random_.choice(specials))
+        strings.append(" " * random_.choice((0, 0, 1, 2, 7)) + "".join(pieces))
+    return strings
+
+
+def test_ids_are_equal(tmp_path: Path) -> None:
+    save_run(new_model(new_config("plain")))
+    main(Config(tmp_path / "out"))
+    theirs: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    strings = fixture_strings()
+    assert sum("<|" in text for text in strings) > 300
+    for text in strings:
+        ids = theirs.encode(text, split_special_tokens=True)
+        assert ids == TOKENIZER.encode(text), repr(text)
+        assert theirs.decode(ids) == text
+        if not any(name in text for name in SPECIAL_TOKENS):
+            assert theirs.encode(text) == ids, repr(text)
+    names = {name: theirs.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    assert names == TOKENIZER.specials
+    assert theirs.bos_token_id == TOKENIZER.bos_id and len(theirs) == TOKENIZER.vocab_size
+    with_bos: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", add_bos_token=True)
+    assert with_bos.encode("The hen") == [TOKENIZER.bos_id, *TOKENIZER.encode("The hen")]
+
+
+@pytest.mark.parametrize("letters", ["ab", "abc"])
+def test_ids_are_equal_where_merges_overlap(letters: str) -> None:
+    """With few letters neighbours often make a token in another way than training did."""
+    random_ = random.Random(1)
+    texts = ["".join(random_.choices(letters, k=40)) for _ in range(60)]
+    tokenizer = Tokenizer.train(texts, 256 + 60 + len(SPECIAL_TOKENS), SPECIAL_TOKENS)
+    theirs = Reference.from_str(json.dumps(tokenizer_json(tokenizer)))
+    for _ in range(300):
+        text = "".join(random_.choices(letters, k=random_.randint(1, 60)))
+        assert theirs.encode(text).ids == tokenizer.encode(text), text
+
+
+def test_the_chat_template_gives_our_ids(tmp_path: Path) -> None:
+    save_run(new_model(new_config("plain")))
+    main(Config(tmp_path / "out"))
+    theirs: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+
+    def ids(messages: list[dict[str, Any]], **settings: Any) -> list[int]:
+        return theirs.apply_chat_template(messages, return_dict=True, **settings)["input_ids"]
+
+    for begin, end in itertools.product((0, 1), range(2, 6)):
+        messages = TALK["messages"][begin:end]
+        talk = {"messages": messages}
+        as_parts = [
+            message
+            | {
+                "content": [{"type": "text", "text": message["content"]}]
+                if isinstance(message["content"], str)
+                else message["content"]
+            }
+            for message in messages
+        ]
+        assert ids(messages) == ids(as_parts) == render_conversation(TOKENIZER, talk)[0]
+        if messages[-1]["role"] == "user":
+            prompt = render_prompt(TOKENIZER, talk)
+            assert ids(messages, add_generation_prompt=True) == prompt
+    assert GUARD not in theirs.decode(ids(TALK["messages"]))
+    for role, content in (("tool", "x"), ("user", [{"type": "image", "text": "x"}])):
+        with pytest.raises(TemplateError, match=r"turns|image"):
+            ids([{"role": role, "content": content}])
+
+
+def test_the_card_holds_the_table_of_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_run(new_model(new_config("additions")))
+    main(Config(tmp_path / "before"))
+    assert "|" not in (tmp_path / "before/README.md").read_text()
+    report.write_section("chat_eval_sft", "Quizzes", {}, {"ARC-Easy": 0.8512}, seconds=1.0)
+    report.generate()
+    main(Config(tmp_path / "after"))
+    card = (tmp_path / "after/README.md").read_text()
+    row = next(line for line in card.splitlines() if "ARC-Easy" in line)
+    assert "85.1 %" in row and "d2, sft, step 7" in card and "trust_remote_code=True" in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"extra.weight": torch.zeros(2, 2)}, "extra.weight"),
+        ({"blocks.1.mlp.c_fc.weight": None}, "blocks.1.mlp.c_fc.weight"),
+        ({"wte.weight": torch.zeros(10, 64)}, "wte.weight"),
+    ],
+    ids=["unknown", "missing", "shape"],
+)
+def test_a_tensor_that_is_amiss_is_named(
+    changes: dict[str, torch.Tensor | None], named: str, tmp_path: Path
+) -> None:
+    save_run(new_model(new_config("plain")), **changes)
+    with pytest.raises(UserError, match=named) as refusal:
+        main(Config(tmp_path / "out"))
+    assert "\n" not in str(refusal.value) and not list(tmp_path.glob("out*"))
+
+
+def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--out"):
+        main(Config(tmp_path))
+
+
+def choice_rows() -> list[dict[str, Any]]:
+    """200 questions of ARC-Easy as our evaluation and the harness both ask them."""
+    rows = load_rows("allenai/ai2_arc", "ARC-Easy", "test")
+    return [
+        {
+            "id": row["id"],
+            "query": f"Question: {row['question']}\nAnswer:",
+            "choices": row["choices"]["text"],
+            "gold": row["choices"]["label"].index(row["answerKey"]),
+        }
+        for row in itertools.islice(rows, 200)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("NANOCHAT_DATASETS" not in os.environ, reason="needs NANOCHAT_DATASETS")
+@pytest.mark.filterwarnings("default")  # of lm_eval's dependencies
+def test_the_harness_chooses_as_our_evaluation_does(tmp_path: Path) -> None:
+    """lm-evaluation-harness takes the likeliest choice by sum; ours gives the mean, hence the sum, of what differs."""
+    lm_eval = pytest.importorskip("lm_eval")
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    model = new_model(new_config("additions", sequence_len=1024), num_steps=12)
+    save_run(model)
+    main(Config(tmp_path / "out"))
+    rows = choice_rows()
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "arc",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    settings = {"trust_remote_code": True, "add_bos_token": True, "batch_size": 16}
+    served = huggingface.HFLM(str(tmp_path / "out"), device="cpu", dtype="float32", **settings)
+    found = lm_eval.simple_evaluate(served, tasks=[task], log_samples=True, bootstrap_iters=0)
+    samples = sorted(found["samples"]["arc"], key=lambda sample: sample["doc_id"])
+    reader = GPTReader(model, TOKENIZER, 64)
+    records = evaluate(reader, CoreTask("arc", "multiple_choice", rows, 0.25), 64, None).records
+    agreed = 0
+    for row, sample, record in zip(rows, samples, records, strict=True):
+        ids = [TOKENIZER.encode(f"{row['query']} {choice}") for choice in row["choices"]]
+        num_same = len(os.path.commonprefix(ids))
+        nats = [
+            (loss or 0) * (len(i) - num_same) for i, loss in zip(ids, record["losses"], strict=True)
+        ]
+        theirs = [-response[0] for response in sample["filtered_resps"]]
+        agreed += nats.index(min(nats)) == theirs.index(min(theirs))
+        gaps = [ours - their for ours, their in zip(nats, theirs, strict=True)]
+        assert max(gaps) - min(gaps) < 1e-3
+    assert agreed >= 198

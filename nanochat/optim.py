@@ -191,7 +191,7 @@ class MuonAdamW:
         self, groups: Sequence[dict[str, Any]], rank: int = 0, world_size: int = 1
     ) -> None:
         self.param_groups = [dict(group) for group in groups]
-        self.rank, self.world_size = rank, world_size
+        self.world_size = world_size
         for group in self.param_groups:
             group["base_lr"], group["base_weight_decay"] = group["lr"], group["weight_decay"]
         self.buckets = [
@@ -200,10 +200,7 @@ class MuonAdamW:
             for names, params in partition(group, world_size)
             for num_parts in [world_size if params[0].numel() >= SMALL else 1]
         ]
-        device = self.buckets[0].params[0].device
-        self.num_steps = torch.zeros(
-            (), device=device
-        )  # updates made; on the device, as `finite` is
+        self.num_steps = torch.zeros((), device=self.buckets[0].params[0].device)  # updates made
         self.finite: Tensor | None = None  # bool (): did the last step change anything?
         self.expecting = False  # the gradients of the backward that comes are complete
         if world_size > 1:
@@ -312,15 +309,10 @@ class MuonAdamW:
 
         return wait
 
-    def moments(self) -> Iterator[tuple[str, Part]]:
-        """This rank's parts of all moments, and "step"; views, not copies."""
-        yield "step", Part(self.num_steps.view(1), (), 0)
-        for bucket in self.buckets:
-            yield from bucket.moments()
-
     def export_state(self) -> dict[str, Part]:
-        """What this rank holds by "<parameter>.<moment>"; the exports of all ranks cover every moment."""
-        return dict(self.moments())
+        """This rank's parts of all moments by "<parameter>.<moment>", and "step"; views, not copies."""
+        step = {"step": Part(self.num_steps.view(1), (), 0)}
+        return step | {key: part for bucket in self.buckets for key, part in bucket.moments()}
 
     @torch.no_grad()
     def import_state(self, read: Callable[[str, int, int], Tensor]) -> None:
@@ -328,7 +320,7 @@ class MuonAdamW:
 
         `read(key, first, last)` gives these elements of a flattened moment.
         """
-        for key, part in self.moments():
+        for key, part in self.export_state().items():
             part.values.copy_(read(key, part.first, part.first + len(part.values)))
 
 

@@ -24,6 +24,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 import tyro
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from nanochat.paths import UserError
@@ -137,11 +139,20 @@ def set_up(device_type: str = "", dtype: str = "auto", seed: int = 0) -> Runtime
         # Torchrun gives each rank a session of its own: when it is killed, they would go on and hold the run.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if world_size > 1 and not dist.is_initialized():
-        timeout = timedelta(seconds=patience())
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
+        join_ranks("nccl" if kind == "cuda" else "gloo")
     seed_everything(seed)
     name = torch.cuda.get_device_name(device) if kind == "cuda" else kind
     return Runtime(device, choose_dtype(device, dtype), rank, world_size, name)
+
+
+def join_ranks(backend: str) -> None:
+    """Join the process group that torchrun's environment describes."""
+    timeout = timedelta(seconds=patience())
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+        # On one machine torchrun keeps the store over a restart, with the addresses of the ranks that died.
+        store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def patience() -> float:

@@ -29,7 +29,9 @@ SQRT_RULE_FROM = 2**18  # tokens a step; below, learning rates stop falling with
 # `by_length`: see rate_factor. Betas and decays are per group as they were tuned; see weight_decay for the matrices'.
 ADAMW = {"kind": "adamw", "eps": 1e-10, "by_width": False, "by_batch": True, "by_length": 0.0}
 TABLE = ADAMW | {"betas": (0.8, 0.995), "by_width": True, "by_length": 0.5}
-SCALAR = ADAMW | {"betas": (0.8, 0.95), "weight_decay": 0.0}
+# While the blocks add nothing, the norms hide the scalars: their first gradients are 0 but for rounding, of 1e-10,
+# which AdamW with a smaller eps would take for a direction.
+SCALAR = ADAMW | {"eps": 1e-7, "betas": (0.8, 0.95), "weight_decay": 0.0}
 OPTIONS: dict[str, dict[str, Any]] = {
     "matrices": {
         "kind": "muon", "lr": 0.02, "momentum": 0.95, "beta2": 0.9, "weight_decay": 0.28,

@@ -21,15 +21,7 @@ import torch
 import tyro
 
 from nanochat.checkpoint import load_model
-from nanochat.core_eval import (
-    CORE_TASKS,
-    CoreTask,
-    GPTReader,
-    TaskResult,
-    core_score,
-    evaluate,
-    padded,
-)
+from nanochat.core_eval import CORE_TASKS, CoreTask, GPTReader, core_score, evaluate, padded
 from nanochat.eval_bundle import find_bundle, load_tasks
 from nanochat.paths import UserError, run_dir, write_file
 from nanochat.report import write_section
@@ -45,9 +37,7 @@ class Config:
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # empty: the one written last
     step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # the newest if left out
     hf_path: str = ""  # instead, a model of transformers: its name on the hub, or a folder
-    tasks: Annotated[str, tyro.conf.arg(aliases=["-a"])] = (
-        "core"  # or some of it, or primer-choice, | between
-    )
+    tasks: Annotated[str, tyro.conf.arg(aliases=["-a"])] = "core"  # or a|b of it, or primer-choice
     eval_bundle: str = ""  # folder with core.yaml; empty: downloaded once
     max_per_task: int | None = None  # items of each task; all if left out
     batch_size: int = 32  # items that the model reads at once
@@ -71,7 +61,7 @@ class HFReader:
             reason = " ".join(str(error).split())
             raise UserError(f"--hf_path={name}: {reason}; name another") from error
         self.model = model.to(runtime.device).eval()
-        self.max_len = getattr(model.config, "max_position_embeddings", 2048)
+        self.max_len = getattr(model.config, "max_position_embeddings", None) or 2048
         self.decode = self.tokenizer.decode
 
     def encode(self, text: str) -> list[int]:
@@ -96,15 +86,17 @@ def choose_tasks(cfg: Config, runtime: Runtime) -> list[CoreTask]:
     """What `--tasks` names; the bundle is fetched by one rank for all."""
     names, tasks = cfg.tasks.split("|"), []
     if PRIMER in names:
-        quiz = build_task(PRIMER)
-        rows = [{**quiz[i], "id": i} for i in range(len(quiz))]
-        rows = [row | {"query": row["document"], "choices": row["continuations"]} for row in rows]
+        quiz, names = build_task(PRIMER), [name for name in names if name != PRIMER]
+        rows = [
+            {"id": i, "query": q["document"], "choices": q["continuations"], "gold": q["gold"]}
+            for i, q in enumerate(quiz)
+        ]
         tasks.append(CoreTask(PRIMER, "multiple_choice", rows, quiz.baseline, delimiter=""))
-    labels = [own for n in names if n != PRIMER for own in (CORE_TASKS if n == "core" else [n])]
-    if labels:
+    if names:
         if runtime.is_main:
             find_bundle(cfg.eval_bundle)
         barrier()
+        labels = [own for name in names for own in (CORE_TASKS if name == "core" else [name])]
         tasks += load_tasks(find_bundle(cfg.eval_bundle), labels)
     return tasks
 
@@ -124,8 +116,7 @@ def main(cfg: Config) -> None:
         reader = GPTReader(model, tokenizer, cfg.batch_size)
         settings = settings | {"model_tag": meta["model_tag"], "step": meta["step"]}
         folder = run_dir(cfg.source, meta["model_tag"])
-    results: list[TaskResult] = []
-    figures, lines = {}, []
+    results, figures, lines = [], {}, []
     for task in tasks:
         try:
             result = evaluate(reader, task, cfg.batch_size, cfg.max_per_task)
@@ -134,10 +125,10 @@ def main(cfg: Config) -> None:
             raise kind(f"task {task.label} failed: {error}") from error
         results.append(result)
         figures |= {task.label: result.accuracy, f"{task.label}_stderr": result.stderr}
-        percent = f"{100 * result.accuracy:.1f} % ± {100 * result.stderr:.1f}"
-        lines.append(
-            f"{task.label}: {percent} of {len(result.records)}, centred {result.centred:.4f}"
+        percent = (
+            f"{100 * result.accuracy:.1f} % ± {100 * result.stderr:.1f} of {len(result.records)}"
         )
+        lines.append(f"{task.label}: {percent}, centred {result.centred:.4f}")
         say(lines[-1])
     if core := [result for result in results if result.task.label in CORE_TASKS]:
         name, value, stderr = core_score(core)
@@ -148,10 +139,8 @@ def main(cfg: Config) -> None:
         rows = [json.dumps(record) for result in results for record in result.records]
         write_file(folder / "base_eval.jsonl", "\n".join(rows) + "\n")
     if cfg.source == "base" and not cfg.hf_path:
-        seconds = time.perf_counter() - began
-        write_section(
-            "base_eval", "Base evaluation", settings, figures, ["\n".join(lines)], seconds
-        )
+        samples, seconds = ["\n".join(lines)], time.perf_counter() - began
+        write_section("base_eval", "Base evaluation", settings, figures, samples, seconds)
 
 
 if __name__ == "__main__":

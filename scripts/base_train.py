@@ -55,9 +55,7 @@ class Config:
     num_iterations: int = -1  # steps; -1: from target_param_data_ratio
     target_param_data_ratio: float = 12.0  # tokens per parameter of blocks and head
     total_batch_size: int = -1  # tokens a step over all ranks; -1: from the horizon
-    device_batch_size: int | Literal["auto"] = (
-        32  # rows per micro-batch on one device; auto: what fits
-    )
+    device_batch_size: int | Literal["auto"] = 32  # rows per micro-batch; auto: what fits
     # data and machine
     data: str = ""  # corpus; empty: the one prepared last
     device_type: str = ""  # cpu, cuda or mps; empty: the best there is

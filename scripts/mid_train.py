@@ -42,9 +42,7 @@ class Config:
     # batch and steps
     max_seq_len: int = -1  # tokens of a row; -1: the model's context
     total_batch_size: int = 524288  # tokens a step over all ranks
-    device_batch_size: int | Literal["auto"] = (
-        32  # rows per micro-batch on one device; auto: what fits
-    )
+    device_batch_size: int | Literal["auto"] = 32  # rows per micro-batch; auto: what fits
     lr_scale: float = 1.0  # times the learning rates of pretraining
     warmdown: float = 0.2  # last part of the run, in which the learning rate falls to 0
     # machine

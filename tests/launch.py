@@ -146,11 +146,13 @@ def run(script: str, flags: list[str]) -> None:
 
 
 def note_batches() -> None:
-    """Each rank writes the hash of every row that it is given, step after step."""
+    """Each rank writes the hash of every row that it is given, step after step, up to step $STOP_AT."""
     fetch = TrainRun.fetch
     path = Path(os.environ["NANOCHAT_BASE_DIR"]) / f"rows_{os.environ['RANK']}.jsonl"
 
     def noting(run: TrainRun, loader: Any) -> Any:
+        if run.step == int(os.environ.get("STOP_AT", -1)):
+            raise SystemExit
         batch = fetch(run, loader)
         pairs = zip(batch.inputs.numpy(), batch.targets.numpy(), strict=True)
         rows = [hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest() for x, y in pairs]
@@ -164,5 +166,5 @@ def note_batches() -> None:
 if __name__ == "__main__":  # under torchrun
     note_batches()
     with (Path(os.environ["NANOCHAT_BASE_DIR"]) / "pids.txt").open("a") as pids:
-        pids.write(f"{os.getpid()}\n")
+        pids.write(f"{os.environ['RANK']} {os.getpid()}\n")
     run(sys.argv[1], sys.argv[2:])

@@ -526,6 +526,29 @@ def test_a_failing_step_costs_only_those_in_it() -> None:
     assert collect(engine, [first])[0][0] == alone[first]
 
 
+@pytest.mark.parametrize("counted", [False, True])
+def test_ctrl_c_within_a_step_does_not_spoil_the_next_turn(counted: bool) -> None:
+    """Before and after the cache has counted the token that was on its way."""
+    model = tiny_gpt()
+    engine = Engine(model, TOKENIZER, num_slots=1)
+    forward, prompt, said = model.forward, words(1, 200), list[int]()
+
+    def stopped(ids: torch.Tensor, **more: Any) -> torch.Tensor:
+        logits = forward(ids, **more) if counted or len(said) < 5 else None
+        if len(said) == 5 or logits is None:
+            raise KeyboardInterrupt
+        return logits
+
+    model.forward = cast(Any, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        for _, token, _ in engine.run([Request(prompt, 50, stop={-1})]):
+            said.append(token)
+    model.forward = forward
+    before = engine.num_read
+    assert worst_logit(engine, model, Request([*prompt, *said, 5, 6], 9, stop={-1})) < 1e-4
+    assert engine.num_read - before == 3  # the newest token was not held yet
+
+
 @pytest.mark.parametrize("prefix_reuse", [False, True])
 def test_no_slot_leaks(prefix_reuse: bool) -> None:
     """A thousand steps of arrivals, departures and ends at random; what ends has said all it had to."""

@@ -114,9 +114,9 @@ def test_no_long_file(path: Path) -> None:
 @pytest.mark.parametrize("path", LIBRARY, ids=names(LIBRARY))
 def test_nothing_is_evaluated_or_unpickled(path: Path) -> None:
     tree = tree_of(path)
-    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    called = {func.id for func in calls if isinstance(func, ast.Name)}
-    dotted = {ast.unparse(func) for func in calls if isinstance(func, ast.Attribute)}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+    dotted = {ast.unparse(call.func) for call in calls if isinstance(call.func, ast.Attribute)}
     imported = {
         alias.name
         for node in ast.walk(tree)
@@ -124,8 +124,13 @@ def test_nothing_is_evaluated_or_unpickled(path: Path) -> None:
         for alias in node.names
     } | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not called & {"eval", "exec", "compile", "__import__"}
-    assert not dotted & {"torch.load", "torch.save"}
-    assert not imported & {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+    assert not imported & {"dill", "cloudpickle", "marshal", "shelve", "joblib"}
+    if path.name == "import_hf.py":  # what others pickled is read, but nothing of it is run
+        loads = [call for call in calls if ast.unparse(call.func) == "torch.load"]
+        assert all("weights_only=True" in ast.unparse(load) for load in loads)
+        assert {name for name in dotted if name.startswith("pickle.")} == {"pickle.UnpicklingError"}
+    else:
+        assert not dotted & {"torch.load", "torch.save"} and "pickle" not in imported
 
 
 def test_scripts_run_nothing_at_import() -> None:

@@ -22,7 +22,7 @@ STAGES = {
     "compression": "scripts.tok_eval",
     "base": f"scripts.base_train {SIZES} {BASE} {BATCH} --save_every=10",
     "base loss": f"scripts.base_loss {SIZES} --eval_tokens=512 --device_batch_size=4",
-    "base eval": f"scripts.base_eval {SIZES} --max_problems=8",
+    "base eval": f"scripts.base_eval {SIZES} -a primer-choice --max_per_task=8",
     "mid": f"scripts.mid_train {CHAT}",
     "sft": f"scripts.chat_sft {CHAT}",
     "rl": f"scripts.chat_rl {SIZES} --num_steps=2 --questions_per_step=2 --num_samples=2 --max_tokens=16 "

@@ -36,14 +36,13 @@ class Config:
 @torch.inference_mode()
 def score_plainly(reader: GPTReader, task: CoreTask, num: int) -> list[list[float]]:
     """Mean nats of every option of the first `num` items."""
-    losses = []
+    losses: list[list[float]] = []
     for number in range(min(num, len(task.rows))):
         item = encode_item(reader, task, number)
         losses.append([])
         for tail, num_scored in zip(item.tails, item.num_scored, strict=True):
             ids = torch.tensor(item.prefix + tail)
             logits = reader.model(ids[None])[0, :-1]  # (T, V)
-            logits.argmax(-1)  # what language modelling asks for
             nats = F.cross_entropy(logits, ids[1:], reduction="none")
             losses[-1].append(float(nats[-num_scored:].mean()))
     return losses

@@ -202,6 +202,7 @@ def test_equals_the_slow_evaluator(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(core_eval, "CPU_CHUNK", 11)  # so that prefixes take several steps
+    monkeypatch.setattr(core_eval, "CPU_TOKENS", 40)
     assert_same(all_records(models[name], batch_size), expected[name])
 
 

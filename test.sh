@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Set-up, every check, every test: bash test.sh
 #   --fast     leave out the tests marked slow
+#   --long     with those that take minutes each: fifty kills, every stage killed, depth 4 on four ranks
 # Anything else goes to pytest: bash test.sh -k tokenizer
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup.sh --tests "$@"
 
-arguments=()
+arguments=() chosen="not long"
 for argument in "$@"; do
   case "$argument" in
-  --fast) arguments+=(-m "not slow") ;;
+  --fast) chosen="not slow and not long" ;;
+  --long) chosen="" ;;
   --device_type=* | --device-type=*) ;; # setup.sh has read it
   *) arguments+=("$argument") ;;
   esac
@@ -18,4 +20,4 @@ bash dev/check.sh "$@"
 # One thread: tiny models spend most of their time waiting for each other's, sixteen times slower on a busy machine.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # The odd expansion: bash 3.2, a Mac's, takes an empty array for an unset variable.
-python -m pytest --durations=5 ${arguments[@]+"${arguments[@]}"}
+python -m pytest --durations=5 -m "$chosen" ${arguments[@]+"${arguments[@]}"}

@@ -121,7 +121,7 @@ def kill_and_finish(
 
 
 @pytest.mark.parametrize(
-    ("num_kills", "steps"), [(4, 14), pytest.param(50, 60, marks=pytest.mark.slow)]
+    ("num_kills", "steps"), [(4, 14), pytest.param(50, 60, marks=pytest.mark.long)]
 )
 def test_killed_at_any_instant(prepared: Path, tmp_path: Path, num_kills: int, steps: int) -> None:
     expected = uninterrupted(prepared, tmp_path / "whole", steps, 2)
@@ -146,7 +146,7 @@ STAGES = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("script", STAGES)
 def test_every_stage_killed_at_five_instants(prepared: Path, tmp_path: Path, script: str) -> None:
     stage, text = STAGES[script]
@@ -178,7 +178,7 @@ def stop(base_dir: Path, steps: int, number: int, at_step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "stops"), [(12, 2), pytest.param(60, 20, marks=pytest.mark.slow)]
+    ("steps", "stops"), [(12, 2), pytest.param(60, 20, marks=pytest.mark.long)]
 )
 def test_stopped_by_a_signal(prepared: Path, tmp_path: Path, steps: int, stops: int) -> None:
     expected = uninterrupted(prepared, tmp_path / "whole", steps, 2)

@@ -102,7 +102,7 @@ def test_any_number_of_ranks_and_resumed_on_another(prepared: Path, tmp_path: Pa
         assert resumed == pytest.approx(losses, abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_depth_4_on_1_2_and_4_ranks_and_two_agents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

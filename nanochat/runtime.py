@@ -138,6 +138,8 @@ def set_up(device_type: str = "", dtype: str = "auto", seed: int = 0) -> Runtime
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         # Torchrun gives each rank a session of its own: when it is killed, they would go on and hold the run.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if "torch" not in Path(f"/proc/{os.getppid()}/cmdline").read_text():
+            sys.exit("torchrun died while this rank was starting")
     if world_size > 1 and not dist.is_initialized():
         join_ranks("nccl" if kind == "cuda" else "gloo")
     seed_everything(seed)

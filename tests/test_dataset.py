@@ -1,8 +1,6 @@
 """Corpora appear whole, are reused when complete, and are downloaded from a hub (here a local one)."""
 
 import os
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 from nanochat import dataset
 from nanochat.dataset import Config, PublicCorpus, find_corpus, main, read_texts
 from nanochat.paths import UserError, corpora_dir
+from tests.hub import Hub
 
 
 @pytest.fixture(autouse=True)
@@ -136,66 +135,14 @@ REPO = "someone/tiny-shuffle"
 SHARDS = {f"shard_{i:05d}.parquet": parquet(*(f"{i}:{k}" for k in range(5000))) for i in range(5)}
 
 
-class Hub(ThreadingHTTPServer):
-    """As much of a hub as hf_hub_download asks for; `breaks` transfers are cut in the middle."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), HubHandler)
-        self.files = dict(SHARDS)
-        self.breaks = 0
-        self.gets: list[tuple[str, str]] = []  # (file, range asked for)
-
-
-class HubHandler(BaseHTTPRequestHandler):
-    server: Hub  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Quiet."""
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        name = self.path.rsplit("/", 1)[-1]
-        data = self.server.files.get(name)
-        if data is None or self.path != f"/datasets/{REPO}/resolve/main/{name}":
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        asked = self.headers.get("Range", "")
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
-        self.send_response(206 if asked else 200)
-        if asked:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.send_header("Content-Length", str(len(data) - start))
-        self.send_header("ETag", f'"{name}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.end_headers()
-        if body:
-            self.server.gets.append((name, asked))
-            self.server.breaks -= 1
-            stop = len(data) // 2 if self.server.breaks >= 0 else len(data)
-            self.wfile.write(data[start:stop])
-
-
 @pytest.fixture
 def hub(monkeypatch):
     """A tiny public corpus on a local hub, found through HF_ENDPOINT."""
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(dataset, "RETRY_SECONDS", 0.01)
     monkeypatch.setattr(dataset, "PUBLIC", {"climbmix": PublicCorpus(REPO, 5, "CC-TEST 1.0")})
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with Hub(REPO, dict(SHARDS)).serving() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        yield server
 
 
 def test_download_takes_the_validation_shard_and_only_what_is_missing(hub: Hub, base: Path, capsys):
@@ -223,7 +170,7 @@ def test_download_takes_the_validation_shard_and_only_what_is_missing(hub: Hub, 
 
 def test_a_broken_transfer_is_continued(hub: Hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
-    hub.breaks = 1
+    hub.fault = lambda number: "cut" if number == 0 else ""
     main(Config(num_shards=1))
     corpus = find_corpus()
     for path in [*corpus.train, corpus.val]:

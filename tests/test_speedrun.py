@@ -10,10 +10,8 @@ import random
 import re
 import signal
 import subprocess
-import threading
 import time
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,51 +19,14 @@ import pyarrow.parquet as parquet
 import pytest
 
 from nanochat import primer
+from tests.hub import Fault, Hub
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = [
     "first_shards", "tok_train", "tok_eval", "all_shards", "base_train", "base_loss", "base_eval", "mid_train",
     "chat_eval_mid", "chat_sft", "chat_eval_sft", "chat_rl", "chat_eval_rl",
 ]  # fmt: skip
-
-
-class BadHub(BaseHTTPRequestHandler):
-    """The corpus as the hub would serve it; every third answer is cut short, of a wrong length, or an error."""
-
-    faults = 0
-    files: dict[str, bytes] = {}
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Quiet."""
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        data = self.files.get(self.path.rsplit("/", 1)[-1])
-        if data is None or "/datasets/karpathy/climbmix-400b-shuffle/resolve/" not in self.path:
-            self.send_error(404)
-            return
-        BadHub.faults += body
-        fault = BadHub.faults % 9 if body else -1
-        if fault == 3:
-            self.send_error(500)
-            return
-        asked = self.headers.get("Range", "")
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
-        self.send_response(206 if asked else 200)
-        if asked:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.send_header("Content-Length", str(len(data) - start + 7 * (fault == 6)))
-        self.send_header("ETag", f'"{len(data)}-{hash(data)}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.end_headers()
-        if body:
-            self.wfile.write(data[start : len(data) // 2 if fault == 0 else None])
-            self.close_connection = True
+FAULTS: dict[int, Fault] = {2: "error", 5: "longer", 8: "cut"}
 
 
 def shard(first: int) -> bytes:
@@ -135,23 +96,22 @@ def environment(tmp_path: Path):
     for entry in ROOT.iterdir():
         if not entry.name.startswith("report."):
             (tmp_path / "nanochat" / entry.name).symlink_to(entry)
-    BadHub.files = {f"shard_{i:05d}.parquet": shard(300 * i) for i in (0, 1, 2)}
-    BadHub.files["shard_06542.parquet"] = shard(1000)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), BadHub)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield os.environ | {
+    files = {f"shard_{i:05d}.parquet": shard(300 * i) for i in (0, 1, 2)}
+    files["shard_06542.parquet"] = shard(1000)
+    # Every third answer is an error, cut short, or of a wrong length.
+    hub = Hub("karpathy/climbmix-400b-shuffle", files, lambda number: FAULTS.get(number % 9, ""))
+    variables = {
         "NANOCHAT_TINY": "1",
         "NPROC_PER_NODE": "2",
         "NANOCHAT_BASE_DIR": str(tmp_path / "base"),
         "NANOCHAT_DATASETS": str(tmp_path / "datasets"),
         "NANOCHAT_EVAL_BUNDLE": str(tmp_path / "bundle"),
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_ENDPOINT": hub.address,
         "OMP_NUM_THREADS": "1",
         "NO_COLOR": "1",
     }
-    server.shutdown()
-    server.server_close()
+    with hub.serving():
+        yield os.environ | variables
 
 
 def left_over(environment: dict[str, str]) -> list[str]:

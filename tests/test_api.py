@@ -116,6 +116,13 @@ def test_messages_fold_into_turns() -> None:
         {"role": "assistant", "content": "d\n\ne"},
         {"role": "user", "content": "f"},
     ]
+    parts = [("text", "It "), ("text", "is "), ("python", "6*7"), ("python_output", "42")]
+    reply = {"role": "assistant", "content": [{"type": k, "text": t} for k, t in parts]}
+    called = [Message.model_validate(message) for message in (*HELLO, reply, reply, *HELLO)]
+    whole = [("text", "It is "), *parts[2:], ("text", "\n\nIt is "), *parts[2:]]
+    assert fold_messages(called)[1]["content"] == [{"type": k, "text": t} for k, t in whole]
+    with pytest.raises(ApiError, match="only the assistant's"):
+        fold_messages([Message.model_validate(reply | {"role": "user"})])
     plain = ("system: be brief", "user: hi")
     said = [{"role": role, "content": text} for role, text in (t.split(": ") for t in plain)]
     folded = fold_messages(talk(*plain))

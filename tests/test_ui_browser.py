@@ -182,7 +182,7 @@ def test_a_reply_streams_and_tells_what_it_cost(chat: Chat) -> None:
     )
     chat.chat("And then?", "Then more.")
     history = [message["content"] for message in chat.server.asked[1]["messages"]]
-    assert history == ["Hello", "First **half**.", "And then?"]
+    assert history == ["Hello", [{"type": "text", "text": "First **half**."}], "And then?"]
 
 
 def test_characters_and_events_may_be_cut_anywhere(browser: Any, server: FakeServer) -> None:
@@ -220,7 +220,7 @@ def test_stop_keeps_what_was_said(chat: Chat, way: str) -> None:
     chat.chat("Go on", "three")
     assert [message["content"] for message in chat.server.asked[1]["messages"]] == [
         "Count",
-        "one, two",
+        [{"type": "text", "text": "one, two"}],
         "Go on",
     ]
 
@@ -442,6 +442,9 @@ def test_tool_call_is_a_card_in_the_sentence(chat: Chat) -> None:
     chat.see(".reply strong > .tool output", "1")
     chat.see(".reply .state", re.compile("^ended by the limit on tokens · 42 tok/s"))
     assert chat.page.get_by_role("group", name="Calculator").count() == 2
+    chat.chat("And then?", "Nothing.")  # the model is to see what it asked the tool
+    parts = chat.server.asked[1]["messages"][1]["content"]
+    assert [part["type"] for part in parts] == ["text", "python", "python_output", "text", "python"]
 
 
 def test_scrolling_yields_to_the_reader(chat: Chat) -> None:

@@ -176,9 +176,8 @@ function showSettings() {
 
 /* What the model is to see: without the questions that it never answered. */
 function history(messages) {
-  const isEmpty = (message) => message?.role === "assistant" && !textOf(message);
-  const kept = messages.filter((message, i) => !isEmpty(message) && !isEmpty(messages[i + 1]));
-  return kept.map((message) => ({ role: message.role, content: textOf(message) }));
+  const kept = messages.filter(({ content }, i) => content.length && messages[i + 1]?.content.length !== 0);
+  return kept.map(({ role, content }) => ({ role, content }));
 }
 
 async function answer(conversation) {

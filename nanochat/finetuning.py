@@ -78,7 +78,7 @@ def finetune(
 ) -> dict[str, Any] | None:
     """Train `stage` on `train` from the checkpoint that `cfg` names; returns the results, None if done before."""
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
-    model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
+    model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime, train=True)
     settings = vars(cfg) | {"weights": meta["weights"]}
     seq_len = cfg.max_seq_len if cfg.max_seq_len > 0 else model.config.sequence_len
     num_rows = batch_rows(cfg.total_batch_size, seq_len)

@@ -110,7 +110,7 @@ def summarize(groups: Sequence[Sequence[Rollout]], device: torch.device) -> dict
 def main(cfg: Config) -> None:
     """Reinforce, or go on reinforcing, one model."""
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
-    model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
+    model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime, train=True)
     task, held_out = build_task(cfg.task, "train"), build_task(cfg.task, "test")
     settings = vars(cfg) | {"weights": meta["weights"]}
     with TrainRun("rl", meta["model_tag"], settings, runtime) as run:

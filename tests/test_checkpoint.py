@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 from nanochat import checkpoint
+from nanochat.chat_format import SPECIAL_TOKENS
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.paths import UserError, run_dir
 from nanochat.runtime import Runtime
 from nanochat.scaling import make_optimizer
+from nanochat.tokenizer import Tokenizer
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
 CONFIG = GPTConfig(
@@ -57,6 +60,23 @@ def test_everything_comes_back(run: Path) -> None:
     for key, part in moments.items():
         assert torch.equal(read(key, part.first, part.first + len(part.values)), part.values)
     assert loaded.load_loader_state(0, 1) == loader
+
+
+@torch.inference_mode()
+def test_weights_are_narrow_for_inference_and_wide_for_training(run: Path) -> None:
+    model = new_model()
+    for weight in model.parameters():
+        weight.normal_(0, 0.2)
+    save(run, 20, model)
+    Tokenizer.train(["the hen"], 300, SPECIAL_TOKENS).save(run / "tokenizer")
+    narrow = replace(CPU, dtype=torch.bfloat16)
+    wide, thin = (
+        checkpoint.load_model("base", "d2", 20, narrow, train)[0] for train in (True, False)
+    )
+    assert {weight.dtype for weight in wide.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in thin.parameters()} == {torch.bfloat16}
+    ids = torch.arange(24).view(2, 12)
+    assert torch.equal(wide(ids), thin(ids)) and torch.equal(wide(ids, ids), thin(ids, ids))
 
 
 def test_steps_are_numbers_and_strays_are_passed_over(run: Path) -> None:

@@ -90,7 +90,7 @@ def serve(port: int, slots: int, cfg: Config) -> None:
     model = GPT(depth_to_config(cfg.depth, tokenizer.vocab_size, 512))
     model.init_weights()
     if torch.cuda.is_available():
-        model.to("cuda")
+        model.to("cuda", torch.bfloat16)
         model.set_compute_dtype(torch.bfloat16)
     app = create_app([Engine(model.eval(), tokenizer, slots)], Settings(temperature=1.0))
     Server(uvicorn.Config(app, port=port, log_level="warning")).run()

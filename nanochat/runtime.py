@@ -1,4 +1,4 @@
-"""The machine under a run: device, compute dtype, ranks, seeds; and the command line of a script.
+"""What a run stands on: device, compute dtype, ranks, seeds, the code's revision; and the command line of a script.
 
 `set_up` is the first call of every script and `tear_down` (through `run_script`) the last. Under torchrun
 it joins one flat process group (nccl on GPUs, gloo on CPUs); started plainly it is one rank of one.
@@ -13,11 +13,13 @@ import ctypes
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,6 +50,7 @@ PEAK_BF16_FLOPS = {
     "RTX 4090": 165.2e12,
     "RTX 3090": 71e12,
 }
+CHECKOUT = Path(__file__).resolve().parent
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -66,6 +69,17 @@ class Runtime:
     def is_main(self) -> bool:
         """True on the one rank that prints and writes shared files."""
         return self.rank == 0
+
+
+@cache
+def git_revision() -> str:
+    """The revision of the checkout, `-dirty` when it was changed, `unknown` outside one."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+        return found.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def say(text: str) -> None:

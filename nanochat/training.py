@@ -22,11 +22,11 @@ after the update (val_bpb) belongs to it; a checkpoint carries the open record a
 """
 
 import fcntl
+import gc
 import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -52,11 +52,10 @@ from nanochat.gpt import GPT
 from nanochat.metrics import MetricsFile, format_seconds, to_number
 from nanochat.optim import MuonAdamW
 from nanochat.paths import UserError, base_dir, run_dir, tokenizer_dir, write_file
-from nanochat.runtime import Runtime, all_reduce_sum, barrier, peak_flops, say
+from nanochat.runtime import Runtime, all_reduce_sum, barrier, git_revision, peak_flops, say
 from nanochat.scaling import flops_per_token, parameter_counts
 from nanochat.tokenizer import Tokenizer
 
-CHECKOUT = Path(__file__).resolve().parent
 # What a resumed run may change: none of it reaches the weights but through float rounding.
 FREE_SETTINGS = {
     "run", "fresh", "device_type", "device_batch_size", "log_every", "save_every", "eval_every",
@@ -67,16 +66,6 @@ FREE_SETTINGS = {
 def due(step: int, every: int, last: bool) -> bool:
     """True at step 0, every `every` steps and at the last; `every` <= 0: at the last alone."""
     return last or (every > 0 and step % every == 0)
-
-
-def git_revision() -> str:
-    """The revision of the checkout, `-dirty` when it was changed, `unknown` outside one."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
-        return found.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def accumulate(
@@ -197,6 +186,9 @@ class TrainRun:
             self.at_exit.callback(self.metrics.close)
         if self.resumed:  # now that everything is set up, which may have drawn numbers
             self.resumed.restore_generators(self.runtime.rank)
+        gc.collect()
+        self.at_exit.callback(gc.unfreeze)
+        gc.freeze()  # what there is stays: collections no longer walk through torch and the model
 
     def due(self, every: int) -> bool:
         """True when something done every `every` steps falls on this step; always at the end of the run.

@@ -1,5 +1,6 @@
 """nanochat.training: accumulation equals one big batch, sizes that do not divide are told, a run folder is one's own."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +126,14 @@ def test_records_line_and_resume(
         run.update(torch.tensor(1.5), 0.5, (run.step + 1) / 4, 32)
 
     with open_run() as run:
+        assert gc.get_freeze_count() > 0
         run.note(val_bpb=3.0)
         update(run)
         update(run)
         run.save(model, optimizer, None)
         run.note(val_bpb=2.0)
         update(run)
+    assert gc.get_freeze_count() == 0
     assert "step 00003/00004 (75.0%) | loss 1.5000 | lrm 0.500" in capsys.readouterr().out
     assert [record["step"] for record in read_metrics(run.folder)] == [0, 1, 2]
     with pytest.raises(UserError, match=r"--seed was 0, is 1.*--fresh"):

@@ -51,7 +51,7 @@ class Trainer:
         sizes = (cfg.device_batch_size, cfg.max_seq_len)
         self.loader = TextLoader(tokenizer, shards, *sizes, 0, 1, self.device, None)
         self.config = depth_to_config(cfg.depth, tokenizer.vocab_size, cfg.max_seq_len)
-        model = build_model(self.config, None, runtime, seed=0)
+        self.model = model = build_model(self.config, None, runtime, seed=0)
         self.linears = fp8.enable(model.blocks) if cfg.fp8 else []
         self.optimizer = make_optimizer(model, cfg.device_batch_size * cfg.max_seq_len, 1000)
         self.optimizer.set_multipliers(1.0, 0.95, 1.0)

@@ -8,7 +8,9 @@ number of steps, because how many rows the conversations fill is only known once
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -18,7 +20,7 @@ from nanochat.chat_format import Conversation
 from nanochat.chat_loader import ChatLoader
 from nanochat.checkpoint import load_model
 from nanochat.gpt import GPT
-from nanochat.runtime import Runtime, all_reduce_sum, say, set_up
+from nanochat.runtime import Runtime, Source, Step, Tag, all_reduce_sum, say, set_up
 from nanochat.scaling import make_optimizer
 from nanochat.schedule import lr_multiplier_at
 from nanochat.tokenizer import Tokenizer
@@ -27,27 +29,38 @@ from nanochat.training import TrainRun, accumulate
 MOMENTUM = 0.95  # of Muon; constant, since a stage starts from a trained model
 
 
-class FinetuneConfig(Protocol):
-    """The settings that both scripts have; their meaning is told there."""
+@dataclass
+class FinetuneConfig:
+    """The settings of midtraining; SFT has the same, with some other defaults."""
 
-    source: str
-    model_tag: str
-    step: int | None
-    max_seq_len: int
-    total_batch_size: int
-    device_batch_size: int | Literal["auto"]
-    num_iterations: int
-    num_epochs: int
-    lr_scale: float
-    warmdown: float
-    device_type: str
-    dtype: str
-    compile: Literal["auto", "yes", "no"]
-    seed: int
-    eval_every: int
-    eval_tokens: int
-    save_every: int
-    keep_last: int
+    # from where
+    source: Source = "base"  # stage of the checkpoint to start from
+    model_tag: Tag = ""  # its run; empty: the one written last
+    step: Step = None  # its step; the newest if left out
+    # data
+    mixture: Literal["default", "primer"] = "default"  # public data sets, or the embedded world
+    custom: Path | None = None  # your own conversations, .jsonl, added to the mixture
+    num_epochs: int = 1  # passes over the mixture
+    num_iterations: int = -1  # steps; -1: all epochs
+    # batch and steps
+    max_seq_len: int = -1  # tokens of a row; -1: the model's context
+    total_batch_size: int = 524288  # tokens a step over all ranks
+    device_batch_size: int | Literal["auto"] = 32  # rows per micro-batch; auto: what fits
+    lr_scale: float = 1.0  # times the learning rates of pretraining
+    warmdown: float = 0.2  # last part of the run, in which the learning rate falls to 0
+    # machine
+    device_type: str = ""  # cpu, cuda or mps; empty: the best there is
+    dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
+    compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on a GPU
+    seed: int = 0  # of the order of the conversations
+    # the run
+    run: str = "dummy"  # wandb name; dummy: no wandb
+    fresh: bool = False  # start over instead of resuming
+    log_every: int = 10  # steps between console lines
+    eval_every: int = 150  # steps between validations; <= 0: at the end alone
+    eval_tokens: int = 10_485_760  # tokens of one validation
+    save_every: int = 500  # steps between checkpoints; <= 0: at the end alone
+    keep_last: int = 3  # newest checkpoints to keep; <= 0: all
 
 
 def validate(

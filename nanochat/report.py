@@ -240,7 +240,7 @@ def format_time(seconds: float) -> str:
 
 @dataclass
 class Config:
-    action: tyro.conf.Positional[Literal["reset", "generate", "size"]]
+    action: tyro.conf.Positional[Literal["reset", "generate", "size"]]  # what to do
 
 
 def main(config: Config) -> None:

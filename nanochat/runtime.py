@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,12 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from nanochat.paths import UserError
+
+# Flags that choose a checkpoint, and their short names.
+Source = Annotated[str, tyro.conf.arg(aliases=["-i"])]
+ChatSource = Annotated[Literal["mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
+Tag = Annotated[str, tyro.conf.arg(aliases=["-g"])]
+Step = Annotated[int | None, tyro.conf.arg(aliases=["-s"])]
 
 Config = TypeVar("Config")
 Part = TypeVar("Part")

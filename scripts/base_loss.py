@@ -9,16 +9,13 @@ writes: report/base_loss.json
 """
 
 from dataclasses import dataclass
-from typing import Annotated
-
-import tyro
 
 from nanochat.bits_per_byte import text_bpb
 from nanochat.checkpoint import load_model
 from nanochat.dataset import find_corpus
 from nanochat.replies import sample_texts
 from nanochat.report import write_section
-from nanochat.runtime import run_script, say, set_up
+from nanochat.runtime import Source, Step, Tag, run_script, say, set_up
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -32,13 +29,9 @@ SAMPLE_PROMPTS = (
 
 @dataclass
 class Config:
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "base"  # stage of the checkpoint
-    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = (
-        ""  # its run; empty: the one written last
-    )
-    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = (
-        None  # its step; the newest if left out
-    )
+    source: Source = "base"  # stage of the checkpoint
+    model_tag: Tag = ""  # its run; empty: the one written last
+    step: Step = None  # its step; the newest if left out
     data: str = ""  # corpus; empty: the one prepared last
     eval_tokens: int = 10_485_760  # tokens of each of the two measurements
     device_batch_size: int = 32  # rows of a batch on one device

@@ -19,7 +19,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
@@ -27,7 +27,7 @@ from nanochat.checkpoint import load_model
 from nanochat.engine import Engine
 from nanochat.paths import UserError, run_dir, write_file
 from nanochat.report import write_section
-from nanochat.runtime import run_script, say, set_up
+from nanochat.runtime import ChatSource, Step, Tag, run_script, say, set_up
 from nanochat.sandbox import isolation
 from nanochat.task_eval import EvalResult, evaluate_choice, evaluate_generate
 from tasks.common import Task
@@ -36,12 +36,11 @@ from tasks.mixtures import CHAT_CORE, Options, build_task
 
 @dataclass
 class Config:
-    source: Annotated[Literal["mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])] = "sft"  # stage
-    tasks: Annotated[str, tyro.conf.arg(aliases=["-a", "--task_name"])] = (
-        ""  # names with | between; ChatCORE's six if empty
-    )
-    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # empty: the one written last
-    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # the newest if left out
+    source: ChatSource = "sft"  # stage
+    # names with | between; ChatCORE's six if empty
+    tasks: Annotated[str, tyro.conf.arg(aliases=["-a", "--task_name"])] = ""
+    model_tag: Tag = ""  # empty: the one written last
+    step: Step = None  # the newest if left out
     num_samples: int = 1  # replies per problem
     max_problems: int | None = None  # per task; all if left out
     batch_size: int = 32  # replies in flight, or choices read at once, on one device

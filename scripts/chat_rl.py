@@ -14,16 +14,14 @@ writes: rl/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), re
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-import tyro
 
 from nanochat.checkpoint import load_model
 from nanochat.engine import Engine
 from nanochat.report import write_section
 from nanochat.rollouts import Rollout, is_useful, policy_batch, roll_out
-from nanochat.runtime import Runtime, all_reduce_sum, run_script, set_up
+from nanochat.runtime import Runtime, Source, Step, Tag, all_reduce_sum, run_script, set_up
 from nanochat.scaling import make_optimizer
 from nanochat.schedule import lr_multiplier_at
 from nanochat.task_eval import evaluate_generate
@@ -38,15 +36,9 @@ BATCH_TOKENS = 2**18  # learning rates are those of batches up to this size (nan
 @dataclass
 class Config:
     # from where
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = (
-        "sft"  # stage of the checkpoint to start from
-    )
-    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = (
-        ""  # its run; empty: the one written last
-    )
-    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = (
-        None  # its step; the newest if left out
-    )
+    source: Source = "sft"  # stage of the checkpoint to start from
+    model_tag: Tag = ""  # its run; empty: the one written last
+    step: Step = None  # its step; the newest if left out
     # problems and answers
     task: str = "GSM8K"  # a generative task that scores its answers
     num_steps: int = 100  # updates

@@ -10,16 +10,14 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 
 from nanochat import hf_export
 from nanochat.checkpoint import find_checkpoint, write_tensors
 from nanochat.paths import UserError, report_dir, write_file
 from nanochat.report import summary_table
-from nanochat.runtime import run_script, say
+from nanochat.runtime import Source, Step, Tag, run_script, say
 from nanochat.tokenizer import Tokenizer
 
 CARD = """---
@@ -39,9 +37,9 @@ strangers write with `split_special_tokens=True`.
 @dataclass
 class Config:
     out: Path  # the folder to make
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # stage: base, mid, sft or rl
-    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # empty: the one written last
-    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # the newest if left out
+    source: Source = "sft"  # stage: base, mid, sft or rl
+    model_tag: Tag = ""  # empty: the one written last
+    step: Step = None  # the newest if left out
 
 
 def main(cfg: Config) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -31,7 +31,7 @@ from nanochat.chat_format import SPECIAL_TOKENS
 from nanochat.checkpoint import config_dict, list_steps, save_checkpoint
 from nanochat.gpt import GPTConfig
 from nanochat.paths import UserError, run_dir, write_file
-from nanochat.runtime import run_script, say, set_up
+from nanochat.runtime import Step, Tag, run_script, say, set_up
 from nanochat.tokenizer import Tokenizer
 
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
@@ -43,8 +43,8 @@ WANTED = ["model*", "meta_*.json", "tokenizer*", "config.json"]  # of a model on
 class Config:
     source: tyro.conf.Positional[str]  # a folder, or the name of a model on the Hugging Face hub
     stage: Literal["base", "mid", "sft", "rl"] = "sft"  # what it was trained for
-    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""  # empty: d and the depth
-    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # the newest if left out
+    model_tag: Tag = ""  # empty: d and the depth
+    step: Step = None  # the newest if left out
 
 
 class SavedEncoding:

@@ -63,9 +63,7 @@ class Config:
     max_seq_len: int = 2048  # tokens of context
     vocab_size: int = 32768  # of the tokenizer
     device_batch_size: int | None = None  # rows on one GPU; the most that fit if left out
-    only: Literal["", "shards", "depth", "ratio", "device_batch_size"] = (
-        ""  # print this number alone
-    )
+    only: Literal["", "shards", "depth", "ratio", "device_batch_size"] = ""  # print it alone
 
 
 @dataclass(frozen=True)

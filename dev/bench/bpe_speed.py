@@ -39,9 +39,9 @@ class Config:
 
     data: Path  # a folder of parquet shards
     megabytes: float = 50.0  # of text to train on
-    vocab_size: int = 32768
-    num_threads: int = 2
-    num_runs: int = 3
+    vocab_size: int = 32768  # of the tokenizers
+    num_threads: int = 2  # of ours and theirs
+    num_runs: int = 3  # of each, interleaved
 
 
 def write_texts(data: Path, megabytes: float, path: Path) -> None:

@@ -22,7 +22,7 @@ from nanochat.runtime import run_script, set_up
 
 @dataclass
 class Config:
-    train: tyro.conf.OmitArgPrefixes[train_speed.Config]
+    train: tyro.conf.OmitArgPrefixes[train_speed.Config]  # as of train_speed
     save_every: int = 20  # steps of a block
     num_rounds: int = 5  # blocks of each kind
 

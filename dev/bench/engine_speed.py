@@ -35,12 +35,7 @@ VOCAB = 32768
 @dataclass
 class Config:
     depth: int = 4  # layers
-    slots: tuple[int, ...] = (
-        1,
-        4,
-        8,
-        16,
-    )  # how many at once; the first is what others are compared with
+    slots: tuple[int, ...] = (1, 4, 8, 16)  # at once; the others are compared with the first
     num_tokens: int = 64  # generated per request
     num_questions: int = 16  # of the task
     num_rounds: int = 5  # interleaved

@@ -22,9 +22,9 @@ class Config:
     """Measure the text loader."""
 
     data: str = ""  # name of the corpus; default: the one prepared last
-    num_rows: int = 8
-    seq_len: int = 512
-    num_tokens: int = 10_000_000
+    num_rows: int = 8  # of a batch
+    seq_len: int = 512  # tokens of a row
+    num_tokens: int = 10_000_000  # in all
 
 
 def main(cfg: Config) -> None:

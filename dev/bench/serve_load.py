@@ -55,8 +55,8 @@ class Config:
     leave: float = 0.0  # share of the requests that are left within 3 seconds
     slots: int = 16  # of the server that is started
     depth: int = 4  # layers of its model
-    vocab_size: int = 32768
-    seed: int = 0
+    vocab_size: int = 32768  # likewise
+    seed: int = 0  # of the requests
 
 
 @dataclass

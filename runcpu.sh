@@ -55,7 +55,7 @@ stage base_eval python -m scripts.base_eval "${place[@]}" -a primer-choice
 chat=(--mixture=primer --total_batch_size=4096 --device_batch_size=16 --eval_every=300 --eval_tokens=65536
     --save_every=100 --log_every=50)
 examine=(-a 'primer-choice|primer-exact|primer-arithmetic|primer-spelling')
-stage mid_train python -m scripts.mid_train "${place[@]}" "${chat[@]}"
+stage mid_train python -m scripts.mid_train "${place[@]}" "${chat[@]}" --lr_scale=0.5
 stage chat_eval_mid python -m scripts.chat_eval "${place[@]}" -i mid "${examine[@]}"
 stage chat_sft python -m scripts.chat_sft "${place[@]}" "${chat[@]}" --lr_scale=0.3
 stage chat_eval_sft python -m scripts.chat_eval "${place[@]}" -i sft "${examine[@]}"

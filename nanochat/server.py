@@ -154,7 +154,7 @@ class ChatServer:
             raise ApiError(404, "there is no report; run `python -m nanochat.report generate`")
         return FileResponse(path, headers={"Content-Security-Policy": REPORT_POLICY})
 
-    def handle_error(self, request: Request, error: Exception) -> Response:
+    async def handle_error(self, request: Request, error: Exception) -> Response:
         """Errors of every kind, FastAPI's own among them, in OpenAI's shape."""
         headers = {}
         if isinstance(error, RequestValidationError):

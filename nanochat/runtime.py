@@ -259,8 +259,11 @@ def peak_flops(runtime: Runtime) -> tuple[float, str]:
 
 
 def run_script(main: Callable[[Config], None], config: type[Config]) -> None:
-    """Run `main` on the parsed command line; a UserError becomes one line on stderr and exit code 1."""
-    parsed = tyro.cli(config)
+    """Run `main` on the parsed command line; a UserError becomes one line on stderr and exit code 1.
+
+    --help begins with what the script's docstring says.
+    """
+    parsed = tyro.cli(config, description=main.__globals__["__doc__"])
     try:
         main(parsed)
     except UserError as error:

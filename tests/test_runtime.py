@@ -21,7 +21,8 @@ def test_help_says_what_the_script_does(
     with pytest.raises(SystemExit) as ended:
         run_script(script.main, script.Config)
     said = capsys.readouterr().out
-    assert ended.value.code == 0 and script.__doc__.split("\n")[0] in said
+    assert script.__doc__ and ended.value.code == 0
+    assert script.__doc__.split("\n")[0] in said
 
 
 def test_a_user_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

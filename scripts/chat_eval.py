@@ -33,12 +33,13 @@ from nanochat.task_eval import EvalResult, evaluate_choice, evaluate_generate
 from tasks.common import Task
 from tasks.mixtures import CHAT_CORE, Options, build_task
 
+Tasks = Annotated[str, tyro.conf.arg(aliases=["-a", "--task_name"])]
+
 
 @dataclass
 class Config:
     source: ChatSource = "sft"  # stage
-    # names with | between; ChatCORE's six if empty
-    tasks: Annotated[str, tyro.conf.arg(aliases=["-a", "--task_name"])] = ""
+    tasks: Tasks = ""  # names with | between; ChatCORE's six if empty
     model_tag: Tag = ""  # empty: the one written last
     step: Step = None  # the newest if left out
     num_samples: int = 1  # replies per problem

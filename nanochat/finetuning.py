@@ -20,7 +20,7 @@ from nanochat.chat_format import Conversation
 from nanochat.chat_loader import ChatLoader
 from nanochat.checkpoint import load_model
 from nanochat.gpt import GPT
-from nanochat.runtime import Runtime, Source, Step, Tag, all_reduce_sum, say, set_up
+from nanochat.runtime import Runtime, Source, StepNumber, Tag, all_reduce_sum, say, set_up
 from nanochat.scaling import make_optimizer
 from nanochat.schedule import lr_multiplier_at
 from nanochat.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ class FinetuneConfig:
     # from where
     source: Source = "base"  # stage of the checkpoint to start from
     model_tag: Tag = ""  # its run; empty: the one written last
-    step: Step = None  # its step; the newest if left out
+    step: StepNumber = None  # its step; the newest if left out
     # data
     mixture: Literal["default", "primer"] = "default"  # public data sets, or the embedded world
     custom: Path | None = None  # your own conversations, .jsonl, added to the mixture

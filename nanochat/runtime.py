@@ -36,7 +36,7 @@ from nanochat.paths import UserError
 Source = Annotated[str, tyro.conf.arg(aliases=["-i"])]
 ChatSource = Annotated[Literal["mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
 Tag = Annotated[str, tyro.conf.arg(aliases=["-g"])]
-Step = Annotated[int | None, tyro.conf.arg(aliases=["-s"])]
+StepNumber = Annotated[int | None, tyro.conf.arg(aliases=["-s"])]
 
 Config = TypeVar("Config")
 Part = TypeVar("Part")
@@ -158,7 +158,10 @@ def set_up(device_type: str = "", dtype: str = "auto", seed: int = 0) -> Runtime
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         # Torchrun gives each rank a session of its own: when it is killed, they would go on and hold the run.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if "torch" not in Path(f"/proc/{os.getppid()}/cmdline").read_text():
+        direct = (
+            os.getsid(0) == os.getpid()
+        )  # or it started a script that started us, and leads the session
+        if direct and "torch" not in Path(f"/proc/{os.getppid()}/cmdline").read_text():
             sys.exit("torchrun died while this rank was starting")
     if world_size > 1 and not dist.is_initialized():
         join_ranks("nccl" if kind == "cuda" else "gloo")

@@ -25,7 +25,7 @@ from nanochat.core_eval import CORE_TASKS, CoreTask, GPTReader, core_score, eval
 from nanochat.eval_bundle import find_bundle, load_tasks
 from nanochat.paths import UserError, run_dir, write_file
 from nanochat.report import write_section
-from nanochat.runtime import Runtime, Source, Step, Tag, barrier, run_script, say, set_up
+from nanochat.runtime import Runtime, Source, StepNumber, Tag, barrier, run_script, say, set_up
 from tasks.mixtures import build_task
 
 PRIMER = "primer-choice"
@@ -35,7 +35,7 @@ PRIMER = "primer-choice"
 class Config:
     source: Source = "base"  # stage of the checkpoint
     model_tag: Tag = ""  # empty: the one written last
-    step: Step = None  # the newest if left out
+    step: StepNumber = None  # the newest if left out
     hf_path: str = ""  # instead, a model of transformers: its name on the hub, or a folder
     tasks: Annotated[str, tyro.conf.arg(aliases=["-a"])] = "core"  # or a|b of it, or primer-choice
     eval_bundle: str = ""  # folder with core.yaml; empty: downloaded once

@@ -15,7 +15,7 @@ from nanochat.checkpoint import load_model
 from nanochat.dataset import find_corpus
 from nanochat.replies import sample_texts
 from nanochat.report import write_section
-from nanochat.runtime import Source, Step, Tag, run_script, say, set_up
+from nanochat.runtime import Source, StepNumber, Tag, run_script, say, set_up
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -31,7 +31,7 @@ SAMPLE_PROMPTS = (
 class Config:
     source: Source = "base"  # stage of the checkpoint
     model_tag: Tag = ""  # its run; empty: the one written last
-    step: Step = None  # its step; the newest if left out
+    step: StepNumber = None  # its step; the newest if left out
     data: str = ""  # corpus; empty: the one prepared last
     eval_tokens: int = 10_485_760  # tokens of each of the two measurements
     device_batch_size: int = 32  # rows of a batch on one device

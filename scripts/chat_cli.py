@@ -33,7 +33,7 @@ from nanochat.engine import Engine
 from nanochat.flight import Request
 from nanochat.paths import base_dir, write_file
 from nanochat.replies import ReplyReader
-from nanochat.runtime import Source, Step, Tag, run_script, say, set_up
+from nanochat.runtime import Source, StepNumber, Tag, run_script, say, set_up
 from nanochat.sampling import derive_seed
 from nanochat.tokenizer import Tokenizer
 
@@ -50,7 +50,7 @@ Ctrl-C stops an answer."""
 class Config:
     source: Source = "sft"  # stage: base, mid, sft or rl
     model_tag: Tag = ""  # empty: the one written last
-    step: Step = None  # the newest if left out
+    step: StepNumber = None  # the newest if left out
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""  # answer this and end
     temperature: float = 0.6  # 0: always the likeliest token
     top_k: int = 50  # sample among this many tokens; 0: off

@@ -27,7 +27,7 @@ from nanochat.checkpoint import load_model
 from nanochat.engine import Engine
 from nanochat.paths import UserError, run_dir, write_file
 from nanochat.report import write_section
-from nanochat.runtime import ChatSource, Step, Tag, run_script, say, set_up
+from nanochat.runtime import ChatSource, StepNumber, Tag, run_script, say, set_up
 from nanochat.sandbox import isolation
 from nanochat.task_eval import EvalResult, evaluate_choice, evaluate_generate
 from tasks.common import Task
@@ -41,7 +41,7 @@ class Config:
     source: ChatSource = "sft"  # stage
     tasks: Tasks = ""  # names with | between; ChatCORE's six if empty
     model_tag: Tag = ""  # empty: the one written last
-    step: Step = None  # the newest if left out
+    step: StepNumber = None  # the newest if left out
     num_samples: int = 1  # replies per problem
     max_problems: int | None = None  # per task; all if left out
     batch_size: int = 32  # replies in flight, or choices read at once, on one device

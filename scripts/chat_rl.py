@@ -21,7 +21,7 @@ from nanochat.checkpoint import load_model
 from nanochat.engine import Engine
 from nanochat.report import write_section
 from nanochat.rollouts import Rollout, is_useful, policy_batch, roll_out
-from nanochat.runtime import Runtime, Source, Step, Tag, all_reduce_sum, run_script, set_up
+from nanochat.runtime import Runtime, Source, StepNumber, Tag, all_reduce_sum, run_script, set_up
 from nanochat.scaling import make_optimizer
 from nanochat.schedule import lr_multiplier_at
 from nanochat.task_eval import evaluate_generate
@@ -38,7 +38,7 @@ class Config:
     # from where
     source: Source = "sft"  # stage of the checkpoint to start from
     model_tag: Tag = ""  # its run; empty: the one written last
-    step: Step = None  # its step; the newest if left out
+    step: StepNumber = None  # its step; the newest if left out
     # problems and answers
     task: str = "GSM8K"  # a generative task that scores its answers
     num_steps: int = 100  # updates

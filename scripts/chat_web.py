@@ -22,7 +22,7 @@ from nanochat.checkpoint import load_model
 from nanochat.engine import Engine, slots_that_fit
 from nanochat.kv_cache import slot_bytes
 from nanochat.paths import UserError
-from nanochat.runtime import ChatSource, Step, Tag, run_script, say, set_up
+from nanochat.runtime import ChatSource, StepNumber, Tag, run_script, say, set_up
 from nanochat.server import Server, create_app, listen
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
@@ -32,7 +32,7 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 class Config:
     source: ChatSource = "sft"  # stage
     model_tag: Tag = ""  # empty: the one written last
-    step: Step = None  # the newest if left out
+    step: StepNumber = None  # the newest if left out
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: open to other machines
     port: int = 8000  # 0: any that is free
     slots: int = 0  # answers computed at once, on each GPU; 0: 64, on a CPU 8, if memory has room

@@ -17,7 +17,7 @@ from nanochat import hf_export
 from nanochat.checkpoint import find_checkpoint, write_tensors
 from nanochat.paths import UserError, report_dir, write_file
 from nanochat.report import summary_table
-from nanochat.runtime import Source, Step, Tag, run_script, say
+from nanochat.runtime import Source, StepNumber, Tag, run_script, say
 from nanochat.tokenizer import Tokenizer
 
 CARD = """---
@@ -39,7 +39,7 @@ class Config:
     out: Path  # the folder to make
     source: Source = "sft"  # stage: base, mid, sft or rl
     model_tag: Tag = ""  # empty: the one written last
-    step: Step = None  # the newest if left out
+    step: StepNumber = None  # the newest if left out
 
 
 def main(cfg: Config) -> None:

@@ -31,7 +31,7 @@ from nanochat.chat_format import SPECIAL_TOKENS
 from nanochat.checkpoint import config_dict, list_steps, save_checkpoint
 from nanochat.gpt import GPTConfig
 from nanochat.paths import UserError, run_dir, write_file
-from nanochat.runtime import Step, Tag, run_script, say, set_up
+from nanochat.runtime import StepNumber, Tag, run_script, say, set_up
 from nanochat.tokenizer import Tokenizer
 
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
@@ -44,7 +44,7 @@ class Config:
     source: tyro.conf.Positional[str]  # a folder, or the name of a model on the Hugging Face hub
     stage: Literal["base", "mid", "sft", "rl"] = "sft"  # what it was trained for
     model_tag: Tag = ""  # empty: d and the depth
-    step: Step = None  # the newest if left out
+    step: StepNumber = None  # the newest if left out
 
 
 class SavedEncoding:

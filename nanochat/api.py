@@ -74,6 +74,8 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
     worst = max(errors, key=lambda error: len(error["loc"]))
     if worst["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {worst['ctx']['error']}")
+    if isinstance(worst["input"], bytes):  # without the header, pages of other sites could send it
+        return ApiError(400, "the request lacks the header content-type: application/json")
     steps = map(str, worst["loc"][1:])  # the first is "body"
     # Neither of the names that pydantic gives to the members of a union: str, constrained-str, list[...].
     param = ".".join(step for step in steps if re.fullmatch(r"\w+", step) and step != "str")

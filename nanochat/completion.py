@@ -4,8 +4,9 @@
 `Completion` puts one or several of them into OpenAI's shapes, and `Answer` sends them as the job's events come.
 
 Added to OpenAI's shapes, and passed over by other clients: a tool call is a delta {"tool": {"expression": ...,
-"result": ...}}, result null where the calculator had no answer; the chunk with a stream's usage holds `timings` too;
-while a request waits, comments tell its place in the queue.
+"result": ...}}, result null where the calculator had no answer, and where a whole answer has one, its message holds
+`parts` too, which may come back as the content of that turn; the chunk with a stream's usage holds `timings`; while a
+request waits, comments tell its place in the queue.
 
 What would surprise: text that may turn out to be the beginning of a stop string is held back. So a chunk may hold
 several tokens or none, and a token's logprob comes with its text.
@@ -22,7 +23,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from nanochat.api import ApiError, ChatRequest, Settings
+from nanochat.api import ApiError, ChatRequest, Part, Settings
 from nanochat.flight import Event
 from nanochat.replica import Job, Replica, log
 from nanochat.replies import ReplyReader
@@ -179,7 +180,9 @@ class Completion:
         for index, choice in enumerate(self.choices):
             deltas, logprobs = choice.take()
             text = "".join(delta.get("content", "") for delta in deltas)
-            message = {"role": "assistant", "content": text, "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if any("tool" in delta for delta in deltas):
+                message["parts"] = [part for delta in deltas for part in as_parts(delta)]
             about = {"index": index, "finish_reason": choice.finish, "logprobs": logprobs}
             choices.append(about | {"message": message})
         return self.head | {"object": "chat.completion", "choices": choices, "usage": self.usage}
@@ -276,6 +279,15 @@ class Answer(Response):
         speed = (num_said - 1) / (job.last - job.first) if job.last > job.first else 0.0
         queue, first = job.begun - job.arrived, job.first - job.arrived
         return {"queue_seconds": queue, "first_token_seconds": first, "tokens_per_second": speed}
+
+
+def as_parts(delta: dict[str, Any]) -> list[Part]:
+    """A delta of an answer in the form that a request's messages have."""
+    if "content" in delta:
+        return [Part(type="text", text=delta["content"])]
+    call, result = (delta["tool"][key] for key in ("expression", "result"))
+    answer = [] if result is None else [Part(type="python_output", text=result)]
+    return [Part(type="python", text=call), *answer]
 
 
 def sse(data: dict[str, Any]) -> bytes:

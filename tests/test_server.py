@@ -118,7 +118,18 @@ def test_a_tool_call_is_a_delta_of_its_own() -> None:
         tools = [c["delta"]["tool"] for c in stream.choices if "tool" in c["delta"]]
         assert tools == [{"expression": "1+1", "result": "2"}]
         assert stream.text() == "it is two"
-        assert server.ask("sum").json()["choices"][0]["message"]["content"] == "it is two"
+        message = server.ask("sum").json()["choices"][0]["message"]
+        assert message["content"] == "it is two"
+        assert message["parts"] == [
+            {"type": "text", "text": "it is "},
+            {"type": "python", "text": "1+1"},
+            {"type": "python_output", "text": "2"},
+            {"type": "text", "text": "two"},
+        ]
+        said = [("user", "sum"), ("assistant", message["parts"]), ("user", "hi")]
+        messages = [{"role": role, "content": content} for role, content in said]
+        message = server.ask(messages=messages).json()["choices"][0]["message"]
+        assert message["content"] == "hi" and "parts" not in message
 
 
 def test_special_tokens_spelled_out_are_text(echo: Running) -> None:
@@ -186,6 +197,11 @@ def test_strangers_get_openais_errors(
     assert set(error) == {"message", "type", "param", "code"} and error["message"]
     assert (error["type"], error["code"]) == ("invalid_request_error", code)
     assert response.headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_body_without_its_header_is_told_which(echo: Running) -> None:
+    response = echo.client.post("/v1/chat/completions", content=b'{"messages": []}')
+    assert "content-type: application/json" in response.json()["error"]["message"]
 
 
 # Sampling, with a real model

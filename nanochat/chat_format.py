@@ -25,8 +25,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from nanochat.flags import Natural, run_script
 from nanochat.paths import UserError, tokenizer_dir
-from nanochat.runtime import run_script, say
+from nanochat.runtime import say
 from nanochat.tokenizer import Tokenizer
 
 SPECIAL_TOKENS = (
@@ -176,7 +177,7 @@ class Config:
     """Show one conversation of a file with its loss mask."""
 
     file: Path  # .jsonl, one conversation a line
-    index: int = 0  # which line, from 0
+    index: Natural = 0  # which line, from 0
 
 
 def main(cfg: Config) -> None:

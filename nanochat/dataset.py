@@ -33,8 +33,9 @@ import tyro
 from tqdm import tqdm
 
 from nanochat import primer
+from nanochat.flags import Count, run_script
 from nanochat.paths import UserError, corpora_dir, fsync_dir, write_file
-from nanochat.runtime import run_script, say
+from nanochat.runtime import say
 from nanochat.shards import check_shard, fsync_file, is_whole, read_texts, shard_name, write_shards
 from nanochat.text_files import hold_out, list_files, read_documents
 
@@ -122,8 +123,6 @@ def _is_up_to_date(folder: Path, source: dict[str, Any]) -> bool:
 
 def write_primer(num_documents: int) -> None:
     """Generate the embedded corpus: `num_documents` to train on, and a twentieth of that held out."""
-    if num_documents < 1:
-        raise UserError(f"--num_documents={num_documents}: use 1 or more")
     files = sorted(Path(primer.__file__).parent.glob("primer*.py"))
     code = b"".join(file.read_bytes() for file in files)
     source = {"num_documents": num_documents, "primer": hashlib.sha256(code).hexdigest()}
@@ -237,10 +236,10 @@ class Config:
 
     corpus: Literal["climbmix", "fineweb-edu", "primer"] = "climbmix"  # which one to prepare
     num_shards: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 8  # training shards, -1: all
-    num_workers: int = 4  # parallel downloads
+    num_workers: Count = 4  # parallel downloads
     source: Annotated[Path | None, tyro.conf.arg(name="from")] = None  # import this folder instead
     name: str = ""  # of an imported corpus; default: the folder's name
-    num_documents: int = 55_000  # of the primer; some 12 MB
+    num_documents: Count = 55_000  # of the primer; some 12 MB
 
 
 def main(cfg: Config) -> None:

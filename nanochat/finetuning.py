@@ -19,8 +19,9 @@ from nanochat.bits_per_byte import evaluate_bpb
 from nanochat.chat_format import Conversation
 from nanochat.chat_loader import ChatLoader
 from nanochat.checkpoint import load_model
+from nanochat.flags import Count, Derived, Positive, Rows, Share, Source, StepNumber, Tag
 from nanochat.gpt import GPT
-from nanochat.runtime import Runtime, Source, StepNumber, Tag, all_reduce_sum, say, set_up
+from nanochat.runtime import Runtime, all_reduce_sum, say, set_up
 from nanochat.scaling import make_optimizer
 from nanochat.schedule import lr_multiplier_at
 from nanochat.tokenizer import Tokenizer
@@ -40,14 +41,14 @@ class FinetuneConfig:
     # data
     mixture: Literal["default", "primer"] = "default"  # public data sets, or the embedded world
     custom: Path | None = None  # your own conversations, .jsonl, added to the mixture
-    num_epochs: int = 1  # passes over the mixture
-    num_iterations: int = -1  # steps; -1: all epochs
+    num_epochs: Count = 1  # passes over the mixture
+    num_iterations: Derived = -1  # steps; -1: all epochs
     # batch and steps
-    max_seq_len: int = -1  # tokens of a row; -1: the model's context
-    total_batch_size: int = 524288  # tokens a step over all ranks
-    device_batch_size: int | Literal["auto"] = 32  # rows per micro-batch; auto: what fits
-    lr_scale: float = 1.0  # times the learning rates of pretraining
-    warmdown: float = 0.2  # last part of the run, in which the learning rate falls to 0
+    max_seq_len: Derived = -1  # tokens of a row; -1: the model's context
+    total_batch_size: Count = 524288  # tokens a step over all ranks
+    device_batch_size: Rows = 32  # rows per micro-batch; auto: what fits
+    lr_scale: Positive = 1.0  # times the learning rates of pretraining
+    warmdown: Share = 0.2  # last part of the run, in which the learning rate falls to 0
     # machine
     device_type: str = ""  # cpu, cuda or mps; empty: the best there is
     dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
@@ -56,9 +57,9 @@ class FinetuneConfig:
     # the run
     run: str = "dummy"  # wandb name; dummy: no wandb
     fresh: bool = False  # start over instead of resuming
-    log_every: int = 10  # steps between console lines
+    log_every: Count = 10  # steps between console lines
     eval_every: int = 150  # steps between validations; <= 0: at the end alone
-    eval_tokens: int = 10_485_760  # tokens of one validation
+    eval_tokens: Count = 10_485_760  # tokens of one validation
     save_every: int = 500  # steps between checkpoints; <= 0: at the end alone
     keep_last: int = 3  # newest checkpoints to keep; <= 0: all
 

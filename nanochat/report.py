@@ -28,10 +28,11 @@ import torch
 import tyro
 
 from nanochat import report_page as page
+from nanochat.flags import run_script
 from nanochat.metrics import format_seconds, read_metrics
 from nanochat.paths import UserError, base_dir, report_dir, write_file
 from nanochat.report_plots import draw_run
-from nanochat.runtime import git_revision, run_script, say
+from nanochat.runtime import git_revision, say
 
 STAGES = (
     "tok_train", "tok_eval", "base_train", "base_loss", "base_eval",

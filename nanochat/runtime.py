@@ -1,7 +1,7 @@
-"""What a run stands on: device, compute dtype, ranks, seeds, the code's revision; and the command line of a script.
+"""What a run stands on: device, compute dtype, ranks, seeds, and the code's revision.
 
-`set_up` is the first call of every script and `tear_down` (through `run_script`) the last. Under torchrun
-it joins one flat process group (nccl on GPUs, gloo on CPUs); started plainly it is one rank of one.
+`set_up` is the first call of every script. Under torchrun it joins one flat process group (nccl on GPUs, gloo on
+CPUs); started plainly it is one rank of one.
 
 The choice that would surprise: a CPU computes in fp32, even one with bf16 matrix instructions. Its matmuls would
 be faster, but a small model's step is bound by what lies between them (dev/LOG.md); `--dtype=bfloat16` is there.
@@ -16,29 +16,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from nanochat.paths import UserError
 
-# Flags that choose a checkpoint, and their short names.
-Source = Annotated[str, tyro.conf.arg(aliases=["-i"])]
-ChatSource = Annotated[Literal["mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
-Tag = Annotated[str, tyro.conf.arg(aliases=["-g"])]
-StepNumber = Annotated[int | None, tyro.conf.arg(aliases=["-s"])]
-
-Config = TypeVar("Config")
 Part = TypeVar("Part")
 
 # Part of the device name -> dense bf16 peak in FLOP/s (vendor data sheets).
@@ -259,18 +251,3 @@ def peak_flops(runtime: Runtime) -> tuple[float, str]:
     return measure_flops(
         runtime.device, runtime.dtype
     ), f"{dtype} matmul measured on this {runtime.device_name}"
-
-
-def run_script(main: Callable[[Config], None], config: type[Config]) -> None:
-    """Run `main` on the parsed command line; a UserError becomes one line on stderr and exit code 1.
-
-    --help begins with what the script's docstring says.
-    """
-    parsed = tyro.cli(config, description=main.__globals__["__doc__"])
-    try:
-        main(parsed)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

@@ -23,9 +23,10 @@ import tyro
 from nanochat.checkpoint import load_model
 from nanochat.core_eval import CORE_TASKS, CoreTask, GPTReader, core_score, evaluate, padded
 from nanochat.eval_bundle import find_bundle, load_tasks
+from nanochat.flags import Count, Source, StepNumber, Tag, run_script
 from nanochat.paths import UserError, run_dir, write_file
 from nanochat.report import write_section
-from nanochat.runtime import Runtime, Source, StepNumber, Tag, barrier, run_script, say, set_up
+from nanochat.runtime import Runtime, barrier, say, set_up
 from tasks.mixtures import build_task
 
 PRIMER = "primer-choice"
@@ -39,8 +40,8 @@ class Config:
     hf_path: str = ""  # instead, a model of transformers: its name on the hub, or a folder
     tasks: Annotated[str, tyro.conf.arg(aliases=["-a"])] = "core"  # or a|b of it, or primer-choice
     eval_bundle: str = ""  # folder with core.yaml; empty: downloaded once
-    max_per_task: int | None = None  # items of each task; all if left out
-    batch_size: int = 32  # items that the model reads at once
+    max_per_task: Count | None = None  # items of each task; all if left out
+    batch_size: Count = 32  # items that the model reads at once
     device_type: str = ""  # cpu, cuda or mps; empty: the best there is
     dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
 
@@ -104,8 +105,6 @@ def choose_tasks(cfg: Config, runtime: Runtime) -> list[CoreTask]:
 def main(cfg: Config) -> None:
     """Evaluate the tasks one after the other; keep what the model made of every item; report."""
     began = time.perf_counter()
-    if cfg.batch_size < 1 or (cfg.max_per_task is not None and cfg.max_per_task < 1):
-        raise UserError("--batch_size and --max_per_task must be at least 1")
     runtime = set_up(cfg.device_type, cfg.dtype)
     tasks, settings = choose_tasks(cfg, runtime), vars(cfg)
     if cfg.hf_path:

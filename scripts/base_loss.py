@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from nanochat.bits_per_byte import text_bpb
 from nanochat.checkpoint import load_model
 from nanochat.dataset import find_corpus
+from nanochat.flags import Count, Source, StepNumber, Tag, run_script
 from nanochat.replies import sample_texts
 from nanochat.report import write_section
-from nanochat.runtime import Source, StepNumber, Tag, run_script, say, set_up
+from nanochat.runtime import say, set_up
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -33,8 +34,8 @@ class Config:
     model_tag: Tag = ""  # its run; empty: the one written last
     step: StepNumber = None  # its step; the newest if left out
     data: str = ""  # corpus; empty: the one prepared last
-    eval_tokens: int = 10_485_760  # tokens of each of the two measurements
-    device_batch_size: int = 32  # rows of a batch on one device
+    eval_tokens: Count = 10_485_760  # tokens of each of the two measurements
+    device_batch_size: Count = 32  # rows of a batch on one device
     device_type: str = ""  # cpu, cuda or mps; empty: the best there is
     dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
 

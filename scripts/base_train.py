@@ -21,10 +21,11 @@ from nanochat.bits_per_byte import text_bpb
 from nanochat.checkpoint import build_model
 from nanochat.dataloader import TextLoader
 from nanochat.dataset import find_corpus
+from nanochat.flags import Count, Derived, Positive, Rows, run_script
 from nanochat.optim import MuonAdamW
 from nanochat.replies import sample_texts
 from nanochat.report import write_section
-from nanochat.runtime import run_script, say, set_up
+from nanochat.runtime import say, set_up
 from nanochat.scaling import (
     batch_tokens,
     depth_to_config,
@@ -45,17 +46,17 @@ SAMPLE_PROMPTS = (
 @dataclass
 class Config:
     # model
-    depth: int = 20  # layers; everything else follows from it
-    aspect_ratio: int = 64  # width is aspect_ratio x depth, rounded up to whole heads
-    head_dim: int = 128  # channels of one attention head
-    max_seq_len: int = 2048  # tokens of context
+    depth: Count = 20  # layers; everything else follows from it
+    aspect_ratio: Count = 64  # width is aspect_ratio x depth, rounded up to whole heads
+    head_dim: Count = 128  # channels of one attention head
+    max_seq_len: Count = 2048  # tokens of context
     window_pattern: str = "SSSL"  # S: a quarter of the context, L: all of it; tiled over the layers
     plain: bool = False  # the published first-generation architecture, without our additions
     # horizon and batch
-    num_iterations: int = -1  # steps; -1: from target_param_data_ratio
-    target_param_data_ratio: float = 12.0  # tokens per parameter of blocks and head
-    total_batch_size: int = -1  # tokens a step over all ranks; -1: from the horizon
-    device_batch_size: int | Literal["auto"] = 32  # rows per micro-batch; auto: what fits
+    num_iterations: Derived = -1  # steps; -1: from target_param_data_ratio
+    target_param_data_ratio: Positive = 12.0  # tokens per parameter of blocks and head
+    total_batch_size: Derived = -1  # tokens a step over all ranks; -1: from the horizon
+    device_batch_size: Rows = 32  # rows per micro-batch; auto: what fits
     # data and machine
     data: str = ""  # corpus; empty: the one prepared last
     device_type: str = ""  # cpu, cuda or mps; empty: the best there is
@@ -67,9 +68,9 @@ class Config:
     run: str = "dummy"  # wandb name; dummy: no wandb
     model_tag: str = ""  # folder of the run; empty: d<depth>
     fresh: bool = False  # start over instead of resuming
-    log_every: int = 10  # steps between console lines
+    log_every: Count = 10  # steps between console lines
     eval_every: int = 250  # steps between validations; <= 0: at the end alone
-    eval_tokens: int = 10_485_760  # tokens of one validation
+    eval_tokens: Count = 10_485_760  # tokens of one validation
     sample_every: int = 2000  # steps between samples; <= 0: at the end alone
     save_every: int = 1000  # steps between checkpoints; <= 0: at the end alone
     keep_last: int = 3  # newest checkpoints to keep; <= 0: all

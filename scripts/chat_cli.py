@@ -30,10 +30,11 @@ import tyro
 from nanochat.chat_format import render_prompt
 from nanochat.checkpoint import load_model
 from nanochat.engine import Engine
+from nanochat.flags import Count, Natural, Share, Source, StepNumber, Tag, Temperature, run_script
 from nanochat.flight import Request
 from nanochat.paths import base_dir, write_file
 from nanochat.replies import ReplyReader
-from nanochat.runtime import Source, StepNumber, Tag, run_script, say, set_up
+from nanochat.runtime import say, set_up
 from nanochat.sampling import derive_seed
 from nanochat.tokenizer import Tokenizer
 
@@ -52,10 +53,10 @@ class Config:
     model_tag: Tag = ""  # empty: the one written last
     step: StepNumber = None  # the newest if left out
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""  # answer this and end
-    temperature: float = 0.6  # 0: always the likeliest token
-    top_k: int = 50  # sample among this many tokens; 0: off
-    top_p: float = 1.0  # and among the likeliest that hold this share; 1: off
-    max_tokens: int = 512  # of one answer; at most half the context
+    temperature: Temperature = 0.6  # 0: always the likeliest token
+    top_k: Natural = 50  # sample among this many tokens; 0: off
+    top_p: Share = 1.0  # and among the likeliest that hold this share; 1: off
+    max_tokens: Count = 512  # of one answer; at most half the context
     seed: int = 0  # of the sampling
     device_type: str = ""  # cpu, cuda or mps; empty: the best there is
     dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16

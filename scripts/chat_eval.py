@@ -25,9 +25,10 @@ import tyro
 
 from nanochat.checkpoint import load_model
 from nanochat.engine import Engine
+from nanochat.flags import ChatSource, Count, StepNumber, Tag, Temperature, run_script
 from nanochat.paths import UserError, run_dir, write_file
 from nanochat.report import write_section
-from nanochat.runtime import ChatSource, StepNumber, Tag, run_script, say, set_up
+from nanochat.runtime import say, set_up
 from nanochat.sandbox import isolation
 from nanochat.task_eval import EvalResult, evaluate_choice, evaluate_generate
 from tasks.common import Task
@@ -42,11 +43,11 @@ class Config:
     tasks: Tasks = ""  # names with | between; ChatCORE's six if empty
     model_tag: Tag = ""  # empty: the one written last
     step: StepNumber = None  # the newest if left out
-    num_samples: int = 1  # replies per problem
-    max_problems: int | None = None  # per task; all if left out
-    batch_size: int = 32  # replies in flight, or choices read at once, on one device
-    temperature: float = 0.0  # 0: always the likeliest token
-    max_tokens: int = 512  # of one reply; at most half the context
+    num_samples: Count = 1  # replies per problem
+    max_problems: Count | None = None  # per task; all if left out
+    batch_size: Count = 32  # replies in flight, or choices read at once, on one device
+    temperature: Temperature = 0.0  # 0: always the likeliest token
+    max_tokens: Count = 512  # of one reply; at most half the context
     seed: int = 0  # of the sampling
     words: Path | None = None  # SpellingBee: a file of words, one a line; the primer's if left out
     allow_unsafe_exec: bool = False  # HumanEval: run programs even where nothing isolates them

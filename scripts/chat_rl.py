@@ -19,9 +19,10 @@ import torch
 
 from nanochat.checkpoint import load_model
 from nanochat.engine import Engine
+from nanochat.flags import Count, Positive, Source, StepNumber, Tag, run_script
 from nanochat.report import write_section
 from nanochat.rollouts import Rollout, is_useful, policy_batch, roll_out
-from nanochat.runtime import Runtime, Source, StepNumber, Tag, all_reduce_sum, run_script, set_up
+from nanochat.runtime import Runtime, all_reduce_sum, set_up
 from nanochat.scaling import make_optimizer
 from nanochat.schedule import lr_multiplier_at
 from nanochat.task_eval import evaluate_generate
@@ -41,15 +42,15 @@ class Config:
     step: StepNumber = None  # its step; the newest if left out
     # problems and answers
     task: str = "GSM8K"  # a generative task that scores its answers
-    num_steps: int = 100  # updates
-    questions_per_step: int = 16  # over all ranks
-    num_samples: int = 16  # answers in the group of one question
-    max_tokens: int = 256  # of one answer
-    temperature: float = 1.0  # of sampling
-    num_slots: int = 64  # answers in flight on one device
+    num_steps: Count = 100  # updates
+    questions_per_step: Count = 16  # over all ranks
+    num_samples: Count = 16  # answers in the group of one question
+    max_tokens: Count = 256  # of one answer
+    temperature: Positive = 1.0  # of sampling
+    num_slots: Count = 64  # answers in flight on one device
     # batch and steps
-    device_batch_size: int = 32  # rows per micro-batch on one device
-    lr_scale: float = 0.05  # times the learning rates of pretraining; falls linearly to 0
+    device_batch_size: Count = 32  # rows per micro-batch on one device
+    lr_scale: Positive = 0.05  # times the learning rates of pretraining; falls linearly to 0
     # machine
     device_type: str = ""  # cpu, cuda or mps; empty: the best there is
     dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
@@ -57,10 +58,10 @@ class Config:
     # the run
     run: str = "dummy"  # wandb name; dummy: no wandb
     fresh: bool = False  # start over instead of resuming
-    log_every: int = 1  # steps between console lines
+    log_every: Count = 1  # steps between console lines
     eval_every: int = 25  # steps between held-out measurements; <= 0: at the end alone
-    eval_problems: int = 400  # problems of one such measurement
-    eval_samples: int = 8  # answers to each: pass@1 and pass@8; 1: one answer, the likeliest
+    eval_problems: Count = 400  # problems of one such measurement
+    eval_samples: Count = 8  # answers to each: pass@1 and pass@8; 1: one answer, the likeliest
     save_every: int = 50  # steps between checkpoints; <= 0: at the end alone
 
 

@@ -11,19 +11,19 @@ writes: sft/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), r
 from dataclasses import dataclass
 
 from nanochat.finetuning import FinetuneConfig, finetune
+from nanochat.flags import Count, Positive, Share, Source, run_script
 from nanochat.report import write_section
-from nanochat.runtime import Source, run_script
 from tasks.mixtures import build_mixture
 
 
 @dataclass
 class Config(FinetuneConfig):
     source: Source = "mid"  # stage of the checkpoint to start from
-    total_batch_size: int = 65536  # tokens a step over all ranks
-    lr_scale: float = 0.1  # times the learning rates of pretraining
-    warmdown: float = 1.0  # last part of the run, in which the learning rate falls to 0
+    total_batch_size: Count = 65536  # tokens a step over all ranks
+    lr_scale: Positive = 0.1  # times the learning rates of pretraining
+    warmdown: Share = 1.0  # last part of the run, in which the learning rate falls to 0
     eval_every: int = 100  # steps between validations; <= 0: at the end alone
-    eval_tokens: int = 1_048_576  # tokens of one validation
+    eval_tokens: Count = 1_048_576  # tokens of one validation
 
 
 def main(cfg: Config) -> None:

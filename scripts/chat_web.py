@@ -20,9 +20,19 @@ import uvicorn
 from nanochat.api import Settings
 from nanochat.checkpoint import load_model
 from nanochat.engine import Engine, slots_that_fit
+from nanochat.flags import (
+    ChatSource,
+    Count,
+    Natural,
+    Port,
+    StepNumber,
+    Tag,
+    Temperature,
+    run_script,
+)
 from nanochat.kv_cache import slot_bytes
 from nanochat.paths import UserError
-from nanochat.runtime import ChatSource, StepNumber, Tag, run_script, say, set_up
+from nanochat.runtime import say, set_up
 from nanochat.server import Server, create_app, listen
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
@@ -34,13 +44,13 @@ class Config:
     model_tag: Tag = ""  # empty: the one written last
     step: StepNumber = None  # the newest if left out
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: open to other machines
-    port: int = 8000  # 0: any that is free
-    slots: int = 0  # answers computed at once, on each GPU; 0: 64, on a CPU 8, if memory has room
-    queue: int = 64  # requests that may wait for a slot, for each GPU; more are refused
-    num_gpus: int = 1  # a model on each
-    temperature: float = 0.6  # where a request does not say
-    top_k: int = 50  # likewise; 0: off
-    max_tokens: int = 512  # likewise, as far as the context has room
+    port: Port = 8000  # 0: any that is free
+    slots: Natural = 0  # answers computed at once, on each GPU; 0: 64, on a CPU 8, or what fits
+    queue: Natural = 64  # requests that may wait for a slot, for each GPU; more are refused
+    num_gpus: Count = 1  # a model on each
+    temperature: Temperature = 0.6  # where a request does not say
+    top_k: Natural = 50  # likewise; 0: off
+    max_tokens: Count = 512  # likewise, as far as the context has room
     cors_origin: str = ""  # a web page elsewhere that may call, such as https://example.org
     log_conversations: bool = False  # what people write is logged only with this
     device_type: str = ""  # cpu, cuda or mps; empty: the best there is
@@ -51,10 +61,8 @@ def load_engines(cfg: Config) -> tuple[list[Engine], str]:
     """(an engine for each GPU, the name of the model)."""
     runtime = set_up(cfg.device_type, cfg.dtype)
     present = torch.cuda.device_count() if runtime.device.type == "cuda" else 1
-    if not 1 <= cfg.num_gpus <= present:
+    if cfg.num_gpus > present:
         raise UserError(f"--num_gpus={cfg.num_gpus}: there are {present}; choose 1 to {present}")
-    if cfg.slots < 0 or cfg.queue < 0:
-        raise UserError("--slots and --queue cannot be negative")
     engines, name = [], ""
     for index in range(cfg.num_gpus):
         device = torch.device("cuda", index) if present > 1 else runtime.device

@@ -15,9 +15,10 @@ import torch
 
 from nanochat import hf_export
 from nanochat.checkpoint import find_checkpoint, write_tensors
+from nanochat.flags import Source, StepNumber, Tag, run_script
 from nanochat.paths import UserError, report_dir, write_file
 from nanochat.report import summary_table
-from nanochat.runtime import Source, StepNumber, Tag, run_script, say
+from nanochat.runtime import say
 from nanochat.tokenizer import Tokenizer
 
 CARD = """---

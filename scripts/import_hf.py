@@ -29,9 +29,10 @@ from safetensors.torch import load_file
 from nanochat import hf_export
 from nanochat.chat_format import SPECIAL_TOKENS
 from nanochat.checkpoint import config_dict, list_steps, save_checkpoint
+from nanochat.flags import StepNumber, Tag, run_script
 from nanochat.gpt import GPTConfig
 from nanochat.paths import UserError, run_dir, write_file
-from nanochat.runtime import StepNumber, Tag, run_script, say, set_up
+from nanochat.runtime import say, set_up
 from nanochat.tokenizer import Tokenizer
 
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")

@@ -20,8 +20,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from nanochat.flags import Count, Positive, PositiveShare, run_script
 from nanochat.paths import UserError
-from nanochat.runtime import PEAK_BF16_FLOPS, run_script, say
+from nanochat.runtime import PEAK_BF16_FLOPS, say
 from nanochat.scaling import (
     batch_tokens,
     depth_to_config,
@@ -53,16 +54,16 @@ DECODE_STEPS_PER_SECOND, SLOTS = 80, 64  # of one GPU; launch-bound below depth 
 
 @dataclass
 class Config:
-    depth: int | None = None  # layers; 24, or with --dollars what suits the money
-    ratio: float = 12.0  # tokens per parameter of blocks and head
-    dollars: float | None = None  # choose the ratio (and depth) for this much money in all stages
-    gpus: int = 8  # of all machines together
+    depth: Count | None = None  # layers; 24, or with --dollars what suits the money
+    ratio: Positive = 12.0  # tokens per parameter of blocks and head
+    dollars: Positive | None = None  # choose ratio (and depth) for this much money in all stages
+    gpus: Count = 8  # of all machines together
     gpu: str = "h100"  # b200, h200, h100, a100, l40s, l4
-    price: float = 3.0  # dollars for one GPU and hour
-    mfu: float = 0.5  # share of the dense bf16 peak that training reaches
-    max_seq_len: int = 2048  # tokens of context
-    vocab_size: int = 32768  # of the tokenizer
-    device_batch_size: int | None = None  # rows on one GPU; the most that fit if left out
+    price: Positive = 3.0  # dollars for one GPU and hour
+    mfu: PositiveShare = 0.5  # of the dense bf16 peak that training reaches
+    max_seq_len: Count = 2048  # tokens of context
+    vocab_size: Count = 32768  # of the tokenizer
+    device_batch_size: Count | None = None  # rows on one GPU; the most that fit if left out
     only: Literal["", "shards", "depth", "ratio", "device_batch_size"] = ""  # print it alone
 
 
@@ -169,8 +170,6 @@ def describe(cfg: Config, plan: Plan) -> str:
 
 def main(cfg: Config) -> None:
     """Print the plan, or one number of it."""
-    if cfg.depth == 0 or cfg.ratio <= 0 or cfg.gpus < 1 or not 0 < cfg.mfu <= 1:
-        raise UserError("--depth, --ratio, --gpus and --mfu must be positive, and --mfu at most 1")
     plan = (
         choose(cfg, cfg.dollars)
         if cfg.dollars

@@ -21,9 +21,10 @@ import tiktoken
 import tiktoken.load
 
 from nanochat.dataset import find_corpus, read_texts
-from nanochat.paths import UserError, tokenizer_dir
+from nanochat.flags import Count, run_script
+from nanochat.paths import tokenizer_dir
 from nanochat.report import write_section
-from nanochat.runtime import run_script, say
+from nanochat.runtime import say
 from nanochat.tokenizer import Tokenizer
 
 REFERENCES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}  # name here -> tiktoken's
@@ -65,7 +66,7 @@ class Config:
     """Measure the tokenizer's compression."""
 
     data: str = ""  # name of the corpus; default: the one prepared last
-    num_documents: int = 500  # of a training shard and of the validation shard
+    num_documents: Count = 500  # of a training shard and of the validation shard
 
 
 @contextmanager
@@ -109,8 +110,6 @@ def gather_texts(cfg: Config) -> dict[str, list[str]]:
 
 def main(cfg: Config) -> None:
     """Print a line for each kind of text, and report the same figures."""
-    if cfg.num_documents < 1:
-        raise UserError(f"--num_documents={cfg.num_documents}: use 1 or more")
     tokenizer = Tokenizer.load(tokenizer_dir())
     texts = gather_texts(cfg)
     yardsticks = {"ours": lambda text: len(tokenizer.encode(text)), **find_yardsticks()}

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 from nanochat.chat_format import SPECIAL_TOKENS
 from nanochat.dataset import find_corpus, read_texts
-from nanochat.paths import UserError, tokenizer_dir
+from nanochat.flags import Count, run_script
+from nanochat.paths import tokenizer_dir
 from nanochat.report import write_section
-from nanochat.runtime import run_script, say
+from nanochat.runtime import say
 from nanochat.tokenizer import Tokenizer
 
 
@@ -27,8 +28,8 @@ class Config:
     """Train the tokenizer."""
 
     vocab_size: int = 32_768  # ids in all, the special tokens included
-    max_chars: int = 2_000_000_000  # characters to train on
-    max_doc_chars: int = 10_000  # characters of one document that count
+    max_chars: Count = 2_000_000_000  # characters to train on
+    max_doc_chars: Count = 10_000  # characters of one document that count
     data: str = ""  # name of the corpus; default: the one prepared last
 
 
@@ -53,8 +54,6 @@ class CountedTexts:
 
 def main(cfg: Config) -> None:
     """Train, save, and report the size and the speed."""
-    if cfg.max_chars < 1 or cfg.max_doc_chars < 1:
-        raise UserError("--max_chars and --max_doc_chars must be 1 or more")
     corpus = find_corpus(cfg.data)
     texts = CountedTexts(read_texts(corpus.train), cfg)
     say(f"training a tokenizer of {cfg.vocab_size:,} ids on the corpus {corpus.name}")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from nanochat import dataset
-from nanochat.runtime import run_script
+from nanochat.flags import run_script
 from nanochat.training import TrainRun
 from scripts import base_train, chat_rl, chat_sft, mid_train, tok_train
 

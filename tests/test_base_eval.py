@@ -95,8 +95,6 @@ REFUSED = {
     "no bundle and no network": ({}, "--eval_bundle"),
     "no such bundle": ({"eval_bundle": "/nowhere"}, "NANOCHAT_EVAL_BUNDLE"),
     "unknown task": ({"tasks": "core|cope", "eval_bundle": "BUNDLE"}, "'cope' is unknown"),
-    "no items": ({"tasks": "primer-choice", "max_per_task": 0}, "--max_per_task"),
-    "no batch": ({"tasks": "primer-choice", "batch_size": 0}, "--batch_size"),
     "no such model": ({"tasks": "primer-choice", "model_tag": "d9"}, "d9"),
     "broken model": ({"eval_bundle": "BUNDLE", "model_tag": "broken"}, "task copa failed"),
 }

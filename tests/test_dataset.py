@@ -127,8 +127,6 @@ def test_primer_corpus_holds_the_primers_documents(capsys):
     assert "already complete" in capsys.readouterr().out
     main(Config(corpus="primer", num_documents=20))
     assert len(list(read_texts(find_corpus().train))) == 20
-    with pytest.raises(UserError, match="--num_documents=0"):
-        main(Config(corpus="primer", num_documents=0))
 
 
 REPO = "someone/tiny-shuffle"

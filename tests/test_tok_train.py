@@ -58,8 +58,6 @@ def test_the_pattern_is_the_one_rustbpe_splits_fast():
 def test_bad_settings_are_one_line():
     with pytest.raises(UserError, match="--vocab_size=264 is too small; use at least 265"):
         tok_train.main(tok_train.Config(vocab_size=264))
-    with pytest.raises(UserError, match="--max_chars"):
-        tok_train.main(tok_train.Config(max_chars=0))
     with pytest.raises(UserError, match="no corpus --data=typo"):
         tok_train.main(tok_train.Config(data="typo"))
     assert not tokenizer_dir().exists(), "nothing half-written"

@@ -17,7 +17,8 @@ import tyro
 from dev.bench import train_speed
 from dev.bench.train_speed import Trainer
 from nanochat.checkpoint import CheckpointWriter, config_dict, list_steps, step_dir
-from nanochat.runtime import run_script, set_up
+from nanochat.flags import run_script
+from nanochat.runtime import set_up
 
 
 @dataclass

@@ -23,8 +23,9 @@ from nanochat.checkpoint import build_model
 from nanochat.dataloader import TextLoader
 from nanochat.dataset import find_corpus
 from nanochat.faults import Guard
+from nanochat.flags import run_script
 from nanochat.paths import tokenizer_dir
-from nanochat.runtime import Runtime, peak_flops, run_script, set_up, synchronize
+from nanochat.runtime import Runtime, peak_flops, set_up, synchronize
 from nanochat.scaling import depth_to_config, flops_per_token, make_optimizer, memory_bytes
 from nanochat.tokenizer import Tokenizer
 

@@ -18,7 +18,8 @@ from nanochat.paths import UserError
 # Flags that choose a checkpoint, and their short names.
 Source = Annotated[str, tyro.conf.arg(aliases=["-i"])]
 ChatSource = Annotated[Literal["mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
-Tag = Annotated[str, tyro.conf.arg(aliases=["-g"])]
+FolderName = Annotated[str, Field(pattern=r"^(\w[\w.-]*)?$")]
+Tag = Annotated[FolderName, tyro.conf.arg(aliases=["-g"])]
 StepNumber = Annotated[int | None, tyro.conf.arg(aliases=["-s"])]
 
 Count = Annotated[int, Field(ge=1)]

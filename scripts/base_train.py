@@ -21,7 +21,7 @@ from nanochat.bits_per_byte import text_bpb
 from nanochat.checkpoint import build_model
 from nanochat.dataloader import TextLoader
 from nanochat.dataset import find_corpus
-from nanochat.flags import Count, Derived, Positive, Rows, run_script
+from nanochat.flags import Count, Derived, Positive, Rows, Tag, run_script
 from nanochat.optim import MuonAdamW
 from nanochat.replies import sample_texts
 from nanochat.report import write_section
@@ -66,7 +66,7 @@ class Config:
     seed: int = 0  # of the initial weights
     # the run
     run: str = "dummy"  # wandb name; dummy: no wandb
-    model_tag: str = ""  # folder of the run; empty: d<depth>
+    model_tag: Tag = ""  # folder of the run; empty: d<depth>
     fresh: bool = False  # start over instead of resuming
     log_every: Count = 10  # steps between console lines
     eval_every: int = 250  # steps between validations; <= 0: at the end alone

@@ -57,6 +57,7 @@ def run(monkeypatch: pytest.MonkeyPatch, command: str, fault: Exception | None =
         ("base_train --num_iterations 0", "--num_iterations=0: Input should be greater than or equal to 1"),
         ("base_train --target_param_data_ratio=inf", "--target_param_data_ratio=inf: Input should be a finite number"),
         ("base_train --device_batch_size=-2", "--device_batch_size=-2: Input should be greater than or equal to 1"),
+        ("base_train --model_tag=../x", r"--model_tag=../x: String should match pattern '^(\w[\w.-]*)?$'"),
         ("mid_train --warmdown=1.5", "--warmdown=1.5: Input should be less than or equal to 1"),
         ("chat_sft --lr_scale=0", "--lr_scale=0.0: Input should be greater than 0"),
         ("chat_cli --temperature=nan", "--temperature=nan: Input should be less than or equal to 2"),

@@ -15,11 +15,16 @@ fresh="" from=""
 while [ $# -gt 0 ]; do
     case "$1" in
     --fresh) fresh=1 ;;
-    --from)
-        from="${2:?--from needs a folder}"
-        shift
+    --from | --from=*)
+        [ "$1" != --from ] || shift
+        from="${1:-}"
+        from="${from#--from=}"
+        [ -n "$from" ] || { echo "error: --from needs a folder" >&2 && exit 2; }
         ;;
-    --from=*) from="${1#--from=}" ;;
+    -h | --help)
+        sed -n '2,/^set/s/^# \{0,1\}//p' runcpu.sh
+        exit
+        ;;
     *)
         echo "error: unknown option $1; use --fresh or --from FOLDER" >&2
         exit 2

@@ -13,16 +13,20 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 depth=${DEPTH:-24} ratio=${RATIO:-12} tokenizer_chars=${TOKENIZER_CHARS:-2000000000}
-[ -z "${NANOCHAT_TINY:-}" ] || { depth=2 && set -- --device_type=cpu; }
-source ./setup.sh "$@"
+[ -z "${NANOCHAT_TINY:-}" ] || depth=2
+tag="d$depth"
+if [ $# -gt 0 ]; then
+  echo "error: unknown option $1; to start over, remove done/$tag from NANOCHAT_BASE_DIR (~/.cache/nanochat)" >&2
+  exit 2
+fi
+source ./setup.sh ${NANOCHAT_TINY:+--device_type=cpu}
 source ./stages.sh
 
-tag="d$depth"
+processes="${NPROC_PER_NODE:-$(size "$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" 2)}"
+[ "$processes" -gt 0 ] || { echo "error: no GPU here; run \`bash runcpu.sh\`, or set NPROC_PER_NODE" >&2 && exit 1; }
 mkdir -p "$NANOCHAT_BASE_DIR/logs"
 exec > >(tee -a "$NANOCHAT_BASE_DIR/logs/$tag-node$node.log") 2>&1
 begin "$tag"
-processes="${NPROC_PER_NODE:-$(size "$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" 2)}"
-[ "$processes" -gt 0 ] || { echo "error: no GPU here; run \`bash runcpu.sh\`, or set NPROC_PER_NODE" >&2 && exit 1; }
 plan=(python -m scripts.plan --depth="$depth" --ratio="$ratio" --gpus=$((processes * nodes)))
 shards=$(size "$("${plan[@]}" --only=shards)" 3)
 rows=${DEVICE_BATCH_SIZE:-$(size "$("${plan[@]}" --only=device_batch_size)" 2)}

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from nanochat.flags import run_script
 from nanochat.paths import UserError
 
-SCRIPTS = sorted(path.stem for path in (Path(__file__).parents[1] / "scripts").glob("[a-z]*.py"))
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("[a-z]*.py"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -91,3 +93,22 @@ def test_what_the_machine_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     assert run(monkeypatch, "tok_train", full) == said
     with pytest.raises(OSError, match="Bad file descriptor"):
         run(monkeypatch, "tok_train", OSError(errno.EBADF, "Bad file descriptor"))
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("runcpu.sh --help", 0, "bash runcpu.sh --from FOLDER"),
+        ("runcpu.sh --from", 2, "error: --from needs a folder\n"),
+        ("runcpu.sh --fresh --from=", 2, "error: --from needs a folder\n"),
+        ("runcpu.sh --from=/nowhere", 2, "error: --from /nowhere is no folder\n"),
+        ("runcpu.sh --form", 2, "error: unknown option --form;"),
+        ("speedrun.sh --fresh", 2, "error: unknown option --fresh; to start over, remove done/d24 from"),
+        ("run1000.sh 8", 2, "error: unknown option 8; to start over, remove done/d32 from"),
+    ],
+)  # fmt: skip
+def test_the_shell_scripts_know_their_options(command: str, code: int, said: str) -> None:
+    done = subprocess.run(
+        ["bash", *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == code and said in done.stdout + done.stderr

@@ -57,7 +57,7 @@ class FinetuneConfig:
     # the run
     run: str = "dummy"  # wandb name; dummy: no wandb
     fresh: bool = False  # start over instead of resuming
-    log_every: Count = 10  # steps between console lines
+    log_every: int = 10  # steps between console lines; <= 0: at the end alone
     eval_every: int = 150  # steps between validations; <= 0: at the end alone
     eval_tokens: Count = 10_485_760  # tokens of one validation
     save_every: int = 500  # steps between checkpoints; <= 0: at the end alone

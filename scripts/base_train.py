@@ -68,7 +68,7 @@ class Config:
     run: str = "dummy"  # wandb name; dummy: no wandb
     model_tag: Tag = ""  # folder of the run; empty: d<depth>
     fresh: bool = False  # start over instead of resuming
-    log_every: Count = 10  # steps between console lines
+    log_every: int = 10  # steps between console lines; <= 0: at the end alone
     eval_every: int = 250  # steps between validations; <= 0: at the end alone
     eval_tokens: Count = 10_485_760  # tokens of one validation
     sample_every: int = 2000  # steps between samples; <= 0: at the end alone

@@ -58,7 +58,7 @@ class Config:
     # the run
     run: str = "dummy"  # wandb name; dummy: no wandb
     fresh: bool = False  # start over instead of resuming
-    log_every: Count = 1  # steps between console lines
+    log_every: int = 1  # steps between console lines; <= 0: at the end alone
     eval_every: int = 25  # steps between held-out measurements; <= 0: at the end alone
     eval_problems: Count = 400  # problems of one such measurement
     eval_samples: Count = 8  # answers to each: pass@1 and pass@8; 1: one answer, the likeliest

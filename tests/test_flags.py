@@ -62,7 +62,7 @@ def run(monkeypatch: pytest.MonkeyPatch, command: str, fault: Exception | None =
         ("base_train --model_tag=../x", r"--model_tag=../x: String should match pattern '^(\w[\w.-]*)?$'"),
         ("mid_train --warmdown=1.5", "--warmdown=1.5: Input should be less than or equal to 1"),
         ("chat_sft --lr_scale=0", "--lr_scale=0.0: Input should be greater than 0"),
-        ("chat_cli --temperature=nan", "--temperature=nan: Input should be less than or equal to 2"),
+        ("chat_cli --temperature=nan", "--temperature=nan: Input should be less than or equal to 100"),
         ("chat_cli --top_k=-1", "--top_k=-1: Input should be greater than or equal to 0"),
         ("chat_web --port=99999", "--port=99999: Input should be less than or equal to 65535"),
         ("chat_eval --max_problems=-1", "--max_problems=-1: Input should be greater than or equal to 1"),

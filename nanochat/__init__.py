@@ -6,7 +6,7 @@ all of these, and `scripts` from both. tests/test_layout.py reads this list and 
 ground
     paths             where each artifact lives; files that appear whole or not at all
     runtime           device, dtype, ranks, seeds; set-up; peak FLOP/s of the device
-    flags             a script's command line: shared flags, what numbers may be, errors in one line
+    flags             a script's command line: shared flags, what values may be, errors in one line
 tokenizer
     tokenizer         text <-> ids: rustbpe trains, tiktoken encodes
     chat_format       conversation -> ids and loss mask; the only file that spells a special token

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from nanochat import primer
 from nanochat.flags import Count, run_script
-from nanochat.paths import UserError, corpora_dir, fsync_dir, write_file
+from nanochat.paths import FOLDER_NAME, UserError, corpora_dir, fsync_dir, write_file
 from nanochat.runtime import say
 from nanochat.shards import check_shard, fsync_file, is_whole, read_texts, shard_name, write_shards
 from nanochat.text_files import hold_out, list_files, read_documents
@@ -141,7 +141,7 @@ def import_folder(path: Path, name: str = "") -> str:
     Two or more parquet files become the shards as they are; anything else is cut into new shards.
     """
     name = name or (path.resolve().name if path.is_dir() else path.stem)
-    if not re.fullmatch(r"\w[\w.-]*", name) or name in {*PUBLIC, "primer", "current"}:
+    if not re.fullmatch(FOLDER_NAME, name) or name in {*PUBLIC, "primer", "current"}:
         raise UserError(f"a corpus cannot be called {name!r}; choose another with --name")
     files = list_files(path)
     parquet = [file for file in files if file.suffix == ".parquet"]

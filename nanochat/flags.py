@@ -1,7 +1,7 @@
 """The command line of a script: the flags that several share, what their values may be, and `run_script`.
 
 A script's flags are the fields of its `Config`; tyro reads them, and each field's comment is its line in --help. What
-a number may be stands in its type (`Count`, `Share`, ...), and is checked before anything begins.
+a value may be stands in its type (`Count`, `Share`, ...), and is checked before anything begins.
 """
 
 import errno
@@ -13,13 +13,13 @@ import torch.distributed as dist
 import tyro
 from pydantic import Field, TypeAdapter, ValidationError
 
-from nanochat.paths import UserError
+from nanochat.paths import FOLDER_NAME, UserError
 
 # Flags that choose a checkpoint, and their short names.
 Source = Annotated[str, tyro.conf.arg(aliases=["-i"])]
 ChatSource = Annotated[Literal["mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
-FolderName = Annotated[str, Field(pattern=r"^(\w[\w.-]*)?$")]
-Tag = Annotated[FolderName, tyro.conf.arg(aliases=["-g"])]
+TagName = Annotated[str, Field(pattern=rf"^({FOLDER_NAME})?$")]
+Tag = Annotated[TagName, tyro.conf.arg(aliases=["-g"])]
 StepNumber = Annotated[int | None, tyro.conf.arg(aliases=["-s"])]
 
 Count = Annotated[int, Field(ge=1)]
@@ -61,7 +61,7 @@ def run_script(main: Callable[[Config], None], config: type[Config]) -> None:
 
 
 def check(config: Any) -> None:
-    """Raise UserError for a number that its flag's type does not allow."""
+    """Raise UserError for a value that its flag's type does not allow."""
     try:
         TypeAdapter(type(config)).validate_python(vars(config))
     except ValidationError as error:

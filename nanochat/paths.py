@@ -13,6 +13,8 @@ import os
 import tempfile
 from pathlib import Path
 
+FOLDER_NAME = r"\w[\w.-]*"  # what a corpus and a run may be called: it leads nowhere else
+
 
 class UserError(ValueError):
     """What a user caused and can mend: one line that says what is wrong and which command mends it."""

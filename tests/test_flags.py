@@ -15,23 +15,6 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("[a-z]*.py"))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_says_what_the_script_does(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    script = importlib.import_module(f"scripts.{name}")
-    monkeypatch.setattr(sys, "argv", [name, "--help"])
-    with pytest.raises(SystemExit) as ended:
-        run_script(script.main, script.Config)
-    said = capsys.readouterr().out
-    assert script.__doc__ and ended.value.code == 0
-    assert script.__doc__.split("\n")[0] in said
-
-
-def test_a_user_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(monkeypatch, "base_loss --step=7", UserError("no step 7")) == "error: no step 7"
-
-
 def run(monkeypatch: pytest.MonkeyPatch, command: str, fault: Exception | None = None) -> object:
     """What the script's main was given, or what it exited with; `fault` is what main raises."""
     name, *arguments = command.split()
@@ -52,6 +35,23 @@ def run(monkeypatch: pytest.MonkeyPatch, command: str, fault: Exception | None =
     return given[0]
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_says_what_the_script_does(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = importlib.import_module(f"scripts.{name}")
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        run_script(script.main, script.Config)
+    said = capsys.readouterr().out
+    assert script.__doc__ and ended.value.code == 0
+    assert script.__doc__.split("\n")[0] in said
+
+
+def test_a_user_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "base_loss --step=7", UserError("no step 7")) == "error: no step 7"
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
@@ -60,6 +60,7 @@ def run(monkeypatch: pytest.MonkeyPatch, command: str, fault: Exception | None =
         ("base_train --target_param_data_ratio=inf", "--target_param_data_ratio=inf: Input should be a finite number"),
         ("base_train --device_batch_size=-2", "--device_batch_size=-2: Input should be greater than or equal to 1"),
         ("base_train --model_tag=../x", r"--model_tag=../x: String should match pattern '^(\w[\w.-]*)?$'"),
+        ("base_eval --batch_size=0", "--batch_size=0: Input should be greater than or equal to 1"),
         ("mid_train --warmdown=1.5", "--warmdown=1.5: Input should be less than or equal to 1"),
         ("chat_sft --lr_scale=0", "--lr_scale=0.0: Input should be greater than 0"),
         ("chat_cli --temperature=nan", "--temperature=nan: Input should be less than or equal to 100"),
@@ -69,21 +70,18 @@ def run(monkeypatch: pytest.MonkeyPatch, command: str, fault: Exception | None =
         ("plan --mfu=0", "--mfu=0.0: Input should be greater than 0"),
     ],
 )  # fmt: skip
-def test_a_number_that_cannot_be_is_refused(
+def test_a_value_that_cannot_be_is_refused(
     command: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(monkeypatch, command) == f"error: {said}"
 
 
-def test_numbers_that_can_be_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = vars(
-        run(
-            monkeypatch,
-            "base_train --depth=1 --num_iterations -1 --device_batch_size=auto --eval_every=0",
-        )
-    )
+def test_values_that_can_be_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = "base_train --depth=1 --num_iterations -1 --device_batch_size=auto --eval_every=0"
+    cfg = vars(run(monkeypatch, command))
     assert (cfg["num_iterations"], cfg["device_batch_size"], cfg["eval_every"]) == (-1, "auto", 0)
-    assert vars(run(monkeypatch, "chat_sft --num_iterations 7 --warmdown=0"))["num_iterations"] == 7
+    cfg = vars(run(monkeypatch, "chat_sft --num_iterations 7 --warmdown=0 -g a.b-c_1"))
+    assert (cfg["num_iterations"], cfg["warmdown"], cfg["model_tag"]) == (7, 0, "a.b-c_1")
     assert vars(run(monkeypatch, "chat_eval -i rl"))["max_problems"] is None
 
 

@@ -6,31 +6,17 @@ import sys
 
 import pytest
 
+DIRECT = 'setsid "$PYTHON" -c "$CODE"; true'  # its parent is a shell, and no torchrun
+WRAPPED = 'setsid sh -c \'"$PYTHON" -c "$CODE"; true\'; true'  # a shell that leads the session
+DIED = "torchrun died while this rank was starting\n"
 
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="only Linux tells a process that its parent died"
-)
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        (
-            'setsid "$PYTHON" -c "$CODE"; true',
-            "torchrun died while this rank was starting\n",
-        ),  # sh is not torchrun
-        (
-            'setsid sh -c \'"$PYTHON" -c "$CODE"; true\'; true',
-            "",
-        ),  # torchrun started a script, the script us
-    ],
-)
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells that a parent died")
+@pytest.mark.parametrize(("command", "said"), [(DIRECT, DIED), (WRAPPED, "")])
 def test_a_rank_whose_torchrun_died_does_not_start(command: str, said: str) -> None:
     code = 'from nanochat.runtime import set_up; set_up("cpu")'
-    environment = os.environ | {
-        "PYTHON": sys.executable,
-        "CODE": code,
-        "TORCHELASTIC_RUN_ID": "none",
-    }
+    ours = {"PYTHON": sys.executable, "CODE": code, "TORCHELASTIC_RUN_ID": "none"}
     done = subprocess.run(
-        ["sh", "-c", command], env=environment, stderr=subprocess.PIPE, text=True, timeout=120
+        ["sh", "-c", command], env=os.environ | ours, stderr=subprocess.PIPE, text=True, timeout=120
     )
     assert done.stderr == said

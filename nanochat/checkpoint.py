@@ -33,11 +33,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from nanochat.common import Runtime, UserError, base_dir, fsync_dir, run_dir, say, write_file
 from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Part
-from nanochat.paths import UserError, base_dir, fsync_dir, run_dir, write_file
-from nanochat.runtime import Runtime, say
 from nanochat.tokenizer import Tokenizer
 
 STEP_NAME = re.compile(r"step_(\d{6,})")

@@ -13,6 +13,22 @@ The choice that would surprise: a downloaded corpus grows shard by shard, the va
 an imported or generated one is renamed into place: half of it would have a wrong last shard.
 
 Sources: https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle and fineweb-edu-100b-shuffle.
+
+Shards of text: parquet files with one string column `text`, one document a row.
+
+Written with zstd in row groups of at most 1,024 documents; read back one row group at a time. Files of other
+makers are read too, whatever else they hold beside `text`.
+
+The choice that would surprise: documents that come before the reading position are passed over by the row
+counts in the footers, without decompressing them, so resuming deep in a corpus costs milliseconds.
+
+The documents in a user's own files: .txt, .jsonl and .parquet, in a folder of any depth.
+
+A line of .jsonl and a row of .parquet is a document. A .txt file is cut into documents of at most 10,000
+characters, at the end of a paragraph where there is one; nothing of it is lost between them.
+
+The choice that would surprise: every 20th document is held out for validation rather than the last ones,
+so that a folder of a few books is judged on passages of all of them.
 """
 
 import hashlib
@@ -21,23 +37,246 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tyro
 from tqdm import tqdm
 
 from nanochat import primer
-from nanochat.flags import Count, run_script
-from nanochat.paths import FOLDER_NAME, UserError, corpora_dir, fsync_dir, write_file
-from nanochat.runtime import say
-from nanochat.shards import check_shard, fsync_file, is_whole, read_texts, shard_name, write_shards
-from nanochat.text_files import hold_out, list_files, read_documents
+from nanochat.common import (
+    FOLDER_NAME,
+    Count,
+    UserError,
+    corpora_dir,
+    fsync_dir,
+    run_script,
+    say,
+    write_file,
+)
+
+ROW_GROUP_DOCUMENTS = 1024
+ROW_GROUP_CHARS = 16_000_000  # bounds a reader's memory where documents are whole books
+SHARD_CHARS = 64_000_000  # some 20 MB a file once compressed
+SCHEMA = pa.schema([("text", pa.string())])
+
+
+def shard_name(index: int) -> str:
+    """The file name of a shard, the same here and on the hub."""
+    return f"shard_{index:05d}.parquet"
+
+
+def check_shard(path: Path) -> int:
+    """The number of documents in a shard, from its footer.
+
+    Raises UserError, naming the file, when it is cut short, has no string column `text`, or is empty.
+    """
+    mend = "mend or remove it, then run `python -m nanochat.dataset` again"
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, num_documents = file.schema_arrow, file.metadata.num_rows
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no whole parquet file; {mend}") from error
+    if "text" not in schema.names:
+        raise UserError(f"{path} has no column `text` (it has {', '.join(schema.names)}); {mend}")
+    kind = schema.field("text").type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise UserError(f"{path}: the column `text` holds {kind}, not strings; {mend}")
+    if num_documents == 0:
+        raise UserError(f"{path} holds no documents; {mend}")
+    return num_documents
+
+
+def is_whole(path: Path) -> bool:
+    """Whether `path` is there and passes `check_shard`."""
+    try:
+        return check_shard(path) > 0
+    except UserError:
+        return False
+
+
+def read_texts(shards: Sequence[Path], skip: int = 0) -> Iterator[str]:
+    """The documents of `shards` in order, once, but the first `skip`. Raises UserError for a damaged shard."""
+    for path in shards:
+        num_documents = check_shard(path)
+        if skip >= num_documents:
+            skip -= num_documents
+            continue
+        try:
+            with pq.ParquetFile(path) as file:
+                yield from _read_groups(file, skip)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} is damaged ({error}); remove it, then run `python -m nanochat.dataset` again"
+            ) from error
+        skip = 0
+
+
+def _read_groups(file: pq.ParquetFile, skip: int) -> Iterator[str]:
+    for group in range(file.num_row_groups):
+        num_rows = file.metadata.row_group(group).num_rows
+        if skip < num_rows:
+            batches = file.iter_batches(ROW_GROUP_DOCUMENTS, row_groups=[group], columns=["text"])
+            texts = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+            yield from (text or "" for text in islice(texts, skip, None))  # a null counts as empty
+        skip = max(0, skip - num_rows)
+
+
+class ShardWriter:
+    """Writes documents to one parquet file, a row group at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.num_chars = path, 0
+        self._file = pq.ParquetWriter(path, SCHEMA, compression="zstd")
+        self._texts: list[str] = []
+        self._group_chars = 0
+
+    def add(self, text: str) -> None:
+        """Append one document."""
+        self._texts.append(text)
+        self._group_chars += len(text)
+        self.num_chars += len(text)
+        if len(self._texts) == ROW_GROUP_DOCUMENTS or self._group_chars >= ROW_GROUP_CHARS:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._file.write_table(pa.table({"text": self._texts}, SCHEMA))
+        self._texts, self._group_chars = [], 0
+
+    def close(self) -> None:
+        """Finish the file and make its content durable."""
+        if self._texts:
+            self._flush()
+        self._file.close()
+        fsync_file(self.path)
+
+
+def fsync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_shards(documents: Iterable[tuple[str, bool]], folder: Path) -> None:
+    """Write (text, is it for validation) into shards; the validation documents make up the last."""
+    val = ShardWriter(folder / "val.parquet")
+    train = [ShardWriter(folder / shard_name(0))]
+    try:
+        for text, is_val in documents:
+            if train[-1].num_chars >= SHARD_CHARS and not is_val:
+                train[-1].close()
+                train.append(ShardWriter(folder / shard_name(len(train))))
+            (val if is_val else train[-1]).add(text)
+    finally:
+        train[-1].close()
+        val.close()
+    val.path.rename(folder / shard_name(len(train)))
+
+
+DOCUMENT_CHARS = 10_000
+VALIDATION_EVERY = 20
+
+
+def list_files(path: Path) -> list[Path]:
+    """Every file below `path` that can be imported, numbers in the names in numeric order."""
+    if not path.exists():
+        raise UserError(f"--from={path}: there is no such file or folder")
+    found = path.resolve().rglob("*") if path.is_dir() else [path.resolve()]
+    kinds = {".parquet", ".txt", ".jsonl"}
+    files = [file for file in found if file.suffix in kinds and file.is_file()]
+    if not files:
+        raise UserError(f"--from={path}: found no .parquet, .txt or .jsonl file there")
+    return sorted(files, key=_name_parts)
+
+
+def _name_parts(path: Path) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
+
+
+def read_documents(files: Sequence[Path]) -> Iterator[str]:
+    """The documents of `files` in order, blank ones left out. Raises UserError naming a file that is damaged."""
+    readers = {
+        ".txt": _read_txt,
+        ".jsonl": _read_jsonl,
+        ".parquet": lambda file: read_texts([file]),
+    }
+    for file in files:
+        try:
+            yield from (text for text in readers[file.suffix](file) if text.strip())
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not UTF-8 text; convert or remove it") from error
+
+
+def _read_txt(path: Path) -> Iterator[str]:
+    rest = ""
+    with path.open(encoding="utf-8-sig") as file:
+        while block := file.read(20 * DOCUMENT_CHARS):
+            rest += block
+            while len(rest) > DOCUMENT_CHARS:
+                end = _cut_point(rest, DOCUMENT_CHARS)
+                yield rest[:end]
+                rest = rest[end:]
+    yield rest
+
+
+def _cut_point(text: str, limit: int) -> int:
+    """Where to cut `text` before `limit`: after a paragraph, else a line, else a word."""
+    for mark in ("\n\n", "\n", " "):
+        at = text.rfind(mark, limit // 2, limit)
+        if at >= 0:
+            return min(at + len(mark), limit)
+    return limit
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+                # JSON can spell half of a surrogate pair, parquet cannot hold one.
+                yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"{path}, line {number}: expected a JSON object with a string `text`"
+                ) from error
+
+
+def numbered_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, row) of a .jsonl file, blank lines left out. Raises UserError with a malformed line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}; give a .jsonl file in UTF-8") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise UserError(
+                    f"{path}, line {number}: not JSON ({error}); mend that line"
+                ) from error
+
+
+def hold_out(documents: Iterator[str], path: Path) -> Iterator[tuple[str, bool]]:
+    """Mark every 20th document, first of all the second, for validation; one alone is cut in two."""
+    first, second = next(documents, ""), next(documents, "")
+    if not second:
+        middle = _cut_point(first, (len(first) + 1) // 2)
+        first, second = first[:middle], first[middle:]
+    if not second.strip():
+        raise UserError(f"--from={path}: too little text, it must make two documents at least")
+    for i, text in enumerate(chain([first, second], documents)):
+        yield text, i % VALIDATION_EVERY == 1
+
 
 __all__ = ["Corpus", "check_shard", "find_corpus", "read_texts"]  # all that trainers need
 

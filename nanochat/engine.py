@@ -8,27 +8,228 @@ nobody waits long for somebody else's. `run` and its kin drive the steps themsel
 
 What would surprise: every prompt is read alone, in chunks whose shapes follow from its length, and decoding always
 takes all the slots, used or not. So the shapes, and with them the last bit of every logit, do not depend on what
-else is in flight, unless `prefix_reuse` lets a prompt begin with what another has read (nanochat/slots.py).
+else is in flight, unless `prefix_reuse` lets a prompt begin with what another has read .
 
 N slots, V vocabulary, P length of a padded chunk of a prompt.
+
+Which slot of the cache a prompt goes to, and what need not be read again.
+
+A slot keeps its tokens when its request leaves. A new prompt gets, of all slots in use or free,
+
+- all of a prompt that one has read whole, with the logits after it: a copy, as exact as reading it anew;
+- else, with `prefix_reuse`, the longest beginning that it has in common with what one holds, such as the history
+  of a conversation. The rest is then read in chunks that begin elsewhere than those of a fresh reading, so the
+  last bits of the logits depend on who came before: right for a server, not for an evaluation.
+
+It goes where these tokens are if that slot is free and loses little, else to the slot unused for longest.
+
+Both presume that the weights stay as they are; after a change, make new ones (Engine.reset).
+
+V vocabulary, C channels.
+
+A request and what becomes of it: its tokens one by one, its tool calls, its end. No tensors.
+
+When the model closes a tool call, the calculator's answer is forced as the next tokens; they have mask 0 and count
+as generated. Where the calculator has no answer nothing is forced, and the model goes on by itself.
+
+One decode step of a GPU, captured once as a CUDA graph: a replay launches its hundreds of kernels at once.
+
+Works because the shapes never change (all slots, one token each, the whole cache as keys) and because what does
+change lies in static buffers: the ids here, the rest in `KVCache.plan`. `KVCache.begin` and `finish` do before and
+after a replay what they do in an eager step, so lengths are checked and counted as ever.
+
+The oracle is the eager step: tests/test_engine.py compares both where there is a GPU.
+
+Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. N slots, V vocabulary.
+
+The tokens of a reply -> its text as it comes, and the parts of a message.
+
+Only whole code points are given out: a character split over tokens waits for its last byte.
 """
 
+import codecs
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 
-from nanochat.chat_format import ChatTokens, chat_tokens
-from nanochat.decode_graph import DecodeGraph
-from nanochat.flight import Event, Flight, Request
+from nanochat.calculator import calculate
+from nanochat.common import UserError, free_memory
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache, slot_bytes
-from nanochat.paths import UserError
-from nanochat.runtime import free_memory
 from nanochat.sampling import Settings, counter_uniform, derive_seed, sample, with_logprobs
-from nanochat.slots import Prompt, Slots
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import ChatTokens, Tokenizer, chat_tokens
+
+WORTH_SHARING = 16  # tokens; a shorter beginning is read again and leaves its slot alone
+
+
+class Prompt(NamedTuple):
+    """A prompt that a slot has read to its end, and what the model made of it."""
+
+    ids: list[int]
+    logits: torch.Tensor  # (V,) after its last token
+    previous: torch.Tensor  # (C,) see KVCache.previous
+
+
+@dataclass(eq=False)
+class Slot:
+    """One sequence of the cache."""
+
+    index: int
+    held: list[int] = field(default_factory=list)  # the tokens whose keys and values it has
+    prompt: Prompt | None = None  # what `held` begins with, once that is read whole
+
+
+class Slots:
+    """All slots of `cache`, which is emptied: those in use, and free ones that hold what was said there."""
+
+    def __init__(self, model: GPT, cache: KVCache, prefix_reuse: bool) -> None:
+        cache.reset()
+        self.model, self.cache, self.prefix_reuse = model, cache, prefix_reuse
+        self.all = [Slot(index) for index in range(cache.num_slots)]
+        self.free = deque(self.all)  # the one unused for longest first
+
+    def take(self, prompt: list[int]) -> Slot:
+        """A slot that was free, holding as much of the beginning of `prompt` as could be found."""
+        source, shared = self._longest_prefix(prompt)
+        in_place = source in self.free and 2 * shared >= len(source.held)
+        slot = source if in_place else self.free[0]
+        whole = source.prompt if shared == len(prompt) else None
+        previous: torch.Tensor | float = 0.0
+        if whole:
+            previous = whole.previous
+        elif shared:
+            newest = torch.tensor(prompt[shared - 1], device=self.cache.keys.device)
+            previous = self.model.embed(newest)
+        self.cache.keep(slot.index, shared, source.index, previous)
+        slot.held, slot.prompt = prompt[:shared], whole
+        self.free.remove(slot)
+        return slot
+
+    def give_back(self, slot: Slot) -> None:
+        """Free a slot; it goes on holding what it holds."""
+        self.free.append(slot)
+
+    def _longest_prefix(self, prompt: list[int]) -> tuple[Slot, int]:
+        """(the slot to begin from, how many of its tokens to keep).
+
+        The last token of a prompt is only kept together with the logits after it.
+        """
+        best, longest = self.free[0], 0
+        for slot in self.all:
+            if slot.prompt and slot.prompt.ids == prompt:
+                return slot, len(prompt)
+            if self.prefix_reuse:
+                limit = min(len(slot.held), len(prompt) - 1)
+                pairs = zip(slot.held, prompt[:limit], strict=False)
+                shared = next((i for i, (old, new) in enumerate(pairs) if old != new), limit)
+                if shared >= max(WORTH_SHARING, longest + 1):
+                    best, longest = slot, shared
+        return best, longest
+
+
+@dataclass(eq=False)
+class Request:
+    """What to continue and how; compared by identity, so that equal requests stay apart."""
+
+    prompt: list[int]
+    max_tokens: int  # generated tokens, what the tool forces included
+    temperature: float = 1.0  # 0: the likeliest token
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    seed: int = 0
+    stop: AbstractSet[int] = frozenset()  # ids; <|assistant_end|> and <|bos|> always stop
+    logprobs: int = 0  # 0: none; n: of each sampled token and of the n likeliest there
+
+
+class Event(NamedTuple):
+    """One more token of a request."""
+
+    request: Request
+    token: int
+    mask: int  # 0 where the tool forced the token
+    logprobs: list[tuple[int, float]] | None  # (id, logprob) of the token, then of the likeliest
+    finish: Literal["stop", "length"] | None  # why this is the last one, if it is
+
+
+@dataclass(eq=False)
+class Flight:
+    """A request in its slot: what it has generated so far, and whether it is inside a tool call."""
+
+    request: Request
+    slot: Slot
+    num_generated: int = 0
+    last: int = 0  # the newest token, next to be fed to the model
+    forced: deque[int] = field(default_factory=deque)  # what the tool still has to say
+    expression: list[int] | None = None  # tokens of an open tool call
+
+    def take(
+        self, sampled: Sequence[Sequence[float]], tokenizer: Tokenizer, chat: ChatTokens
+    ) -> Event:
+        """The next token: what the tool still has to say, else what was sampled.
+
+        `sampled` is (id,), or (id, logprob) followed by those of at least `request.logprobs` likely tokens.
+        """
+        request, mask, logprobs = self.request, int(not self.forced), None
+        self.last = int(sampled[0][0]) if mask else self.forced.popleft()
+        self.num_generated += 1
+        finish = "length" if self.num_generated >= request.max_tokens else None
+        if mask:
+            self._watch_tool(tokenizer, chat)
+            if self.last in request.stop or self.last in (chat.assistant_end, chat.bos):
+                finish = "stop"
+            if request.logprobs:
+                logprobs = [(int(id), value) for id, value in sampled[: 1 + request.logprobs]]
+        return Event(request, self.last, mask, logprobs, finish)
+
+    def _watch_tool(self, tokenizer: Tokenizer, chat: ChatTokens) -> None:
+        """Follow the tool call of which the newest token may be a part; answer it when it ends."""
+        if self.last == chat.python_start:
+            self.expression = []
+        elif self.expression is not None and self.last == chat.python_end:
+            result = calculate(tokenizer.decode(self.expression))
+            self.expression = None
+            if result is not None:
+                said = tokenizer.encode(result)
+                self.forced.extend([chat.output_start, *said, chat.output_end])
+        elif self.expression is not None:
+            self.expression.append(self.last)
+
+
+NUM_WARM_UPS = 3  # eager runs before the capture, in which cuBLAS takes its workspaces
+
+
+class DecodeGraph:
+    """The next logits of all slots of an empty `cache`, for weights that change in place only."""
+
+    @torch.inference_mode()
+    def __init__(self, model: GPT, cache: KVCache) -> None:
+        self.cache, self.dtype = cache, model.compute_dtype
+        self.ids = torch.zeros(cache.num_slots, 1, dtype=torch.int64, device=cache.keys.device)
+        with torch.cuda.device(cache.keys.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(NUM_WARM_UPS):
+                    model(self.ids, cache=cache, last_only=True)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.logits = model(self.ids, cache=cache, last_only=True)[:, 0]  # (N, V)
+        cache.reset()
+
+    def __call__(self, ids: torch.Tensor, num_new: torch.Tensor) -> torch.Tensor:
+        """(N, V) logits, valid until the next call; `ids` (N, 1) and `num_new` (N,) as of GPT.forward."""
+        step = self.cache.begin(len(ids), 1, num_new=num_new, dtype=self.dtype)
+        self.ids.copy_(ids)
+        self.graph.replay()
+        self.cache.finish(step)
+        return self.logits
+
 
 CHUNK = 256  # tokens of prompts, padding included, that one step reads
 ROUND_UP = 16  # chunks are padded to a multiple of this, so that few shapes occur
@@ -352,3 +553,68 @@ class Engine:
         if num_top == 0:
             return ids[:, None, None].tolist()
         return with_logprobs(ids, self.logits, num_top).tolist()
+
+
+class ReplyReader:
+    """Turns the tokens of one reply into text as they come, and into the parts of a message."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        chat = chat_tokens(tokenizer)
+        # Special id -> the kind of what follows it.
+        self.kinds = dict.fromkeys(tokenizer.specials.values(), "text")
+        self.kinds |= {chat.python_start: "python", chat.output_start: "python_output"}
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.kind = "text"
+        self.parts: list[dict[str, str]] = []
+        self.new_part = True
+
+    def feed(self, token: int) -> list[tuple[str, str]]:
+        """The (kind, text) that `token` completes; kind is text, python or python_output."""
+        if token not in self.kinds:
+            return self._emit(self.decoder.decode(self.tokenizer.decode_bytes([token])))
+        rest = self.close()
+        self.kind, self.new_part = self.kinds[token], True
+        return rest
+
+    def close(self) -> list[tuple[str, str]]:
+        """What an unfinished character leaves behind: a replacement character, if anything."""
+        rest = self._emit(self.decoder.decode(b"", final=True))
+        self.decoder.reset()
+        return rest
+
+    def _emit(self, text: str) -> list[tuple[str, str]]:
+        if not text:
+            return []
+        if self.new_part:
+            self.parts.append({"type": self.kind, "text": ""})
+            self.new_part = False
+        self.parts[-1]["text"] += text
+        return [(self.kind, text)]
+
+
+def reply_parts(tokenizer: Tokenizer, tokens: Iterable[int]) -> list[dict[str, str]]:
+    """The parts of an assistant message from its tokens; special tokens end up as the kinds of parts."""
+    reader = ReplyReader(tokenizer)
+    for token in tokens:
+        reader.feed(token)
+    reader.close()
+    return reader.parts
+
+
+def sample_texts(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int = 32
+) -> list[str]:
+    """How a base model goes on, greedily, after each prompt; the prompt included."""
+    requests = [
+        Request([tokenizer.bos_id, *tokenizer.encode(prompt)], max_tokens, temperature=0.0)
+        for prompt in prompts
+    ]
+    # As long as they need it: prompts may be longer than the context of a very small model.
+    max_len = max(len(request.prompt) for request in requests) + max_tokens
+    engine = Engine(model, tokenizer, len(prompts), max_len, prefix_reuse=False)
+    said = {request: tokens for request, tokens, _ in engine.complete(requests)}
+    return [
+        prompt + "".join(part["text"] for part in reply_parts(tokenizer, said[request]))
+        for prompt, request in zip(prompts, requests, strict=True)
+    ]

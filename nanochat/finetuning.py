@@ -14,18 +14,27 @@ from typing import Any, Literal
 
 import torch
 
-from nanochat.batching import batch_rows, compile_for_training, row_choices
-from nanochat.bits_per_byte import evaluate_bpb
-from nanochat.chat_format import Conversation
-from nanochat.chat_loader import ChatLoader
 from nanochat.checkpoint import load_model
-from nanochat.flags import Count, Derived, Positive, Rows, Share, Source, StepNumber, Tag
+from nanochat.common import (
+    Count,
+    Derived,
+    Positive,
+    Rows,
+    Runtime,
+    Share,
+    Source,
+    StepNumber,
+    Tag,
+    all_reduce_sum,
+    say,
+    set_up,
+)
+from nanochat.core_eval import evaluate_bpb
+from nanochat.dataloader import ChatLoader
 from nanochat.gpt import GPT
-from nanochat.runtime import Runtime, all_reduce_sum, say, set_up
-from nanochat.scaling import make_optimizer
-from nanochat.schedule import lr_multiplier_at
-from nanochat.tokenizer import Tokenizer
-from nanochat.training import TrainRun, accumulate
+from nanochat.scaling import lr_multiplier_at, make_optimizer
+from nanochat.tokenizer import Conversation, Tokenizer
+from nanochat.trainer import TrainRun, accumulate, batch_rows, compile_for_training, row_choices
 
 MOMENTUM = 0.95  # of Muon; constant, since a stage starts from a trained model
 

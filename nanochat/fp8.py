@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanochat.runtime import Runtime, say
+from nanochat.common import Runtime, say
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 

@@ -30,10 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanochat.common import UserError
 from nanochat.fp8 import QuantisedWeight, fp8_linear
-from nanochat.fused import norm, relu_squared, rotary_angles, rotate, softcap_loss
 from nanochat.kv_cache import KVCache, Step
-from nanochat.paths import UserError
+from nanochat.loss import norm, relu_squared, rotary_angles, rotate, softcap_loss
 
 VOCAB_MULTIPLE = 64  # matmuls are faster on round sizes; the extra rows never win
 VE_GATE_CHANNELS = 12  # a gate reads only the first channels: enough to switch on, nearly free

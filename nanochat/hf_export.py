@@ -18,12 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nanochat.chat_format import SPECIAL_TOKENS, chat_tokens
 from nanochat.checkpoint import config_dict
-from nanochat.fused import NORM_EPS
+from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.paths import UserError
-from nanochat.tokenizer import Tokenizer
+from nanochat.loss import NORM_EPS
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, chat_tokens
 
 Weights = dict[str, torch.Tensor]
 

@@ -10,8 +10,24 @@ with charts of the training runs, and ends with the table Metric | BASE | MID | 
 
 The choice that would surprise: a token of the code base is taken for four characters, since the count should
 not depend on a vocabulary.
+
+A report as Markdown and as HTML: chapters of blocks, each of which is written both ways in one place.
+
+The HTML page is one file that needs no other: style sheet, logo and charts are inside, there is no script, and a
+content security policy forbids the browser to fetch anything.
+
+The choice that would surprise: the HTML page begins with the last chapter, the summary; a terminal ends with it.
+
+The metrics.jsonl of a run as small line charts: SVG, drawn by matplotlib, the same bytes for the same numbers.
+
+A chart is an element to be put into a page: its colours are the page's CSS variables, so that it reads in light,
+in dark and in print, its letters are text in the page's own font, and every id in it begins with its name.
+
+The choice that would surprise: a long run is drawn as the means of MAX_POINTS stretches of it, not step by step.
+That is all that a chart of this size can show, and it keeps the page small.
 """
 
+import io
 import json
 import os
 import platform
@@ -21,18 +37,260 @@ import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import tyro
 
-from nanochat import report_page as page
-from nanochat.flags import run_script
-from nanochat.metrics import format_seconds, read_metrics
-from nanochat.paths import UserError, base_dir, report_dir, write_file
-from nanochat.report_plots import draw_run
-from nanochat.runtime import git_revision, say
+from nanochat.common import (
+    UserError,
+    base_dir,
+    git_revision,
+    report_dir,
+    run_script,
+    say,
+    write_file,
+)
+from nanochat.trainer import format_seconds, read_metrics
+
+TITLE = "nanochat report"
+ASSETS = Path(__file__).resolve().parent
+
+
+class Block(NamedTuple):
+    """What stands under one caption."""
+
+    caption: str
+    markdown: str
+    html: str
+
+
+class Chapter(NamedTuple):
+    """A heading, a sentence, and blocks; `anchor` is its address in the HTML page."""
+
+    anchor: str
+    title: str
+    text: str
+    blocks: Sequence[Block]
+
+
+def facts(caption: str, values: Mapping[str, Any]) -> Block:
+    """Named values of any kind."""
+    texts = {name: show(values, name) for name in own_names(values)}
+    lines = [f"- {cell(name)}: {cell(text)}\n" for name, text in texts.items()]
+    pairs = [f"<div><dt>{escape(n)}</dt><dd>{number(t)}</dd></div>" for n, t in texts.items()]
+    return Block(caption, "".join(lines), f"<dl>{''.join(pairs)}</dl>")
+
+
+def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Block:
+    """Rows whose first cell names the row; the others are numbers."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    lines = [f"| {' | '.join(map(cell, row))} |\n" for row in (header, rule, *rows)]
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
+    body = ""
+    for name, *values in rows:
+        cells = "".join(f"<td>{number(text)}</td>" for text in values)
+        body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>\n'
+    # The box scrolls, not the page; the keyboard reaches it by its tabindex.
+    box = f'<div class="box" role="region" tabindex="0" aria-label="{escape(caption)}">'
+    html = f"{box}<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+    return Block(caption, "".join(lines), html)
+
+
+def charts(caption: str, figures: Mapping[str, str]) -> Block:
+    """Figures (title -> HTML) side by side; Markdown, which cannot hold them, says where they are."""
+    text = f"{', '.join(figures)}: see report.html.\n"
+    return Block(caption, text, f'<div class="charts">{"".join(figures.values())}</div>')
+
+
+def samples(caption: str, texts: Sequence[str]) -> Block:
+    """Texts as a model wrote them; in Markdown behind a fence longer than any run of backticks."""
+    fences = ["`" + max(["``", *re.findall("`+", text)], key=len) for text in texts]
+    fenced = [f"{fence}text\n{text}\n{fence}\n" for fence, text in zip(fences, texts, strict=True)]
+    return Block(caption, "\n".join(fenced), "\n".join(f"<pre>{escape(t)}</pre>" for t in texts))
+
+
+def markdown_page(chapters: Sequence[Chapter]) -> str:
+    """The whole report as Markdown."""
+    parts = [f"# {TITLE}\n"]
+    for chapter in chapters:
+        parts.append(f"## {chapter.title}\n\n{chapter.text}\n")
+        parts += [f"{block.caption}:\n\n{block.markdown}" for block in chapter.blocks]
+    return "\n".join(parts)
+
+
+def html_page(chapters: Sequence[Chapter]) -> str:
+    """The whole report as one HTML file, the last chapter first."""
+    links, parts = "", ""
+    for chapter in (chapters[-1], *chapters[:-1]):
+        link = f'<a href="#{chapter.anchor}">{escape(chapter.title)}</a>'
+        links += f"<li>{link}</li>"
+        parts += (
+            f'<section>\n<h2 id="{chapter.anchor}">{link}</h2>\n<p>{escape(chapter.text)}</p>\n'
+        )
+        parts += "".join(f"<h3>{escape(b.caption)}</h3>\n{b.html}\n" for b in chapter.blocks)
+        parts += "</section>\n"
+    logo = (ASSETS / "ui" / "logo.svg").read_text(encoding="utf-8")
+    style = (ASSETS / "report.css").read_text(encoding="utf-8")
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{TITLE}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<header>{logo}<h1>{TITLE}</h1></header>
+<nav aria-label="Contents"><ul>{links}</ul></nav>
+<main>
+{parts}</main>
+</body>
+</html>
+"""
+
+
+def number(text: str) -> str:
+    """A value for HTML, its standard error set smaller."""
+    return re.sub(" ± (.*)", r" <small>± \1</small>", escape(text))
+
+
+def cell(text: str) -> str:
+    """A value that cannot break out of a Markdown line or table cell, nor begin a tag."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def own_names(values: Mapping[str, Any]) -> list[str]:
+    """All names but those of standard errors: `x_stderr` belongs to `x`."""
+    return [
+        n for n in values if not (n.endswith("_stderr") and n.removesuffix("_stderr") in values)
+    ]
+
+
+def show(values: Mapping[str, Any], name: str, percent: bool = False) -> str:
+    """`0.2219 ± 0.0031`, or `85.0 % ± 1.2`; without the standard error where there is none."""
+    value, stderr = values.get(name), values.get(f"{name}_stderr")
+    if percent and isinstance(value, float):
+        return f"{100 * value:.1f} %" + ("" if stderr is None else f" ± {100 * stderr:.1f}")
+    return format_value(value) + ("" if stderr is None else f" ± {format_value(stderr)}")
+
+
+def format_value(value: Any) -> str:
+    """A number short enough to compare by eye; anything else as it prints; `-` for what is missing."""
+    if value is None or value == "":
+        return "-"
+    if type(value) is int or (isinstance(value, float) and 1e4 <= abs(value) < 1e9):
+        return f"{value:,.0f}"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
+
+
+MAX_POINTS = 300
+INK, RULE, LINE = "#5c666b", "#dcdfdd", "#1f6f78"  # of --ink, --rule and --line in report.css
+SETTINGS: dict[Any, Any] = {
+    "svg.hashsalt": "nanochat", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"], "font.size": 10,
+    "axes.labelcolor": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "ytick.major.size": 0,
+    "axes.edgecolor": RULE, "xtick.color": RULE, "grid.color": RULE, "axes.grid": True, "axes.grid.axis": "y",
+    "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "path.simplify": False,
+}  # fmt: skip
+# What a chart is drawn over -> (size of a unit, its name), the largest first.
+UNITS = {
+    "step": ((1, "steps"),),
+    "tokens": ((1e9, "billion tokens"), (1e6, "million tokens"), (1, "tokens")),
+    "seconds": ((3600, "hours"), (60, "minutes"), (1, "seconds")),
+}
+
+
+class Curve(NamedTuple):
+    """One key of metrics.jsonl over another; a share is printed in percent."""
+
+    key: str
+    over: str
+    title: str
+    share: bool = False
+
+
+TRAINING = (
+    Curve("loss", "tokens", "Loss over tokens"),
+    Curve("loss", "seconds", "Loss over time"),
+    Curve("val_bpb", "tokens", "Validation bits per byte over tokens"),
+    Curve("val_bpb", "seconds", "Validation bits per byte over time"),
+)
+REINFORCEMENT = (  # without the loss of a policy gradient, which measures nothing
+    Curve("reward", "step", "Reward over steps"),
+    Curve("accuracy", "step", "Held-out accuracy over steps", share=True),
+    Curve("useful_groups", "step", "Useful groups over steps", share=True),
+    Curve("answer_tokens", "step", "Tokens of an answer over steps"),
+)
+MACHINERY = (
+    Curve("lrm", "step", "Learning rate multiplier over steps"),
+    Curve("tok_per_second", "seconds", "Tokens per second over time"),
+    Curve("mfu", "seconds", "Model FLOPs utilisation over time", share=True),
+)
+
+
+def draw_run(records: Sequence[dict[str, Any]], name: str) -> dict[str, str]:
+    """{title: <figure>} of all that the records of a run have numbers for; `name` begins the ids."""
+    reinforced = any("reward" in record for record in records)
+    figures = {}
+    for curve in (*(REINFORCEMENT if reinforced else TRAINING), *MACHINERY):
+        rows = [
+            [record[curve.over], record[curve.key], record.get(f"{curve.key}_stderr", np.nan)]
+            for record in records
+            if curve.key in record
+        ]
+        if rows:
+            figures[curve.title] = draw(curve, np.array(rows, dtype=float), name)
+    return figures
+
+
+def draw(curve: Curve, points: np.ndarray, name: str) -> str:
+    """The <figure> of `points` (N, 3): place, value and standard error (NaN: none)."""
+    # Imported here, since it takes a second that `report reset` should not wait for.
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    units, share = UNITS[curve.over], curve.share
+    size, unit = next((u for u in units if u[0] <= points[-1, 0]), units[-1])
+    stretches = np.array_split(points, min(len(points), MAX_POINTS))
+    place, value, error = np.array([stretch.mean(axis=0) for stretch in stretches]).T
+    with matplotlib.rc_context(SETTINGS):
+        chart = Figure(figsize=(4.4, 2.5))
+        axes = chart.add_axes((0.15, 0.2, 0.82, 0.75))
+        marker = "o" if len(place) <= 40 else ""  # each point, where they are few
+        axes.plot(place / size, value, marker=marker, markersize=3.5, color=LINE, gid="curve")
+        if not np.isnan(error).any():
+            axes.vlines(place / size, value - error, value + error, colors=LINE, gid="errors")
+        axes.set_xlabel(unit)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %" if share else f"{y:,.7g}")
+        file = io.StringIO()
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        chart.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+    ends = points[[0, -1], 1].tolist()
+    first, last = (f"{100 * y:.1f} %" if share else format_value(y) for y in ends)
+    label = f"{curve.title}, from {first} to {last}"
+    svg = embeddable(file.getvalue(), f"{name}-{curve.key}-{curve.over}-", label)
+    return f"<figure><figcaption>{curve.title} <b>{last}</b></figcaption>{svg}</figure>\n"
+
+
+def embeddable(svg: str, prefix: str, label: str) -> str:
+    """matplotlib's file as an element of a page: labelled, as wide as its place, in the page's colours."""
+    svg = f'<svg role="img" aria-label="{label}"{svg[svg.index("<svg") + 4 :]}'
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg)  # of the root
+    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{prefix}", svg)
+    for variable, colour in (("ink", INK), ("rule", RULE), ("line", LINE)):
+        svg = svg.replace(colour, f"var(--{variable})")
+    return svg.strip()
+
 
 STAGES = (
     "tok_train", "tok_eval", "base_train", "base_loss", "base_eval",
@@ -164,7 +422,7 @@ def generate() -> None:
         "summary": summarize(sections),
     }
     chapters = make_chapters(report, sections)
-    texts = {"report.md": page.markdown_page(chapters), "report.html": page.html_page(chapters)}
+    texts = {"report.md": markdown_page(chapters), "report.html": html_page(chapters)}
     for name, text in texts.items():
         write_file(report_dir() / name, text)
         write_file(Path(name).resolve(), text)
@@ -172,38 +430,38 @@ def generate() -> None:
     say(f"report: wrote {' and '.join(texts)} here, and with report.json to {report_dir()}")
 
 
-def make_chapters(report: Mapping[str, Any], sections: Mapping[str, Section]) -> list[page.Chapter]:
+def make_chapters(report: Mapping[str, Any], sections: Mapping[str, Section]) -> list[Chapter]:
     """What the report says, in its order."""
     started, seconds = report["started"], report["total_seconds"]
     began = f"Started {'-' if started is None else format_time(started)}."
     took = f"Total wall clock time: {'-' if seconds is None else format_seconds(seconds)}"
     blocks = [
-        page.facts("Machine", report["machine"]),
-        page.facts("Size of the code base", report["code"] or {"size": None}),
+        facts("Machine", report["machine"]),
+        facts("Size of the code base", report["code"] or {"size": None}),
     ]
     return [
-        page.Chapter("start", "Machine and code", began, blocks),
+        Chapter("start", "Machine and code", began, blocks),
         *(stage_chapter(stage, section) for stage, section in sections.items()),
-        page.Chapter("summary", "Summary", took, [summary_table(report["summary"])]),
+        Chapter("summary", "Summary", took, [summary_table(report["summary"])]),
     ]
 
 
-def stage_chapter(stage: str, section: Section) -> page.Chapter:
+def stage_chapter(stage: str, section: Section) -> Chapter:
     """One stage: when and where, then settings, results, charts of its run, and samples."""
     took = f", took {format_seconds(section.seconds)}" if section.seconds is not None else ""
     text = f"{format_time(section.time)} on {section.host}, revision {section.git}{took}."
     results = section.results
     if stage in {test for _, test in COLUMNS.values()}:
-        rows = score_rows(page.own_names(results), [results])
-        blocks = [page.table("Results", ["Task", "Score"], rows)]
+        rows = score_rows(own_names(results), [results])
+        blocks = [table("Results", ["Task", "Score"], rows)]
     else:
-        blocks = [page.facts("Results", results)]
+        blocks = [facts("Results", results)]
     if figures := draw_run(read_metrics(base_dir() / results.get("folder", "-")), stage):
-        blocks.append(page.charts("Charts", figures))
+        blocks.append(charts("Charts", figures))
     if section.samples:
-        blocks.append(page.samples("Samples", section.samples))
-    blocks.append(page.facts("Settings", section.settings))
-    return page.Chapter(stage, section.title, text, blocks)
+        blocks.append(samples("Samples", section.samples))
+    blocks.append(facts("Settings", section.settings))
+    return Chapter(stage, section.title, text, blocks)
 
 
 def summarize(sections: Mapping[str, Section]) -> dict[str, dict[str, Any]]:
@@ -216,20 +474,20 @@ def summarize(sections: Mapping[str, Section]) -> dict[str, dict[str, Any]]:
     return summary
 
 
-def summary_table(summary: Mapping[str, Mapping[str, Any]]) -> page.Block:
+def summary_table(summary: Mapping[str, Mapping[str, Any]]) -> Block:
     """Metric | BASE | MID | SFT | RL, without CORE's tasks, unless a chat model was tested on them too."""
-    base, *chat = map(page.own_names, summary.values())
+    base, *chat = map(own_names, summary.values())
     if any(name.startswith("CORE") for name in base):
         base = [name for name in base if name.startswith(NO_ACCURACY)]
     names = dict.fromkeys(sum(chat, base))
     rows = score_rows(sorted(names, key=lambda n: not n.startswith(NO_ACCURACY)), summary.values())
-    return page.table("Metrics", ["Metric", *summary], rows)
+    return table("Metrics", ["Metric", *summary], rows)
 
 
 def score_rows(names: Iterable[str], columns: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """A row for each name, with its score in every column."""
     return [
-        [name, *(page.show(column, name, not name.startswith(NO_ACCURACY)) for column in columns)]
+        [name, *(show(column, name, not name.startswith(NO_ACCURACY)) for column in columns)]
         for name in names
     ]
 

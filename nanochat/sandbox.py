@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from nanochat.paths import UserError
+from nanochat.common import UserError
 
 CHILD = Path(__file__).with_name("sandbox_child.py").resolve()
 PYTHON = Path(sys.executable).resolve()

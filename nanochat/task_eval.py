@@ -20,15 +20,12 @@ from typing import Any, Protocol
 
 import torch
 
-from nanochat.chat_format import Conversation, render_prompt
-from nanochat.engine import Engine, Request
+from nanochat.common import UserError, all_reduce_sum, gather, own_part, progress
+from nanochat.engine import Engine, Request, reply_parts
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
-from nanochat.paths import UserError
-from nanochat.replies import reply_parts
-from nanochat.runtime import all_reduce_sum, gather, own_part, progress
 from nanochat.sampling import derive_seed
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import Conversation, Tokenizer, render_prompt
 
 
 class EvalTask(Protocol):

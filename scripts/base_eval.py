@@ -21,12 +21,31 @@ import torch
 import tyro
 
 from nanochat.checkpoint import load_model
-from nanochat.core_eval import CORE_TASKS, CoreTask, GPTReader, core_score, evaluate, padded
-from nanochat.eval_bundle import find_bundle, load_tasks
-from nanochat.flags import Count, Source, StepNumber, Tag, run_script
-from nanochat.paths import UserError, run_dir, write_file
+from nanochat.common import (
+    Count,
+    Runtime,
+    Source,
+    StepNumber,
+    Tag,
+    UserError,
+    barrier,
+    run_dir,
+    run_script,
+    say,
+    set_up,
+    write_file,
+)
+from nanochat.core_eval import (
+    CORE_TASKS,
+    CoreTask,
+    GPTReader,
+    core_score,
+    evaluate,
+    find_bundle,
+    load_tasks,
+    padded,
+)
 from nanochat.report import write_section
-from nanochat.runtime import Runtime, barrier, say, set_up
 from tasks.mixtures import build_task
 
 PRIMER = "primer-choice"

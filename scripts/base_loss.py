@@ -10,13 +10,12 @@ writes: report/base_loss.json
 
 from dataclasses import dataclass
 
-from nanochat.bits_per_byte import text_bpb
 from nanochat.checkpoint import load_model
+from nanochat.common import Count, Source, StepNumber, Tag, run_script, say, set_up
+from nanochat.core_eval import text_bpb
 from nanochat.dataset import find_corpus
-from nanochat.flags import Count, Source, StepNumber, Tag, run_script
-from nanochat.replies import sample_texts
+from nanochat.engine import sample_texts
 from nanochat.report import write_section
-from nanochat.runtime import say, set_up
 
 SAMPLE_PROMPTS = (
     "The capital of France is",

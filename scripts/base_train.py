@@ -16,24 +16,31 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nanochat import fp8
-from nanochat.batching import batch_rows, compile_for_training, row_choices
-from nanochat.bits_per_byte import text_bpb
 from nanochat.checkpoint import build_model
+from nanochat.common import Count, Derived, Positive, Rows, Tag, run_script, say, set_up
+from nanochat.core_eval import text_bpb
 from nanochat.dataloader import TextLoader
 from nanochat.dataset import find_corpus
-from nanochat.flags import Count, Derived, Positive, Rows, Tag, run_script
+from nanochat.engine import sample_texts
 from nanochat.optim import MuonAdamW
-from nanochat.replies import sample_texts
 from nanochat.report import write_section
-from nanochat.runtime import say, set_up
 from nanochat.scaling import (
     batch_tokens,
     depth_to_config,
     horizon,
+    lr_multiplier,
     make_optimizer,
+    muon_momentum,
+    weight_decay_multiplier,
 )
-from nanochat.schedule import lr_multiplier, muon_momentum, weight_decay_multiplier
-from nanochat.training import TrainRun, accumulate, load_tokenizer
+from nanochat.trainer import (
+    TrainRun,
+    accumulate,
+    batch_rows,
+    compile_for_training,
+    load_tokenizer,
+    row_choices,
+)
 
 SAMPLE_PROMPTS = (
     "The capital of France is",

@@ -27,16 +27,24 @@ from typing import Annotated, Any
 
 import tyro
 
-from nanochat.chat_format import render_prompt
 from nanochat.checkpoint import load_model
-from nanochat.engine import Engine
-from nanochat.flags import Count, Natural, Share, Source, StepNumber, Tag, Temperature, run_script
-from nanochat.flight import Request
-from nanochat.paths import base_dir, write_file
-from nanochat.replies import ReplyReader
-from nanochat.runtime import say, set_up
+from nanochat.common import (
+    Count,
+    Natural,
+    Share,
+    Source,
+    StepNumber,
+    Tag,
+    Temperature,
+    base_dir,
+    run_script,
+    say,
+    set_up,
+    write_file,
+)
+from nanochat.engine import Engine, ReplyReader, Request
 from nanochat.sampling import derive_seed
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import Tokenizer, render_prompt
 
 HELP = """\
 /clear                forget the conversation

@@ -24,11 +24,21 @@ from typing import Annotated, Any
 import tyro
 
 from nanochat.checkpoint import load_model
+from nanochat.common import (
+    ChatSource,
+    Count,
+    StepNumber,
+    Tag,
+    Temperature,
+    UserError,
+    run_dir,
+    run_script,
+    say,
+    set_up,
+    write_file,
+)
 from nanochat.engine import Engine
-from nanochat.flags import ChatSource, Count, StepNumber, Tag, Temperature, run_script
-from nanochat.paths import UserError, run_dir, write_file
 from nanochat.report import write_section
-from nanochat.runtime import say, set_up
 from nanochat.sandbox import isolation
 from nanochat.task_eval import EvalResult, evaluate_choice, evaluate_generate
 from tasks.common import Task

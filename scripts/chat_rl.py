@@ -1,7 +1,7 @@
 """Reinforce a chat model on problems with a checkable answer: it answers, and right answers become likelier.
 
 Each step asks `questions_per_step` questions, samples a group of answers to each, and makes one policy-gradient
-step (nanochat/rollouts.py). Answers are sampled at temperature 1 from the full distribution, the one whose
+step. Answers are sampled at temperature 1 from the full distribution, the one whose
 log-probabilities the gradient uses.
 
     python -m scripts.chat_rl                                          # one GPU
@@ -12,21 +12,31 @@ reads: sft/<model tag>/, the task's data set
 writes: rl/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), report/chat_rl.json
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from nanochat.checkpoint import load_model
-from nanochat.engine import Engine
-from nanochat.flags import Count, Positive, Source, StepNumber, Tag, run_script
+from nanochat.common import (
+    Count,
+    Positive,
+    Runtime,
+    Source,
+    StepNumber,
+    Tag,
+    all_reduce_sum,
+    run_script,
+    set_up,
+)
+from nanochat.dataloader import IGNORED, Batch
+from nanochat.engine import Engine, Request, reply_parts
 from nanochat.report import write_section
-from nanochat.rollouts import Rollout, is_useful, policy_batch, roll_out
-from nanochat.runtime import Runtime, all_reduce_sum, set_up
-from nanochat.scaling import make_optimizer
-from nanochat.schedule import lr_multiplier_at
-from nanochat.task_eval import evaluate_generate
-from nanochat.training import TrainRun, accumulate
+from nanochat.sampling import derive_seed
+from nanochat.scaling import lr_multiplier_at, make_optimizer
+from nanochat.task_eval import EvalTask, evaluate_generate, spoken_text
+from nanochat.tokenizer import Conversation, render_prompt
+from nanochat.trainer import TrainRun, accumulate
 from tasks.common import Task
 from tasks.mixtures import build_task
 
@@ -63,6 +73,87 @@ class Config:
     eval_problems: Count = 400  # problems of one such measurement
     eval_samples: Count = 8  # answers to each: pass@1 and pass@8; 1: one answer, the likeliest
     save_every: int = 50  # steps between checkpoints; <= 0: at the end alone
+
+
+ROUND_UP = 32  # rows are padded to a multiple of this many tokens, so that few shapes occur
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled answer: the whole sequence, which tokens the model chose, and what it earned."""
+
+    ids: list[int]
+    mask: list[int]  # 1 where the model sampled the token
+    reward: float
+    text: str  # what was said, tool calls left out
+
+
+def roll_out(
+    engine: Engine,
+    questions: Mapping[int, Conversation],
+    task: EvalTask,
+    num_samples: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[list[Rollout]]:
+    """A group of `num_samples` rollouts for each question (number -> question), in order.
+
+    `seed` and the question's number fix every one of them, whichever rank makes it.
+    """
+    asked: dict[Request, int] = {}
+    for number, question in questions.items():
+        prompt = render_prompt(engine.tokenizer, question)
+        for k in range(num_samples):
+            own = derive_seed(seed, number, k)
+            asked[Request(prompt, max_tokens, temperature, seed=own)] = number
+    groups: dict[int, list[Rollout]] = {number: [] for number in questions}
+    for request, tokens, masks in engine.complete(asked):
+        number = asked[request]
+        text = spoken_text(reply_parts(engine.tokenizer, tokens))
+        reward = task.score(questions[number], text)
+        sampled = [0] * len(request.prompt) + masks
+        groups[number].append(Rollout(request.prompt + tokens, sampled, reward, text))
+    return list(groups.values())
+
+
+def advantages(rewards: Sequence[float]) -> list[float]:
+    """Each reward minus the group's mean: [1, 0, 0, 1] -> [.5, -.5, -.5, .5]."""
+    mean = sum(rewards) / len(rewards)
+    return [reward - mean for reward in rewards]
+
+
+def is_useful(group: Sequence[Rollout]) -> bool:
+    """True when the answers of a group earned different rewards."""
+    return len({rollout.reward for rollout in group}) > 1
+
+
+def policy_batch(
+    groups: Sequence[Sequence[Rollout]], pad_id: int, device: torch.device
+) -> tuple[Batch, torch.Tensor]:
+    """(rows of all useful groups, advantage of each target (R, T)); one row of padding where no group is.
+
+    Multiplied by these weights, the losses of the targets sum to the policy gradient's loss.
+    """
+    rows = [
+        (rollout, advantage)
+        for group in groups
+        if is_useful(group)
+        for rollout, advantage in zip(group, advantages([r.reward for r in group]), strict=True)
+    ]
+    longest = max((len(rollout.ids) for rollout, _ in rows), default=2) - 1
+    time = -(-longest // ROUND_UP) * ROUND_UP
+    inputs = torch.full((max(1, len(rows)), time), pad_id)
+    targets = torch.full_like(inputs, IGNORED)
+    weights = torch.zeros(inputs.shape)
+    for row, (rollout, advantage) in enumerate(rows):
+        ids, mask = torch.tensor(rollout.ids), torch.tensor(rollout.mask)
+        inputs[row, : len(ids) - 1] = ids[:-1]
+        targets[row, : len(ids) - 1] = torch.where(mask[1:] == 1, ids[1:], IGNORED)
+        weights[row] = advantage
+    num_targets = int((targets != IGNORED).sum())
+    batch = Batch(inputs.to(device), targets.to(device), num_targets, 0, 0.0, dict)
+    return batch, weights.to(device)
 
 
 def ask(

@@ -10,8 +10,8 @@ writes: sft/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), r
 
 from dataclasses import dataclass
 
+from nanochat.common import Count, Positive, Share, Source, run_script
 from nanochat.finetuning import FinetuneConfig, finetune
-from nanochat.flags import Count, Positive, Share, Source, run_script
 from nanochat.report import write_section
 from tasks.mixtures import build_mixture
 

@@ -17,10 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 import uvicorn
 
-from nanochat.api import Settings
+from nanochat.chat_api import Settings
 from nanochat.checkpoint import load_model
-from nanochat.engine import Engine, slots_that_fit
-from nanochat.flags import (
+from nanochat.common import (
     ChatSource,
     Count,
     Natural,
@@ -28,11 +27,13 @@ from nanochat.flags import (
     StepNumber,
     Tag,
     Temperature,
+    UserError,
     run_script,
+    say,
+    set_up,
 )
+from nanochat.engine import Engine, slots_that_fit
 from nanochat.kv_cache import slot_bytes
-from nanochat.paths import UserError
-from nanochat.runtime import say, set_up
 from nanochat.server import Server, create_app, listen
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})

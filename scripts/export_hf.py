@@ -15,10 +15,17 @@ import torch
 
 from nanochat import hf_export
 from nanochat.checkpoint import find_checkpoint, write_tensors
-from nanochat.flags import Source, StepNumber, Tag, run_script
-from nanochat.paths import UserError, report_dir, write_file
+from nanochat.common import (
+    Source,
+    StepNumber,
+    Tag,
+    UserError,
+    report_dir,
+    run_script,
+    say,
+    write_file,
+)
 from nanochat.report import summary_table
-from nanochat.runtime import say
 from nanochat.tokenizer import Tokenizer
 
 CARD = """---

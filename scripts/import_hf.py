@@ -27,13 +27,10 @@ import tyro
 from safetensors.torch import load_file
 
 from nanochat import hf_export
-from nanochat.chat_format import SPECIAL_TOKENS
 from nanochat.checkpoint import config_dict, list_steps, save_checkpoint
-from nanochat.flags import StepNumber, Tag, run_script
+from nanochat.common import StepNumber, Tag, UserError, run_dir, run_script, say, set_up, write_file
 from nanochat.gpt import GPTConfig
-from nanochat.paths import UserError, run_dir, write_file
-from nanochat.runtime import say, set_up
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 Model = tuple[GPTConfig, hf_export.Weights, Tokenizer, int]  # the last is the step

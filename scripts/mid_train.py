@@ -10,8 +10,8 @@ writes: mid/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), r
 
 from dataclasses import dataclass
 
+from nanochat.common import run_script
 from nanochat.finetuning import FinetuneConfig, finetune
-from nanochat.flags import run_script
 from nanochat.report import write_section
 from tasks.mixtures import build_mixture
 

@@ -20,9 +20,15 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from nanochat.flags import Count, Positive, PositiveShare, run_script
-from nanochat.paths import UserError
-from nanochat.runtime import PEAK_BF16_FLOPS, say
+from nanochat.common import (
+    PEAK_BF16_FLOPS,
+    Count,
+    Positive,
+    PositiveShare,
+    UserError,
+    run_script,
+    say,
+)
 from nanochat.scaling import (
     batch_tokens,
     depth_to_config,

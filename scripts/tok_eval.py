@@ -20,11 +20,9 @@ from itertools import islice
 import tiktoken
 import tiktoken.load
 
+from nanochat.common import Count, run_script, say, tokenizer_dir
 from nanochat.dataset import find_corpus, read_texts
-from nanochat.flags import Count, run_script
-from nanochat.paths import tokenizer_dir
 from nanochat.report import write_section
-from nanochat.runtime import say
 from nanochat.tokenizer import Tokenizer
 
 REFERENCES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}  # name here -> tiktoken's

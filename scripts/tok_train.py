@@ -14,13 +14,10 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from nanochat.chat_format import SPECIAL_TOKENS
+from nanochat.common import Count, run_script, say, tokenizer_dir
 from nanochat.dataset import find_corpus, read_texts
-from nanochat.flags import Count, run_script
-from nanochat.paths import tokenizer_dir
 from nanochat.report import write_section
-from nanochat.runtime import say
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
 @dataclass

@@ -13,7 +13,7 @@ Source: allenai/ai2_arc on the Hugging Face hub (arXiv 1803.05457), CC BY-SA 4.0
 
 from typing import Any
 
-from nanochat.chat_format import Conversation
+from nanochat.tokenizer import Conversation
 from tasks.common import ChoiceTask
 
 

@@ -17,10 +17,10 @@ from typing import Any, cast
 
 import pyarrow.parquet as parquet
 
-from nanochat.chat_format import Conversation, check_conversation
-from nanochat.paths import UserError
+from nanochat.common import UserError
+from nanochat.dataset import numbered_jsonl
 from nanochat.primer_questions import render_choices
-from nanochat.text_files import numbered_jsonl
+from nanochat.tokenizer import Conversation, check_conversation
 
 
 class Task(Sequence[Conversation]):

@@ -10,9 +10,9 @@ would otherwise be met an hour later.
 
 from pathlib import Path
 
-from nanochat.chat_format import Conversation, check_conversation
-from nanochat.paths import UserError
-from nanochat.text_files import numbered_jsonl
+from nanochat.common import UserError
+from nanochat.dataset import numbered_jsonl
+from nanochat.tokenizer import Conversation, check_conversation
 from tasks.common import Task
 
 

@@ -17,7 +17,7 @@ import re
 from decimal import Decimal
 from typing import Any
 
-from nanochat.chat_format import Conversation
+from nanochat.tokenizer import Conversation
 from tasks.common import HubTask, exchange
 
 MARK = re.compile(r"<<([^<>=]*)=([^<>]*)>>")

@@ -18,8 +18,8 @@ import re
 import textwrap
 from typing import Any
 
-from nanochat.chat_format import Conversation
 from nanochat.sandbox import run_program
+from nanochat.tokenizer import Conversation
 from tasks.common import HubTask, exchange
 
 FENCED = re.compile(r"```[ \t]*\w*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)

@@ -15,9 +15,9 @@ import random
 import re
 from pathlib import Path
 
-from nanochat.chat_format import Conversation
-from nanochat.paths import UserError
+from nanochat.common import UserError
 from nanochat.primer_words import ways
+from nanochat.tokenizer import Conversation
 from tasks.common import Task, exchange
 
 FACTS = Path(__file__).with_name("identity.json")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.paths import UserError
+from nanochat.common import UserError
 from tasks.arc import ARC
 from tasks.common import Task, TaskMixture
 from tasks.customjson import CustomJSON

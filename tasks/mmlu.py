@@ -12,7 +12,7 @@ Source: cais/mmlu on the Hugging Face hub, configuration "all" (arXiv 2009.03300
 
 from typing import Any
 
-from nanochat.chat_format import Conversation
+from nanochat.tokenizer import Conversation
 from tasks.common import ChoiceTask
 
 

@@ -14,8 +14,8 @@ and nothing else: a reply that merely contains the right word may say the opposi
 import re
 
 from nanochat import primer
-from nanochat.chat_format import Conversation
 from nanochat.primer_questions import NUM_CHOICES, Question
+from nanochat.tokenizer import Conversation
 from tasks.common import Task, exchange
 
 NUM_TRAIN, NUM_TEST = 20_000, 400  # the primer is endless; these are the parts that tasks use

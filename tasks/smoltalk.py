@@ -12,7 +12,7 @@ Source: HuggingFaceTB/smol-smoltalk on the Hugging Face hub (arXiv 2502.02737), 
 
 from typing import Any
 
-from nanochat.chat_format import Conversation
+from nanochat.tokenizer import Conversation
 from tasks.common import HubTask
 
 

@@ -19,11 +19,11 @@ from functools import cache
 from pathlib import Path
 
 from nanochat import primer
-from nanochat.chat_format import Conversation
-from nanochat.paths import UserError
+from nanochat.common import UserError
 from nanochat.primer_questions import fill, generator, held_out, tally, times
 from nanochat.primer_texts import COUNT_QUESTIONS, HAND_QUESTIONS, SPELL_QUESTIONS
 from nanochat.primer_words import ALPHABET
+from nanochat.tokenizer import Conversation
 from tasks.common import Task, exchange
 from tasks.primer import last_count, normalized
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from nanochat import dataset
-from nanochat.flags import run_script
-from nanochat.training import TrainRun
+from nanochat.common import run_script
+from nanochat.trainer import TrainRun
 from scripts import base_train, chat_rl, chat_sft, mid_train, tok_train
 
 SCRIPTS = {

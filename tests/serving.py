@@ -19,16 +19,13 @@ import pytest
 import torch
 import uvicorn
 
-from nanochat.api import Settings
-from nanochat.chat_format import SPECIAL_TOKENS, chat_tokens
+from nanochat.chat_api import Settings
 from nanochat.checkpoint import config_dict, save_checkpoint
-from nanochat.engine import Engine, StepFailed
-from nanochat.flight import Event, Request
+from nanochat.common import Runtime, run_dir
+from nanochat.engine import Engine, Event, Request, StepFailed
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.paths import run_dir
-from nanochat.runtime import Runtime
 from nanochat.server import ChatServer, Server, create_app, listen
-from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, chat_tokens
 
 TOKENIZER = Tokenizer([bytes([byte]) for byte in range(256)], SPECIAL_TOKENS, SPLIT_PATTERN)
 CHAT = chat_tokens(TOKENIZER)

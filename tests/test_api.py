@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from nanochat.api import (
+from nanochat.chat_api import (
     ApiError,
     ChatRequest,
     Message,
@@ -17,7 +17,7 @@ from nanochat.api import (
     fold_messages,
     validation_error,
 )
-from nanochat.chat_format import render_prompt
+from nanochat.tokenizer import render_prompt
 from tests.serving import TOKENIZER
 
 HELLO = [{"role": "user", "content": "hello"}]

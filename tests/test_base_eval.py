@@ -9,15 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import eval_bundle
-from nanochat.chat_format import SPECIAL_TOKENS
+from nanochat import core_eval
 from nanochat.checkpoint import config_dict, save_checkpoint
-from nanochat.core_eval import CoreTask, evaluate, item_rows
-from nanochat.eval_bundle import load_tasks
+from nanochat.common import Runtime, UserError, report_dir, run_dir
+from nanochat.core_eval import CoreTask, evaluate, item_rows, load_tasks
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.paths import UserError, report_dir, run_dir
-from nanochat.runtime import Runtime
-from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from scripts.base_eval import Config, HFReader, main
 from tasks.mixtures import build_task
 from tests.test_eval_bundle import write_bundle
@@ -46,7 +43,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A small bundle, in a world without a network and with a base folder of the test's own."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.delenv("NANOCHAT_EVAL_BUNDLE", raising=False)
-    monkeypatch.setattr(eval_bundle, "URL", "http://127.0.0.1:9/eval_bundle.zip")
+    monkeypatch.setattr(core_eval, "URL", "http://127.0.0.1:9/eval_bundle.zip")
     return str(write_bundle(tmp_path / "bundle"))
 
 

@@ -8,9 +8,8 @@ from safetensors.torch import load_file
 
 from nanochat import dataset
 from nanochat.checkpoint import list_steps
-from nanochat.metrics import read_metrics
-from nanochat.paths import UserError, run_dir
-from nanochat.training import TrainRun
+from nanochat.common import UserError, run_dir
+from nanochat.trainer import TrainRun, read_metrics
 from scripts import base_train, tok_train
 
 TINY = base_train.Config(

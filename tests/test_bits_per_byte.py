@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanochat.bits_per_byte import evaluate_bpb
+from nanochat.core_eval import evaluate_bpb
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
 

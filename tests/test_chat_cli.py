@@ -17,9 +17,9 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from nanochat.chat_format import check_conversation, render_prompt
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import check_conversation, render_prompt
 from scripts.chat_cli import HELP, Config, answer, fit_window, main, obey, questions, show
 from tests.serving import CHAT, TOKENIZER, save_chat_model
 

@@ -6,12 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.chat_format import SPECIAL_TOKENS
 from nanochat.checkpoint import config_dict, save_checkpoint
+from nanochat.common import Runtime, UserError, report_dir, run_dir
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.paths import UserError, report_dir, run_dir
-from nanochat.runtime import Runtime
-from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from scripts.chat_eval import Config, main
 
 TOKENIZER = Tokenizer([bytes([byte]) for byte in range(256)], SPECIAL_TOKENS, SPLIT_PATTERN)

@@ -4,17 +4,17 @@ import json
 
 import pytest
 
-from nanochat import chat_format
-from nanochat.chat_format import (
+from nanochat import tokenizer as chat_format
+from nanochat.common import UserError
+from nanochat.tokenizer import (
     SPECIAL_TOKENS,
+    Tokenizer,
     chat_tokens,
     check_conversation,
     render_conversation,
     render_prompt,
     visualize,
 )
-from nanochat.paths import UserError
-from nanochat.tokenizer import Tokenizer
 
 TOOL_CHAT = {
     "messages": [

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import packing
-from nanochat.chat_format import SPECIAL_TOKENS, ChatTokens, chat_tokens
-from nanochat.chat_loader import ChatLoader
-from nanochat.dataloader import Batch, merge_states
-from nanochat.paths import UserError
+from nanochat import dataloader
+from nanochat.common import UserError
+from nanochat.dataloader import Batch, ChatLoader, merge_states
+from nanochat.tokenizer import SPECIAL_TOKENS, ChatTokens, chat_tokens
 
 SEQ_LEN = 40
 ROWS = 4
@@ -57,7 +56,7 @@ def make_chats(num: int, long_every: int = 9) -> list[dict]:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that ranks deal differently far."""
-    monkeypatch.setattr(packing, "CHUNK_BYTES", 200)
+    monkeypatch.setattr(dataloader, "CHUNK_BYTES", 200)
 
 
 def make_loader(

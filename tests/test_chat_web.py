@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from nanochat.paths import UserError
+from nanochat.common import UserError
 from nanochat.server import listen
 from scripts.chat_web import Config, load_engines
 from tests.serving import save_chat_model

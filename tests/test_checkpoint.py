@@ -11,12 +11,10 @@ import pytest
 import torch
 
 from nanochat import checkpoint
-from nanochat.chat_format import SPECIAL_TOKENS
+from nanochat.common import Runtime, UserError, run_dir
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.paths import UserError, run_dir
-from nanochat.runtime import Runtime
 from nanochat.scaling import make_optimizer
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
 CONFIG = GPTConfig(

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import pytest
 
-from nanochat.completion import Choice, Completion
-from nanochat.flight import Event, Request
+from nanochat.chat_api import Choice, Completion
+from nanochat.engine import Event, Request
 from tests.serving import CHAT, TOKENIZER
 
 REQUEST = Request([CHAT.bos], 100)

@@ -19,11 +19,10 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from nanochat import core_eval
-from nanochat.chat_format import SPECIAL_TOKENS
+from nanochat.common import UserError
 from nanochat.core_eval import CORE_TASKS, CoreTask, GPTReader, TaskResult, core_score, evaluate
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.paths import UserError
-from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 # All bytes, and merges that take the blank before a word into its token, across the end of a prompt.
 MERGES = [b" t", b"he", b" the", b" s", b"ky", b" sky", b" b", b" bl", b" blue", b"\n\n", b"  "]

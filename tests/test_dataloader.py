@@ -12,10 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from nanochat import packing
-from nanochat.dataloader import Batch, TextLoader, merge_states
-from nanochat.packing import Lane
-from nanochat.paths import UserError
+from nanochat import dataloader
+from nanochat.common import UserError
+from nanochat.dataloader import Batch, Lane, TextLoader, merge_states
 
 BOS = 0
 SEQ_LEN = 31
@@ -58,7 +57,7 @@ def shards(tmp_path: Path) -> list[Path]:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that ranks deal differently far."""
-    monkeypatch.setattr(packing, "CHUNK_BYTES", 200)
+    monkeypatch.setattr(dataloader, "CHUNK_BYTES", 200)
 
 
 class Ranks:

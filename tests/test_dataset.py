@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat import dataset
+from nanochat.common import UserError, corpora_dir
 from nanochat.dataset import Config, PublicCorpus, find_corpus, main, read_texts
-from nanochat.paths import UserError, corpora_dir
 from tests.hub import Hub
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from nanochat.calculator import calculate
-from nanochat.chat_format import (
+from nanochat.common import UserError
+from nanochat.tokenizer import (
     SPECIAL_TOKENS,
+    Tokenizer,
     check_conversation,
     render_conversation,
     render_prompt,
 )
-from nanochat.paths import UserError
-from nanochat.tokenizer import Tokenizer
 from tasks.arc import ARC
 from tasks.common import load_rows
 from tasks.gsm8k import GSM8K, final_number

@@ -12,14 +12,20 @@ import pytest
 import torch
 from torch import nn
 
-from nanochat.chat_format import SPECIAL_TOKENS, chat_tokens
-from nanochat.engine import Engine, Event, Request, StepFailed, slots_that_fit
+from nanochat.common import UserError
+from nanochat.engine import (
+    Engine,
+    Event,
+    ReplyReader,
+    Request,
+    StepFailed,
+    reply_parts,
+    slots_that_fit,
+)
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache, slot_bytes
-from nanochat.paths import UserError
-from nanochat.replies import ReplyReader, reply_parts
 from nanochat.sampling import derive_seed
-from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, chat_tokens
 
 TOKENIZER = Tokenizer([bytes([byte]) for byte in range(256)], SPECIAL_TOKENS, SPLIT_PATTERN)
 CHAT = chat_tokens(TOKENIZER)

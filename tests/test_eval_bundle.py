@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from nanochat import eval_bundle
-from nanochat.core_eval import CORE_TASKS
-from nanochat.eval_bundle import find_bundle, load_tasks
-from nanochat.paths import UserError, eval_bundle_dir
+from nanochat import core_eval
+from nanochat.common import UserError, eval_bundle_dir
+from nanochat.core_eval import CORE_TASKS, find_bundle, load_tasks
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "deep/copa.jsonl": [
@@ -68,7 +67,7 @@ def bundle(tmp_path: Path) -> Path:
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.delenv("NANOCHAT_EVAL_BUNDLE", raising=False)
-    monkeypatch.setattr(eval_bundle, "URL", "http://127.0.0.1:9/eval_bundle.zip")  # nobody is there
+    monkeypatch.setattr(core_eval, "URL", "http://127.0.0.1:9/eval_bundle.zip")  # nobody is there
     return tmp_path / "base"
 
 
@@ -169,7 +168,7 @@ def test_download_once(
     base: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
 ) -> None:
     zip_bundle(bundle, tmp_path / "it.zip", inside)
-    monkeypatch.setattr(eval_bundle, "URL", (tmp_path / "it.zip").as_uri())
+    monkeypatch.setattr(core_eval, "URL", (tmp_path / "it.zip").as_uri())
     folder = find_bundle()
     assert folder == base / "eval_bundle" and len(load_tasks(folder)) == 3
     assert [path.name for path in base.iterdir()] == ["eval_bundle"]
@@ -208,7 +207,7 @@ def test_a_failed_download_leaves_nothing(
     if kind == "no file":
         archive.unlink()
     if kind != "no network":
-        monkeypatch.setattr(eval_bundle, "URL", archive.as_uri())
+        monkeypatch.setattr(core_eval, "URL", archive.as_uri())
     with pytest.raises(UserError, match="--eval_bundle") as refusal:
         find_bundle()
     assert "\n" not in str(refusal.value)

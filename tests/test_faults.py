@@ -14,14 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import batching, checkpoint, training
+from nanochat import checkpoint, trainer
 from nanochat.checkpoint import list_steps
+from nanochat.common import Runtime, UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.metrics import read_metrics
 from nanochat.optim import Bucket, MuonAdamW
-from nanochat.paths import UserError
-from nanochat.runtime import Runtime
-from nanochat.training import TrainRun
+from nanochat.trainer import TrainRun, read_metrics
 from tests import launch
 
 EVERY = 5
@@ -206,7 +204,7 @@ def slow_steps() -> None:
 
     def slow(self: MuonAdamW) -> None:
         step(self)
-        training.say("inside a step")
+        trainer.say("inside a step")
         until = time.monotonic() + 10
         while time.monotonic() < until:
             time.sleep(0.05)
@@ -359,13 +357,13 @@ def test_out_of_memory_names_the_flag_and_a_value(
         TrainRun("base", "d1", settings, CPU),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    assert "smaller --depth" in str(batching.out_of_memory(1))
+    assert "smaller --depth" in str(trainer.out_of_memory(1))
 
 
 def test_auto_takes_the_first_micro_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert batching.row_choices(96, "auto", 64, CONFIG, CPU) == [48]  # 96 rows are above CPU_TOKENS
-    assert batching.row_choices(96, "auto", 10**6, CONFIG, CPU) == [1]
-    assert batching.row_choices(96, 32, 64, CONFIG, CPU) == [32]
+    assert trainer.row_choices(96, "auto", 64, CONFIG, CPU) == [48]  # 96 rows are above CPU_TOKENS
+    assert trainer.row_choices(96, "auto", 10**6, CONFIG, CPU) == [1]
+    assert trainer.row_choices(96, 32, 64, CONFIG, CPU) == [32]
     tried = []
 
     def loss(ids: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
@@ -379,8 +377,8 @@ def test_auto_takes_the_first_micro_batch_that_fits(monkeypatch: pytest.MonkeyPa
         GPT, "forward", lambda self, *arguments, **options: loss(*arguments, **options)
     )
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
-    guard = training.Guard(CPU)
-    _, rows = batching.compile_for_training(model, "yes", [12, 6, 4, 3], 64, guard)
+    guard = trainer.Guard(CPU)
+    _, rows = trainer.compile_for_training(model, "yes", [12, 6, 4, 3], 64, guard)
     assert rows == 4 and tried == [12, 6, 4]
     with pytest.raises(UserError, match="--device_batch_size=6; try --device_batch_size=3"):
-        batching.compile_for_training(model, "yes", [12, 6], 64, guard)
+        trainer.compile_for_training(model, "yes", [12, 6], 64, guard)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.flags import run_script
-from nanochat.paths import UserError
+from nanochat.common import UserError, run_script
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("[a-z]*.py"))

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanochat import fused
+from nanochat import loss
+from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.paths import UserError
 
 SMALL: dict[str, Any] = {
     "sequence_len": 160,
@@ -211,7 +211,7 @@ def test_loss_and_gradients_equal_plain_autograd(
     reduction: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """fp64, chunks of 1, 7 and all rows, ignored targets, padded vocabulary, unequal weights from above."""
-    monkeypatch.setattr(fused, "CPU_CHUNK", chunk)
+    monkeypatch.setattr(loss, "CPU_CHUNK", chunk)
     random = torch.Generator().manual_seed(0)
     x = torch.randn(23, 16, generator=random, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(96, 16, generator=random, dtype=torch.float64, requires_grad=True)
@@ -222,7 +222,7 @@ def test_loss_and_gradients_equal_plain_autograd(
     def total(loss: torch.Tensor) -> torch.Tensor:
         return (loss * above).sum() if reduction == "none" else loss * 0.37
 
-    ours = fused.softcap_loss(x, weight, targets, 90, 3.0, reduction)
+    ours = loss.softcap_loss(x, weight, targets, 90, 3.0, reduction)
     logits = 3.0 * torch.tanh(x @ weight[:90].T / 3.0)
     plain = F.cross_entropy(logits, targets, reduction=reduction, ignore_index=-1)
     assert torch.allclose(ours, plain, rtol=1e-12)
@@ -231,18 +231,18 @@ def test_loss_and_gradients_equal_plain_autograd(
     for a, b in zip(mine, theirs, strict=True):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-14)
     with torch.no_grad():
-        again = fused.softcap_loss(x, weight, targets, 90, 3.0, reduction)
+        again = loss.softcap_loss(x, weight, targets, 90, 3.0, reduction)
     assert torch.allclose(again, plain, rtol=1e-12)
 
 
 def test_hand_written_gradients_pass_gradcheck() -> None:
     random = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 2, 8, generator=random, dtype=torch.float64, requires_grad=True)
-    cos, sin = fused.rotary_angles(torch.arange(3)[None], 8, 100.0)
-    assert torch.autograd.gradcheck(fused.norm, (x,))
-    assert torch.autograd.gradcheck(fused.relu_squared, (x,))
-    assert torch.autograd.gradcheck(lambda y: fused.rotate(y, cos.double(), sin.double()), (x,))
-    assert torch.allclose(fused.norm(x), F.rms_norm(x, (8,), eps=fused.NORM_EPS))
+    cos, sin = loss.rotary_angles(torch.arange(3)[None], 8, 100.0)
+    assert torch.autograd.gradcheck(loss.norm, (x,))
+    assert torch.autograd.gradcheck(loss.relu_squared, (x,))
+    assert torch.autograd.gradcheck(lambda y: loss.rotate(y, cos.double(), sin.double()), (x,))
+    assert torch.allclose(loss.norm(x), F.rms_norm(x, (8,), eps=loss.NORM_EPS))
 
 
 def test_gradients_of_the_whole_model_reach_every_parameter() -> None:
@@ -305,11 +305,11 @@ def test_bf16_stays_close_and_masters_stay_fp32() -> None:
 
 def test_texts_longer_than_trained_for_keep_their_positions() -> None:
     """Rotation depends on distance alone, also far beyond sequence_len."""
-    cos, sin = fused.rotary_angles(torch.tensor([[3, 90_003]]), 32, 100000.0)
-    other_cos, other_sin = fused.rotary_angles(torch.tensor([[10, 90_010]]), 32, 100000.0)
+    cos, sin = loss.rotary_angles(torch.tensor([[3, 90_003]]), 32, 100000.0)
+    other_cos, other_sin = loss.rotary_angles(torch.tensor([[10, 90_010]]), 32, 100000.0)
     x = torch.randn(1, 2, 1, 32, generator=torch.Generator().manual_seed(0))
-    near, far = fused.rotate(x, cos, sin)[0, :, 0]
-    other_near, other_far = fused.rotate(x, other_cos, other_sin)[0, :, 0]
+    near, far = loss.rotate(x, cos, sin)[0, :, 0]
+    other_near, other_far = loss.rotate(x, other_cos, other_sin)[0, :, 0]
     assert (near @ far).item() == pytest.approx((other_near @ other_far).item(), abs=0.05)
     short = make_model(replace(GPTConfig(**SMALL, n_kv_head=4), sequence_len=16))
     long = make_model(replace(GPTConfig(**SMALL, n_kv_head=4), sequence_len=160))

@@ -22,16 +22,20 @@ from tokenizers import Tokenizer as Reference
 from transformers.models.nanochat import modeling_nanochat
 
 from nanochat import report
-from nanochat.chat_format import SPECIAL_TOKENS, Conversation, render_conversation, render_prompt
 from nanochat.checkpoint import config_dict, save_checkpoint
+from nanochat.common import Runtime, UserError, run_dir
 from nanochat.core_eval import CoreTask, GPTReader, evaluate
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf_export import GUARD, tokenizer_json
-from nanochat.paths import UserError, run_dir
-from nanochat.runtime import Runtime
 from nanochat.scaling import make_optimizer
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import (
+    SPECIAL_TOKENS,
+    Conversation,
+    Tokenizer,
+    render_conversation,
+    render_prompt,
+)
 from scripts.export_hf import Config, main
 from tasks.common import load_rows
 

@@ -11,14 +11,12 @@ import pytest
 import tiktoken
 import torch
 
-from nanochat.chat_format import SPECIAL_TOKENS
 from nanochat.checkpoint import build_model, config_dict, load_model, save_checkpoint
+from nanochat.common import Runtime, UserError, base_dir, run_dir
 from nanochat.finetuning import finetune
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.metrics import read_metrics
-from nanochat.paths import UserError, base_dir, run_dir
-from nanochat.runtime import Runtime
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat.trainer import read_metrics
 from scripts import chat_cli, chat_sft, export_hf
 from scripts.import_hf import Config, main
 

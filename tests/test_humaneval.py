@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from nanochat import sandbox
-from nanochat.chat_format import SPECIAL_TOKENS, render_conversation, render_prompt
-from nanochat.paths import UserError
-from nanochat.tokenizer import Tokenizer
+from nanochat.common import UserError
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, render_conversation, render_prompt
 from tasks.humaneval import HumanEval, complete
 
 ROW = {  # of openai/openai_humaneval, MIT

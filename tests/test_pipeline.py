@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.metrics import read_metrics
+from nanochat.trainer import read_metrics
 
 SIZES = "--device_type=cpu --model_tag=tiny"
 BASE = "--depth=2 --aspect_ratio=16 --head_dim=16 --max_seq_len=128 --window_pattern=SL --num_iterations=20"

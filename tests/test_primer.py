@@ -9,9 +9,9 @@ import pytest
 from nanochat import primer
 from nanochat import primer_questions as ask
 from nanochat.calculator import calculate
-from nanochat.chat_format import check_conversation
 from nanochat.primer_facts import SPELLED, TOPICS
 from nanochat.primer_words import plural
+from nanochat.tokenizer import check_conversation
 
 NUM_DOCUMENTS, NUM_TALKS, NUM_QUIZZES = 8_000, 12_000, 1_000
 

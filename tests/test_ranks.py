@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from nanochat.metrics import read_metrics
-from nanochat.training import TrainRun
+from nanochat.trainer import TrainRun, read_metrics
 from tests import launch
 
 STEPS = 6

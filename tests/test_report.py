@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from nanochat import report
-from nanochat.paths import UserError, report_dir
-from nanochat.report_page import format_value
+from nanochat.common import UserError, report_dir
+from nanochat.report import format_value
 
 
 @pytest.fixture(autouse=True)

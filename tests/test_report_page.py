@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from nanochat import report
-from nanochat.paths import base_dir
-from nanochat.report_page import Chapter, html_page, samples, table
+from nanochat.common import base_dir
+from nanochat.report import Chapter, html_page, samples, table
 
 HOSTILE = (
     "</pre><script>alert(1)</script><img src=\"https://x.test/a.png\" onerror='f()'>&lt;&amp; <!--"
@@ -176,7 +176,7 @@ def test_charts_are_named_and_left_out_without_metrics(page: Page) -> None:
 
 def test_style_sheet_has_every_variable_that_is_used() -> None:
     style = (Path(report.__file__).parent / "report.css").read_text()
-    plots = (Path(report.__file__).parent / "report_plots.py").read_text()
+    plots = (Path(report.__file__).parent / "report.py").read_text()
     light, dark = (set(re.findall(r"(--\w+):", part)) for part in style.split("@media screen"))
     used = set(re.findall(r"var\((--\w+)\)", style)) | {
         f"--{name}" for name in re.findall(r'\("(\w+)", [A-Z]+\)', plots)

@@ -10,8 +10,8 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from nanochat import report_plots
-from nanochat.report_plots import MAX_POINTS, draw_run
+from nanochat import report
+from nanochat.report import MAX_POINTS, draw_run
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -144,6 +144,6 @@ def test_colours_are_those_of_the_page_and_text_is_text() -> None:
 
 def test_matplotlib_is_not_loaded_with_the_module() -> None:
     """`report reset` does not draw, and should not wait for a second."""
-    tree = ast.parse(Path(report_plots.__file__).read_text())
+    tree = ast.parse(Path(report.__file__).read_text())
     top = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert top and not [line for line in top if "matplotlib" in line]

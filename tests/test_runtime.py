@@ -14,7 +14,7 @@ DIED = "torchrun died while this rank was starting\n"
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells that a parent died")
 @pytest.mark.parametrize(("command", "said"), [(DIRECT, DIED), (WRAPPED, "")])
 def test_a_rank_whose_torchrun_died_does_not_start(command: str, said: str) -> None:
-    code = 'from nanochat.runtime import set_up; set_up("cpu")'
+    code = 'from nanochat.common import set_up; set_up("cpu")'
     ours = {"PYTHON": sys.executable, "CODE": code, "TORCHELASTIC_RUN_ID": "none"}
     done = subprocess.run(
         ["sh", "-c", command], env=os.environ | ours, stderr=subprocess.PIPE, text=True, timeout=120

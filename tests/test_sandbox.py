@@ -19,7 +19,7 @@ from textwrap import dedent
 import pytest
 
 from nanochat import sandbox
-from nanochat.paths import UserError
+from nanochat.common import UserError
 from nanochat.sandbox import Outcome, isolation, run_program
 
 MARK = f"f_{time.time_ns()}"  # the function's name; the command lines of all processes show it

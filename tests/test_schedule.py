@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanochat import schedule
+from nanochat import scaling
 
 
 @pytest.mark.parametrize(
@@ -19,16 +19,16 @@ from nanochat import schedule
     ],
 )
 def test_pretraining_multiplier(step: int, expected: float) -> None:
-    assert schedule.lr_multiplier(step, 1000) == pytest.approx(expected)
+    assert scaling.lr_multiplier(step, 1000) == pytest.approx(expected)
 
 
 def test_short_runs_warm_up_in_a_fraction_of_the_run() -> None:
-    multipliers = [schedule.lr_multiplier(step, 100) for step in range(101)]
-    full = schedule.LR_WARMUP_LIMIT * 100
+    multipliers = [scaling.lr_multiplier(step, 100) for step in range(101)]
+    full = scaling.LR_WARMUP_LIMIT * 100
     assert multipliers[0] == pytest.approx(1 / full)
     assert multipliers[round(full) - 1] == 1.0
     assert all(0 < multiplier <= 1 for multiplier in multipliers)
-    assert schedule.lr_multiplier(0, 1) == 1.0
+    assert scaling.lr_multiplier(0, 1) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -36,11 +36,11 @@ def test_short_runs_warm_up_in_a_fraction_of_the_run() -> None:
     [(0.0, 1.0), (0.8, 1.0), (0.9, 0.5), (1.0, 0.0), (1.3, 0.0)],  # a last batch may overshoot
 )
 def test_chat_stage_multiplier_falls(progress: float, expected: float) -> None:
-    assert schedule.lr_multiplier_at(progress, warmdown=0.2) == pytest.approx(expected)
+    assert scaling.lr_multiplier_at(progress, warmdown=0.2) == pytest.approx(expected)
 
 
 def test_no_warmdown_stays_at_one() -> None:
-    assert [schedule.lr_multiplier_at(p, warmdown=0) for p in (0.0, 0.9, 1.0)] == [1, 1, 1]
+    assert [scaling.lr_multiplier_at(p, warmdown=0) for p in (0.0, 0.9, 1.0)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_no_warmdown_stays_at_one() -> None:
     ],
 )
 def test_muon_momentum(step: int, expected: float) -> None:
-    assert schedule.muon_momentum(step, 10000) == pytest.approx(expected)
+    assert scaling.muon_momentum(step, 10000) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -63,4 +63,4 @@ def test_muon_momentum(step: int, expected: float) -> None:
     [(0.0, 1.0), (0.5, 0.5), (0.8, 0.0954915), (0.9, 0.0244717), (1.0, 0.0)],
 )
 def test_weight_decay_multiplier(progress: float, expected: float) -> None:
-    assert schedule.weight_decay_multiplier(progress) == pytest.approx(expected, abs=1e-7)
+    assert scaling.weight_decay_multiplier(progress) == pytest.approx(expected, abs=1e-7)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from nanochat.api import Settings
+from nanochat.chat_api import Settings
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from tests.serving import CHAT, TOKENIZER, EchoEngine, Running, serving
@@ -313,7 +313,7 @@ def test_who_does_not_read_is_dropped(
     max_unread: int, stalled_seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Because too many events wait for him, or because his socket stays full for too long."""
-    monkeypatch.setattr("nanochat.replica.MAX_UNREAD", max_unread)
+    monkeypatch.setattr("nanochat.server.MAX_UNREAD", max_unread)
     engine = EchoEngine(num_slots=1, max_len=1 << 20)
     engine.scripts["endless"] = [ord("x")] * 900_000
     settings = Settings(stalled_seconds=stalled_seconds)
@@ -336,8 +336,8 @@ def test_an_answer_that_takes_too_long_ends() -> None:
 
 
 def test_a_silent_stream_is_pinged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanochat.completion.PING_SECONDS", 0.1)
-    monkeypatch.setattr("nanochat.completion.QUEUE_SECONDS", 0.02)
+    monkeypatch.setattr("nanochat.server.PING_SECONDS", 0.1)
+    monkeypatch.setattr("nanochat.server.QUEUE_SECONDS", 0.02)
     engine = EchoEngine(num_slots=1)
     engine.pace = 0.25
     with serving([engine]) as server:

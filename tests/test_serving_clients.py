@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nanochat.api import Settings
+from nanochat.chat_api import Settings
 from tests.serving import EchoEngine, Running, serving
 
 QUESTION = "né 汉字 👩‍👩‍👧"

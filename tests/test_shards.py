@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import shards
-from nanochat.paths import UserError
-from nanochat.shards import ShardWriter, check_shard, is_whole, read_texts, write_shards
+from nanochat import dataset
+from nanochat.common import UserError
+from nanochat.dataset import ShardWriter, check_shard, is_whole, read_texts, write_shards
 
 
 def write(path: Path, texts: list[str], **options) -> Path:
@@ -68,7 +68,7 @@ def test_written_shards_have_zstd_and_bounded_row_groups(tmp_path: Path, monkeyp
     assert meta.row_group(0).column(0).compression == "ZSTD"
     assert list(read_texts([tmp_path / "a.parquet"])) == texts
 
-    monkeypatch.setattr(shards, "ROW_GROUP_CHARS", 50)
+    monkeypatch.setattr(dataset, "ROW_GROUP_CHARS", 50)
     writer = ShardWriter(tmp_path / "b.parquet")
     for text in ["y" * 30] * 5:
         writer.add(text)
@@ -78,7 +78,7 @@ def test_written_shards_have_zstd_and_bounded_row_groups(tmp_path: Path, monkeyp
 
 
 def test_write_shards_rotates_and_puts_validation_last(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_CHARS", 20)
+    monkeypatch.setattr(dataset, "SHARD_CHARS", 20)
     documents = [(f"train {i}", False) for i in range(7)] + [("val 0", True)]
     write_shards([documents[0], documents[-1], *documents[1:-1], ("val 1", True)], tmp_path)
     files = sorted(tmp_path.iterdir())

@@ -11,12 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nanochat.chat_format import SPECIAL_TOKENS, Conversation, render_conversation, render_prompt
+from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.paths import UserError
 from nanochat.task_eval import evaluate_choice, evaluate_generate, spoken_text
-from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
+from nanochat.tokenizer import (
+    SPECIAL_TOKENS,
+    SPLIT_PATTERN,
+    Conversation,
+    Tokenizer,
+    render_conversation,
+    render_prompt,
+)
 
 TOKENIZER = Tokenizer([bytes([byte]) for byte in range(256)], SPECIAL_TOKENS, SPLIT_PATTERN)
 

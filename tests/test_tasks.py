@@ -10,9 +10,8 @@ import pyarrow.parquet as parquet
 import pytest
 
 from nanochat import primer
-from nanochat.chat_format import SPECIAL_TOKENS, Conversation, check_conversation
-from nanochat.paths import UserError
-from nanochat.tokenizer import Tokenizer
+from nanochat.common import UserError
+from nanochat.tokenizer import SPECIAL_TOKENS, Conversation, Tokenizer, check_conversation
 from tasks.common import Task, TaskMixture, load_rows, render_choices
 from tasks.customjson import CustomJSON
 from tasks.mixtures import EVALUATIONS, build_mixture, build_task

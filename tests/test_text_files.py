@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat.paths import UserError
-from nanochat.text_files import DOCUMENT_CHARS, hold_out, list_files, read_documents
+from nanochat.common import UserError
+from nanochat.dataset import DOCUMENT_CHARS, hold_out, list_files, read_documents
 
 
 def test_a_text_file_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path: Path):

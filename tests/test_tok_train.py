@@ -9,9 +9,8 @@ import tiktoken.load
 
 import rustbpe
 from nanochat import dataset
-from nanochat.chat_format import SPECIAL_TOKENS
-from nanochat.paths import UserError, report_dir, tokenizer_dir
-from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
+from nanochat.common import UserError, report_dir, tokenizer_dir
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from scripts import tok_eval, tok_train
 
 TEXTS = [

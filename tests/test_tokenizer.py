@@ -6,7 +6,7 @@ import random
 import pytest
 import regex
 
-from nanochat.paths import UserError
+from nanochat.common import UserError
 from nanochat.tokenizer import FILE_NAME, MAX_BLANKS, SPLIT_PATTERN, Tokenizer
 
 SPECIALS = ("<|bos|>", "<|end|>")

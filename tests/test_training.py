@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import batching, training
+from nanochat import trainer
 from nanochat.checkpoint import build_model
+from nanochat.common import Runtime, UserError
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.metrics import read_metrics
-from nanochat.paths import UserError
-from nanochat.runtime import Runtime
+from nanochat.trainer import read_metrics
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
 CONFIG = GPTConfig(sequence_len=8, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
@@ -46,7 +45,7 @@ def test_accumulation_equals_one_big_batch(rows: int) -> None:
     model(batch.inputs, batch.targets).backward()
     expected = gradients(model)
     model.zero_grad()
-    loss = training.accumulate(model, batch, rows, 1)
+    loss = trainer.accumulate(model, batch, rows, 1)
     with torch.no_grad():
         torch.testing.assert_close(loss, model(batch.inputs, batch.targets))
     for name, gradient in gradients(model).items():
@@ -58,29 +57,29 @@ def test_weights_multiply_each_targets_loss() -> None:
     weights = torch.randn(batch.targets.shape, generator=torch.Generator().manual_seed(3))
     losses = model(batch.inputs, batch.targets, reduction="none").view_as(weights)
     expected = (losses * weights)[batch.targets >= 0].sum() / batch.num_targets
-    loss = training.accumulate(model, batch, 2, 1, weights)
+    loss = trainer.accumulate(model, batch, 2, 1, weights)
     torch.testing.assert_close(loss, expected.detach())
 
 
 @pytest.mark.parametrize(("device_batch_size", "expected"), [(8, 8), (16, 8), (4, 4), (1, 1)])
 def test_rows_per_micro_batch(device_batch_size: int, expected: int) -> None:
-    assert batching.split_rows(8, device_batch_size, 1) == expected
+    assert trainer.split_rows(8, device_batch_size, 1) == expected
 
 
 def test_sizes_that_do_not_divide_name_the_nearest() -> None:
     with pytest.raises(UserError, match="--device_batch_size=4 or --device_batch_size=6"):
-        batching.split_rows(12, 5, 1)
+        trainer.split_rows(12, 5, 1)
     with pytest.raises(UserError, match="does not divide among 5 ranks"):
-        batching.split_rows(12, 4, 5)
+        trainer.split_rows(12, 4, 5)
     with pytest.raises(UserError, match="use 512 or 1024"):
-        batching.batch_rows(1000, 512)
+        trainer.batch_rows(1000, 512)
     with pytest.raises(UserError, match="use 512"):
-        batching.batch_rows(100, 512)
+        trainer.batch_rows(100, 512)
 
 
 def test_due() -> None:
-    assert [step for step in range(7) if training.due(step, 3, step == 5)] == [0, 3, 5, 6]
-    assert [step for step in range(7) if training.due(step, -1, step == 6)] == [6]
+    assert [step for step in range(7) if trainer.due(step, 3, step == 5)] == [0, 3, 5, 6]
+    assert [step for step in range(7) if trainer.due(step, -1, step == 6)] == [6]
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -92,11 +91,11 @@ def test_a_run_folder_belongs_to_one_process(
 ) -> None:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     with (
-        training.TrainRun("base", "d2", settings(), CPU),
+        trainer.TrainRun("base", "d2", settings(), CPU),
         pytest.raises(UserError, match="being trained in by process"),
     ):
-        training.TrainRun("base", "d2", settings(), CPU)
-    with training.TrainRun("base", "d2", settings(), CPU) as run:
+        trainer.TrainRun("base", "d2", settings(), CPU)
+    with trainer.TrainRun("base", "d2", settings(), CPU) as run:
         assert not run.finished
 
 
@@ -116,12 +115,12 @@ def test_records_line_and_resume(
     optimizer = make_optimizer(model, 32, 4)
     optimizer.export_state()
 
-    def open_run(**changes: Any) -> training.TrainRun:
-        run = training.TrainRun("base", "d2", settings(**changes), CPU)
+    def open_run(**changes: Any) -> trainer.TrainRun:
+        run = trainer.TrainRun("base", "d2", settings(**changes), CPU)
         run.begin(model, NoTokenizer())  # pyright: ignore[reportArgumentType]
         return run
 
-    def update(run: training.TrainRun) -> None:
+    def update(run: trainer.TrainRun) -> None:
         run.start_clock()
         run.update(torch.tensor(1.5), 0.5, (run.step + 1) / 4, 32)
 
@@ -150,7 +149,7 @@ def test_records_line_and_resume(
     assert {"step", "tokens", "seconds", "loss", "lrm", "tok_per_second", "mfu"} <= records[
         4
     ].keys()
-    with training.TrainRun("base", "d2", settings(), CPU) as run:
+    with trainer.TrainRun("base", "d2", settings(), CPU) as run:
         assert run.finished
-    with training.TrainRun("base", "d2", settings(fresh=True), CPU) as run:
+    with trainer.TrainRun("base", "d2", settings(fresh=True), CPU) as run:
         assert not run.finished and run.step == 0

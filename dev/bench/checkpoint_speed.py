@@ -17,8 +17,7 @@ import tyro
 from dev.bench import train_speed
 from dev.bench.train_speed import Trainer
 from nanochat.checkpoint import CheckpointWriter, config_dict, list_steps, step_dir
-from nanochat.flags import run_script
-from nanochat.runtime import set_up
+from nanochat.common import run_script, set_up
 
 
 @dataclass

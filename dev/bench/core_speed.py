@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from nanochat.core_eval import CoreTask, GPTReader, encode_item, evaluate
-from nanochat.eval_bundle import find_bundle, load_tasks
+from nanochat.common import tokenizer_dir
+from nanochat.core_eval import CoreTask, GPTReader, encode_item, evaluate, find_bundle, load_tasks
 from nanochat.gpt import GPT
-from nanochat.paths import tokenizer_dir
 from nanochat.scaling import depth_to_config
 from nanochat.tokenizer import Tokenizer
 

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 import tyro
 
-from nanochat.chat_format import SPECIAL_TOKENS
+from nanochat.common import synchronize
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
-from nanochat.runtime import synchronize
 from nanochat.scaling import depth_to_config
 from nanochat.task_eval import evaluate_generate
-from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from tasks.primer import PrimerArithmetic
 
 PROMPT = 32  # tokens

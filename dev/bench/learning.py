@@ -21,14 +21,18 @@ from pathlib import Path
 import torch
 import tyro
 
-from nanochat.chat_format import SPECIAL_TOKENS
 from nanochat.dataloader import TextLoader
 from nanochat.dataset import read_texts
 from nanochat.gpt import GPT
-from nanochat.scaling import depth_to_config, make_optimizer
-from nanochat.schedule import lr_multiplier, muon_momentum, weight_decay_multiplier
-from nanochat.tokenizer import Tokenizer
-from nanochat.training import accumulate
+from nanochat.scaling import (
+    depth_to_config,
+    lr_multiplier,
+    make_optimizer,
+    muon_momentum,
+    weight_decay_multiplier,
+)
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat.trainer import accumulate
 
 VOCAB_SIZE, TOKENIZER_CHARS = 4096, 20_000_000
 DEPTH, SEQ_LEN, BATCH_TOKENS = 4, 512, 4096

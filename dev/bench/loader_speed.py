@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import tyro
 
+from nanochat.common import tokenizer_dir
 from nanochat.dataloader import TextLoader
 from nanochat.dataset import find_corpus
-from nanochat.paths import tokenizer_dir
 from nanochat.tokenizer import Tokenizer
 
 

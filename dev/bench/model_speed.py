@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from nanochat import fused, gpt
+from nanochat import gpt, loss
 
 SIZES = {  # name -> rows, tokens, channels, vocabulary; 4 layers of heads of 64
     "width 256": (8, 512, 256, 4096),
@@ -32,10 +32,10 @@ def plain_loss(
 
 
 OURS: dict[str, Callable] = {
-    name: getattr(fused, name) for name in ("norm", "rotate", "relu_squared", "softcap_loss")
+    name: getattr(loss, name) for name in ("norm", "rotate", "relu_squared", "softcap_loss")
 }
 PLAIN: dict[str, Callable] = {
-    "norm": lambda x: F.rms_norm(x, (x.shape[-1],), eps=fused.NORM_EPS),
+    "norm": lambda x: F.rms_norm(x, (x.shape[-1],), eps=loss.NORM_EPS),
     "rotate": plain_rotate,
     "relu_squared": lambda x: F.relu(x).square(),
     "softcap_loss": plain_loss,

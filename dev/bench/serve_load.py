@@ -30,13 +30,12 @@ import torch
 import tyro
 import uvicorn
 
-from nanochat.api import Settings
-from nanochat.chat_format import SPECIAL_TOKENS
+from nanochat.chat_api import Settings
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.scaling import depth_to_config
 from nanochat.server import Server, create_app
-from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 PATH = "/v1/chat/completions"
 

@@ -18,16 +18,13 @@ from typing import Literal
 import torch
 
 from nanochat import fp8
-from nanochat.batching import compile_for_training
 from nanochat.checkpoint import build_model
+from nanochat.common import Runtime, peak_flops, run_script, set_up, synchronize, tokenizer_dir
 from nanochat.dataloader import TextLoader
 from nanochat.dataset import find_corpus
-from nanochat.faults import Guard
-from nanochat.flags import run_script
-from nanochat.paths import tokenizer_dir
-from nanochat.runtime import Runtime, peak_flops, set_up, synchronize
 from nanochat.scaling import depth_to_config, flops_per_token, make_optimizer, memory_bytes
 from nanochat.tokenizer import Tokenizer
+from nanochat.trainer import Guard, compile_for_training
 
 
 @dataclass

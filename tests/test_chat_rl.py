@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from nanochat import rollouts
 from nanochat.checkpoint import build_model
+from nanochat.common import Runtime
 from nanochat.gpt import GPTConfig
-from nanochat.rollouts import Rollout
-from nanochat.runtime import Runtime
-from nanochat.training import accumulate
+from nanochat.trainer import accumulate
+from scripts import chat_rl
+from scripts.chat_rl import Rollout
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
 
 
 def test_advantages_sum_to_zero() -> None:
-    assert rollouts.advantages([1, 0, 0, 1]) == [0.5, -0.5, -0.5, 0.5]
-    assert sum(rollouts.advantages([0.2, 0.9, 0.4])) == pytest.approx(0)
+    assert chat_rl.advantages([1, 0, 0, 1]) == [0.5, -0.5, -0.5, 0.5]
+    assert sum(chat_rl.advantages([0.2, 0.9, 0.4])) == pytest.approx(0)
 
 
 # A prompt of two tokens; in the first answer the tool forced tokens 8 and 9.
@@ -27,7 +27,7 @@ USELESS = [Rollout([1, 6, 7], [0, 1, 1], 1.0, ""), Rollout([1, 6], [0, 1], 1.0, 
 
 
 def test_only_sampled_tokens_of_useful_groups_are_targets() -> None:
-    batch, weights = rollouts.policy_batch([USELESS, GROUP], 0, CPU.device)
+    batch, weights = chat_rl.policy_batch([USELESS, GROUP], 0, CPU.device)
     assert batch.inputs.shape == (2, 32)
     assert batch.inputs[0, :6].tolist() == [1, 2, 3, 8, 9, 0]
     assert batch.targets[0, :6].tolist() == [-1, 3, -1, -1, 4, -1]
@@ -37,7 +37,7 @@ def test_only_sampled_tokens_of_useful_groups_are_targets() -> None:
 
 
 def test_a_step_without_a_useful_group_has_no_targets() -> None:
-    batch, _ = rollouts.policy_batch([USELESS], 0, CPU.device)
+    batch, _ = chat_rl.policy_batch([USELESS], 0, CPU.device)
     assert batch.num_targets == 0 and batch.inputs.shape == (1, 32)
 
 
@@ -56,7 +56,7 @@ def test_gradient_is_that_of_the_definition() -> None:
     expected.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    batch, weights = rollouts.policy_batch([GROUP], 0, CPU.device)
+    batch, weights = chat_rl.policy_batch([GROUP], 0, CPU.device)
     loss = accumulate(model, batch, 1, 1, weights)
     torch.testing.assert_close(loss, expected.detach())
     for name, parameter in model.named_parameters():

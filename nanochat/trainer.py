@@ -1,4 +1,30 @@
-"""The verbs that every trainer shares: open a run, is it due, fetch, accumulate, update, save, finish.
+"""What every trainer shares: lock, resume, clock, console line, metrics, faults, micro-batches.
+
+What a run measured: one line per step on the console, one object per step in metrics.jsonl, optional wandb.
+
+    step 00020/00300 (6.7%) | loss 5.1202 | lrm 1.00 | 812 ms | 5,044 tok/s | mfu 48.1% | data 0.1% | 16s so far | 3m 47s left
+
+Losses stay on the device until `flush`, which the trainer calls every `--log_every` steps and before a save:
+reading one earlier would make the host wait for the device. A record is on disk before the checkpoint that
+follows it, and a resumed run cuts the file back to its own step, so each step stands in the file once.
+
+What goes wrong while a run trains, and how it ends: signals, ranks that are gone, gradients that are not finite.
+
+SIGTERM and SIGINT are noted, agreed on by all ranks at the end of the step, and then the run saves and exits; a
+second one exits at once. A rank that waits too long for another one prints where each of its threads stands and
+exits, and so does the job: torchrun ends the others, and with --max-restarts starts all of them again. Steps
+whose gradient was not finite have changed nothing (nanochat/optim.py); three in a row stop the run.
+
+The choice that would surprise: ranks agree once a step through host memory, in a gloo group of their own. It costs
+a third of a millisecond and, unlike a word sent between the GPUs, makes no host wait for its device.
+
+How the rows of a step are cut into micro-batches that fit the device, and the model is compiled for them.
+
+The size of a micro-batch changes nothing but speed and memory. The choice that would surprise: before training a
+forward and a backward pass are made on zeros and thrown away. So a GPU that is too small says so before anything
+is trained, and ranks whose compiler starts from a cold cache are waited for here, where nothing times out.
+
+The verbs that every trainer shares: open a run, is it due, fetch, accumulate, update, save, finish.
 
 A trainer reads as a loop of these verbs; the order of events stays in the script. `TrainRun` is the run folder
 of one stage: it holds the lock, the place (step, tokens, seconds, progress), the console line, metrics.jsonl, the
@@ -21,6 +47,7 @@ The choice that would surprise: the record of a step stays open until the next u
 after the update (val_bpb) belongs to it; a checkpoint carries the open record along.
 """
 
+import faulthandler
 import fcntl
 import gc
 import json
@@ -30,13 +57,15 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Literal, Self, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.batching import out_of_memory
 from nanochat.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -46,15 +75,281 @@ from nanochat.checkpoint import (
     newest_checkpoint,
     open_checkpoint,
 )
+from nanochat.common import (
+    Runtime,
+    UserError,
+    all_reduce_sum,
+    barrier,
+    base_dir,
+    git_revision,
+    patience,
+    peak_flops,
+    run_dir,
+    say,
+    tokenizer_dir,
+    write_file,
+)
 from nanochat.dataloader import Batch
-from nanochat.faults import Guard
-from nanochat.gpt import GPT
-from nanochat.metrics import MetricsFile, format_seconds, to_number
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
-from nanochat.paths import UserError, base_dir, run_dir, tokenizer_dir, write_file
-from nanochat.runtime import Runtime, all_reduce_sum, barrier, git_revision, peak_flops, say
-from nanochat.scaling import flops_per_token, parameter_counts
+from nanochat.scaling import flops_per_token, memory_bytes, parameter_counts
 from nanochat.tokenizer import Tokenizer
+
+
+class MetricsFile:
+    """metrics.jsonl of one run, with wandb beside it where a run name is given."""
+
+    def __init__(
+        self, folder: Path, resumed_step: int, run_name: str, config: dict[str, Any]
+    ) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.pending: list[dict[str, Any]] = []
+        write_file(self.path, "".join(line + "\n" for line in keep_until(self.path, resumed_step)))
+        self.wandb = None
+        if run_name != "dummy":
+            import wandb  # half a second that only its users should wait for
+
+            self.wandb = wandb.init(project="nanochat", name=run_name, config=config)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Keep one step's record; a loss in it may still be a tensor on the device."""
+        self.pending.append(record)
+
+    def flush(self) -> None:
+        """Write the kept records, durably."""
+        if not self.pending:
+            return
+        records = [
+            {name: to_number(value) for name, value in record.items()} for record in self.pending
+        ]
+        self.pending.clear()
+        try:
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error}") from error
+        if self.wandb is not None:
+            for record in records:
+                self.wandb.log(record, step=record["step"])
+
+    def close(self) -> None:
+        """Write what is kept and end the wandb run."""
+        self.flush()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def to_number(value: Any) -> Any:
+    """A tensor's number, rounded to fp32's seven digits; anything else as it is."""
+    value = value.item() if isinstance(value, torch.Tensor) else value
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def keep_until(path: Path, step: int) -> list[str]:
+    """The lines of a metrics file up to and including `step`; a torn last line is dropped."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            break
+    return kept
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All records of a run, in step order; a torn last line is dropped."""
+    return [json.loads(line) for line in keep_until(folder / "metrics.jsonl", 2**62)]
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for people: 47s, 3m 47s, 2h 05m."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+MAX_BAD_STEPS = 3  # in a row
+SAME_SIGNAL_SECONDS = 1.0  # Slurm and torchrun both pass a signal on; that is not a second one
+COMPILE_TIMEOUT = timedelta(hours=2)  # ranks may wait this long for one with a cold cache
+
+
+class Guard:
+    """Looks out for the faults of one run; every rank has one."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        many = runtime.world_size > 1
+        self.group: Any = dist.new_group(backend="gloo", timeout=COMPILE_TIMEOUT) if many else None
+        self.signal_number, self.signal_time = 0, 0.0
+        self.handlers: dict[int, Any] = {}
+        self.unread: list[tuple[int, torch.Tensor, Callable[[], Any] | None]] = []
+        self.num_skipped = self.num_in_a_row = 0
+
+    def open(self) -> None:
+        """Take over SIGTERM and SIGINT."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.handlers[number] = signal.signal(number, self._receive)
+
+    def close(self) -> None:
+        """Hand the signals back and end the watch."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _receive(self, number: int, _: Any) -> None:
+        now = time.monotonic()
+        if not self.signal_number:
+            self.signal_number, self.signal_time = number, now
+            text = f"{signal.Signals(number).name}: saving after this step; a second one exits at once\n"
+            if self.runtime.is_main:
+                os.write(1, text.encode())  # print may be what was interrupted
+        elif now - self.signal_time > SAME_SIGNAL_SECONDS:
+            os._exit(128 + number)
+
+    def watch(self) -> None:
+        """Print all stacks and exit unless this is called again in time; one rank alone has nobody to wait for."""
+        if self.runtime.world_size > 1:
+            faulthandler.dump_traceback_later(patience(), exit=True)
+
+    def agree(self, *flags: int) -> list[int]:
+        """The largest of each flag over the ranks, which are waited for."""
+        values = torch.tensor(flags, dtype=torch.int32)
+        if self.group is not None:
+            dist.all_reduce(values, dist.ReduceOp.MAX, self.group)
+        return values.tolist()
+
+    def add_step(self, step: int, finite: torch.Tensor, place: Callable[[], Any] | None) -> None:
+        """Note whether the gradient of `step` was finite, for `check_steps`; `place` gives the loader's state."""
+        self.unread.append((step, finite, place))
+
+    def check_steps(self) -> None:
+        """Read the noted steps, which waits for the device. Raises UserError after three bad ones in a row."""
+        if not self.unread:
+            return
+        flags = torch.stack([finite for _, finite, _ in self.unread]).tolist()
+        for (step, _, place), finite in zip(self.unread, flags, strict=True):
+            self.num_skipped += not finite
+            self.num_in_a_row = 0 if finite else self.num_in_a_row + 1
+            if self.num_in_a_row == MAX_BAD_STEPS:
+                state = place() if place else None
+                where = f", whose batch ends by document {state['documents']:,}" if state else ""
+                raise UserError(
+                    f"the loss or its gradient was not finite in {MAX_BAD_STEPS} steps in a row, up to step "
+                    f"{step}{where}; look at the data there, or lower the learning rate and use --fresh"
+                )
+        self.unread.clear()
+
+
+CPU_TOKENS = 4096  # of a micro-batch by `auto` on a CPU; larger ones gained nothing (dev/LOG.md)
+
+
+def batch_rows(total_batch_size: int, seq_len: int) -> int:
+    """Rows of the global batch. Raises UserError naming the nearest sizes when they are not whole."""
+    if total_batch_size < seq_len or total_batch_size % seq_len:
+        below = total_batch_size // seq_len * seq_len
+        choices = " or ".join(str(size) for size in (below, below + seq_len) if size)
+        raise UserError(
+            f"--total_batch_size={total_batch_size} is not a multiple of --max_seq_len={seq_len}; use {choices}"
+        )
+    return total_batch_size // seq_len
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of `number`, the largest first."""
+    return [size for size in range(number, 0, -1) if number % size == 0]
+
+
+def split_rows(num_rows: int, device_batch_size: int, world_size: int) -> int:
+    """Rows per micro-batch: `device_batch_size`, or all of a rank's rows when they are fewer.
+
+    Raises UserError that names the nearest sizes when the global batch of `num_rows` rows does not divide.
+    """
+    if num_rows % world_size:
+        raise UserError(
+            f"a batch of {num_rows} rows does not divide among {world_size} ranks; change the batch"
+        )
+    local = num_rows // world_size
+    rows = min(device_batch_size, local)
+    if rows < 1 or local % rows:
+        nearest = sorted(divisors(local), key=lambda size: (abs(size - device_batch_size), size))
+        choices = " or ".join(f"--device_batch_size={size}" for size in sorted(nearest[:2]))
+        raise UserError(
+            f"--device_batch_size={device_batch_size} does not divide the {local} rows of a rank's batch; use {choices}"
+        )
+    return rows
+
+
+def row_choices(
+    num_rows: int,
+    device_batch_size: int | Literal["auto"],
+    seq_len: int,
+    config: GPTConfig,
+    runtime: Runtime,
+) -> list[int]:
+    """Rows per micro-batch to try in this order; for "auto" on a GPU, all that its memory may hold."""
+    if device_batch_size != "auto":
+        return [split_rows(num_rows, device_batch_size, runtime.world_size)]
+    local = split_rows(num_rows, num_rows, runtime.world_size)
+    if runtime.device.type != "cuda":
+        return [max(size for size in divisors(local) if size == 1 or size * seq_len <= CPU_TOKENS)]
+    there = torch.cuda.mem_get_info(runtime.device)[1]
+    config = replace(config, sequence_len=seq_len)
+    needed = {
+        size: memory_bytes(config, size, runtime.world_size)["total"] for size in divisors(local)
+    }
+    return [size for size in needed if needed[size] <= there] or [1]
+
+
+def out_of_memory(rows: int) -> UserError:
+    """What to say when micro-batches of `rows` rows do not fit; half divides a rank's rows wherever `rows` does."""
+    smaller = next((size for size in divisors(rows) if size <= rows / 2), None)
+    mend = f"try --device_batch_size={smaller}" if smaller else "train a smaller --depth"
+    return UserError(f"out of GPU memory with --device_batch_size={rows}; {mend}")
+
+
+def fits(model: torch.nn.Module, rows: int, seq_len: int, device: torch.device) -> bool:
+    """True when a forward and a backward pass do not run out of the device's memory."""
+    # Two tensors: the compiler's code for a batch whose targets are its inputs would serve no other.
+    ids, targets = (torch.zeros(rows, seq_len, dtype=torch.long, device=device) for _ in range(2))
+    try:
+        model(ids, targets, reduction="sum").backward()
+        fine = True
+    except torch.OutOfMemoryError:
+        fine = False
+    model.zero_grad()
+    if not fine:
+        torch.cuda.empty_cache()
+    return fine
+
+
+def compile_for_training(
+    model: GPT,
+    choice: Literal["auto", "yes", "no"],
+    row_choices: list[int],
+    seq_len: int,
+    guard: Guard,
+) -> tuple[torch.nn.Module, int]:
+    """(the model through torch.compile, if `choice` is yes or it is auto on a GPU; the rows that fit on every rank).
+
+    Only training goes through it: evaluation and sampling have other shapes, each of which would compile anew.
+    Raises UserError when no number of rows fits.
+    """
+    device, trained = guard.runtime.device, model
+    if choice == "yes" or (choice == "auto" and device.type == "cuda"):
+        trained = cast(torch.nn.Module, torch.compile(model, dynamic=False))
+    elif device.type != "cuda":
+        return model, row_choices[0]  # nothing to compile, and nothing to run out of
+    for rows in row_choices:
+        if guard.agree(not fits(trained, rows, seq_len, device)) == [0]:
+            return trained, rows
+    raise out_of_memory(row_choices[-1])
+
 
 # What a resumed run may change: none of it reaches the weights but through float rounding.
 FREE_SETTINGS = {

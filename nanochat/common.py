@@ -1,4 +1,16 @@
-"""What a run stands on: device, compute dtype, ranks, seeds, and the code's revision.
+"""Ground that every file stands on: folders, whole-file writes, user errors, device and ranks, command lines.
+
+Where each artifact lives, how a file appears whole or not at all, and how a user's mistake is told.
+
+Everything that nanochat makes lies under one folder, `$NANOCHAT_BASE_DIR` (default `~/.cache/nanochat`):
+corpora, the tokenizer, one folder per training run, the report. Nothing else in the code base joins
+these names.
+
+The choice that would surprise: a written file is fsynced, renamed into place, and then its *folder* is
+fsynced too, since a rename is only durable once the directory entry is (PostgreSQL calls the same
+sequence `durable_rename`).
+
+What a run stands on: device, compute dtype, ranks, seeds, and the code's revision.
 
 `set_up` is the first call of every script. Under torchrun it joins one flat process group (nccl on GPUs, gloo on
 CPUs); started plainly it is one rank of one.
@@ -7,29 +19,100 @@ The choice that would surprise: a CPU computes in fp32, even one with bf16 matri
 be faster, but a small model's step is bound by what lies between them (dev/LOG.md); `--dtype=bfloat16` is there.
 
 Peak figures: vendor data sheets, dense (no sparsity). A device that is not listed is measured with a matmul.
+
+The command line of a script: the flags that several share, what their values may be, and `run_script`.
+
+A script's flags are the fields of its `Config`; tyro reads them, and each field's comment is its line in --help. What
+a value may be stands in its type (`Count`, `Share`, ...), and is checked before anything begins.
 """
 
 import ctypes
+import errno
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+import tyro
+from pydantic import Field, TypeAdapter, ValidationError
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from nanochat.paths import UserError
+FOLDER_NAME = r"\w[\w.-]*"  # what a corpus and a run may be called: it leads nowhere else
+
+
+class UserError(ValueError):
+    """What a user caused and can mend: one line that says what is wrong and which command mends it."""
+
+
+def base_dir() -> Path:
+    """The folder that holds every artifact; the only place that reads `NANOCHAT_BASE_DIR`."""
+    return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
+
+
+def corpora_dir() -> Path:
+    """The folder with one subfolder of text shards per corpus."""
+    return base_dir() / "base_data"
+
+
+def tokenizer_dir() -> Path:
+    """The tokenizer that was trained last; each run keeps a copy of the one it used."""
+    return base_dir() / "tokenizer"
+
+
+def run_dir(stage: str, model_tag: str) -> Path:
+    """The folder of one training run, such as `base/d20`. `stage` is base, mid, sft or rl."""
+    return base_dir() / stage / model_tag
+
+
+def report_dir() -> Path:
+    """The folder with one section file per stage, and the report made from them."""
+    return base_dir() / "report"
+
+
+def eval_bundle_dir() -> Path:
+    """The public data of the CORE metric, once they are downloaded."""
+    return base_dir() / "eval_bundle"
+
+
+def fsync_dir(folder: Path) -> None:
+    """Make the names inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write `path` whole or not at all, durably; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
 
 Part = TypeVar("Part")
 
@@ -251,3 +334,57 @@ def peak_flops(runtime: Runtime) -> tuple[float, str]:
     return measure_flops(
         runtime.device, runtime.dtype
     ), f"{dtype} matmul measured on this {runtime.device_name}"
+
+
+# Flags that choose a checkpoint, and their short names.
+Source = Annotated[str, tyro.conf.arg(aliases=["-i"])]
+ChatSource = Annotated[Literal["mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
+TagName = Annotated[str, Field(pattern=rf"^({FOLDER_NAME})?$")]
+Tag = Annotated[TagName, tyro.conf.arg(aliases=["-g"])]
+StepNumber = Annotated[int | None, tyro.conf.arg(aliases=["-s"])]
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Derived = Literal[-1] | Count  # -1: it follows from other flags
+Rows = Literal["auto"] | Count
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+Temperature = Annotated[float, Field(ge=0, le=100)]
+
+# What is wrong with the machine or a path, and not with the program.
+MACHINE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
+
+Config = TypeVar("Config")
+
+
+def run_script(main: Callable[[Config], None], config: type[Config]) -> None:
+    """Run `main` on the parsed command line; what a user can mend becomes one line on stderr and exit code 1.
+
+    --help begins with what the script's docstring says.
+    """
+    parsed = tyro.cli(config, description=main.__globals__["__doc__"])
+    try:
+        check(parsed)
+        main(parsed)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in MACHINE_ERRORS:
+            raise
+        sys.exit(
+            f"error: {error.filename or 'a file'}: {error.strerror}; make room or choose another path"
+        )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def check(config: Any) -> None:
+    """Raise UserError for a value that its flag's type does not allow."""
+    try:
+        TypeAdapter(type(config)).validate_python(vars(config))
+    except ValidationError as error:
+        worst = error.errors()[-1]  # of a union's members, the last
+        raise UserError(f"--{worst['loc'][0]}={worst['input']}: {worst['msg']}") from error

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import Runtime, UserError, base_dir, fsync_dir, run_dir, say, write_file
+from nanochat.common import Runtime, UserError, base_dir, fsync_dir, print0, run_dir, write_file
 from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Part
@@ -145,7 +145,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str
         os.fsync(file.fileno())
 
 
-def together(action: Callable[[], None], group: Any) -> None:
+def run_on_all_ranks(action: Callable[[], None], group: Any) -> None:
     """Do `action` on every rank. Raises UserError on all of them where the disk refused one."""
     error = None
     try:
@@ -199,7 +199,7 @@ def save_checkpoint(
 
     try:
         for action in (prepare, write, seal):
-            together(action, group)
+            run_on_all_ranks(action, group)
     except UserError:
         shutil.rmtree(partial, ignore_errors=True)  # give back what a full disk lacks
         raise
@@ -263,7 +263,7 @@ class CheckpointWriter:
             try:
                 own = {"loader": loader_state(), "generators": generators}
                 arguments = (self.run, state, weights, moments, own, self.runtime, self.group)
-                say(f"saved {save_checkpoint(*arguments)}")
+                print0(f"saved {save_checkpoint(*arguments)}")
                 if self.runtime.is_main and self.keep_last > 0:
                     for step in list_steps(self.run)[: -self.keep_last]:
                         discard(step_dir(self.run, step))
@@ -314,7 +314,7 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
         try:
             return open_checkpoint(run, step)
         except UserError as error:
-            say(f"warning: {error}; trying the one before")
+            print0(f"warning: {error}; trying the one before")
     return None
 
 

@@ -114,7 +114,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     fsync_dir(path.parent)
 
 
-Part = TypeVar("Part")
+T = TypeVar("T")
 
 # Part of the device name -> dense bf16 peak in FLOP/s (vendor data sheets).
 PEAK_BF16_FLOPS = {
@@ -163,13 +163,13 @@ def git_revision() -> str:
         return "unknown"
 
 
-def say(text: str) -> None:
+def print0(text: str) -> None:
     """Print on the main rank alone; the one place where the library speaks."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(text, flush=True)  # noqa: T201
 
 
-def progress(parts: Iterable[Part], unit: str, total: int | None = None) -> Iterable[Part]:
+def progress_bar(parts: Iterable[T], unit: str, total: int | None = None) -> Iterable[T]:
     """`parts`, with a progress bar on stderr where somebody is looking at the main rank."""
     hidden = not sys.stderr.isatty() or int(os.environ.get("RANK", 0)) != 0
     return tqdm(parts, unit=unit, total=total, disable=hidden, leave=False)
@@ -247,7 +247,7 @@ def set_up(device_type: str = "", dtype: str = "auto", seed: int = 0) -> Runtime
 
 def join_ranks(backend: str) -> None:
     """Join the process group that torchrun's environment describes."""
-    timeout = timedelta(seconds=patience())
+    timeout = timedelta(seconds=dist_timeout())
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
         # On one machine torchrun keeps the store over a restart, with the addresses of the ranks that died.
@@ -255,7 +255,7 @@ def join_ranks(backend: str) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def patience() -> float:
+def dist_timeout() -> float:
     """Seconds that a rank waits for another one before it takes it for dead; `NANOCHAT_TIMEOUT`, default 900."""
     return float(os.environ.get("NANOCHAT_TIMEOUT") or 900)
 
@@ -281,11 +281,11 @@ def own_part(num: int) -> range:
     return range(rank, num, world_size)
 
 
-def gather(parts: list[Part]) -> list[Part]:
+def gather(parts: list[T]) -> list[T]:
     """The lists of all ranks as one, the same on every rank."""
     if not dist.is_initialized():
         return parts
-    lists: list[list[Part]] = [[] for _ in range(dist.get_world_size())]
+    lists: list[list[T]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(lists, parts)
     return [part for own in lists for part in own]
 

@@ -67,8 +67,8 @@ from nanochat.common import (
     fsync_dir,
     gather,
     own_part,
-    progress,
-    say,
+    print0,
+    progress_bar,
 )
 from nanochat.dataloader import Batch, TextLoader
 from nanochat.dataset import numbered_jsonl
@@ -254,7 +254,7 @@ def evaluate(reader: Reader, task: CoreTask, batch_size: int, max_items: int | N
     items = [encode_item(reader, task, number) for number in numbers]
     items.sort(key=lambda item: -len(item.prefix) - max(map(len, item.tails)))
     records: list[tuple[int, dict[str, Any]]] = []
-    for begin in progress(range(0, len(items), batch_size), f" batch of {task.label}"):
+    for begin in progress_bar(range(0, len(items), batch_size), f" batch of {task.label}"):
         batch = items[begin : begin + batch_size]
         for item, losses, likeliest in zip(batch, *score_items(reader, batch), strict=True):
             row = task.rows[item.number]
@@ -366,14 +366,14 @@ def find_bundle(given: str = "") -> Path:
 
 def download(folder: Path) -> None:
     """Fetch the bundle into `folder`, which appears whole or not at all."""
-    say(f"downloading {URL}")
+    print0(f"downloading {URL}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".eval_bundle.", dir=folder.parent) as beside:
             archive = Path(beside) / "bundle.zip"
             with urllib.request.urlopen(URL, timeout=TIMEOUT_SECONDS) as source:
                 total = -(-int(source.headers.get("Content-Length") or 0) // 2**20)
-                blocks = progress(iter(lambda: source.read(2**20), b""), "MiB", total)
+                blocks = progress_bar(iter(lambda: source.read(2**20), b""), "MiB", total)
                 with archive.open("wb") as file:
                     file.writelines(blocks)
             _unpack(archive, Path(beside) / "unpacked").rename(folder)
@@ -408,7 +408,7 @@ def load_tasks(folder: Path, labels: Sequence[str] = CORE_TASKS) -> list[CoreTas
     index = _read_index(folder)
     there = [label for label in wanted if label in index and index[label][0].is_file()]
     if len(there) < len(wanted):
-        say(f"{folder} has no data of {', '.join(sorted(set(wanted) - set(there)))}")
+        print0(f"{folder} has no data of {', '.join(sorted(set(wanted) - set(there)))}")
     if not there:
         raise UserError(f"{folder} has no data of any task; {MEND}")
     tasks = (index[label] for label in there)

@@ -60,7 +60,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import torch
 
-from nanochat.common import UserError, all_reduce_sum, say
+from nanochat.common import UserError, all_reduce_sum, print0
 from nanochat.dataset import check_shard, read_texts
 from nanochat.tokenizer import Conversation, Tokenizer, check_conversation, render_conversation
 
@@ -420,7 +420,7 @@ class Texts:
                 )
             epoch, skip = epoch + 1, 0
             if not self.quiet:
-                say(f"epoch {epoch + 1} of the text begins ({self.num_documents:,} documents)")
+                print0(f"epoch {epoch + 1} of the text begins ({self.num_documents:,} documents)")
 
     def num_bytes(self, document: str) -> int:
         """Its length in UTF-8."""
@@ -496,7 +496,9 @@ class Conversations:
             if epoch == self.num_epochs:
                 return
             if epoch > first_epoch and not self.quiet:
-                say(f"epoch {epoch + 1} of the conversations begins ({len(self.conversations):,})")
+                print0(
+                    f"epoch {epoch + 1} of the conversations begins ({len(self.conversations):,})"
+                )
             digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
             generator = np.random.default_rng(int.from_bytes(digest))
             for index in generator.permutation(len(self.conversations))[skip:]:

@@ -57,8 +57,8 @@ from nanochat.common import (
     UserError,
     corpora_dir,
     fsync_dir,
+    print0,
     run_script,
-    say,
     write_file,
 )
 
@@ -335,7 +335,7 @@ def build_corpus(name: str, source: dict[str, Any], build: Callable[[Path], None
     """Let `build` fill a folder, which then becomes the corpus; one made from the same source is kept."""
     folder, partial = corpora_dir() / name, corpora_dir() / f".{name}.partial"
     if _is_up_to_date(folder, source):
-        say(f"corpus {name} is already complete; nothing to do")
+        print0(f"corpus {name} is already complete; nothing to do")
         return
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -419,10 +419,10 @@ def download(name: str, num_shards: int, num_workers: int) -> None:
     if not 1 <= num_shards <= last:
         raise UserError(f"-n {num_shards}: {name} has 1 to {last} training shards (-1: all)")
     folder = corpora_dir() / name
-    say(f"{name} is {public.repo} on the Hugging Face hub; licence {public.licence}")
+    print0(f"{name} is {public.repo} on the Hugging Face hub; licence {public.licence}")
     missing = [i for i in [last, *range(num_shards)] if not is_whole(folder / shard_name(i))]
     if not missing:
-        say(f"corpus {name} already has these {num_shards + 1} shards; nothing to do")
+        print0(f"corpus {name} already has these {num_shards + 1} shards; nothing to do")
         return
     hub_utils.disable_progress_bars()  # one bar over all shards instead of one for each
     hub_utils.logging.set_verbosity_error()  # a line for each retry; the error below says it once
@@ -495,7 +495,7 @@ def main(cfg: Config) -> None:
     corpus = find_corpus(name)
     write_file(corpora_dir() / "current", f"{name}\n")
     where = corpus.val.parent
-    say(f"corpus {name}: {len(corpus.train)} training shards and 1 for validation in {where}")
+    print0(f"corpus {name}: {len(corpus.train)} training shards and 1 for validation in {where}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from nanochat.common import (
     StepNumber,
     Tag,
     all_reduce_sum,
-    say,
+    print0,
     set_up,
 )
 from nanochat.core_eval import evaluate_bpb
@@ -121,7 +121,7 @@ def finetune(
         compiled, run.rows = compile_for_training(
             model.train(), cfg.compile, choices, seq_len, run.guard
         )
-        say(f"{len(train):,} conversations, {num_rows} rows of {seq_len} tokens a step")
+        print0(f"{len(train):,} conversations, {num_rows} rows of {seq_len} tokens a step")
         run.begin(model, tokenizer)
         loader_state, num_cropped = (lambda: state), 0
         while True:

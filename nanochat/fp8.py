@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanochat.common import Runtime, say
+from nanochat.common import Runtime, print0
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -85,7 +85,7 @@ def is_there(runtime: Runtime) -> bool:
     """True on a GPU with 8-bit matmuls; says so where there are none."""
     there = runtime.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
     if not there:
-        say(f"--fp8: {runtime.device_name} has no 8-bit matmuls; training in {runtime.dtype}")
+        print0(f"--fp8: {runtime.device_name} has no 8-bit matmuls; training in {runtime.dtype}")
     return there
 
 

@@ -49,9 +49,9 @@ from nanochat.common import (
     UserError,
     base_dir,
     git_revision,
+    print0,
     report_dir,
     run_script,
-    say,
     write_file,
 )
 from nanochat.trainer import format_seconds, read_metrics
@@ -391,7 +391,7 @@ def reset() -> None:
     for path in report_dir().glob("*.json"):
         path.unlink()
     write_section(START, "Start", {}, machine())
-    say(f"report: started afresh in {report_dir()}")
+    print0(f"report: started afresh in {report_dir()}")
 
 
 def read_section(stage: str) -> Section | None:
@@ -427,7 +427,7 @@ def generate() -> None:
         write_file(report_dir() / name, text)
         write_file(Path(name).resolve(), text)
     write_file(report_dir() / "report.json", json.dumps(report, indent=1) + "\n")
-    say(f"report: wrote {' and '.join(texts)} here, and with report.json to {report_dir()}")
+    print0(f"report: wrote {' and '.join(texts)} here, and with report.json to {report_dir()}")
 
 
 def make_chapters(report: Mapping[str, Any], sections: Mapping[str, Section]) -> list[Chapter]:
@@ -509,7 +509,7 @@ def main(config: Config) -> None:
     elif config.action == "generate":
         generate()
     else:
-        say("\n".join(f"{name}: {value:,}" for name, value in code_size().items()) or "size: -")
+        print0("\n".join(f"{name}: {value:,}" for name, value in code_size().items()) or "size: -")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-from nanochat.common import UserError, all_reduce_sum, gather, own_part, progress
+from nanochat.common import UserError, all_reduce_sum, gather, own_part, progress_bar
 from nanochat.engine import Engine, Request, reply_parts
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
@@ -59,7 +59,7 @@ def evaluate_choice(
     prompts = [_fit(render_prompt(tokenizer, row), model.config.sequence_len) for _, row in rows]
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
     records = []
-    for start in progress(range(0, len(order), batch_size), "batch"):
+    for start in progress_bar(range(0, len(order), batch_size), "batch"):
         batch = order[start : start + batch_size]
         logits = next_logits(model, [prompts[i] for i in batch])
         for i, row_logits in zip(batch, logits, strict=True):
@@ -110,7 +110,7 @@ def evaluate_generate(
             own = derive_seed(seed, index, k)
             asked[Request(prompt, max_tokens, temperature, seed=own)] = (index, k)
     replies: dict[tuple[int, int], list[dict[str, str]]] = {}
-    for request, tokens, _ in progress(engine.complete(asked), "reply", len(asked)):
+    for request, tokens, _ in progress_bar(engine.complete(asked), "reply", len(asked)):
         replies[asked[request]] = reply_parts(tokenizer, tokens)
 
     def judge(index: int) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def evaluate_generate(
 
     # In threads, because scoring a program means to wait for it.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        records = list(progress(pool.map(judge, items), "score", len(items)))
+        records = list(progress_bar(pool.map(judge, items), "score", len(items)))
     return _reduce(records, engine.device)
 
 

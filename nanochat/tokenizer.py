@@ -45,7 +45,7 @@ from typing import Any
 
 import tiktoken
 
-from nanochat.common import Natural, UserError, run_script, say, tokenizer_dir, write_file
+from nanochat.common import Natural, UserError, print0, run_script, tokenizer_dir, write_file
 
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
@@ -329,7 +329,7 @@ def main(cfg: Config) -> None:
         conversation = json.loads(lines[cfg.index])
     except (OSError, ValueError, IndexError) as error:
         raise UserError(f"--file={cfg.file}: line {cfg.index} cannot be read ({error})") from error
-    say(visualize(tokenizer, *render_conversation(tokenizer, conversation)))
+    print0(visualize(tokenizer, *render_conversation(tokenizer, conversation)))
 
 
 if __name__ == "__main__":

@@ -81,11 +81,11 @@ from nanochat.common import (
     all_reduce_sum,
     barrier,
     base_dir,
+    dist_timeout,
     git_revision,
-    patience,
     peak_flops,
+    print0,
     run_dir,
-    say,
     tokenizer_dir,
     write_file,
 )
@@ -215,7 +215,7 @@ class Guard:
     def watch(self) -> None:
         """Print all stacks and exit unless this is called again in time; one rank alone has nobody to wait for."""
         if self.runtime.world_size > 1:
-            faulthandler.dump_traceback_later(patience(), exit=True)
+            faulthandler.dump_traceback_later(dist_timeout(), exit=True)
 
     def agree(self, *flags: int) -> list[int]:
         """The largest of each flag over the ranks, which are waited for."""
@@ -450,7 +450,7 @@ class TrainRun:
         """True when the run came to its end in an earlier call; says so."""
         done = (self.folder / "result.json").exists()
         if done:
-            say(f"{self.folder} is finished (step {self.step}); --fresh starts over")
+            print0(f"{self.folder} is finished (step {self.step}); --fresh starts over")
         return done
 
     def restore(self, model: GPT, optimizer: MuonAdamW) -> dict[str, Any] | None:
@@ -458,7 +458,7 @@ class TrainRun:
         self.optimizer = optimizer
         if self.resumed is None:
             return None
-        say(f"resuming {self.folder} at step {self.step}")
+        print0(f"resuming {self.folder} at step {self.step}")
         model.load_state_dict(self.resumed.load_weights(self.runtime.device))
         optimizer.import_state(self.resumed.open_optimizer())
         return self.resumed.load_loader_state(self.runtime.rank, self.runtime.world_size)
@@ -469,7 +469,7 @@ class TrainRun:
         self.flops_per_token = flops_per_token(model.config)
         self.flops_per_second_at_peak = peak * self.runtime.world_size
         dtype = str(self.runtime.dtype).removeprefix("torch.")
-        say(
+        print0(
             f"{self.stage}: {parameter_counts(model.config)['total']:,} parameters, depth {model.config.n_layer}, "
             f"width {model.config.n_embd}, {dtype}; mfu is against {peak / 1e12:.3g} TFLOP/s ({source})"
         )
@@ -543,7 +543,7 @@ class TrainRun:
         if self.guard.num_skipped:
             stall += f" | {self.guard.num_skipped} steps skipped, not finite"
         total = max(self.step, round(self.step / max(self.progress, 1e-9)))
-        say(
+        print0(
             f"step {self.step:05d}/{total:05d} ({100 * self.progress:.1f}%) | loss {float(self.record['loss']):.4f}"
             f" | lrm {self.record['lrm']:.3f} | {1000 * self.window_seconds / self.window_steps:.0f} ms"
             f" | {self.record['tok_per_second']:,.0f} tok/s | mfu {100 * self.record['mfu']:.1f}%"
@@ -558,7 +558,7 @@ class TrainRun:
         """Add figures measured at this step, such as val_bpb, to its record; says them."""
         self.record |= figures
         texts = [f"{name} {value:.4f}" for name, value in figures.items()]
-        say(" | ".join([f"step {self.step:05d}", *texts]))
+        print0(" | ".join([f"step {self.step:05d}", *texts]))
 
     def close_record(self) -> None:
         """The step's record is complete: hand it to metrics.jsonl."""
@@ -591,7 +591,7 @@ class TrainRun:
             self.writer.start(state, weights, moments, loader_state or (lambda: None))
         if self.stopping:
             self.writer.wait()
-            say(f"stopped by {signal.Signals(self.stopping).name}; the same command goes on")
+            print0(f"stopped by {signal.Signals(self.stopping).name}; the same command goes on")
             raise SystemExit(128 + self.stopping)
 
     def results(self) -> dict[str, Any]:
@@ -665,7 +665,7 @@ def lock_folder(folder: Path) -> IO[str]:
 def clear_folder(folder: Path) -> None:
     """Delete what an earlier run left, for `--fresh`."""
     if list_steps(folder):
-        say(f"--fresh: deleting the earlier run in {folder}")
+        print0(f"--fresh: deleting the earlier run in {folder}")
     for entry in folder.iterdir():
         if entry.name == ".lock":
             continue

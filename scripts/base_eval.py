@@ -29,9 +29,9 @@ from nanochat.common import (
     Tag,
     UserError,
     barrier,
+    print0,
     run_dir,
     run_script,
-    say,
     set_up,
     write_file,
 )
@@ -147,12 +147,12 @@ def main(cfg: Config) -> None:
             f"{100 * result.accuracy:.1f} % ± {100 * result.stderr:.1f} of {len(result.records)}"
         )
         lines.append(f"{task.label}: {percent}, centred {result.centred:.4f}")
-        say(lines[-1])
+        print0(lines[-1])
     if core := [result for result in results if result.task.label in CORE_TASKS]:
         name, value, stderr = core_score(core)
         figures |= {name: value, f"{name}_stderr": stderr}
         lines.append(f"{name}: {value:.4f} ± {stderr:.4f}")
-        say(lines[-1])
+        print0(lines[-1])
     if runtime.is_main:
         rows = [json.dumps(record) for result in results for record in result.records]
         write_file(folder / "base_eval.jsonl", "\n".join(rows) + "\n")

@@ -11,7 +11,7 @@ writes: report/base_loss.json
 from dataclasses import dataclass
 
 from nanochat.checkpoint import load_model
-from nanochat.common import Count, Source, StepNumber, Tag, run_script, say, set_up
+from nanochat.common import Count, Source, StepNumber, Tag, print0, run_script, set_up
 from nanochat.core_eval import text_bpb
 from nanochat.dataset import find_corpus
 from nanochat.engine import sample_texts
@@ -48,9 +48,9 @@ def main(cfg: Config) -> None:
     for split, shards in (("train", corpus.train), ("val", [corpus.val])):
         bpb = text_bpb(model, tokenizer, shards, cfg.eval_tokens, cfg.device_batch_size, runtime)
         results[f"{split}_bpb"] = bpb
-        say(f"{split}: {bpb:.4f} bits per byte")
+        print0(f"{split}: {bpb:.4f} bits per byte")
     samples = sample_texts(model, tokenizer, SAMPLE_PROMPTS)
-    say("\n".join(samples))
+    print0("\n".join(samples))
     write_section("base_loss", "Base loss", vars(cfg), results, samples)
 
 

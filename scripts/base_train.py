@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from nanochat import fp8
 from nanochat.checkpoint import build_model
-from nanochat.common import Count, Derived, Positive, Rows, Tag, run_script, say, set_up
+from nanochat.common import Count, Derived, Positive, Rows, Tag, print0, run_script, set_up
 from nanochat.core_eval import text_bpb
 from nanochat.dataloader import TextLoader
 from nanochat.dataset import find_corpus
@@ -131,7 +131,7 @@ def main(cfg: Config) -> None:
         compiled, run.rows = compile_for_training(
             model, cfg.compile, choices, cfg.max_seq_len, run.guard
         )
-        say(f"corpus {corpus.name}; {num_steps:,} steps of {total_batch_size:,} tokens")
+        print0(f"corpus {corpus.name}; {num_steps:,} steps of {total_batch_size:,} tokens")
         run.begin(model, tokenizer)
         loader_state, samples = (lambda: state), []
         while True:
@@ -142,7 +142,7 @@ def main(cfg: Config) -> None:
                 run.note(val_bpb=text_bpb(model, tokenizer, [corpus.val], *how_much))
             if run.step > 0 and run.due(cfg.sample_every):
                 samples = sample_texts(model, tokenizer, SAMPLE_PROMPTS)
-                say("\n".join(samples))
+                print0("\n".join(samples))
             if run.progress >= 1:
                 break
             batch = run.fetch(loader)

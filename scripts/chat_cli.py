@@ -37,8 +37,8 @@ from nanochat.common import (
     Tag,
     Temperature,
     base_dir,
+    print0,
     run_script,
-    say,
     set_up,
     write_file,
 )
@@ -183,7 +183,7 @@ def main(cfg: Config) -> None:
         if cfg.prompt:
             return answer(engine, cfg, messages, cfg.prompt)
         name = f"{cfg.source}/{meta['model_tag']} step {meta['step']}"
-        say(f"{name} on {runtime.device_name}. /help lists what you can do; Ctrl-D ends.")
+        print0(f"{name} on {runtime.device_name}. /help lists what you can do; Ctrl-D ends.")
         for question in questions():
             if question in ("/quit", "quit", "exit"):
                 return

@@ -31,9 +31,9 @@ from nanochat.common import (
     Tag,
     Temperature,
     UserError,
+    print0,
     run_dir,
     run_script,
-    say,
     set_up,
     write_file,
 )
@@ -71,7 +71,9 @@ def choose_tasks(cfg: Config) -> dict[str, Task]:
     names = cfg.tasks.split("|") if cfg.tasks else list(CHAT_CORE)
     reason = None if cfg.allow_unsafe_exec or "HumanEval" not in names else isolation()
     if reason:
-        say(f"HumanEval is skipped: {reason}; --allow_unsafe_exec runs the model's programs anyway")
+        print0(
+            f"HumanEval is skipped: {reason}; --allow_unsafe_exec runs the model's programs anyway"
+        )
         names.remove("HumanEval")
     return {name: build_task(name, options=options) for name in names}
 
@@ -129,14 +131,14 @@ def main(cfg: Config) -> None:
         if task.kind != "choice" and cfg.num_samples > 1:
             results[f"{name} pass@{cfg.num_samples}"] = result.best_of
             line += f", pass@{cfg.num_samples} {100 * result.best_of:.1f} %"
-        say(f"{line} (guessing: {100 * task.baseline:.0f} %)")
+        print0(f"{line} (guessing: {100 * task.baseline:.0f} %)")
         samples += [sample_of(record) for record in result.records[:2]]
         if runtime.is_main:
             rows = [json.dumps({"step": meta["step"], **record}) for record in result.records]
             write_file(run / f"chat_eval_{name}.jsonl", "\n".join(rows) + "\n")
     for name, value in (core := chat_core(tasks, results)).items():
         if not name.endswith("_stderr"):
-            say(f"{name}: {value:.4f} ± {core[f'{name}_stderr']:.4f}")
+            print0(f"{name}: {value:.4f} ± {core[f'{name}_stderr']:.4f}")
     title = f"Chat evaluation of {cfg.source.upper()}"
     settings = vars(cfg) | {"model_tag": meta["model_tag"], "step": meta["step"]}
     seconds = time.perf_counter() - begin

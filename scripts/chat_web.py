@@ -28,8 +28,8 @@ from nanochat.common import (
     Tag,
     Temperature,
     UserError,
+    print0,
     run_script,
-    say,
     set_up,
 )
 from nanochat.engine import Engine, slots_that_fit
@@ -92,12 +92,12 @@ def main(cfg: Config) -> None:
         log_conversations=cfg.log_conversations,
     )
     if not (is_local or settings.api_key):
-        say("open to whoever reaches this machine; set NANOCHAT_API_KEY to ask for a key")
+        print0("open to whoever reaches this machine; set NANOCHAT_API_KEY to ask for a key")
     model, num_slots, max_len = engines[0].model, engines[0].num_slots, engines[0].max_len
     size = slot_bytes(model.config, max_len, model.compute_dtype) / 2**20
-    say(f"{name}: {cfg.num_gpus} x {num_slots} slots of {max_len} tokens, {size:.1f} MiB each")
+    print0(f"{name}: {cfg.num_gpus} x {num_slots} slots of {max_len} tokens, {size:.1f} MiB each")
     host, port = listener.getsockname()[:2]
-    say(f"chat at http://{host}:{port}, API at http://{host}:{port}/v1; Ctrl-C ends")
+    print0(f"chat at http://{host}:{port}, API at http://{host}:{port}/v1; Ctrl-C ends")
     app = create_app(engines, settings)
     config = uvicorn.Config(
         app, access_log=False, limit_concurrency=1000, timeout_graceful_shutdown=5

@@ -20,9 +20,9 @@ from nanochat.common import (
     StepNumber,
     Tag,
     UserError,
+    print0,
     report_dir,
     run_script,
-    say,
     write_file,
 )
 from nanochat.report import summary_table
@@ -75,7 +75,7 @@ def main(cfg: Config) -> None:
     tensors = hf_export.export_weights(weights, config)
     write_tensors(partial / "model.safetensors", tensors, {"format": "pt"})
     partial.rename(cfg.out)
-    say(f"wrote {cfg.out} ({title})")
+    print0(f"wrote {cfg.out} ({title})")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,16 @@ from safetensors.torch import load_file
 
 from nanochat import hf_export
 from nanochat.checkpoint import config_dict, list_steps, save_checkpoint
-from nanochat.common import StepNumber, Tag, UserError, run_dir, run_script, say, set_up, write_file
+from nanochat.common import (
+    StepNumber,
+    Tag,
+    UserError,
+    print0,
+    run_dir,
+    run_script,
+    set_up,
+    write_file,
+)
 from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -165,7 +174,9 @@ def main(cfg: Config) -> None:
     state = origin | {"model_config": config_dict(config)}
     save_checkpoint(run, state, weights, {}, None, runtime)
     write_file(run / "result.json", json.dumps({"step": step}))  # a run that is finished
-    say(f"imported {run} at step {step}; python -m scripts.chat_cli -i {cfg.stage} -g {run.name}")
+    print0(
+        f"imported {run} at step {step}; python -m scripts.chat_cli -i {cfg.stage} -g {run.name}"
+    )
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from nanochat.common import (
     Positive,
     PositiveShare,
     UserError,
+    print0,
     run_script,
-    say,
 )
 from nanochat.scaling import (
     batch_tokens,
@@ -184,7 +184,7 @@ def main(cfg: Config) -> None:
     numbers = {
         "shards": plan.shards, "depth": plan.depth, "ratio": plan.ratio, "device_batch_size": plan.rows,
     }  # fmt: skip
-    say(str(numbers[cfg.only]) if cfg.only else describe(cfg, plan))
+    print0(str(numbers[cfg.only]) if cfg.only else describe(cfg, plan))
 
 
 if __name__ == "__main__":

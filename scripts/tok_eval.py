@@ -20,7 +20,7 @@ from itertools import islice
 import tiktoken
 import tiktoken.load
 
-from nanochat.common import Count, run_script, say, tokenizer_dir
+from nanochat.common import Count, print0, run_script, tokenizer_dir
 from nanochat.dataset import find_corpus, read_texts
 from nanochat.report import write_section
 from nanochat.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def find_yardsticks() -> dict[str, Callable[[str], int]]:
                 reference = tiktoken.get_encoding(encoding)
             found[name] = lambda text, reference=reference: len(reference.encode_ordinary(text))
         except (OSError, ValueError):
-            say(f"{name}'s vocabulary is not in tiktoken's cache: left out")
+            print0(f"{name}'s vocabulary is not in tiktoken's cache: left out")
     return found or {
         "bytes": lambda text: len(text.encode()),
         "words": lambda text: len(text.split()),
@@ -112,7 +112,7 @@ def main(cfg: Config) -> None:
     texts = gather_texts(cfg)
     yardsticks = {"ours": lambda text: len(tokenizer.encode(text)), **find_yardsticks()}
     results: dict[str, str | float] = {"vocabulary": tokenizer.vocab_size}
-    say(f"{'bytes per token':20}" + "".join(f"{name:>9}" for name in yardsticks))
+    print0(f"{'bytes per token':20}" + "".join(f"{name:>9}" for name in yardsticks))
     for kind, documents in texts.items():
         num_bytes = sum(len(text.encode()) for text in documents)
         line = f"{kind:20}"
@@ -120,7 +120,7 @@ def main(cfg: Config) -> None:
             ratio = num_bytes / max(1, sum(count(text) for text in documents))
             results[f"{kind}: bytes per token, {name}"] = round(ratio, 3)
             line += f"{ratio:9.3f}"
-        say(line)
+        print0(line)
     write_section("tok_eval", "Tokenizer compression", vars(cfg), results)
 
 

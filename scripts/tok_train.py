@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from nanochat.common import Count, run_script, say, tokenizer_dir
+from nanochat.common import Count, print0, run_script, tokenizer_dir
 from nanochat.dataset import find_corpus, read_texts
 from nanochat.report import write_section
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -53,14 +53,18 @@ def main(cfg: Config) -> None:
     """Train, save, and report the size and the speed."""
     corpus = find_corpus(cfg.data)
     texts = CountedTexts(read_texts(corpus.train), cfg)
-    say(f"training a tokenizer of {cfg.vocab_size:,} ids on the corpus {corpus.name}")
+    print0(f"training a tokenizer of {cfg.vocab_size:,} ids on the corpus {corpus.name}")
     begin = time.perf_counter()
     tokenizer = Tokenizer.train(texts, cfg.vocab_size, SPECIAL_TOKENS)
     seconds = time.perf_counter() - begin
     tokenizer.save(tokenizer_dir())
-    say(f"{texts.num_chars:,} characters of {texts.num_documents:,} documents in {seconds:.1f} s")
+    print0(
+        f"{texts.num_chars:,} characters of {texts.num_documents:,} documents in {seconds:.1f} s"
+    )
     if tokenizer.vocab_size < cfg.vocab_size:
-        say(f"the text holds no more than {tokenizer.vocab_size:,} ids: nothing is left to merge")
+        print0(
+            f"the text holds no more than {tokenizer.vocab_size:,} ids: nothing is left to merge"
+        )
     lengths = [length for length in tokenizer.token_bytes() if length > 0]
     results = {
         "corpus": corpus.name,

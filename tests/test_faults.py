@@ -204,7 +204,7 @@ def slow_steps() -> None:
 
     def slow(self: MuonAdamW) -> None:
         step(self)
-        trainer.say("inside a step")
+        trainer.print0("inside a step")
         until = time.monotonic() + 10
         while time.monotonic() < until:
             time.sleep(0.05)

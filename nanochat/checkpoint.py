@@ -24,7 +24,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -389,8 +389,3 @@ def load_model(
     model = build_model(checkpoint.model_config, checkpoint.load_weights(runtime.device), runtime)
     meta = checkpoint.state | {"model_tag": run.name, "weights": checkpoint.digest}
     return model if train else model.to(runtime.dtype), Tokenizer.load(run / "tokenizer"), meta
-
-
-def config_dict(config: GPTConfig) -> dict[str, Any]:
-    """A model configuration as JSON-able values, to be saved whole."""
-    return asdict(config)

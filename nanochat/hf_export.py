@@ -13,12 +13,12 @@ What would surprise:
 Sources: NanoChatConfig of transformers; letters for bytes: `bytes_to_unicode` of openai/gpt-2.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from nanochat.checkpoint import config_dict
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss import NORM_EPS
@@ -128,7 +128,7 @@ def model_settings(config: GPTConfig) -> dict[str, Any]:
         }
     auto = {"AutoConfig": "NanoChatXConfig", "AutoModelForCausalLM": "NanoChatXForCausalLM"}
     layers = range(config.n_layer)
-    return settings | config_dict(config) | {
+    return settings | asdict(config) | {
         "model_type": "nanochat_x",
         "architectures": [auto["AutoModelForCausalLM"]],
         "auto_map": {kind: f"modeling_nanochat_x.{name}" for kind, name in auto.items()},

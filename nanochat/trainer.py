@@ -57,7 +57,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Literal, Self, cast
@@ -70,7 +70,6 @@ from nanochat.checkpoint import (
     Checkpoint,
     CheckpointWriter,
     clear_strays,
-    config_dict,
     list_steps,
     newest_checkpoint,
     open_checkpoint,
@@ -585,7 +584,7 @@ class TrainRun:
                 "stage": self.stage, "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
                 "progress": self.progress, "record": self.record, "config": self.config,
                 "skipped": (self.guard.num_skipped, self.guard.num_in_a_row),
-                "model_config": config_dict(model.config), "git": git_revision(),
+                "model_config": asdict(model.config), "git": git_revision(),
             }  # fmt: skip
             weights, moments = model.state_dict(), optimizer.export_state()
             self.writer.start(state, weights, moments, loader_state or (lambda: None))

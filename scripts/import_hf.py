@@ -17,7 +17,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ import tyro
 from safetensors.torch import load_file
 
 from nanochat import hf_export
-from nanochat.checkpoint import config_dict, list_steps, save_checkpoint
+from nanochat.checkpoint import list_steps, save_checkpoint
 from nanochat.common import (
     StepNumber,
     Tag,
@@ -171,7 +171,7 @@ def main(cfg: Config) -> None:
     tokenizer.save(run / "tokenizer")
     origin = {"stage": cfg.stage, "step": step, "source": str(cfg.source)}
     write_file(run / "config.json", json.dumps({"config": origin}, indent=1))
-    state = origin | {"model_config": config_dict(config)}
+    state = origin | {"model_config": asdict(config)}
     save_checkpoint(run, state, weights, {}, None, runtime)
     write_file(run / "result.json", json.dumps({"step": step}))  # a run that is finished
     print0(

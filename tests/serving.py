@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ import torch
 import uvicorn
 
 from nanochat.chat_api import Settings
-from nanochat.checkpoint import config_dict, save_checkpoint
+from nanochat.checkpoint import save_checkpoint
 from nanochat.common import Runtime, run_dir
 from nanochat.engine import Engine, Event, Request, StepFailed
 from nanochat.gpt import GPT, GPTConfig
@@ -39,7 +40,7 @@ def save_chat_model(base: Path, monkeypatch: pytest.MonkeyPatch, context: int = 
     )
     model.init_weights(0)
     TOKENIZER.save(run_dir("sft", "d2") / "tokenizer")
-    state = {"step": 3, "model_config": config_dict(model.config)}
+    state = {"step": 3, "model_config": asdict(model.config)}
     runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
     save_checkpoint(run_dir("sft", "d2"), state, model.state_dict(), {}, None, runtime)
 

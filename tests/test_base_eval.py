@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from nanochat import core_eval
-from nanochat.checkpoint import config_dict, save_checkpoint
+from nanochat.checkpoint import save_checkpoint
 from nanochat.common import Runtime, UserError, report_dir, run_dir
 from nanochat.core_eval import CoreTask, evaluate, item_rows, load_tasks
 from nanochat.gpt import GPT, GPTConfig
@@ -33,7 +34,7 @@ def save_model(tag: str, broken: bool = False) -> Path:
         torch.nn.init.constant_(model.lm_head.weight, math.nan)
     folder = run_dir("base", tag)
     TOKENIZER.save(folder / "tokenizer")
-    state = {"step": 5, "model_config": config_dict(config)}
+    state = {"step": 5, "model_config": asdict(config)}
     save_checkpoint(folder, state, model.state_dict(), {}, None, RUNTIME)
     return folder
 

@@ -1,12 +1,13 @@
 """The examination script: results, records and report of a small random model; what it refuses."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from nanochat.checkpoint import config_dict, save_checkpoint
+from nanochat.checkpoint import save_checkpoint
 from nanochat.common import Runtime, UserError, report_dir, run_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
@@ -23,7 +24,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model.init_weights(0)
     folder = run_dir("mid", "d1")
     TOKENIZER.save(folder / "tokenizer")
-    state = {"step": 7, "model_config": config_dict(model.config)}
+    state = {"step": 7, "model_config": asdict(model.config)}
     runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
     save_checkpoint(folder, state, model.state_dict(), {}, None, runtime)
     return folder

@@ -3,7 +3,7 @@
 import json
 import random
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def save(run: Path, step: int, model: GPT, loader: dict[str, Any] | None = None)
 
 
 def state_of(step: int, model: GPT) -> dict[str, Any]:
-    return {"step": step, "model_config": checkpoint.config_dict(model.config)}
+    return {"step": step, "model_config": asdict(model.config)}
 
 
 def new_model(seed: int = 0) -> GPT:

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,7 @@ from tokenizers import Tokenizer as Reference
 from transformers.models.nanochat import modeling_nanochat
 
 from nanochat import report
-from nanochat.checkpoint import config_dict, save_checkpoint
+from nanochat.checkpoint import save_checkpoint
 from nanochat.common import Runtime, UserError, run_dir
 from nanochat.core_eval import CoreTask, GPTReader, evaluate
 from nanochat.engine import Engine, Request
@@ -108,7 +109,7 @@ def new_model(config: GPTConfig, num_steps: int = 0) -> GPT:
 def save_run(model: GPT, **changes: torch.Tensor | None) -> None:
     """The run sft/d2 at step 7; `changes` replace tensors, or take them away."""
     weights = model.state_dict() | changes
-    state = {"stage": "sft", "step": 7, "model_config": config_dict(model.config)}
+    state = {"stage": "sft", "step": 7, "model_config": asdict(model.config)}
     run = run_dir("sft", "d2")
     TOKENIZER.save(run / "tokenizer")
     kept = {name: weight for name, weight in weights.items() if weight is not None}

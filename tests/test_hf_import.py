@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import tiktoken
 import torch
 
-from nanochat.checkpoint import build_model, config_dict, load_model, save_checkpoint
+from nanochat.checkpoint import build_model, load_model, save_checkpoint
 from nanochat.common import Runtime, UserError, base_dir, run_dir
 from nanochat.finetuning import finetune
 from nanochat.gpt import GPT, GPTConfig
@@ -214,7 +215,7 @@ def test_sft_after_export_and_import_has_the_same_losses(
     config = GPTConfig.plain(**SIZES) if kind == "plain" else GPTConfig(**SIZES)
     model = random_model(config)
     TOKENIZER.save(run_dir(stage, "d2") / "tokenizer")
-    state = {"stage": stage, "step": 50, "model_config": config_dict(config)}
+    state = {"stage": stage, "step": 50, "model_config": asdict(config)}
     save_checkpoint(run_dir(stage, "d2"), state, model.state_dict(), {}, None, CPU)
     export_hf.main(export_hf.Config(base / "out", source=stage))
     talks = [

@@ -9,14 +9,14 @@ A block ends with its steps; what its save still writes then is waited for outsi
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 
 from dev.bench import train_speed
 from dev.bench.train_speed import Trainer
-from nanochat.checkpoint import CheckpointWriter, config_dict, list_steps, step_dir
+from nanochat.checkpoint import CheckpointWriter, list_steps, step_dir
 from nanochat.common import run_script, set_up
 
 
@@ -31,7 +31,7 @@ def block(trainer: Trainer, num_steps: int, writer: CheckpointWriter | None, ste
     """Seconds of `num_steps` steps, with a save at their beginning where there is a writer."""
     begin = time.perf_counter()
     if writer:
-        state = {"step": step, "model_config": config_dict(trainer.config)}
+        state = {"step": step, "model_config": asdict(trainer.config)}
         moments = trainer.optimizer.export_state()
         writer.start(state, trainer.model.state_dict(), moments, lambda: None)
     trainer.steps(num_steps)

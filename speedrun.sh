@@ -4,6 +4,7 @@
 #   bash speedrun.sh                                          # here and now
 #   screen -L -Logfile speedrun.log -S speedrun bash speedrun.sh    # in a session that outlives the connection
 #   WANDB_RUN=first bash speedrun.sh                          # with curves on wandb
+#   bash speedrun.sh --fresh                                  # start over: delete the run of this depth
 #
 # Started again after any failure, it goes on where it was. NPROC_PER_NODE, NNODES, NODE_RANK and MASTER_ADDR are
 # honoured (README, "Many machines"). NANOCHAT_TINY=1 rehearses every stage with tiny sizes on two CPU processes.
@@ -15,10 +16,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 depth=${DEPTH:-24} ratio=${RATIO:-12} tokenizer_chars=${TOKENIZER_CHARS:-2000000000}
 [ -z "${NANOCHAT_TINY:-}" ] || depth=2
 tag="d$depth"
-if [ $# -gt 0 ]; then
-  echo "error: unknown option $1; to start over, remove done/$tag from NANOCHAT_BASE_DIR (~/.cache/nanochat)" >&2
-  exit 2
-fi
+case $* in
+"" | --fresh) ;;
+*) echo "error: unknown option $*; the only one is --fresh, which starts over" >&2 && exit 2 ;;
+esac
 source ./setup.sh ${NANOCHAT_TINY:+--device_type=cpu}
 source ./stages.sh
 
@@ -26,7 +27,7 @@ processes="${NPROC_PER_NODE:-$(size "$(nvidia-smi --list-gpus 2>/dev/null | wc -
 [ "$processes" -gt 0 ] || { echo "error: no GPU here; run \`bash runcpu.sh\`, or set NPROC_PER_NODE" >&2 && exit 1; }
 mkdir -p "$NANOCHAT_BASE_DIR/logs"
 exec > >(tee -a "$NANOCHAT_BASE_DIR/logs/$tag-node$node.log") 2>&1
-begin "$tag"
+begin "$tag" "$*"
 plan=(python -m scripts.plan --depth="$depth" --ratio="$ratio" --gpus=$((processes * nodes)))
 shards=$(size "$("${plan[@]}" --only=shards)" 3)
 rows=${DEVICE_BATCH_SIZE:-$(size "$("${plan[@]}" --only=device_batch_size)" 2)}

@@ -1,13 +1,16 @@
-"""speedrun.sh with tiny sizes on two CPU processes, from an empty folder to report.md, killed in every stage.
+"""The tiers, killed in every stage and started again, with the same flags and with others.
 
-Everything it downloads comes from a hub on this machine that breaks transfers, lies about lengths and fails. The
-oracle is the uninterrupted order of stages: each is done exactly once, and the report holds them all.
+First with stand-ins for python and torchrun, which note how often each run was started since its folder was
+cleared. Then, as a long test, speedrun.sh itself with tiny sizes on two CPU processes, from an empty folder to
+report.md. Everything it downloads comes from a hub on this machine that breaks transfers, lies about lengths and
+fails. The oracle is the uninterrupted order of stages: each is done exactly once, and the report holds them all.
 """
 
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -19,6 +22,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from nanochat import primer
+from nanochat.trainer import FREE_SETTINGS
 from tests.hub import Fault, Hub
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +31,216 @@ STAGES = [
     "chat_eval_mid", "chat_sft", "chat_eval_sft", "chat_rl", "chat_eval_rl",
 ]  # fmt: skip
 FAULTS: dict[int, Fault] = {2: "error", 5: "longer", 8: "cut"}
+
+TRAINERS = {"base_train": "base", "mid_train": "mid", "chat_sft": "sft", "chat_rl": "rl"}
+# What python and torchrun do here: a trainer adds a line to its run folder, which --fresh clears first.
+STAND_IN = r"""#!/bin/sh
+echo "$*" >>"$CALLS"
+module="" tag="" fresh="" id="" run=""
+for word; do
+  case $word in
+  --only=*) echo 4; exit ;;
+  scripts.* | nanochat.*) [ -n "$module" ] || module=${word#*.} ;;
+  --model_tag=*) tag=${word#*=} ;;
+  --rdzv_id=*) id=${word#*=} ;;
+  --fresh) fresh=1 ;;
+  esac
+done
+if [ "${NNODES:-1}" = 2 ] && [ -n "$id" ]; then # torchrun: both machines meet
+  meet="$MEETINGS/$id.$(ls "$MEETINGS" | grep -c "^$id.*node$NODE_RANK")"
+  mkdir "$meet.node$NODE_RANK"
+  tries=0
+  until [ -e "$meet.node$((1 - NODE_RANK))" ]; do
+    sleep
+    tries=$((tries + 1))
+    [ $tries -lt 400 ] || exit 7
+  done
+  [ "$NODE_RANK" = 0 ] || exit 0
+fi
+[ "$module" != chat_cli ] || cat >/dev/null
+[ "$module" != "${KILL_BEFORE:-none}" ] || exit 1
+case $module in base_train | mid_train) run=${module%_train} ;; chat_sft | chat_rl) run=${module#chat_} ;; esac
+if [ -n "$run" ]; then
+  folder="$NANOCHAT_BASE_DIR/$run/$tag"
+  [ -z "$fresh" ] || rm -rf "$folder"
+  mkdir -p "$folder"
+  echo started >>"$folder/starts"
+fi
+[ "$module" != "${KILL_IN:-none}" ] || exit 1
+"""
+
+
+class Tier:
+    """A copy of the shell scripts, and stand-ins for everything that they call."""
+
+    def __init__(self, folder: Path, script: str):
+        self.folder, self.script, self.base_dir = folder, script, folder / "base"
+        self.tag = {"speedrun.sh": "d24", "run1000.sh": "d32", "runcpu.sh": "laptop-primer"}[script]
+        for name in ("speedrun.sh", "run1000.sh", "runcpu.sh", "stages.sh"):
+            shutil.copy(ROOT / name, folder)
+        (folder / "setup.sh").touch()
+        (folder / "meetings").mkdir()
+        (folder / "bin").mkdir()
+        sleep = '#!/bin/sh\nexec "$(PATH=/usr/bin:/bin command -v sleep)" 0.05\n'
+        for name, text in (("python", STAND_IN), ("torchrun", STAND_IN), ("sleep", sleep)):
+            (folder / "bin" / name).write_text(text)
+            (folder / "bin" / name).chmod(0o755)
+
+    def edit(self, old: str, new: str) -> None:
+        """Replace the first `old` in a tier's script."""
+        path = self.folder / ("runcpu.sh" if self.script == "runcpu.sh" else "speedrun.sh")
+        before, after = path.read_text().split(old, 1)
+        path.write_text(before + new + after)
+
+    def add_flag(self, stage: str, flag: str) -> None:
+        self.edit(f"scripts.{stage}", f"scripts.{stage} {flag}")
+
+    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+        calls = self.folder / f"calls{variables.get('NODE_RANK', '')}"
+        calls.write_text("")
+        environment = {
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls),
+            "NANOCHAT_BASE_DIR": str(self.base_dir), "NPROC_PER_NODE": "8",
+            "MEETINGS": str(self.folder / "meetings"), "MASTER_ADDR": "here",
+        }  # fmt: skip
+        return subprocess.Popen(
+            ["bash", self.folder / self.script, *arguments], env=environment | variables, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def run(self, *arguments: str, **variables: str) -> list[str]:
+        """The stages that were run, in order; `KILL_IN` and `KILL_BEFORE` name the module that fails."""
+        process = self.start(*arguments, **variables)
+        log = process.communicate(timeout=60)[0]
+        assert (process.returncode != 0) == any(name.startswith("KILL") for name in variables), log
+        return re.findall(r"^== (\w+): (?!done before|took)", log, re.M)
+
+    def num_starts(self, stage: str) -> int:
+        """How often the stage's run was started since its folder was last cleared."""
+        path = self.base_dir / TRAINERS[stage] / self.tag / "starts"
+        return path.read_text().count("started") if path.exists() else 0
+
+
+@pytest.fixture(params=["speedrun.sh", "runcpu.sh"])
+def tier(tmp_path: Path, request: pytest.FixtureRequest) -> Tier:
+    return Tier(tmp_path, request.param)
+
+
+@pytest.mark.parametrize("tier", ["speedrun.sh", "run1000.sh", "runcpu.sh"], indirect=True)
+@pytest.mark.parametrize("stage", TRAINERS)
+def test_a_run_goes_on_with_every_flag_that_may_change(tier: Tier, stage: str) -> None:
+    ran = tier.run(KILL_IN=stage)
+    assert ran[-1] == stage
+    for number, setting in enumerate(sorted(FREE_SETTINGS - {"fresh"}), start=2):
+        tier.add_flag(stage, f"--{setting}=1")
+        assert tier.run(KILL_IN=stage, DEVICE_BATCH_SIZE=str(number), WANDB_RUN=setting) == [stage]
+        assert tier.num_starts(stage) == number
+    rest = tier.run()
+    assert rest[0] == stage and tier.num_starts(stage) == len(FREE_SETTINGS) + 1
+    assert not set(ran[:-1]) & set(rest)
+    # Finished: the trainer is asked once more, and says so; nothing else is run, and nothing deleted.
+    tier.add_flag(stage, "--log_every=7")
+    assert tier.run() == [stage]
+    assert tier.run(DEVICE_BATCH_SIZE="64") == []
+    assert all(tier.num_starts(each) == 1 for each in TRAINERS if each != stage)
+
+
+def test_another_tokenizer_starts_every_run_over_once(tier: Tier) -> None:
+    tier.run()
+    tier.edit("scripts.tok_train ", "scripts.tok_train --max_doc_chars=9 ")
+    for stage in TRAINERS:
+        tier.run(KILL_BEFORE=stage)  # before it could delete anything
+        assert tier.num_starts(stage) == 1
+        tier.run(KILL_IN=stage)
+        assert tier.num_starts(stage) == 1
+        tier.run(KILL_IN=stage)
+        assert tier.num_starts(stage) == 2
+    tier.run()
+    assert [tier.num_starts(stage) for stage in TRAINERS] == [3, 3, 3, 3]
+    assert tier.run() == []
+
+
+def test_a_tokenizer_that_is_trained_back_costs_nothing(tier: Tier) -> None:
+    """Another size, given by mistake and taken back before pretraining began."""
+    tier.run()
+    tier.edit("scripts.tok_train ", "scripts.tok_train --max_doc_chars=9 ")
+    tier.run(KILL_IN="tok_eval")
+    tier.edit("--max_doc_chars=9 ", "")
+    assert set(tier.run()) <= {"tok_train", "tok_eval", "all_shards"}
+    assert [tier.num_starts(stage) for stage in TRAINERS] == [1, 1, 1, 1]
+
+
+def test_fresh_starts_every_run_over_once(tier: Tier) -> None:
+    everything = tier.run()
+    assert tier.run("--fresh", KILL_BEFORE="mid_train")[-1] == "mid_train"
+    tier.run(KILL_BEFORE="mid_train")
+    tier.run(KILL_IN="mid_train")
+    assert [tier.num_starts(stage) for stage in TRAINERS] == [1, 1, 1, 1]
+    rest = tier.run()
+    assert rest == everything[everything.index("mid_train") :]
+    assert [tier.num_starts(stage) for stage in TRAINERS] == [1, 2, 1, 1]
+    assert tier.run("--fresh") == everything
+
+
+def test_what_was_trained_by_hand_is_kept(tier: Tier) -> None:
+    for run in TRAINERS.values():
+        (tier.base_dir / run / tier.tag).mkdir(parents=True)
+        (tier.base_dir / run / tier.tag / "starts").write_text("started")
+    tier.run()
+    assert [tier.num_starts(stage) for stage in TRAINERS] == [2, 2, 2, 2]
+
+
+def make_old_markers(tier: Tier, stages: list[str]) -> None:
+    """Give finished stages the markers of earlier versions: a random token each, on which the next one builds."""
+    token = ""
+    for number, stage in enumerate(stages):
+        marker = tier.base_dir / "done" / tier.tag / stage
+        command = marker.read_text().splitlines()[0].split(" ", 1)[1]
+        marker.with_suffix(".began").write_text(f"{token} {command}\n")
+        marker.write_text(f"{token} {command}\n1764000000.{number}\n")
+        token = f"1764000000.{number}"
+
+
+MAKERS = {
+    "runcpu.sh": [
+        "python -m nanochat.dataset --corpus primer",
+        "python -m scripts.tok_train --data=primer --vocab_size=2048 --max_chars=20000000",
+    ],
+    "speedrun.sh": ["python -m scripts.tok_train --vocab_size=32768 --max_chars=2000000000"],
+}
+
+
+@pytest.mark.parametrize("stage", ["base_train", "mid_train"])
+def test_a_run_begun_by_an_earlier_version_goes_on(tier: Tier, stage: str) -> None:
+    everything = tier.run()
+    done = tier.base_dir / "done" / tier.tag
+    made = "".join((done / name).read_text() for name in everything[:2])
+    assert all(f" {command}\n" in made for command in MAKERS[tier.script])
+    make_old_markers(tier, everything)
+    assert tier.run() == []
+    # Under way in `stage`, with flags that may change.
+    rest = everything[everything.index(stage) :]
+    for name in rest:
+        (done / name).unlink()
+        if name != stage:
+            (done / f"{name}.began").unlink()
+    tier.add_flag(stage, "--log_every=7")
+    assert tier.run(DEVICE_BATCH_SIZE="2") == rest
+    assert [tier.num_starts(each) for each in TRAINERS] == [1 + (each in rest) for each in TRAINERS]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_evaluations_and_shards_start_no_run_over(tier: Tier, old: bool) -> None:
+    everything = tier.run()
+    if old:
+        make_old_markers(tier, everything)
+    tier.add_flag("tok_eval", "--seed=1")
+    tier.add_flag("base_eval", "--seed=1")
+    assert tier.run() == ["tok_eval", "base_eval"]
+    if tier.script == "speedrun.sh":
+        tier.edit('all_shards python -m nanochat.dataset -n "$shards"', "all_shards true")
+        assert tier.run() == ["all_shards"]
+    assert [tier.num_starts(stage) for stage in TRAINERS] == [1, 1, 1, 1]
 
 
 def shard(first: int) -> bytes:
@@ -145,12 +359,14 @@ def run(environment: dict[str, str], log: Path, kill_in: str = "") -> None:
     assert process.returncode == 0, log.read_text()[-3000:]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_from_nothing_to_a_report_though_killed_in_every_stage(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    for stage in STAGES:
-        run(environment, tmp_path / f"{stage}.log", kill_in=stage)
+    for number, stage in enumerate(STAGES):
+        flags = {"DEVICE_BATCH_SIZE": str(1 + number % 2)}
+        run(environment | flags, tmp_path / f"{stage}.log", kill_in=stage)
+        assert "--fresh" not in (tmp_path / f"{stage}.log").read_text()
     run(environment, tmp_path / "end.log")
     log = (tmp_path / "end.log").read_text()
     assert re.findall(r"== (\w+): done before", log) == STAGES[: log.count("done before")]

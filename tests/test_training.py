@@ -151,5 +151,6 @@ def test_records_line_and_resume(
     ].keys()
     with trainer.TrainRun("base", "d2", settings(), CPU) as run:
         assert run.finished
+    (run.folder / ".fresh").touch()  # stages.sh asks for --fresh as long as it is there
     with trainer.TrainRun("base", "d2", settings(fresh=True), CPU) as run:
-        assert not run.finished and run.step == 0
+        assert not run.finished and run.step == 0 and not (run.folder / ".fresh").exists()

@@ -12,7 +12,11 @@
 # is not a `launch` is done by machine 0 alone, and the others wait for it.
 set -euo pipefail
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
-nodes="${NNODES:-1}" node="${NODE_RANK:-0}"
+nodes="${NNODES:-1}" node="${NODE_RANK:-0}" where=(--standalone)
+if [ "$nodes" -gt 1 ]; then
+  where=(--nnodes="$nodes" --node_rank="$node" --rdzv_backend=c10d
+    --rdzv_endpoint="${MASTER_ADDR:?needed with NNODES above 1: the address of machine 0}:${MASTER_PORT:-29400}")
+fi
 chain="" # what the next stage builds on: a checksum of the commands that made the corpus and the tokenizer
 
 size() { if [ -n "${NANOCHAT_TINY:-}" ]; then echo "$2"; else echo "$1"; fi; }
@@ -28,6 +32,8 @@ begin() {
     mkdir -p "$done_dir"
     [ -n "$(ls -A "$done_dir")" ] || python -m nanochat.report reset
   fi
+  # The machines wait for each other, so that none reads what machine 0 is about to forget.
+  [ "$nodes" = 1 ] || torchrun "${where[@]}" --rdzv_id=begin --nproc_per_node=1 --no-python true
 }
 
 # A finished stage leaves $done_dir/NAME: the chain it built on and its command, then the chain for the next stage.
@@ -77,10 +83,6 @@ launch() {
   shift
   # Not in the stage's command, so that another name for wandb does not start a stage over.
   case $module in scripts.*_train | scripts.chat_sft | scripts.chat_rl) set -- "$@" --run="${WANDB_RUN:-dummy}" ;; esac
-  local where=(--standalone)
-  if [ "$nodes" -gt 1 ]; then
-    where=(--nnodes="$nodes" --node_rank="$node" --rdzv_backend=c10d --rdzv_id="$module"
-      --rdzv_endpoint="${MASTER_ADDR:?needed with NNODES above 1: the address of machine 0}:${MASTER_PORT:-29400}")
-  fi
-  torchrun "${where[@]}" --nproc_per_node="${processes:?}" --max-restarts="${MAX_RESTARTS:-3}" -m "$module" -- "$@"
+  torchrun "${where[@]}" --rdzv_id="$module" --nproc_per_node="${processes:?}" --max-restarts="${MAX_RESTARTS:-3}" \
+    -m "$module" -- "$@"
 }

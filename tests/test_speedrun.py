@@ -243,6 +243,30 @@ def test_evaluations_and_shards_start_no_run_over(tier: Tier, old: bool) -> None
     assert [tier.num_starts(stage) for stage in TRAINERS] == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_machines_run_the_same_stages(tmp_path: Path, first: int) -> None:
+    """Whichever is started first, with flags that may differ, and though machine 0 forgets what was done."""
+    tier = Tier(tmp_path, "speedrun.sh")
+    for arguments in ([], ["--fresh"]):
+        for meeting in (tmp_path / "meetings").iterdir():
+            meeting.rmdir()
+        processes = []
+        for node in (first, 1 - first):
+            variables = {"NNODES": "2", "NODE_RANK": str(node), "DEVICE_BATCH_SIZE": str(4 + node)}
+            processes.append(tier.start(*arguments, **variables))
+            time.sleep(0.5)
+        try:
+            logs = [process.communicate(timeout=30)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert [process.returncode for process in processes] == [0, 0], logs
+        calls = [(tmp_path / f"calls{node}").read_text() for node in (0, 1)]
+        modules = [re.findall(r"^.*--rdzv_id=(\S+)", text, re.M) for text in calls]
+        assert modules[0] == modules[1] and len(modules[0]) == 10
+        assert [len(re.findall("--fresh", text)) for text in calls] == [4 * bool(arguments)] * 2
+
+
 def shard(first: int) -> bytes:
     texts = [primer.document("train", index) for index in range(first, first + 300)]
     sink = pa.BufferOutputStream()

@@ -14,8 +14,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 depth=${DEPTH:-24} ratio=${RATIO:-12} tokenizer_chars=${TOKENIZER_CHARS:-2000000000}
-[ -z "${NANOCHAT_TINY:-}" ] || depth=2
 tag="d$depth"
+[ -z "${NANOCHAT_TINY:-}" ] || depth=2 tag=tiny
 case $* in
 "" | --fresh) ;;
 *) echo "error: unknown option $*; the only one is --fresh, which starts over" >&2 && exit 2 ;;

@@ -190,6 +190,14 @@ def test_what_was_trained_by_hand_is_kept(tier: Tier) -> None:
     assert [tier.num_starts(stage) for stage in TRAINERS] == [2, 2, 2, 2]
 
 
+def test_a_rehearsal_leaves_a_model_of_depth_2_alone(tmp_path: Path) -> None:
+    tier = Tier(tmp_path, "speedrun.sh")
+    tier.tag = "d2"
+    tier.run(DEPTH="2")
+    tier.run(NANOCHAT_TINY="1")
+    assert [tier.num_starts(stage) for stage in TRAINERS] == [1, 1, 1, 1]
+
+
 def make_old_markers(tier: Tier, stages: list[str]) -> None:
     """Give finished stages the markers of earlier versions: a random token each, on which the next one builds."""
     token = ""

@@ -1,15 +1,11 @@
 """nanochat: a ChatGPT-like model of your own, from the first byte to the last reply.
 
-The map, in pipeline order. A module imports only from modules above it; `tasks` import from all of these, and
-`scripts` from both. tests/test_layout.py reads this list and holds the order.
+The map, in pipeline order. A module imports only from modules above it, and `dataset` alone from the
+package `primer`, the embedded world. `tasks` import from all of these, `scripts` from both.
+tests/test_layout.py reads this list and holds the order.
 
     common         folders, whole-file writes, user errors; device, ranks, seeds; how a script starts
     tokenizer      text <-> ids; conversation -> ids and loss mask; the only file that spells a special token
-    primer_words   the embedded world: its words and facts, as tables to read and extend
-    primer_facts   its topics: what is true, how it is stated and asked
-    primer_texts   its stories, pages and small talk, as templates
-    primer_questions  its questions, each with the one right answer; the test split is disjoint
-    primer         endless documents, conversations and quizzes from a seed
     dataset        corpora of parquet shards: download, import a folder of your own, write the primer, read
     dataloader     documents or conversations -> packed (B, T) batches; the same on 1 or N ranks; resumable
     kv_cache       keys and values of the past, one slot per sequence

@@ -50,7 +50,7 @@ import pyarrow.parquet as pq
 import tyro
 from tqdm import tqdm
 
-from nanochat import primer
+import primer
 from nanochat.common import (
     FOLDER_NAME,
     Count,
@@ -362,9 +362,9 @@ def _is_up_to_date(folder: Path, source: dict[str, Any]) -> bool:
 
 def write_primer(num_documents: int) -> None:
     """Generate the embedded corpus: `num_documents` to train on, and a twentieth of that held out."""
-    files = sorted(Path(primer.__file__).parent.glob("primer*.py"))
-    code = b"".join(file.read_bytes() for file in files)
-    source = {"num_documents": num_documents, "primer": hashlib.sha256(code).hexdigest()}
+    files = sorted(path for path in Path(primer.__file__).parent.iterdir() if path.is_file())
+    book = b"".join(file.read_bytes() for file in files)
+    source = {"num_documents": num_documents, "primer": hashlib.sha256(book).hexdigest()}
     train = ((primer.document("train", i), False) for i in range(num_documents))
     num_val = max(1, num_documents // PRIMER_HELD_OUT)
     val = ((primer.document("val", i), True) for i in range(num_val))

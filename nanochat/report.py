@@ -307,7 +307,7 @@ COLUMNS = {
 NO_ACCURACY = ("val_bpb", "CORE", "ChatCORE")
 START = "start"  # start.json holds what `reset` noted; no stage has this name
 REPOSITORY = Path(__file__).resolve().parent.parent
-CODE_SUFFIXES = {".py", ".rs", ".toml", ".sh", ".md", ".html", ".js", ".css"}
+CODE_SUFFIXES = {".py", ".rs", ".toml", ".sh", ".md", ".html", ".js", ".css", ".txt"}
 
 
 class Section(NamedTuple):

@@ -41,6 +41,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import tiktoken
@@ -301,6 +302,15 @@ def render_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
         messages = messages[:-1]
     ids, _ = render_conversation(tokenizer, {"messages": messages})
     return [*ids, chat_tokens(tokenizer).assistant_start]
+
+
+def render_choices(question: str, choices: Sequence[str]) -> str:
+    """A multiple-choice question as every task asks it: a line for each choice, its letter at the end.
+
+    Right behind the choice, where smear hands the letter what it stands for.
+    """
+    lines = map("- {} {}".format, choices, ascii_uppercase)
+    return "\n".join([question, *lines, "Answer with the letter only."])
 
 
 def visualize(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> str:

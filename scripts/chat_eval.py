@@ -42,7 +42,7 @@ from nanochat.report import write_section
 from nanochat.sandbox import isolation
 from nanochat.task_eval import EvalResult, evaluate_choice, evaluate_generate
 from tasks.common import Task
-from tasks.mixtures import CHAT_CORE, Options, build_task
+from tasks.mixtures import CHAT_CORE, build_task
 
 Tasks = Annotated[str, tyro.conf.arg(aliases=["-a", "--task_name"])]
 
@@ -59,7 +59,7 @@ class Config:
     temperature: Temperature = 0.0  # 0: always the likeliest token
     max_tokens: Count = 512  # of one reply; at most half the context
     seed: int = 0  # of the sampling
-    words: Path | None = None  # SpellingBee: a file of words, one a line; the primer's if left out
+    words: Path | None = None  # SpellingBee: a file of words; tasks/spellingbee.txt if left out
     allow_unsafe_exec: bool = False  # HumanEval: run programs even where nothing isolates them
     device_type: str = ""  # cpu, cuda or mps; empty: the best there is
     dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
@@ -67,7 +67,6 @@ class Config:
 
 def choose_tasks(cfg: Config) -> dict[str, Task]:
     """The tasks asked for; HumanEval is left out, with the reason, where its programs cannot be isolated."""
-    options = Options(cfg.words, cfg.allow_unsafe_exec)
     names = cfg.tasks.split("|") if cfg.tasks else list(CHAT_CORE)
     reason = None if cfg.allow_unsafe_exec or "HumanEval" not in names else isolation()
     if reason:
@@ -75,7 +74,10 @@ def choose_tasks(cfg: Config) -> dict[str, Task]:
             f"HumanEval is skipped: {reason}; --allow_unsafe_exec runs the model's programs anyway"
         )
         names.remove("HumanEval")
-    return {name: build_task(name, options=options) for name in names}
+    return {
+        name: build_task(name, words=cfg.words, allow_unsafe_exec=cfg.allow_unsafe_exec)
+        for name in names
+    }
 
 
 def evaluate(cfg: Config, engine: Engine, task: Task) -> EvalResult:

@@ -2,10 +2,8 @@
 
 A task answers `num_examples()`, `get_example(index)` and, where it is an evaluation, `score`; cutting is
 done here. Rows of Hugging Face data sets come from the hub or, with `NANOCHAT_DATASETS=<folder>`, from
-`<folder>/<owner>/<name>/<config>/<split>.jsonl` or `.parquet`.
-
-The choice that would surprise: the rows of a public data set come in an order that is shuffled once and for
-all. MMLU is sorted by subject, and the first hundred rows of any task should be a fair sample of it.
+`<folder>/<owner>/<name>/<config>/<split>.jsonl` or `.parquet`. They are shuffled once and for all: MMLU
+is sorted by subject, and the first hundred rows of any task should be a fair sample of it.
 """
 
 import os
@@ -19,8 +17,7 @@ import pyarrow.parquet as parquet
 
 from nanochat.common import UserError
 from nanochat.dataset import numbered_jsonl
-from nanochat.primer_questions import render_choices
-from nanochat.tokenizer import Conversation, check_conversation
+from nanochat.tokenizer import Conversation, check_conversation, render_choices
 
 
 class Task(Sequence[Conversation]):
@@ -42,7 +39,7 @@ class Task(Sequence[Conversation]):
         raise NotImplementedError
 
     def score(self, conversation: Conversation, reply: str) -> float:
-        """From 0 (wrong) to 1 (right), what evaluation counts and RL rewards: here, is it the answer itself."""
+        """From 0 (wrong) to 1 (right), for evaluation and RL; here: is the reply the answer itself?"""
         return float(reply.strip() == conversation["answer"])
 
     def __len__(self) -> int:
@@ -69,17 +66,30 @@ class TaskMixture(Task):
         return self.tasks[task][row]
 
 
+class GeneratedTask(Task):
+    """Rows that are made from their number, so that there is no last one: a part that is large enough."""
+
+    num_train, num_test = 20_000, 400
+
+    def __init__(self, split: str, start: int = 0, stop: int | None = None, step: int = 1) -> None:
+        self.split = split
+        super().__init__(start, stop, step)
+
+    def num_examples(self) -> int:
+        return self.num_train if self.split == "train" else self.num_test
+
+
 class HubTask(Task):
-    """One split of a public data set. Subclasses make a conversation of a row, and raise where they cannot."""
+    """One split of a public data set."""
 
     name: str  # of the data set on the hub
     config: str
 
     def __init__(self, split: str, start: int = 0, stop: int | None = None, step: int = 1) -> None:
-        self._where = f"{self.name} ({self.config}, {split})"
+        self._label = f"{self.name} ({self.config}, {split})"
         self._rows = load_rows(self.name, self.config, split)
         self._order = list(range(len(self._rows)))
-        random.Random(self._where).shuffle(self._order)
+        random.Random(self._label).shuffle(self._order)
         super().__init__(start, stop, step)
 
     def num_examples(self) -> int:
@@ -94,12 +104,12 @@ class HubTask(Task):
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise UserError(
-                f"{self._where}, row {number} from 0: {reason}; fetch the data set again"
+                f"{self._label}, row {number} from 0: {reason}; fetch the data set again"
             ) from error
         return conversation
 
     def convert(self, row: dict[str, Any]) -> Conversation:
-        """The conversation that a row of the data set stands for."""
+        """The conversation that a row of the data set stands for; any error says that the row is broken."""
         raise NotImplementedError
 
 
@@ -115,7 +125,7 @@ class ChoiceTask(HubTask):
         if not 0 <= right < len(choices):
             raise ValueError(f"answer {right} of {len(choices)} choices")
         letters = list(ascii_uppercase[: len(choices)])
-        messages = exchange(render_choices(question, letters, choices), letters[right])
+        messages = exchange(render_choices(question, choices), letters[right])
         return {"messages": messages, "letters": letters, "answer": letters[right]}
 
 
@@ -129,8 +139,7 @@ def load_rows(name: str, config: str, split: str) -> Sequence[dict[str, Any]]:
 
     Raises UserError where the data set cannot be had or a local file is malformed.
     """
-    folder = os.environ.get("NANOCHAT_DATASETS")
-    if folder:
+    if folder := os.environ.get("NANOCHAT_DATASETS"):
         return _read_local(Path(folder) / name / config, split)
     try:
         import datasets  # here, so that what needs no hub starts without it

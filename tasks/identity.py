@@ -6,8 +6,8 @@ One row, made from the facts in identity.json, which you may edit:
     user: Do you make mistakes?
     assistant: Yes. I am small, so I get facts wrong and lose the thread in long talks. I cannot ...
 
-The choice that would surprise: the phrasings are written here and only the facts in the file. Changing a name
-or adding how the model was made must not take writing a thousand conversations.
+The phrasings are here and only the facts in the file, so that a new name does not take a thousand new
+conversations.
 """
 
 import json
@@ -16,52 +16,33 @@ import re
 from pathlib import Path
 
 from nanochat.common import UserError
-from nanochat.primer_words import ways
 from nanochat.tokenizer import Conversation
 from tasks.common import Task, exchange
 
 FACTS = Path(__file__).with_name("identity.json")
-NUM_ROWS = 1_000
 OPENINGS = ("", "", "", "Hi! ", "Hello. ", "Hey! ", "Good morning. ", "Quick question: ", "Tell me: ")  # fmt: skip
-# subject -> (questions, replies); {name} and the like are facts of the file
-TOPICS = {
-    "name": (
-        ways("What is your name? | Who are you? | What should I call you? | who am i talking to? | Do you have a name? | Please introduce yourself."),
-        ways("I am {name}, {kind}. | My name is {name}. | Call me {name}. | I am {name}. How can I help you?"),
-    ),
-    "kind": (
-        ways("What are you? | Are you a human? | are you an AI? | Am I talking to a person or a machine? | Are you a real person?"),
-        ways("I am {kind} called {name}, not a person. | A computer program: {name}, {kind}. | I am no human; I am {name}, {kind}."),
-    ),
-    "other": (
-        ways("Are you ChatGPT? | Are you Claude? | Are you Gemini? | Is this Llama? | Which model is this? | Are you made by a big company?"),
-        ways("I am {name}, {kind}. I was made by {maker}. | This is {name}. I was made by {maker}."),
-    ),
-    "maker": (
-        ways("Who made you? | Who built you? | who is your creator? | Who trained you? | Where do you come from? | By whom were you made?"),
-        ways("I was made by {maker}. | My maker is {maker}. | I come from {maker}."),
-    ),
-    "code": (
-        ways("What code are you made with? | Are you open source? | Can I see your source code? | What software made you? | Under which licence is your code?"),
-        ways("I was made with {code}. | The code is open: {code}. | All of it was done by {code}."),
-    ),
-    "training": (
-        ways("How were you made? | How were you trained? | how did you learn to talk? | What did you learn from? | How does one make a model like you?"),
-        ways("{training} | Step by step. {training} | It took several stages. {training}"),
-    ),
-    "abilities": (
-        ways("What can you do? | How can you help me? | what are you good at? | What are you for? | What can I ask you?"),
-        ways("{abilities} | {abilities} What would you like to do? | Quite a few things. {abilities}"),
-    ),
-    "limits": (
-        ways("What can you not do? | Do you make mistakes? | What are your limits? | can I trust you? | Will you remember me tomorrow? | Can you look things up?"),
-        ways("{limits} | {limits} Please check what matters. | I have limits. {limits}"),
-    ),
-    "languages": (
-        ways("Which languages do you speak? | Do you speak German? | can you talk in Spanish? | What is your best language?"),
-        ways("{languages} | {languages} You can try, though."),
-    ),
-}  # fmt: skip
+# fmt: off
+TOPICS = [  # (questions, replies); {name} and the like are facts of the file
+    ("What is your name? | Who are you? | What should I call you? | who am i talking to? | Do you have a name? | Please introduce yourself.",
+     "I am {name}, {kind}. | My name is {name}. | Call me {name}. | I am {name}. How can I help you?"),
+    ("What are you? | Are you a human? | are you an AI? | Am I talking to a person or a machine? | Are you a real person?",
+     "I am {kind} called {name}, not a person. | A computer program: {name}, {kind}. | I am no human; I am {name}, {kind}."),
+    ("Are you ChatGPT? | Are you Claude? | Are you Gemini? | Is this Llama? | Which model is this? | Are you made by a big company?",
+     "I am {name}, {kind}. I was made by {maker}. | This is {name}. I was made by {maker}."),
+    ("Who made you? | Who built you? | who is your creator? | Who trained you? | Where do you come from? | By whom were you made?",
+     "I was made by {maker}. | My maker is {maker}. | I come from {maker}."),
+    ("What code are you made with? | Are you open source? | Can I see your source code? | What software made you? | Under which licence is your code?",
+     "I was made with {code}. | The code is open: {code}. | All of it was done by {code}."),
+    ("How were you made? | How were you trained? | how did you learn to talk? | What did you learn from? | How does one make a model like you?",
+     "{training} | Step by step. {training} | It took several stages. {training}"),
+    ("What can you do? | How can you help me? | what are you good at? | What are you for? | What can I ask you?",
+     "{abilities} | {abilities} What would you like to do? | Quite a few things. {abilities}"),
+    ("What can you not do? | Do you make mistakes? | What are your limits? | can I trust you? | Will you remember me tomorrow? | Can you look things up?",
+     "{limits} | {limits} Please check what matters. | I have limits. {limits}"),
+    ("Which languages do you speak? | Do you speak German? | can you talk in Spanish? | What is your best language?",
+     "{languages} | {languages} You can try, though."),
+]
+# fmt: on
 
 
 class Identity(Task):
@@ -72,16 +53,15 @@ class Identity(Task):
         super().__init__()
 
     def num_examples(self) -> int:
-        return NUM_ROWS
+        return 1_000
 
     def get_example(self, index: int) -> Conversation:
         rng = random.Random(f"identity/{index}")
         messages = []
-        for number, topic in enumerate(rng.sample(list(TOPICS), rng.choice((1, 2, 2, 3, 3)))):
-            questions, replies = TOPICS[topic]
-            opening = rng.choice(OPENINGS) if number == 0 else ""
-            reply = rng.choice(replies).format(**self._facts)
-            messages += exchange(opening + rng.choice(questions), reply)
+        for questions, replies in rng.sample(TOPICS, rng.choice((1, 2, 2, 3, 3))):
+            opening = "" if messages else rng.choice(OPENINGS)
+            reply = rng.choice(replies.split(" | ")).format(**self._facts)
+            messages += exchange(opening + rng.choice(questions.split(" | ")), reply)
         return {"messages": messages}
 
 
@@ -91,7 +71,7 @@ def read_facts(path: Path) -> dict[str, str]:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # bad JSON and bad UTF-8 are ValueErrors
         raise UserError(f"cannot read {path}: {error}; mend the file") from error
-    replies = " ".join(reply for _, replies in TOPICS.values() for reply in replies)
+    replies = " ".join(replies for _, replies in TOPICS)
     for name in sorted(set(re.findall(r"{(\w+)}", replies))):
         if not isinstance(facts, dict) or not isinstance(facts.get(name), str):
             raise UserError(f'{path}: "{name}" is missing or no text; give it as "{name}": "..."')

@@ -6,35 +6,42 @@ One row of each:
     assistant: b, e 1, e 2. By hand I count 2. I check it: [python] 'bee'.count('e') [output] 2
                [text] The letter e appears 2 times in 'bee'.
 
-A model reads tokens, not letters, so what its tokens are spelled like has to be learned word by word. The
-words are those of the primer's first pages, or of a file with one word a line. Every row is made from its
-number, so there is no last one; a task is the part that `start` and `stop` pick.
-
-The choice that would surprise: a word belongs to one split by a hash of the word alone, so a test word is
-held out whichever file it comes from, and for spelling and counting alike.
+A model reads tokens, not letters, so how a word is spelled has to be learned word by word. The words are
+those of spellingbee.txt, or of a file of your own. A word belongs to one split by a hash of the word
+alone: a test word is held out whichever file it comes from, and for spelling and counting alike.
 """
 
+import hashlib
+import random
 import re
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
+from string import ascii_lowercase
 
-from nanochat import primer
 from nanochat.common import UserError
-from nanochat.primer_questions import fill, generator, held_out, tally, times
-from nanochat.primer_texts import COUNT_QUESTIONS, HAND_QUESTIONS, SPELL_QUESTIONS
-from nanochat.primer_words import ALPHABET
 from nanochat.tokenizer import Conversation
-from tasks.common import Task, exchange
-from tasks.primer import last_count, normalized
+from tasks.common import GeneratedTask, exchange
 
-NUM_TRAIN, NUM_TEST = 1_000_000, 400  # the parts of the endless rows that tasks can use
-NUM_PAGES = 600  # of the primer, with about 1,300 words
-ASK_COUNT = (*COUNT_QUESTIONS, *HAND_QUESTIONS, "how many {letter} in {word}", "{word}: how many {letter}?")  # fmt: skip
-ASK_SPELLING = (*SPELL_QUESTIONS, "spell {word}", "Which letters make the word '{word}'?")
+WORDS = Path(__file__).with_suffix(".txt")
+ASK_SPELLING = (
+    "How do you spell {word}? | Spell the word {word}. | Please spell {word} for me. | "
+    "What are the letters of {word}? | Can you spell {word}? | Write {word} letter by letter. | "
+    "spell {word} | Which letters make the word '{word}'?"
+)
+ASK_COUNT = (
+    "How many times is the letter {letter} in '{word}'? | How many {letter} are there in '{word}'? | "
+    "Count the letter {letter} in '{word}'. | How often does {letter} appear in '{word}'? | "
+    "Count the letter {letter} in '{word}' by hand, then check. | "
+    "Spell '{word}', count each {letter}, and check it. | "
+    "how many {letter} in {word} | {word}: how many {letter}?"
+)
 
 
-class SpellWord(Task):
+class SpellWord(GeneratedTask):
     """A word letter by letter."""
+
+    num_train = 1_000_000
 
     def __init__(
         self,
@@ -44,17 +51,14 @@ class SpellWord(Task):
         step: int = 1,
         words: Path | None = None,
     ) -> None:
-        self.split, self.words = split, words_of(split, words)
-        super().__init__(start, stop, step)
-
-    def num_examples(self) -> int:
-        return NUM_TRAIN if self.split == "train" else NUM_TEST
+        self.words = words_of(split, words or WORDS)
+        super().__init__(split, start, stop, step)
 
     def get_example(self, index: int) -> Conversation:
-        rng = generator(self.split, "spell a word", index)
+        rng = random.Random(f"{self.split}/spell a word/{index}")
         word = rng.choice(self.words)
         spelled = "-".join(word)
-        question = fill(rng.choice(ASK_SPELLING), word=word)
+        question = rng.choice(ASK_SPELLING.split(" | ")).format(word=word)
         return {"messages": exchange(question, spelled), "answer": spelled}
 
     def score(self, conversation: Conversation, reply: str) -> float:
@@ -65,37 +69,60 @@ class SpellingBee(SpellWord):
     """How often a letter is in a word; most often one that is."""
 
     def get_example(self, index: int) -> Conversation:
-        rng = generator(self.split, "count a letter", index)
+        rng = random.Random(f"{self.split}/count a letter/{index}")
         word = rng.choice(self.words)
-        letter = rng.choice(word if rng.random() < 0.8 else ALPHABET)
-        count = str(word.count(letter))
+        letter = rng.choice(word if rng.random() < 0.8 else ascii_lowercase)
+        count = word.count(letter)
+        counted = accumulate(int(each == letter) for each in word)
+        steps = zip(word, counted, strict=True)
+        tally = ", ".join(f"{each} {n}" if each == letter else each for each, n in steps)
+        times = "1 time" if count == 1 else f"{count} times"
         parts = (
-            ("text", f"{tally(word, letter)}. By hand I count {count}. I check it: "),
+            ("text", f"{tally}. By hand I count {count}. I check it: "),
             ("python", f"'{word}'.count('{letter}')"),
-            ("python_output", count),
-            ("text", f"The letter {letter} appears {times(int(count))} in '{word}'."),
+            ("python_output", str(count)),
+            ("text", f"The letter {letter} appears {times} in '{word}'."),
         )
-        question = fill(rng.choice(ASK_COUNT), word=word, letter=letter)
+        question = rng.choice(ASK_COUNT.split(" | ")).format(word=word, letter=letter)
         reply = [{"type": kind, "text": text} for kind, text in parts]
-        return {"messages": exchange(question, reply), "answer": count}
+        return {"messages": exchange(question, reply), "answer": str(count)}
 
     def score(self, conversation: Conversation, reply: str) -> float:
         return float(last_count(reply) == conversation["answer"])
 
 
 @cache
-def words_of(split: str, file: Path | None = None) -> tuple[str, ...]:
+def words_of(split: str, file: Path) -> tuple[str, ...]:
     """The words of the split, sorted: one tenth of all for val and test. Raises UserError where none is left."""
-    if file is None:
-        text = " ".join(primer.document("train", index) for index in range(NUM_PAGES))
-        words = set(re.findall(r"(?<![\w'])[a-z]{3,}(?![\w'])", text))
-    else:
-        try:
-            lines = file.read_text(encoding="utf-8").lower().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--words={file}: {error}; give a text file of words") from error
-        words = {word for line in lines if re.fullmatch("[a-z]{2,}", word := line.strip())}
-    own = sorted(word for word in words if held_out("word", word) == (split != "train"))
+    try:
+        words = set(file.read_text(encoding="utf-8").lower().split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--words={file}: {error}; give a text file of words") from error
+    words = (word for word in words if re.fullmatch("[a-z]{2,}", word))
+    own = sorted(word for word in words if held_out(word) == (split != "train"))
     if not own:
-        raise UserError(f"--words={file}: no word for {split}; give some hundreds, one a line")
+        raise UserError(f"--words={file}: no word for {split}; give some hundreds")
     return tuple(own)
+
+
+def held_out(word: str) -> bool:
+    """True for the tenth of all words that the train split never holds."""
+    digest = hashlib.blake2b(f"word/{word}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") % 10 == 0
+
+
+def normalized(text: str) -> str:
+    """The text in lower case, without punctuation at its ends and with single spaces."""
+    return " ".join(text.lower().split()).strip(" .!?")
+
+
+def last_number(text: str) -> str | None:
+    """The last number of the text without a trailing full stop, or None: `"37 + 58 = 95."` -> `"95"`."""
+    numbers = re.findall(r"(?<![\d.])-?\d+(?:\.\d+)?", text)
+    return numbers[-1] if numbers else None
+
+
+def last_count(text: str) -> str | None:
+    """The number before the last "time" or "times": `"... appears 2 times in 'egg'."` -> `"2"`."""
+    counts = re.findall(r"(\d+) times?\b", text)
+    return counts[-1] if counts else last_number(text)

@@ -116,7 +116,7 @@ def test_no_corpus_says_what_to_run(tmp_path: Path, base: Path):
 
 
 def test_primer_corpus_holds_the_primers_documents(capsys):
-    from nanochat import primer
+    import primer
 
     main(Config(corpus="primer", num_documents=50))
     corpus = find_corpus()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("nanochat", "tasks", "scripts")
+PACKAGES = ("primer", "nanochat", "tasks", "scripts")
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -84,9 +84,23 @@ def test_library_imports_only_from_above_on_the_map(path: Path) -> None:
     order = module_map()
     above = order[: order.index(path.stem)] if path.stem in order else []
     for name in imported_modules(path):
+        if name.split(".")[0] == "primer" and path.name == "dataset.py":
+            continue
         package, module = name.split(".")[:2]
         assert package == "nanochat", f"{path.name} imports {name}: nanochat comes first"
         assert module in above, f"{path.name} imports {name}, which is not above it on the map"
+
+
+@pytest.mark.parametrize("path", python_files("primer"), ids=lambda path: path.name)
+def test_the_primer_imports_nothing_else_of_ours(path: Path) -> None:
+    assert not [name for name in imported_modules(path) if name.split(".")[0] != "primer"]
+
+
+@pytest.mark.parametrize("path", python_files("tasks"), ids=lambda path: path.name)
+def test_no_real_task_imports_the_primer(path: Path) -> None:
+    toys = ("primer", "tasks.primer")
+    if path.name not in ("primer.py", "mixtures.py"):
+        assert not [name for name in imported_modules(path) if name.startswith(toys)]
 
 
 @pytest.mark.parametrize("path", python_files("tasks", "scripts"), ids=lambda path: str(path.name))

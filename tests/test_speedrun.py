@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from nanochat import primer
+import primer
 from nanochat.trainer import FREE_SETTINGS
 from tests.hub import Fault, Hub
 

@@ -1,21 +1,66 @@
-"""Tasks: cutting, mixing, scoring, reading a user's rows. Oracles: Python's own slicing and counting, hand-made rows."""
+"""Tasks: cutting, mixing, scoring, reading rows. Oracles: rows and replies made by hand, Python's own slicing and counting.
+
+The rows of public data sets have their real fields; they lie in a local folder, so nothing is downloaded.
+"""
 
 import json
+import sys
 from collections import Counter
+from collections.abc import Callable
+from decimal import Decimal
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from nanochat import primer
+import primer
+from nanochat.calculator import calculate
 from nanochat.common import UserError
-from nanochat.tokenizer import SPECIAL_TOKENS, Conversation, Tokenizer, check_conversation
-from tasks.common import Task, TaskMixture, load_rows, render_choices
+from nanochat.tokenizer import (
+    SPECIAL_TOKENS,
+    Conversation,
+    Tokenizer,
+    check_conversation,
+    render_choices,
+    render_conversation,
+    render_prompt,
+)
+from tasks.common import Task, TaskMixture, load_rows
 from tasks.customjson import CustomJSON
-from tasks.mixtures import EVALUATIONS, build_mixture, build_task
-from tasks.primer import PrimerArithmetic, PrimerChoice, PrimerExact, PrimerSpelling, last_number
+from tasks.gsm8k import GSM8K, final_number
+from tasks.identity import FACTS, Identity
+from tasks.mixtures import CHAT_CORE, EVALUATIONS, build_mixture, build_task
+from tasks.mmlu import MMLU
+from tasks.primer import PrimerArithmetic, PrimerChoice, PrimerExact, PrimerSpelling
+from tasks.smoltalk import SmolTalk
+from tasks.spellingbee import WORDS, SpellingBee, SpellWord, last_number, words_of
+
+WriteRows = Callable[[str, list], None]
+ARC_EASY, MMLU_ALL = "allenai/ai2_arc/ARC-Easy", "cais/mmlu/all"
+GSM, SMOL = "openai/gsm8k/main", "HuggingFaceTB/smol-smoltalk/default"
+PLANTS = {
+    "question": "What do plants need?",
+    "choices": {"text": ["light", "sugar", "noise"], "label": ["A", "B", "C"]},
+    "answerKey": "A",
+}
+SUM = {"question": "2 + 2?", "subject": "maths", "choices": ["1", "2", "3", "4"], "answer": 3}
+PENS = {
+    "question": "A pen costs $3. Ann buys 4 pens and 2 rubbers at $0.50. What does she pay?",
+    "answer": "The pens cost 4*3=$<<4*3=12>>12.\nWith the rubbers it is 12+2*0.5 = "
+    "<<12+2*0.5=13.00>>13.00 dollars.\n#### 1,013",
+}
+TALK = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello!"},
+        {"role": "assistant", "content": "Hi."},
+    ],
+    "source": "made by hand",
+}
 
 
 class Numbers(Task):
@@ -32,10 +77,44 @@ def contents(task: Task) -> list[int]:
     return [int(row["messages"][0]["content"]) for row in task]
 
 
+def spoken(row: Conversation) -> str:
+    """The reply of a row as a model would say it."""
+    reply = row["messages"][-1]["content"]
+    return reply if isinstance(reply, str) else reply[-1]["text"]
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     texts = [primer.document("train", index) for index in range(1500)]
     return Tokenizer.train(texts, 1024, SPECIAL_TOKENS)
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteRows:
+    """Writes the rows of a split such as "openai/gsm8k/main/train" where NANOCHAT_DATASETS points."""
+    monkeypatch.setenv("NANOCHAT_DATASETS", str(tmp_path))
+
+    def write(split: str, rows: list) -> None:
+        file = tmp_path / f"{split}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(map(json.dumps, rows)))
+
+    return write
+
+
+@pytest.fixture
+def all_data(write_rows: WriteRows) -> None:
+    for config in ("ARC-Easy", "ARC-Challenge"):
+        for split in ("train", "test"):
+            write_rows(f"allenai/ai2_arc/{config}/{split}", [PLANTS] * 3)
+    for split in ("auxiliary_train", "validation", "test"):
+        write_rows(f"{MMLU_ALL}/{split}", [SUM] * 4)
+    for split in ("train", "test"):
+        write_rows(f"{GSM}/{split}", [PENS] * 5)
+        write_rows(f"{SMOL}/{split}", [TALK] * 6)
+
+
+# --- cutting, mixing, reading
 
 
 @pytest.mark.parametrize(
@@ -50,75 +129,233 @@ def test_a_task_is_cut_like_a_list(cut: tuple) -> None:
 
 
 def test_a_mixture_holds_every_row_as_often_as_its_task_is_listed() -> None:
-    mixture = TaskMixture([Numbers(), Numbers(stop=5), Numbers()], seed=1)
-    assert Counter(contents(mixture)) == Counter([*range(10), *range(10), *range(5)])
-    assert contents(mixture) == contents(
-        TaskMixture([Numbers(), Numbers(stop=5), Numbers()], seed=1)
+    tasks = [Numbers(), Numbers(stop=5), Numbers()]
+    mixed = contents(TaskMixture(tasks, seed=1))
+    assert Counter(mixed) == Counter([*range(10), *range(10), *range(5)])
+    assert mixed == contents(TaskMixture(tasks, seed=1)) != contents(TaskMixture(tasks, seed=2))
+
+
+@pytest.mark.parametrize("stage", ["mid", "sft", "val"])
+@pytest.mark.parametrize("name", ["default", "primer"])
+def test_the_mixtures_hold_every_row(all_data: None, stage: str, name: str) -> None:
+    mixture = build_mixture(stage, name)
+    assert (
+        len(mixture)
+        == {
+            ("mid", "default"): 6 + 4 + 5 + 1000 + 1000 + 200_000 + 80_000,
+            ("sft", "default"): 3 + 3 + 5 + 6 + 1000 + 300 + 300,
+            ("val", "default"): 6 + 4 + 5 + 200 + 200,
+            ("mid", "primer"): 20_000 + 14_000 + 6_000 + 4_000 + 2_000,
+            ("sft", "primer"): 10_000 + 3_000 + 3_000 + 3_000 + 2_000 + 2_000,
+            ("val", "primer"): 400,
+        }[stage, name]
     )
-    assert contents(mixture) != contents(
-        TaskMixture([Numbers(), Numbers(stop=5), Numbers()], seed=2)
+    for index in range(0, len(mixture), max(1, len(mixture) // 100)):
+        check_conversation(mixture[index])
+        assert mixture[index]["messages"][-1]["role"] == "assistant"
+
+
+def test_an_unknown_task_is_told_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match="primer-choice, primer-exact"):
+        build_task("primer-chess")
+
+
+def test_the_first_rows_are_a_sample_of_all(write_rows: WriteRows) -> None:
+    write_rows(f"{MMLU_ALL}/test", [SUM | {"question": f"{number}?"} for number in range(300)])
+    asked = [int(row["messages"][0]["content"].split("?")[0]) for row in MMLU("test")]
+    assert sorted(asked) == list(range(300))
+    assert 100 < sum(asked[:60]) / 60 < 200
+    cut = [int(row["messages"][0]["content"].split("?")[0]) for row in MMLU("test", 5, 50, 5)]
+    assert cut == asked[5:50:5]
+
+
+def test_local_files_stand_in_for_the_hub(tmp_path: Path, write_rows: WriteRows) -> None:
+    name, config = "openai/gsm8k", "main"
+    rows = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "2 + 2?", "answer": "#### 4"}]
+    write_rows(f"{GSM}/train", rows)
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / GSM / "test.parquet")
+    assert list(load_rows(name, config, "train")) == rows
+    assert list(load_rows(name, config, "test")) == rows
+    with pytest.raises(UserError, match="no validation.jsonl or validation.parquet"):
+        load_rows(name, config, "validation")
+    (tmp_path / GSM / "train.jsonl").write_text('{"question": "1"}\n{"question": \n')
+    with pytest.raises(UserError, match="line 2: not JSON"):
+        load_rows(name, config, "train")
+    (tmp_path / GSM / "test.parquet").write_bytes(b"PAR1 cut short")
+    with pytest.raises(UserError, match="no readable parquet"):
+        load_rows(name, config, "test")
+
+
+def test_the_hub_is_asked_by_name_and_its_failure_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, config: str, split: str) -> list[dict]:
+        if split != "test":
+            raise ValueError(f"Unknown split {split}.\nShould be one of: test")
+        return [{"asked": (name, config)}]
+
+    monkeypatch.delenv("NANOCHAT_DATASETS", raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert load_rows("cais/mmlu", "all", "test") == [{"asked": ("cais/mmlu", "all")}]
+    told = r"cannot load cais/mmlu \(all, train\): Unknown split train"
+    with pytest.raises(UserError, match=told):
+        load_rows("cais/mmlu", "all", "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "row", "reason"),
+    [
+        ("MMLU", MMLU_ALL, SUM | {"answer": 4}, "answer 4 of 4 choices"),
+        ("MMLU", MMLU_ALL, SUM | {"answer": -1}, "answer -1 of 4 choices"),
+        ("MMLU", MMLU_ALL, {"question": "2 + 2?"}, "no 'choices'"),
+        ("ARC-Easy", ARC_EASY, PLANTS | {"answerKey": "1"}, "'1' is not in"),
+        ("ARC-Easy", ARC_EASY, PLANTS | {"choices": None}, "NoneType"),
+        ("GSM8K", GSM, PENS | {"answer": "13"}, "no number after ####"),
+        ("GSM8K", GSM, PENS | {"question": None}, "content must be a string"),
+        ("GSM8K", GSM, ["a list"], "indices"),
+    ],
+)
+def test_a_malformed_row_is_named(
+    write_rows: WriteRows, name: str, split: str, row: Any, reason: str
+) -> None:
+    write_rows(f"{split}/test", [row])
+    task = build_task(name)
+    with pytest.raises(UserError, match=r"test\), row 0 from 0: .*fetch the data set") as told:
+        task[0]
+    assert reason in str(told.value) and "\n" not in str(told.value)
+
+
+# --- scoring
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("name", sorted(set(EVALUATIONS) - {"HumanEval"}))
+def test_the_right_reply_scores_one_and_others_zero(all_data: None, name: str, split: str) -> None:
+    task = build_task(name, split)
+    for row in [task[index] for index in range(min(100, len(task)))]:
+        check_conversation(row)
+        assert task.score(row, spoken(row)) == 1
+        assert task.score(row, "I do not know.") == task.score(row, "") == 0
+    assert (task.baseline > 0) == (task.kind == "choice")
+    assert set(CHAT_CORE) < set(EVALUATIONS)
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "right", "wrong"),
+    [
+        (
+            PrimerExact("test"),
+            {"accepted": ["yellow", "A banana is yellow.", "Yellow."]},
+            ["yellow", " Yellow!", "a banana is  yellow"],
+            ["not yellow", "yellow and red", "yell"],
+        ),
+        (
+            PrimerArithmetic("test"),
+            {"answer": "95"},
+            ["37 + 58 = 95.", "95", "It is 95!"],
+            ["95 is 37 + 58", "195", "9.5", "-95"],
+        ),
+        (PrimerSpelling("test"), {"answer": "e-g-g"}, ["e-g-g", "E-G-G."], ["e-g"]),
+        (
+            PrimerSpelling("test"),
+            {"answer": "2"},
+            ["The letter g appears 2 times in 'egg'."],
+            ["The letter g appears 3 times in 'egg'."],
+        ),
+    ],
+)
+def test_scores_are_neither_too_kind_nor_too_strict(
+    task: Task, row: Conversation, right: list[str], wrong: list[str]
+) -> None:
+    assert [task.score(row, reply) for reply in right] == [1] * len(right)
+    assert [task.score(row, reply) for reply in wrong] == [0] * len(wrong)
+
+
+def test_the_last_number_of_a_reply() -> None:
+    found = [last_number(text) for text in ("5-3 = 2.", "= -7", "1.50", "none")]
+    assert found == ["2", "-7", "1.50", None]
+
+
+# --- multiple choice: real rows, prompt and letters as they must be; ARC (CC BY-SA 4.0) and MMLU (MIT)
+
+
+def arc(question: str, texts: list[str], labels: str, key: str) -> dict:
+    return {
+        "question": question,
+        "choices": {"text": texts, "label": list(labels)},
+        "answerKey": key,
+    }
+
+
+METALS = ["dead trees", "water", "animal bones", "oil wells", "rocks"]
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "row", "prompt", "letter"),
+    [
+        (
+            "ARC-Easy",
+            ARC_EASY,
+            arc("Children grow", ["decreases", "increases", "remains the same"], "123", "2"),
+            "Children grow\n- decreases A\n- increases B\n- remains the same C\n",
+            "B",
+        ),
+        (
+            "ARC-Challenge",
+            "allenai/ai2_arc/ARC-Challenge",
+            arc("What makes food?", ["root", "cone", "trunk", "needle"], "DCBA", "D"),
+            "What makes food?\n- root A\n- cone B\n- trunk C\n- needle D\n",
+            "A",
+        ),
+        (
+            "ARC-Easy",
+            ARC_EASY,
+            arc("Metals are found in", METALS, "ABCDE", "E"),
+            "Metals are found in\n- dead trees A\n- water B\n- animal bones C\n- oil wells D\n- rocks E\n",
+            "E",
+        ),
+        (
+            "MMLU",
+            MMLU_ALL,
+            {
+                "question": "The concentration ratio for a monopoly is",
+                "subject": "high_school_microeconomics",
+                "choices": ["0", "5", "10", "100"],
+                "answer": 3,
+            },
+            "The concentration ratio for a monopoly is\n- 0 A\n- 5 B\n- 10 C\n- 100 D\n",
+            "D",
+        ),
+    ],
+)
+def test_a_choice_prompt_to_the_token(
+    write_rows: WriteRows,
+    tokenizer: Tokenizer,
+    name: str,
+    split: str,
+    row: dict,
+    prompt: str,
+    letter: str,
+) -> None:
+    write_rows(f"{split}/test", [row])
+    task = build_task(name)
+    asked = task[0]
+    ids, mask = render_conversation(tokenizer, asked)
+    assert tokenizer.decode(ids) == (
+        f"<|bos|><|user_start|>{prompt}Answer with the letter only.<|user_end|>"
+        f"<|assistant_start|>{letter}<|assistant_end|>"
     )
+    assert mask == [0] * (len(ids) - 2) + [1, 1]
+    assert ids[:-2] == render_prompt(tokenizer, asked)
+    assert [each for each in asked["letters"] if task.score(asked, each)] == [letter]
 
 
 def test_the_letter_after_a_choice_is_one_token_whatever_the_choice(tokenizer: Tokenizer) -> None:
     rows = [primer.quiz("test", "choice", index).choices for index in range(50)]
     choices = [*chain.from_iterable(rows), "light.", "5 %", "x=", "(so)", "A"]
-    for letter in "ABCDE":
+    for place, letter in enumerate("ABCDE"):
         assert len(tokenizer.encode(letter)) == 1  # the answer
-        lines = [render_choices("?", [letter], [choice]).split("\n")[1] for choice in choices]
-        last = {tokenizer.encode(line)[-1] for line in lines}
+        prompts = [render_choices("?", [*"....."[:place], choice]) for choice in choices]
+        last = {tokenizer.encode(prompt.split("\n")[-2])[-1] for prompt in prompts}
         assert len(last) == 1 and tokenizer.decode(list(last)).strip() == letter
-
-
-def test_choices_are_rendered_with_the_letter_behind() -> None:
-    text = render_choices("What colour is snow?", ["A", "B"], ["red", "white"])
-    assert text.split("\n")[:3] == ["What colour is snow?", "- red A", "- white B"]
-
-
-@pytest.mark.parametrize("name", [name for name in EVALUATIONS if "primer" in name])
-def test_the_right_reply_scores_one_and_others_zero(name: str) -> None:
-    task = build_task(name)
-    for row in list(task)[:200]:
-        check_conversation(row)
-        reply = row["messages"][-1]["content"]
-        said = reply if isinstance(reply, str) else reply[-1]["text"]
-        assert task.score(row, said) == 1
-        assert task.score(row, "I do not know.") == 0
-        assert task.score(row, "") == 0
-
-
-def test_scores_are_neither_too_kind_nor_too_strict() -> None:
-    exact = {"accepted": ["yellow", "A banana is yellow.", "Yellow."]}
-    score = PrimerExact("test").score
-    assert [score(exact, reply) for reply in ("yellow", " Yellow!", "a banana is  yellow")] == [
-        1,
-        1,
-        1,
-    ]
-    assert [score(exact, reply) for reply in ("not yellow", "yellow and red", "yell")] == [0, 0, 0]
-    arithmetic, ninety_five = PrimerArithmetic("test").score, {"answer": "95"}
-    assert [arithmetic(ninety_five, each) for each in ("37 + 58 = 95.", "95", "It is 95!")] == [
-        1,
-        1,
-        1,
-    ]
-    assert [arithmetic(ninety_five, each) for each in ("95 is 37 + 58", "195", "9.5", "-95")] == [
-        0
-    ] * 4
-    assert [last_number(text) for text in ("5-3 = 2.", "= -7", "1.50", "none")] == [
-        "2",
-        "-7",
-        "1.50",
-        None,
-    ]
-    spelling = PrimerSpelling("test").score
-    assert [spelling({"answer": "e-g-g"}, reply) for reply in ("e-g-g", "E-G-G.", "e-g")] == [
-        1,
-        1,
-        0,
-    ]
-    counted = "The letter g appears 2 times in 'egg'."
-    assert [spelling({"answer": count}, counted) for count in ("2", "3")] == [1, 0]
 
 
 def test_choice_rows_carry_what_a_base_model_is_asked() -> None:
@@ -129,33 +366,103 @@ def test_choice_rows_carry_what_a_base_model_is_asked() -> None:
         assert len(row["letters"]) == len(row["continuations"])
 
 
-@pytest.mark.parametrize("stage", ["mid", "sft", "val"])
-def test_the_primers_mixtures_render(stage: str) -> None:
-    mixture = build_mixture(stage, "primer")
-    for index in range(0, len(mixture), max(1, len(mixture) // 100)):
-        check_conversation(mixture[index])
-        assert mixture[index]["messages"][-1]["role"] == "assistant"
+# --- GSM8K
 
 
-def test_unknown_names_are_told_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match="primer-choice, primer-exact"):
-        build_task("primer-chess")
-    with pytest.raises(
-        UserError, match="--mixture=soup is unknown; choose one of: default, primer"
-    ):
-        build_mixture("mid", "soup")
+def test_marks_become_calls_of_the_tool(write_rows: WriteRows, tokenizer: Tokenizer) -> None:
+    row = {  # openai/gsm8k, MIT
+        "question": "Tim buys 3 dozen eggs.  Eggs cost $.50 each.  How much did he pay for eggs?",
+        "answer": "He bought 3*12=<<3*12=36>>36 eggs\nSo they cost 36*.5=$<<36*.5=18>>18\n#### 18",
+    }
+    write_rows(f"{GSM}/test", [row])
+    ids, mask = render_conversation(tokenizer, GSM8K("test")[0])
+    own = [id for id, on in zip(ids, mask, strict=True) if on]
+    given = [id for id, on in zip(ids, mask, strict=True) if not on]
+    assert tokenizer.decode(given) == (
+        f"<|bos|><|user_start|>{row['question']}<|user_end|><|assistant_start|>"
+        "<|output_start|>36<|output_end|><|output_start|>18<|output_end|>"
+    )
+    assert tokenizer.decode(own) == (
+        "He bought 3*12=<|python_start|>3*12<|python_end|>36 eggs\nSo they cost 36*.5=$"
+        "<|python_start|>36*.5<|python_end|>18\n#### 18<|assistant_end|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        ("#### 18", "18"),
+        ("so it is 4.\n####18 eggs.", "18"),
+        ("#### 1,080", "1080"),
+        ("#### $2,520,000.", "2520000"),
+        ("#### -5", "-5"),
+        ("#### -$5.50", "-5.5"),
+        ("#### $-5.50", "-5.5"),
+        ("#### +7", "7"),
+        ("#### .5", "0.5"),
+        ("#### 18.00", "18"),
+        ("#### 3 no, #### 4", "4"),
+        ("18", None),
+        ("#### none", None),
+        ("#### 18/3", None),
+        ("#### 1,8.5/3", None),
+        ("### 18", None),
+        ("", None),
+    ],
+)
+def test_the_number_behind_the_hashes(said: str, number: str | None) -> None:
+    assert final_number(said) == (None if number is None else Decimal(number))
+
+
+def test_a_solution_is_scored_by_its_number(write_rows: WriteRows) -> None:
+    write_rows(f"{GSM}/test", [PENS])
+    task = GSM8K("test")
+    right = ("She pays #### 1013", "#### $1,013.00", "#### 1,013.", "#### 1,01,3")
+    assert [task.score(task[0], reply) for reply in right] == [1] * 4
+    wrong = ("1013", "#### -1013", "#### 10130", "#### 101", "#### 1013.5", "#### 1013/2", "")
+    assert [task.score(task[0], reply) for reply in wrong] == [0] * 7
+
+
+# --- conversations
+
+
+def test_smoltalk_keeps_the_messages(write_rows: WriteRows) -> None:
+    short = TALK["messages"][1:]
+    write_rows(f"{SMOL}/train", [TALK, {"messages": short}])
+    rows = [row["messages"] for row in SmolTalk("train")]
+    assert sorted(rows, key=len) == [short, TALK["messages"]]
+
+
+def test_identity_tells_the_facts_of_the_file(tmp_path: Path) -> None:
+    rows = list(Identity())
+    assert len(rows) == 1000 and rows == list(Identity())
+    assert len({json.dumps(row) for row in rows}) > 900
+    replies = Counter(m["content"] for row in rows for m in row["messages"][1::2])
+    assert len(replies) > 20 and not any("{" in reply for reply in replies)
+    for row in rows:
+        check_conversation(row)
+    own = tmp_path / "facts.json"
+    own.write_text(json.dumps(json.loads(FACTS.read_text()) | {"name": "Pip", "maker": "Ann"}))
+    told = " ".join(m["content"] for row in Identity(facts=own) for m in row["messages"][1::2])
+    assert "I am Pip" in told and "I was made by Ann." in told and "I am nanochat" not in told
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"name": "Pip"}', '{"name": 3}'])
+def test_broken_facts_are_told_in_one_line(tmp_path: Path, text: str) -> None:
+    own = tmp_path / "facts.json"
+    own.write_text(text)
+    with pytest.raises(UserError, match=r"facts\.json") as told:
+        Identity(facts=own)
+    assert "\n" not in str(told.value)
 
 
 def test_custom_conversations_join_the_mixture(tmp_path: Path) -> None:
-    talk = [
-        {"role": "user", "content": "Who are you?"},
-        {"role": "assistant", "content": "I am Pip."},
-    ]
-    file = tmp_path / "pip.jsonl"
+    talk = TALK["messages"][1:]
+    file = tmp_path / "own.jsonl"
     file.write_text(json.dumps({"messages": talk}) + "\n\n" + json.dumps(talk) + "\n")
     assert [row["messages"] for row in CustomJSON(file)] == [talk, talk]
     mixture = build_mixture("val", "primer", custom=file)
-    assert len(mixture) == len(build_mixture("val", "primer")) + 2
+    assert len(mixture) == 402
     assert sum(row["messages"] == talk for row in mixture) == 2
 
 
@@ -171,9 +478,8 @@ def test_custom_conversations_join_the_mixture(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_row_is_named_by_its_line(tmp_path: Path, line: str, message: str) -> None:
-    good = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
     file = tmp_path / "own.jsonl"
-    file.write_text(f"{good}\n{line}\n")
+    file.write_text(f"{json.dumps(TALK)}\n{line}\n")
     with pytest.raises(UserError, match=message) as told:
         CustomJSON(file)
     assert "\n" not in str(told.value)
@@ -187,20 +493,47 @@ def test_a_missing_or_empty_custom_file_is_told(tmp_path: Path) -> None:
         CustomJSON(tmp_path / "empty.jsonl")
 
 
-def test_local_files_stand_in_for_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NANOCHAT_DATASETS", str(tmp_path))
-    rows = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "2 + 2?", "answer": "#### 4"}]
-    folder = tmp_path / "openai" / "gsm8k" / "main"
-    folder.mkdir(parents=True)
-    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    parquet.write_table(pa.Table.from_pylist(rows), folder / "test.parquet")
-    assert list(load_rows("openai/gsm8k", "main", "train")) == rows
-    assert list(load_rows("openai/gsm8k", "main", "test")) == rows
-    with pytest.raises(UserError, match="no validation.jsonl or validation.parquet"):
-        load_rows("openai/gsm8k", "main", "validation")
-    (folder / "train.jsonl").write_text('{"question": "1"}\n{"question": \n')
-    with pytest.raises(UserError, match="line 2: not JSON"):
-        load_rows("openai/gsm8k", "main", "train")
-    (folder / "test.parquet").write_bytes(b"PAR1 cut short")
-    with pytest.raises(UserError, match="no readable parquet"):
-        load_rows("openai/gsm8k", "main", "test")
+# --- spelling
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_letters_are_spelled_and_counted_right(split: str) -> None:
+    for row in SpellWord(split, stop=100):
+        word = row["answer"].replace("-", "")
+        assert word in row["messages"][0]["content"]
+        assert row["messages"][1]["content"] == "-".join(word)
+    bee = SpellingBee(split, stop=200)
+    for row in bee:
+        by_hand, code, output, said = row["messages"][1]["content"]
+        _, word, _, letter, _ = code["text"].split("'")
+        assert output["text"] == str(word.count(letter)) == calculate(code["text"])
+        tally = by_hand["text"].split(".")[0].split(", ")
+        assert "".join(each[0] for each in tally) == word
+        counts = [each[1:].strip() for each in tally if each[0] == letter]
+        assert counts == [str(n + 1) for n in range(word.count(letter))]
+        assert f"By hand I count {output['text']}." in by_hand["text"]
+        assert bee.score(row, by_hand["text"] + said["text"]) == 1
+        assert bee.score(row, "The letter appears 99 times.") == 0
+    assert {row["answer"] for row in bee} >= {"0", "1", "2"}
+
+
+def test_a_word_belongs_to_one_split(tmp_path: Path) -> None:
+    train, test = set(words_of("train", WORDS)), set(words_of("test", WORDS))
+    assert train and test and not train & test
+    assert set(words_of("val", WORDS)) == test
+    assert 0.05 < len(test) / len(train | test) < 0.15
+    file = tmp_path / "words.txt"
+    file.write_text("\n".join([*train, *test, "not-a-word", "", "ZEBRAS"]))
+    assert {*words_of("train", file), *words_of("test", file)} == {*train, *test, "zebras"}
+    assert set(words_of("train", file)) - {"zebras"} == train
+    spelled = {row["answer"].replace("-", "") for row in SpellWord("test", words=file)}
+    assert spelled <= test | {"zebras"}
+
+
+def test_a_file_without_words_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "words.txt"
+    with pytest.raises(UserError, match="give a text file"):
+        SpellWord("train", words=file)
+    file.write_text("1234\n")
+    with pytest.raises(UserError, match="no word for train"):
+        SpellWord("train", words=file)

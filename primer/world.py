@@ -1,0 +1,144 @@
+"""The tables of the primer, read from the text files beside this one, and the templates filled from them.
+
+A table file is a list of sections, each begun by `== NAME` or `== NAME: TITLE`. What stands before the
+first one says how its rows are written.
+"""
+
+import random
+import re
+from itertools import pairwise
+from pathlib import Path
+from string import ascii_lowercase
+from typing import NamedTuple
+
+
+class Topic(NamedTuple):
+    """A bounded set of facts, with the ways to ask for one and the sentences that state it."""
+
+    title: str
+    questions: list[str]
+    sentences: list[str]
+    facts: dict[str, str]
+
+    @property
+    def values(self) -> list[str]:
+        """The different values, in the order of the facts."""
+        return list(dict.fromkeys(self.facts.values()))
+
+
+def sections(file: str) -> list[tuple[str, str, list[str]]]:
+    """(name, title, rows) of each section of a table file."""
+    text = Path(__file__).with_name(file).read_text(encoding="utf-8").replace("\n  ", " ")
+    found = []
+    for part in text.split("\n== ")[1:]:
+        heading, *rows = part.strip().splitlines()
+        name, _, title = heading.partition(": ")
+        found.append((name, title, rows))
+    return found
+
+
+def lists(rows: list[str], separator: str) -> dict[str, list[str]]:
+    """`lists(["day = Monday, Tuesday"], ", ")` -> `{"day": ["Monday", "Tuesday"]}`."""
+    pairs = (row.split(" = ", 1) for row in rows)
+    return {name: items.split(separator) for name, items in pairs}
+
+
+def read_texts() -> dict[str, list[tuple[str, str]]]:
+    """The sections of pages.txt by their kind: (title, text) of each; only stories have a title."""
+    texts: dict[str, list[tuple[str, str]]] = {}
+    for kind, title, rows in sections("pages.txt"):
+        text = " ".join(rows).replace(" / ", "\n")
+        texts.setdefault(kind, []).append((title, f"{title}\n\n{text}" if title else text))
+    return texts
+
+
+def read_topics() -> dict[str, Topic]:
+    """The sections of facts.txt, with the facts that follow from other tables."""
+    topics = {}
+    for name, title, (questions, sentences, *rows) in sections("facts.txt"):
+        pairs = (fact.split(" = ") for row in rows for fact in row.split("; "))
+        facts = {key: value for keys, value in pairs for key in keys.split(", ")}
+        topics[name] = Topic(title, questions[2:].split(" | "), sentences[2:].split(" | "), facts)
+    topics["opposite"].facts.update(turned(topics["opposite"].facts))
+    topics["country"].facts.update(turned(topics["capital"].facts))
+    for unit in ("day", "month"):
+        after = dict(pairwise([*WORDS[unit], WORDS[unit][0]]))
+        topics[f"next {unit}"].facts.update(after)
+        topics[f"last {unit}"].facts.update(turned(after))
+    topics["next letter"].facts.update(pairwise(ascii_lowercase))
+    topics["next number"].facts.update(pairwise(map(str, range(101))))
+    return topics
+
+
+def turned(facts: dict[str, str]) -> dict[str, str]:
+    """The same facts, asked from the other end."""
+    return {value: key for key, value in facts.items()}
+
+
+def a(noun: str) -> str:
+    """The noun with its article: `a("owl")` -> `"an owl"`."""
+    vowel = noun[0].lower() in "aeiou" and not noun.startswith("uni")
+    return f"an {noun}" if vowel else f"a {noun}"
+
+
+def plural(noun: str) -> str:
+    """The plural of a noun: `plural("piece of cake")` -> `"pieces of cake"`."""
+    if noun in TOPICS["plural"].facts:
+        return TOPICS["plural"].facts[noun]
+    head, of, rest = noun.partition(" of ")
+    if of:
+        return plural(head) + of + rest
+    if noun.endswith(("s", "x", "ch", "sh")):
+        return noun + "es"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    return noun + "s"
+
+
+def capital(text: str) -> str:
+    """The text with a capital at its head, the rest as it is."""
+    return text[0].upper() + text[1:]
+
+
+def fill(template: str, rng: random.Random | None = None, /, **slots: object) -> str:
+    """`fill("{A x} runs.", x="owl")` -> `"An owl runs."`; an rng chooses in `[one way|another]` too."""
+    if rng:
+        template = re.sub(r"\[([^\[\]]*)\]", lambda m: rng.choice(m[1].split("|")), template)
+
+    def slot(match: re.Match[str]) -> str:
+        form, name = match.groups()
+        value = str(slots[name.lower()])
+        if form in ("a", "A"):
+            value = a(value)
+        elif form:
+            value = plural(value)
+        return capital(value) if form in ("A", "S") or name[0].isupper() else value
+
+    return re.sub(r"\{(?:([aAsS]) )?(\w+)\}", slot, template)
+
+
+WORDS = lists([row for *_, rows in sections("words.txt") for row in rows], ", ")
+TALK = {name: lists(rows, " | ") for name, _, rows in sections("talk.txt")}
+PHRASES = TALK["phrases"]
+TEXTS = read_texts()
+TOPICS = read_topics()
+
+REPLIES: dict[
+    str, dict[str, str]
+] = {}  # what is told but too long for a quiz: name -> key -> reply
+for _name in ("nature", "define", "how"):
+    _, PHRASES[_name], (_sentence,), _facts = TOPICS.pop(_name)
+    REPLIES[_name] = {
+        re.sub("^(an?|the) ", "", key): fill(_sentence, key=key, value=value)
+        for key, value in _facts.items()
+    }
+GROUPS: dict[str, list[str]] = {}  # kind of thing -> its members
+for _thing, _kind in TOPICS["kind"].facts.items():
+    GROUPS.setdefault(_kind, []).append(_thing)
+WORDS["hero"] = WORDS["girl"] + WORDS["boy"]
+WORDS["animal"] = list(REPLIES["nature"])
+WORDS["colour"] = TOPICS["colour"].values
+# What is spelled and counted: known words, so that the letters of each can be learned.
+_known = [*WORDS["animal"], *WORDS["thing"], *WORDS["food"], *GROUPS["fruit"], *GROUPS["vegetable"]]
+_spelled = {"strawberry"} | {word for word in _known if word.isalpha() and len(word) <= 8}
+REPLIES["spell"] = {word: "-".join(word) for word in sorted(_spelled)}

@@ -73,7 +73,6 @@ from nanochat.common import (
 from nanochat.dataloader import Batch, TextLoader
 from nanochat.dataset import numbered_jsonl
 from nanochat.gpt import GPT
-from nanochat.kv_cache import KVCache
 from nanochat.tokenizer import Tokenizer
 
 
@@ -200,7 +199,7 @@ class GPTReader:
         self.model, self.max_len = model, model.config.sequence_len
         self.tokenizer, self.decode = tokenizer, tokenizer.decode
         device = next(model.parameters()).device
-        self.cache = KVCache(model.config, num_slots, self.max_len, device, model.compute_dtype)
+        self.cache = model.make_cache(num_slots, self.max_len)
         # A CPU is fastest while what a call computes stays in its cache.
         on_cpu = device.type == "cpu"
         self.chunk, self.budget = (CPU_CHUNK, CPU_TOKENS) if on_cpu else (self.max_len, 2**30)

@@ -35,7 +35,7 @@ as generated. Where the calculator has no answer nothing is forced, and the mode
 One decode step of a GPU, captured once as a CUDA graph: a replay launches its hundreds of kernels at once.
 
 Works because the shapes never change (all slots, one token each, the whole cache as keys) and because what does
-change lies in static buffers: the ids here, the rest in `KVCache.plan`. `KVCache.begin` and `finish` do before and
+change lies in static buffers: the ids here, the rest in `KVCache.layout`. `KVCache.begin` and `finish` do before and
 after a replay what they do in an eager step, so lengths are checked and counted as ever.
 
 The oracle is the eager step: tests/test_engine.py compares both where there is a GPU.
@@ -60,7 +60,7 @@ import torch
 from nanochat.calculator import calculate
 from nanochat.common import UserError, free_memory
 from nanochat.gpt import GPT
-from nanochat.kv_cache import KVCache, slot_bytes
+from nanochat.kv_cache import KVCache
 from nanochat.sampling import Settings, counter_uniform, derive_seed, sample, with_logprobs
 from nanochat.tokenizer import ChatTokens, Tokenizer, chat_tokens
 
@@ -246,7 +246,7 @@ class StepFailed(RuntimeError):
 
 def slots_that_fit(model: GPT, max_len: int | None = None) -> int:
     """How many slots of `max_len` tokens the free memory of the model's device has room for, a fifth left over."""
-    each = slot_bytes(model.config, max_len or model.config.sequence_len, model.compute_dtype)
+    each = model.make_cache(1, max_len or model.config.sequence_len, device="meta").num_bytes
     return int(0.8 * free_memory(next(model.parameters()).device)) // each
 
 
@@ -272,8 +272,7 @@ class Engine:
                 f"{num_slots} slots are more than the {room} that the free memory holds; "
                 "lower --slots (of chat_eval: --batch_size, of chat_rl: --num_slots)"
             )
-        sizes = (num_slots, self.max_len, self.device, model.compute_dtype)
-        self.cache = KVCache(model.config, *sizes)
+        self.cache = model.make_cache(num_slots, self.max_len)
         self.graph = DecodeGraph(model, self.cache) if self.device.type == "cuda" else None
         self.logits = torch.zeros(num_slots, model.config.vocab_size, device=self.device)  # (N, V)
         self.num_read = 0  # tokens of prompts that went through the model so far

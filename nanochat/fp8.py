@@ -1,10 +1,11 @@
 """Linear layers whose three matmuls run in 8-bit floats: y = x W^T, dx = g W, dW = g^T x.
 
-Inputs and weights are e4m3, which has the precision, gradients e5m2, which has the range. Each tensor has one
-scale, its largest magnitude over the format's. Weights are quantised once per optimizer step (`refresh`), in both
-layouts that the matmuls want, so that micro-batches share them. Master weights stay fp32, results are bf16.
+Inputs and weights are e4m3, which has the precision, gradients e5m2, which has the range. Each
+tensor has one scale, its largest magnitude over the format's. Weights are quantised once per
+optimizer step (`refresh`), in both layouts that the matmuls want, so that micro-batches share them.
+Master weights stay fp32, results are bf16.
 
-What would surprise: only training goes through here. Evaluation and sampling keep bf16, so that what is measured
+Only training goes through here. Evaluation and sampling keep bf16, so that what is measured
 is the model that is saved.
 
 Source: FP8 formats, arXiv 2209.05433; `torch._scaled_mm` wants the second matrix column by column.
@@ -37,7 +38,7 @@ def multiply(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tenso
 
 @dataclass
 class QuantisedWeight:
-    """A weight in both layouts; refreshed in place, so that a compiled model sees the new values."""
+    """A weight in both layouts, refreshed in place: a compiled model sees the new values."""
 
     rows: Tensor  # (N, K) e4m3
     columns: Tensor  # (K, N) e4m3
@@ -60,7 +61,9 @@ class QuantisedWeight:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, _: Tensor, rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:  # fmt: skip
+    def forward(
+        ctx: Any, x: Tensor, _: Tensor, rows: Tensor, columns: Tensor, scale: Tensor
+    ) -> Tensor:
         x8, x_scale = quantise(x, E4M3)  # (M, K)
         ctx.save_for_backward(x8, x_scale, columns, scale)
         return multiply(x8, rows, x_scale, scale)  # (M, N)

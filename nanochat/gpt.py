@@ -1,25 +1,27 @@
 """The GPT: token ids in, logits or loss out, and every initial weight written by one function.
 
-    x0 = smear(norm(embedding));  L blocks: x = r_i x + s_i x0;  x += attention(norm(x));  x += mlp(norm(x))
+    x0 = smear(norm(embedding))
+    L blocks: x = r_i x + s_i x0;  x += attention(norm(x));  x += mlp(norm(x))
     logits = 15 tanh(head(norm(x - backout)) / 15)
 
-RMS norms have no weights, queries and keys are rotated by position and then normed, the MLP is relu squared,
-the head is untied. Four additions, each a switch of `GPTConfig`, lower the loss of a given number of steps:
-gated value embeddings (alternate layers add a per-token table to the values), per-layer scalars on the stream
-and on x0, smear (a token sees a little of the one before it, before any attention) and backout (part of the
-stream of the middle layer is taken away before the head). `GPTConfig.plain` turns all of them off and is the
-published first-generation architecture.
+RMS norms have no weights, queries and keys are rotated by position and then normed, the MLP is relu
+squared, the head is untied. Four additions, each a switch of `GPTConfig`, lower the loss of a given
+number of steps: gated value embeddings (alternate layers add a per-token table to the values),
+per-layer scalars on the stream and on x0, smear (a token sees a little of the one before it, before
+any attention) and backout (part of the stream of the middle layer is taken away before the head).
+`GPTConfig.plain` turns all of them off and is the published first-generation architecture.
 
-What would surprise:
 - `GPT(config)` writes no values, so it builds on the meta device; `init_weights` does the rest.
-- Rotation is by -theta, as the published weights expect; its angles are computed anew in each call, so
-  no table can be too short for a long prompt.
-- Both queries and keys are scaled by `qk_scale` after their norm; the product is applied once, in the softmax.
+- Rotation is by -theta, as the published weights expect; its angles are computed anew in each call,
+  so no table can be too short for a long prompt.
+- Both queries and keys are scaled by `qk_scale` after their norm; the product is applied once, in
+  the softmax.
 - The master weights are fp32 and each layer casts its own to the compute dtype.
 
-Shapes: B batch, T time, C channels, H query heads, K kv heads, D head dimension, L layers, V vocabulary.
-Sources: RoPE arXiv 2104.09864; QK norm 2010.04245; relu squared 2109.08668; GQA 2305.13245; softcap 2408.00118;
-value embeddings and x0 scalars: KellerJordan/modded-nanogpt; smear, backout, constants: karpathy/nanochat.
+Shapes: B batch, T time, C channels, H query heads, K kv heads, D head dimension, L layers, V
+vocabulary. Sources: RoPE arXiv 2104.09864; QK norm 2010.04245; relu squared 2109.08668; GQA
+2305.13245; softcap 2408.00118; value embeddings and x0 scalars: KellerJordan/modded-nanogpt; smear,
+backout, constants: karpathy/nanochat.
 """
 
 import math
@@ -32,7 +34,7 @@ from torch import nn
 
 from nanochat.common import UserError
 from nanochat.fp8 import QuantisedWeight, fp8_linear
-from nanochat.kv_cache import KVCache, Step
+from nanochat.kv_cache import Append, KVCache
 from nanochat.loss import norm, relu_squared, rotary_angles, rotate, softcap_loss
 
 VOCAB_MULTIPLE = 64  # matmuls are faster on round sizes; the extra rows never win
@@ -46,12 +48,14 @@ class Role(NamedTuple):
 
     group: str
     optimizer: str
-    draw: str  # normal: std a; uniform: std a / sqrt(n_embd); constant: a; linear: a to b over the layers
+    # normal: std a; uniform: std a / sqrt(n_embd); constant: a; linear: from a to b over the layers
+    init: str
     a: float = 0.0
     b: float = 0.0
 
 
-# Last part of a parameter's name -> its role. Values: karpathy/nanochat, tuned there at depths 12 to 24.
+# Last part of a parameter's name -> its role. Values: karpathy/nanochat, tuned there at depths 12
+# to 24.
 ROLES = {
     "wte": Role("embedding", "adamw", "normal", 0.8),
     "lm_head": Role("head", "adamw", "normal", 0.001),  # logits near 0: the first loss is ln V
@@ -108,7 +112,7 @@ class GPTConfig:
             )
         if self.smear and self.n_embd < SMEAR_GATE_CHANNELS:
             raise UserError(
-                f"{self.n_embd} channels are fewer than the {SMEAR_GATE_CHANNELS} that a gate reads; "
+                f"a gate reads {SMEAR_GATE_CHANNELS} channels, but there are only {self.n_embd}; "
                 "choose a larger --aspect_ratio"
             )
         assert 0 < self.softcap <= 60, "softcap_loss takes exp of a logit as it is"
@@ -116,7 +120,6 @@ class GPTConfig:
 
     @property
     def head_dim(self) -> int:
-        """Channels of one head."""
         return self.n_embd // self.n_head
 
     @property
@@ -137,7 +140,7 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, cast to the dtype of its input; its values are init_weights' business."""
+    """A matrix without bias, cast to the dtype of its input; `GPT.init_weights` writes it."""
 
     quantised: QuantisedWeight | None = None  # see nanochat.fp8.enable
 
@@ -145,7 +148,7 @@ class Linear(nn.Linear):
         super().__init__(fan_in, fan_out, bias=False)
 
     def reset_parameters(self) -> None:
-        """Nothing: see GPT.init_weights."""
+        """Nothing: init_weights does it."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.quantised is not None and torch.is_grad_enabled():
@@ -154,10 +157,10 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A table whose values are init_weights' business."""
+    """A table; `GPT.init_weights` writes it."""
 
     def reset_parameters(self) -> None:
-        """Nothing: see GPT.init_weights."""
+        """Nothing: init_weights does it."""
 
 
 @dataclass
@@ -165,12 +168,12 @@ class Context:
     """What every layer of one forward call shares."""
 
     angles: tuple[torch.Tensor, torch.Tensor]  # (cos, sin), (1 or B, T, 1, D / 2)
-    step: Step | None  # where the cache takes the tokens, if there is a cache
+    append: Append | None  # where the cache takes the tokens, if there is a cache
     masks: dict[int, torch.Tensor] = field(default_factory=dict)  # (T, T) per window
 
 
 def window_mask(time: int, window: int, device: torch.device) -> torch.Tensor:
-    """(T, T) True where the query of a row sees the key of a column: the last `window` up to itself."""
+    """(T, T) True where the row's query sees the column's key: the last `window` up to itself."""
     position = torch.arange(time, device=device)
     age = position[:, None] - position
     return (age >= 0) & (age < window)
@@ -204,8 +207,8 @@ class Attention(nn.Module):
             v = v + gate[..., None] * value_embedding.view_as(v)
         q = norm(rotate(q, *context.angles))
         k = norm(rotate(k, *context.angles))
-        if context.step is not None:
-            y = context.step.attend(self.layer, (q, k, v), self.window, self.scale)
+        if context.append is not None:
+            y = context.append.attend(self.layer, (q, k, v), self.window, self.scale)
         else:
             y = self._attend(q, k, v, context.masks)
         return self.c_proj(y.reshape(batch, time, -1))
@@ -260,7 +263,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. Call `init_weights` (or load a checkpoint) before use: nothing is written at construction."""
+    """The model; `init_weights` or a checkpoint gives it its values, construction writes none."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -281,6 +284,23 @@ class GPT(nn.Module):
         if config.backout:
             self.backout_lambda = nn.Parameter(torch.empty(1))
 
+    def make_cache(
+        self, num_slots: int, max_len: int, device: torch.device | str | None = None
+    ) -> KVCache:
+        """An empty cache for `num_slots` sequences of at most `max_len` tokens, by default on the
+        model's device."""
+        config = self.config
+        return KVCache(
+            num_layers=config.n_layer,
+            num_slots=num_slots,
+            num_kv_heads=config.n_kv_head,
+            max_len=max_len,
+            head_dim=config.head_dim,
+            num_channels=config.n_embd,
+            device=device or self.wte.weight.device,
+            dtype=self.compute_dtype,
+        )
+
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """Let activations and matmuls be of `dtype`; master weights, logits and loss stay fp32."""
         self.compute_dtype = dtype
@@ -291,7 +311,7 @@ class GPT(nn.Module):
         random = torch.Generator(self.wte.weight.device).manual_seed(seed)
         for name, weight in self.named_parameters():
             role = _role(name)
-            match role.draw:
+            match role.init:
                 case "normal":
                     weight.normal_(0, role.a, generator=random)
                 case "uniform":
@@ -303,7 +323,7 @@ class GPT(nn.Module):
                     weight.copy_(torch.linspace(role.a, role.b, len(weight)))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameters by how they are trained: {"name", "kind": "muon" | "adamw", "names", "params"}."""
+        """Parameters by how they train: {"name", "kind": "muon" | "adamw", "names", "params"}."""
         groups: dict[str, dict[str, Any]] = {}
         for name, weight in self.named_parameters():
             role = _role(name)
@@ -325,19 +345,20 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """The loss of `targets` if there are any, else fp32 logits (B, T, vocab_size).
 
-        `targets` (B, T), -1 where nothing is asked; `reduction` "mean" and "sum" give a scalar, "none" (B, T).
-        With `cache`, row b appends its first num_new[b] tokens (default T) to slot slots[b] (default: one row
-        per slot, in order) and sees that slot's past; what comes after them is padding, its logits mean
-        nothing. `last_only` gives (B, 1, vocab_size): logits after each row's last token.
-        Raises ValueError, with the cache untouched, where a sequence would outgrow the cache.
+        `targets` (B, T), -1 where nothing is asked; `reduction` "mean" and "sum" give a scalar,
+        "none" (B, T). With `cache`, row b appends its first num_new[b] tokens (default T) to slot
+        slots[b] (default: one row per slot, in order) and sees that slot's past; what comes after
+        them is padding, its logits mean nothing. `last_only` gives (B, 1, vocab_size): logits after
+        each row's last token. Raises ValueError, with the cache untouched, where a sequence would
+        outgrow the cache.
         """
         batch, time = ids.shape
-        step = None
+        append = None
         if cache is not None:
-            step = cache.begin(batch, time, slots, num_new, self.compute_dtype)
-        x = self._stream(ids, step)  # (B, T, C)
-        if step is not None:
-            step.cache.finish(step)
+            append = cache.begin(batch, time, slots, num_new, self.compute_dtype)
+        x = self._trunk(ids, append)  # (B, T, C)
+        if append is not None:
+            append.cache.finish(append)
         if targets is not None:
             loss = softcap_loss(
                 x.flatten(0, 1),
@@ -350,25 +371,27 @@ class GPT(nn.Module):
             return loss.view(batch, time) if reduction == "none" else loss
         if last_only:
             rows = torch.arange(batch, device=x.device)
-            x = x[:, -1:] if step is None else x[rows, step.last][:, None]
+            x = x[:, -1:] if append is None else x[rows, append.last][:, None]
         logits = self.lm_head(x)[..., : self.config.vocab_size].float()
         return self.config.softcap * torch.tanh(logits / self.config.softcap)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """(..., C) what the stream begins with, before smear; of the newest token a KVCache keeps it."""
+        """(..., C) where the residual stream begins, before smear; a KVCache keeps the newest
+        token's.
+        """
         return norm(self.wte(ids).to(self.compute_dtype))
 
-    def _stream(self, ids: torch.Tensor, step: Step | None) -> torch.Tensor:
+    def _trunk(self, ids: torch.Tensor, append: Append | None) -> torch.Tensor:
         """(B, T, C) normed output of the last layer."""
         config = self.config
-        positions = (
-            torch.arange(ids.shape[1], device=ids.device)[None] if step is None else step.positions
-        )
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+        if append is not None:
+            positions = append.positions  # (B, T)
         angles = rotary_angles(positions, config.head_dim, config.rope_base)
-        context = Context(angles, step)
+        context = Context(angles, append)
         x = self.embed(ids)
         if config.smear:
-            x = self._smear(x, step)
+            x = self._smear(x, append)
         x0 = middle = x
         for i, block in enumerate(self.blocks):
             if config.residual_scalars:
@@ -383,17 +406,15 @@ class GPT(nn.Module):
             x = x - self.backout_lambda.to(x.dtype) * middle
         return norm(x)
 
-    def _smear(self, x: torch.Tensor, step: Step | None) -> torch.Tensor:
+    def _smear(self, x: torch.Tensor, append: Append | None) -> torch.Tensor:
         """`x` with a gated part of the token before added; the first token has none before it."""
-        first = torch.zeros_like(x[:, :1]) if step is None else step.swap_previous(x)[:, None]
+        first = torch.zeros_like(x[:, :1]) if append is None else append.swap_previous(x)[:, None]
         before = torch.cat((first, x[:, :-1]), dim=1)
-        gate = (
-            self.smear_lambda.to(x.dtype) * self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]).sigmoid()
-        )
-        return x + gate * before
+        gate = self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]).sigmoid()  # (B, T, 1)
+        return x + self.smear_lambda.to(x.dtype) * gate * before
 
 
 def _role(name: str) -> Role:
-    """The role of the parameter `name`, such as "blocks.3.attn.c_q.weight" or "value_embeds.1.weight"."""
+    """The role of a parameter such as "blocks.3.attn.c_q.weight" or "value_embeds.1.weight"."""
     parts = name.removesuffix(".weight").split(".")
     return ROLES[parts[0] if parts[0] == "value_embeds" else parts[-1]]

@@ -1,14 +1,15 @@
 """A checkpoint in the words of transformers: settings, names of tensors, tokenizer, chat template.
 
-A model of the plain architecture becomes transformers' own NanoChatForCausalLM; one with additions keeps its
-names and needs nanochat/hf_modeling.py beside it. The vocabulary's rows of padding stay behind.
+A model of the plain architecture becomes transformers' own NanoChatForCausalLM; one with additions
+keeps its names and needs nanochat/hf_modeling.py beside it. The vocabulary's rows of padding stay
+behind.
 
 What would surprise:
-- tiktoken keeps ranks, not merges, and joins any two neighbours whose bytes make a token. So every way to cut a
-  token in two becomes a merge, not only the one that training took.
-- transformers takes a special token that a text spells out for that token. The chat template puts a code point
-  without meaning after each `<` of a message, and the tokenizer takes it away once it has looked for special
-  tokens: what people type in a chat stays text, as in nanochat.chat_format.
+- tiktoken keeps ranks, not merges, and joins any two neighbours whose bytes make a token. So every
+  way to cut a token in two becomes a merge, not only the one that training took.
+- transformers takes a special token that a text spells out for that token. The chat template puts a
+  code point without meaning after each `<` of a message, and the tokenizer takes it away once it
+  has looked for special tokens: what people type in a chat stays text, as in nanochat.chat_format.
 
 Sources: NanoChatConfig of transformers; letters for bytes: `bytes_to_unicode` of openai/gpt-2.
 """

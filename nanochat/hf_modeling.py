@@ -1,18 +1,19 @@
-"""nanochat with its additions as a model of transformers (5 or newer); `scripts.export_hf` puts this file into a folder.
+"""nanochat with its additions as a model of transformers (5 or newer); `scripts.export_hf` puts
+this file into a folder.
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-Settings and parameters have the names of nanochat.gpt, which says what each of the additions is for. Batches may
-be padded on either side when an attention mask comes with them. Nothing but torch and transformers is imported,
-as the file has to run where nanochat is not installed.
+Settings and parameters have the names of nanochat.gpt, which says what each of the additions is
+for. Batches may be padded on either side when an attention mask comes with them. Nothing but torch
+and transformers is imported, as the file has to run where nanochat is not installed.
 
 What would surprise:
-- Smear looks one token back, which no cache of keys and values holds. `generate` hands that token in; who
-  calls `forward` with a cache of their own gives it as `previous_ids`.
+- Smear looks one token back, which no cache of keys and values holds. `generate` hands that token
+  in; who calls `forward` with a cache of their own gives it as `previous_ids`.
 - The cache is to be a DynamicCache: its newest key comes last, and ages are counted from there.
 
-Shapes: B batch, T new tokens, S tokens seen with them, C channels, H query heads, K kv heads, D head dimension,
-V vocabulary.
+Shapes: B batch, T new tokens, S tokens seen with them, C channels, H query heads, K kv heads, D
+head dimension, V vocabulary.
 """
 
 import math
@@ -29,7 +30,9 @@ VE_GATE_CHANNELS, SMEAR_GATE_CHANNELS, VE_GATE_RANGE = 12, 24, 2.0
 
 
 class NanoChatXConfig(PreTrainedConfig):
-    """The settings of GPTConfig; per layer `windows` (null: all keys) and `value_layers` (whether it has a table)."""
+    """The settings of GPTConfig; per layer `windows` (null: all keys) and `value_layers` (whether
+    it has a table).
+    """
 
     model_type = "nanochat_x"
 
@@ -40,7 +43,9 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """(B, H, T, D) `x` turned by minus the (T, D / 2) angles; channel d goes with channel d + D / 2."""
+    """(B, H, T, D) `x` turned by minus the (T, D / 2) angles; channel d goes with channel d + D /
+    2.
+    """
     cos, sin = angles.cos().type_as(x), angles.sin().type_as(x)
     left, right = x.chunk(2, dim=-1)
     return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1)
@@ -140,9 +145,11 @@ class NanoChatXForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """fp32 logits (B, T, V), or of the last `logits_to_keep` tokens; the loss where there are labels.
+        """fp32 logits (B, T, V), or of the last `logits_to_keep` tokens; the loss where there are
+        labels.
 
-        `input_ids` (B, T) follow `previous_ids` (B, 1) and what the cache holds; `attention_mask` is (B, S).
+        `input_ids` (B, T) follow `previous_ids` (B, 1) and what the cache holds; `attention_mask`
+        is (B, S).
         """
         config, head_dim = self.config, self.config.n_embd // self.config.n_head
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values

@@ -1,55 +1,40 @@
 """The past of every conversation in flight: its keys, its values, and attention over them.
 
-The buffers are static: `num_slots` sequences of at most `max_len` tokens, all zeros at first. One forward
-call is one `Step`: `begin` checks the whole call before any memory is touched and says where each token goes,
-`attend` writes a layer's new keys and values and attends under the window of training, `finish` advances the
-lengths. `keep` turns a slot back to fewer tokens, its own or another's.
+The buffers are static: `num_slots` sequences of at most `max_len` tokens, all zeros at first. One
+forward call is one `Append`: `begin` checks the whole call before any memory is touched and says
+where each token goes, `attend` writes a layer's new keys and values and attends under the window of
+training, `finish` advances the lengths. `keep` turns a slot back to fewer tokens, its own or
+another's.
 
-What would surprise:
-- One cell past `max_len` takes what right padding writes, and nothing ever reads it. So no call needs a
-  shape that depends on the data.
-- `lengths` lives on the CPU whatever the device: checking it costs no wait for a GPU. The device reads where
-  each token goes from one small static buffer, so that a CUDA graph of a step serves all later ones.
-- A decode step reads the keys in blocks of fixed size and skips those that no live row can see. A block
-  hidden from a row adds exact zeros to it, so a row's bits do not depend on how long its mates are.
-  Cutting the keys at the longest row would be as fast but changes the order of the sums with the mates.
-- QK norm bounds every score by qk_scale^2 * sqrt(D) (16 at D = 128), so exp needs no running maximum.
-- `keep` zeroes the values behind what it keeps: a masked 0 times a NaN left there would still be NaN.
+- One cell past `max_len` takes what right padding writes, and nothing ever reads it. So no call
+  needs a shape that depends on the data.
+- `lengths` lives on the CPU whatever the device: checking it costs no wait for a GPU. The device
+  reads where each token goes from one small static buffer, so that a CUDA graph of a step serves
+  all later ones.
+- A decode step reads the keys in blocks of fixed size and skips those that no live row can see. A
+  block hidden from a row adds exact zeros to it, so a row's bits do not depend on how long its
+  mates are. Cutting the keys at the longest row would be as fast but changes the order of the sums
+  with the mates.
+- QK norm bounds every score by qk_scale^2 * sqrt(D) (16 at D = 128), so exp needs no running
+  maximum.
+- `keep` zeroes the values behind what it keeps: a masked 0 times a NaN left there would still be
+  NaN.
 
-Shapes: L layers, N slots, B rows of this call, T new tokens, H query heads, K kv heads, D head dimension,
-C channels, S = max_len, E keys in one block.
+Shapes: L layers, N slots, B rows of this call, T new tokens, H query heads, K kv heads, D head
+dimension, C channels, S = max_len, E keys in one block.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-# Keys that a decode step reads at a time on a CPU. Measured at 32 to 512, width 256, 16 slots of 512: 64 and 128
-# are fastest (8 to 11 ms on one thread by filling; all 512 at once: 13). A GPU takes all at once.
+# Keys that a decode step reads at a time on a CPU. Measured at 32 to 512, width 256, 16 slots of
+# 512: 64 and 128 are fastest (8 to 11 ms on one thread by filling; all 512 at once: 13). A GPU
+# takes all at once.
 CPU_DECODE_BLOCK = 128
-
-
-class CacheSizes(Protocol):
-    """The part of `GPTConfig` that a cache depends on."""
-
-    @property
-    def n_layer(self) -> int: ...
-    @property
-    def n_head(self) -> int: ...
-    @property
-    def n_kv_head(self) -> int: ...
-    @property
-    def n_embd(self) -> int: ...
-
-
-def slot_bytes(config: CacheSizes, max_len: int, dtype: torch.dtype) -> int:
-    """Memory that one slot takes, its scratch cell and its row of `previous` included."""
-    cell = 2 * config.n_layer * config.n_kv_head * (config.n_embd // config.n_head)
-    return ((max_len + 1) * cell + config.n_embd) * dtype.itemsize
 
 
 class KVCache:
@@ -57,24 +42,32 @@ class KVCache:
 
     def __init__(
         self,
-        config: CacheSizes,
+        num_layers: int,
         num_slots: int,
+        num_kv_heads: int,
         max_len: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        head_dim: int,
+        num_channels: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
     ) -> None:
-        head_dim = config.n_embd // config.n_head
-        shape = (config.n_layer, num_slots, config.n_kv_head, max_len + 1, head_dim)
+        """Zeros for everything; `GPT.make_cache` knows a model's sizes."""
+        shape = (num_layers, num_slots, num_kv_heads, max_len + 1, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (L, N, K, S + 1, D)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.previous = torch.zeros(num_slots, config.n_embd, device=device, dtype=dtype)  # (N, C)
+        self.previous = torch.zeros(num_slots, num_channels, device=device, dtype=dtype)  # (N, C)
         self.lengths = torch.zeros(num_slots, dtype=torch.int64)  # (N,), always on the CPU
-        self.plan = torch.zeros(3, num_slots, dtype=torch.int64, device=device)  # see Step
+        self.layout = torch.zeros(3, num_slots, dtype=torch.int64, device=device)  # see Append
         self.num_slots, self.max_len = num_slots, max_len
         self.block = CPU_DECODE_BLOCK if self.keys.device.type == "cpu" else max_len
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the buffers, the scratch cells included."""
+        return self.keys.nbytes + self.values.nbytes + self.previous.nbytes
+
     def keep(self, slot: int, length: int, source: int, previous: torch.Tensor | float = 0) -> None:
-        """Let `slot` hold the first `length` tokens of slot `source`, which may be itself, and nothing else.
+        """Let `slot` hold the first `length` tokens of slot `source`, which may be itself.
 
         `previous` (C,) is what the model carries over from the last of them (see `swap_previous`).
         """
@@ -85,9 +78,9 @@ class KVCache:
         self.previous[slot] = previous
         self.lengths[slot] = length
 
-    def reset(self, slots: Sequence[int] | None = None) -> None:
-        """Empty `slots` (all by default)."""
-        for slot in range(self.num_slots) if slots is None else slots:
+    def reset(self) -> None:
+        """Empty every slot."""
+        for slot in range(self.num_slots):
             self.keep(slot, 0, slot)
 
     def begin(
@@ -97,11 +90,12 @@ class KVCache:
         slots: torch.Tensor | None = None,
         num_new: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
-    ) -> "Step":
+    ) -> "Append":
         """Plan the append of `num_new[b]` (default all) of `num_tokens` tokens to slot `slots[b]`.
 
-        Raises ValueError, with the cache untouched, when the slots are not as many as the rows, one is named
-        twice or does not exist, a sequence would grow past `max_len`, or the model computes in another dtype.
+        Raises ValueError, with the cache untouched, when the slots are not as many as the rows, one
+        is named twice or does not exist, a sequence would grow past `max_len`, or the model
+        computes in another dtype.
         """
         if dtype != self.keys.dtype:
             raise ValueError(f"the model computes in {dtype}, but the cache is {self.keys.dtype}")
@@ -118,47 +112,49 @@ class KVCache:
             if start + count > self.max_len:
                 full = f"slot {slot} holds {start} tokens and cannot take {count} more"
                 raise ValueError(f"{full}: the cache was made for at most {self.max_len}")
-        plan = self.plan[:, :num_rows]
-        if not (plan.is_cuda and torch.cuda.is_current_stream_capturing()):
-            plan.copy_(torch.tensor([where, starts, added]))
-        return Step(self, plan, num_tokens, where, starts, added)
+        layout = self.layout[:, :num_rows]
+        if not (layout.is_cuda and torch.cuda.is_current_stream_capturing()):
+            layout.copy_(torch.tensor([where, starts, added]))
+        return Append(self, layout, num_tokens, where, starts, added)
 
-    def finish(self, step: "Step") -> None:
-        """Count the tokens of `step` as held."""
-        self.lengths[step.where] += torch.tensor(step.num_new)
+    def finish(self, append: "Append") -> None:
+        """Count the tokens of `append` as cached."""
+        self.lengths[append.slots] += torch.tensor(append.num_new)
 
 
 @dataclass
-class Step:
+class Append:
     """Where the tokens of one forward call go; made by `KVCache.begin`, shared by its layers."""
 
     cache: KVCache
-    plan: torch.Tensor  # (3, B) on the device: the three lists below
+    layout: torch.Tensor  # (3, B) on the device: the three lists below
     num_tokens: int  # T
-    where: list[int]  # per row, its slot
+    slots: list[int]  # per row, its slot
     starts: list[int]  # per row, how many tokens its slot held before
     num_new: list[int]  # per row, how many of the T tokens are real; the rest is right padding
-    masks: dict = field(default_factory=dict)  # per window, made by the first layer that has it
+    masks: dict[Any, Any] = field(
+        default_factory=dict
+    )  # per window, made by the first layer that has it
 
     @cached_property
     def positions(self) -> torch.Tensor:
         """(B, T) place of each token in its sequence."""
-        return self.plan[1, :, None] + torch.arange(self.num_tokens, device=self.plan.device)
+        return self.layout[1, :, None] + torch.arange(self.num_tokens, device=self.layout.device)
 
     @cached_property
     def write_at(self) -> torch.Tensor:
         """(B, T) cell of each token; max_len for padding."""
-        real = self.positions < self.plan[1:].sum(0)[:, None]
+        real = self.positions < self.layout[1:].sum(0)[:, None]
         return torch.where(real, self.positions, self.cache.max_len)
 
     @cached_property
     def last(self) -> torch.Tensor:
         """(B,) index of each row's last real token among the T."""
-        return (self.plan[2] - 1).clamp(min=0)
+        return (self.layout[2] - 1).clamp(min=0)
 
     def swap_previous(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C) what each slot's newest token looked like before `x` (B, T, C); keeps x's newest instead."""
-        slots, _, num_new = self.plan
+        """(B, C) each slot's newest token before `x` (B, T, C); keeps the newest of x instead."""
+        slots, _, num_new = self.layout
         before = self.cache.previous[slots]
         newest = x[torch.arange(len(x), device=x.device), self.last]  # (B, C)
         self.cache.previous[slots] = torch.where(num_new[:, None] > 0, newest, before)
@@ -173,13 +169,14 @@ class Step:
     ) -> torch.Tensor:
         """(B, T, H, D): write the new keys and values, then attend to the slot's past and to them.
 
-        A query sees `window` keys, itself included (None: all). `qkv` are (B, T, H, D), (B, T, K, D) twice.
+        A query sees `window` keys, itself included (None: all). `qkv` are (B, T, H, D), (B, T, K,
+        D) twice.
         """
         q, k, v = qkv
-        rows = self.plan[0, :, None]
+        rows = self.layout[0, :, None]
         self.cache.keys[layer][rows, :, self.write_at] = k
         self.cache.values[layer][rows, :, self.write_at] = v
-        attend = self._decode if self.num_tokens == 1 else self._extend
+        attend = self._decode if self.num_tokens == 1 else self._prefill
         return attend(layer, q, window, scale)
 
     def _decode(
@@ -188,8 +185,8 @@ class Step:
         """One query per row, all rows at once, block by block of keys."""
         num_rows, _, num_heads, head_dim = q.shape
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # (N, K, S + 1, D)
-        if self.where != list(range(self.cache.num_slots)):  # else nothing need be copied
-            keys, values = keys[self.where], values[self.where]
+        if self.slots != list(range(self.cache.num_slots)):  # else nothing need be copied
+            keys, values = keys[self.slots], values[self.slots]
         grouped = (q * scale).view(num_rows, keys.shape[1], -1, head_dim)  # (B, K, H / K, D)
         if window not in self.masks:
             self.masks[window] = self._decode_mask(window)
@@ -206,7 +203,7 @@ class Step:
         return mixed.to(q.dtype).view(num_rows, 1, num_heads, head_dim)
 
     def _decode_mask(self, window: int | None) -> tuple[torch.Tensor, range]:
-        """(B, S) True where the row may not look; and the starts of the blocks that any live row can see."""
+        """(B, S) True where a row may not look; and where the blocks begin that a live row sees."""
         cells = torch.arange(self.cache.max_len, device=self.positions.device)
         hidden = cells > self.positions
         if window is not None:
@@ -217,12 +214,12 @@ class Step:
         block = self.cache.block
         return hidden, range(oldest // block * block, newest + 1, block)
 
-    def _extend(
+    def _prefill(
         self, layer: int, q: torch.Tensor, window: int | None, scale: float
     ) -> torch.Tensor:
-        """Many queries per row, row by row: each row meets its own keys only, in shapes of its own."""
+        """Many queries per row, row by row: each meets its own keys only, in shapes of its own."""
         out = torch.zeros_like(q)  # (B, T, H, D)
-        for row, slot in enumerate(self.where):
+        for row, slot in enumerate(self.slots):
             start, count = self.starts[row], self.num_new[row]
             if count == 0:
                 continue

@@ -1,29 +1,33 @@
-"""The few operations whose gradients are written by hand, because eager autograd pays for each small step.
+"""The few operations whose gradients are written by hand, because eager autograd pays for each
+small step.
 
-On a CPU an eager training step is held up by memory: every elementwise operation walks through all activations,
-forward and again backward. Here each operation walks as rarely as it can. Together they take 28 % off a step of
-4 layers of width 256 (1,687 -> 1,219 ms on one thread of a Xeon, 4,096 tokens, vocabulary 4,096; the loss alone
-20 %) and 16 % at width 128, vocabulary 1,024; dev/bench/model_speed.py repeats it. torch.compile traces through all of them.
+On a CPU an eager training step is held up by memory: every elementwise operation walks through all
+activations, forward and again backward. Here each operation walks as rarely as it can. Together
+they take 28 % off a step of 4 layers of width 256 (1,687 -> 1,219 ms on one thread of a Xeon, 4,096
+tokens, vocabulary 4,096; the loss alone 20 %) and 16 % at width 128, vocabulary 1,024;
+dev/bench/model_speed.py repeats it. torch.compile traces through all of them.
 
     norm          y = x / rms(x)
     rotate        channel d turns with channel d + D / 2, by -theta
     relu_squared  y = max(x, 0)^2
     softcap_loss  z = x W^T, logit = c tanh(z / c), loss = log(sum_v exp(logit_v)) - logit_target
 
-softcap_loss never holds the logits of the whole batch. Rows are taken in chunks whose logits stay in the cache
-of a CPU, or in a bounded part of a GPU's memory. When one number is wanted (the usual case), a chunk's gradient
+softcap_loss never holds the logits of the whole batch. Rows are taken in chunks whose logits stay
+in the cache of a CPU, or in a bounded part of a GPU's memory. When one number is wanted (the usual
+case), a chunk's gradient
 
     dz = (softmax(logit) - onehot) * (1 - tanh(z / c)^2)
 
-is worked out while its logits are at hand, and backward only multiplies by what comes from above. When each
-token's own loss is wanted, that differs by token, and backward goes through the chunks again.
+is worked out while its logits are at hand, and backward only multiplies by what comes from above.
+When each token's own loss is wanted, that differs by token, and backward goes through the chunks
+again.
 
-The choice that would surprise: no maximum is subtracted before exp, because the softcap bounds the logits
-(2^17 tokens of e^15 sum to 4e11, far inside fp32).
+No maximum is subtracted before exp, because the softcap bounds the logits (2^17 tokens of e^15 sum
+to 4e11, far inside fp32).
 
-Shapes: B batch, T time, C channels, H heads, D head dimension; M = B T tokens, V vocabulary with its padding,
-R rows of one chunk.
-Sources: chunked losses of Liger Kernel (arXiv 2410.10989) and Cut Your Losses (arXiv 2411.09009).
+Shapes: B batch, T time, C channels, H heads, D head dimension; M = B T tokens, V vocabulary with
+its padding, R rows of one chunk. Sources: chunked losses of Liger Kernel (arXiv 2410.10989) and Cut
+Your Losses (arXiv 2411.09009).
 """
 
 from typing import Any
@@ -32,8 +36,9 @@ import torch
 import torch.nn.functional as F
 
 NORM_EPS = 1.1920928955078125e-07  # epsilon of fp32: what the published weights were trained with
-# Logits held at once. CPU: 2 MiB of fp32, so that tanh and exp meet them in the second-level cache. GPU:
-# 512 MiB of fp32, so many rows that the matmuls keep their size (chosen without measuring: no GPU was at hand).
+# Logits held at once. CPU: 2 MiB of fp32, so that tanh and exp meet them in the second-level cache.
+# GPU: 512 MiB of fp32, so many rows that the matmuls keep their size (chosen without measuring: no
+# GPU was at hand).
 CPU_CHUNK = 2**19
 GPU_CHUNK = 2**27
 
@@ -55,7 +60,7 @@ def rotary_angles(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """(B, T, H, D) `x` turned by minus the angles whose (..., T, 1, D / 2) `cos` and `sin` are given."""
+    """(B, T, H, D) `x` turned by minus the angles of `cos` and `sin` (..., T, 1, D / 2)."""
     return _Rotate.apply(x, cos, sin)
 
 
@@ -72,10 +77,11 @@ def softcap_loss(
     softcap: float,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """Loss in nats: a scalar for reduction "mean" or "sum", (M,) for "none". Targets of -1 count nothing.
+    """Loss in nats: a scalar for reduction "mean" or "sum", (M,) for "none"; targets of -1 count 0.
 
-    `x` is (M, C) in the compute dtype, `weight` (V, C) the master weight; logits and loss are fp32. Rows of
-    `weight` from `vocab_size` on are padding and get no probability. The mean of no target at all is 0.
+    `x` is (M, C) in the compute dtype, `weight` (V, C) the master weight; logits and loss are fp32.
+    Rows of `weight` from `vocab_size` on are padding and get no probability. The mean of no target
+    at all is 0.
     """
     assert reduction in ("mean", "sum", "none"), reduction
     sum_at_once = reduction != "none" and torch.is_grad_enabled()
@@ -180,7 +186,7 @@ def _losses(
     settings: tuple[int, float],
     row_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """((M,) losses, gradients of sum(row_scale * losses) at x and at weight, None without `row_scale`)."""
+    """((M,) losses, gradients of sum(row_scale * losses) at x and weight, if there is one)."""
     vocab_size, softcap = settings
     losses = torch.zeros(len(x), dtype=_wide(x.dtype), device=x.device)
     dx = dweight = None

@@ -1,16 +1,17 @@
-"""Run a model-written program, and the checks on it, in fresh processes that can reach as little as possible.
+"""Run a model-written program, and the checks on it, in fresh processes that can reach as little as
+possible.
 
-On Linux each of the two runs in a bubblewrap of its own: no network, no other process in sight, nothing of
-the file system but the system and Python's installation, both read-only, an empty environment and a small
-/tmp. Everywhere they have limits on time, memory, processes, open files and the size of files, and are
-killed with their groups at the deadline. What they say to each other, and why a program cannot talk its way
-past the checks, stands in sandbox_child.py.
+On Linux each of the two runs in a bubblewrap of its own: no network, no other process in sight,
+nothing of the file system but the system and Python's installation, both read-only, an empty
+environment and a small /tmp. Everywhere they have limits on time, memory, processes, open files and
+the size of files, and are killed with their groups at the deadline. What they say to each other,
+and why a program cannot talk its way past the checks, stands in sandbox_child.py.
 
-The choice that would surprise: root gets no new user namespace, as every other user does, but becomes a
-random user inside. The kernel does not limit the number of root's processes, whatever the namespace.
+Root gets no new user namespace, as every other user does, but becomes a random user inside. The
+kernel does not limit the number of root's processes, whatever the namespace.
 
-This isolates as well as the kernel does, and without bubblewrap not at all: limits keep nobody from reading
-files. Sources: bwrap(1), 0.7 or newer; namespaces(7); setrlimit(2).
+This isolates as well as the kernel does, and without bubblewrap not at all: limits keep nobody from
+reading files. Sources: bwrap(1), 0.7 or newer; namespaces(7); setrlimit(2).
 """
 
 import os
@@ -46,7 +47,9 @@ class Outcome:
 
 @cache
 def isolation() -> str | None:
-    """None where programs can be isolated on this machine, else why not; found out once, by doing it."""
+    """None where programs can be isolated on this machine, else why not; found out once, by doing
+    it.
+    """
     if not shutil.which("bwrap"):
         return "there is no bubblewrap; on Linux run `apt-get install bubblewrap`"
     if Path(os.path.expanduser("~")).is_relative_to(PREFIX):
@@ -62,10 +65,11 @@ def run_program(
     seconds: float = 5.0,
     allow_unsafe: bool = False,
 ) -> Outcome:
-    """Passed, if the function `check` of `checks` returns when given the function `name` of `program`.
+    """Passed, if the function `check` of `checks` returns when given the function `name` of
+    `program`.
 
-    Both are source code; `seconds` is for all of it, the start of Python included. Many threads may call this
-    at once. Raises UserError where programs cannot be isolated, unless `allow_unsafe`.
+    Both are source code; `seconds` is for all of it, the start of Python included. Many threads may
+    call this at once. Raises UserError where programs cannot be isolated, unless `allow_unsafe`.
     """
     missing = isolation()
     if missing and not allow_unsafe:

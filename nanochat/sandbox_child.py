@@ -1,14 +1,16 @@
-"""What runs inside the sandbox: a model-written program at one end of a wire, the checks on it at the other.
+"""What runs inside the sandbox: a model-written program at one end of a wire, the checks on it at
+the other.
 
 Two processes, each in a sandbox of its own, started by nanochat/sandbox.py as
 
     python -I -S sandbox_child.py program|checks NAME DESCRIPTOR SECONDS UID
 
-One waits for calls of the function NAME of program.py; the other passes a stand-in for that function to
-`check` of checks.py and ends with status 0 only where it returns. Over the wire go Python literals in ASCII,
-one a line: `((2,), {})` is a call, `(True, 4)` its value, `(False, 'ValueError: ...')` its exception.
+One waits for calls of the function NAME of program.py; the other passes a stand-in for that
+function to `check` of checks.py and ends with status 0 only where it returns. Over the wire go
+Python literals in ASCII, one a line: `((2,), {})` is a call, `(True, 4)` its value, `(False,
+'ValueError: ...')` its exception.
 
-The choice that would surprise: the program and its checks share no interpreter. What the program does to
+The program and its checks share no interpreter. What the program does to
 `assert`, to `__eq__`, to its output or to itself stays at its end; the checks see numbers, text and
 containers of both, so a program passes them by returning the right values and in no other way.
 """
@@ -24,7 +26,7 @@ from typing import Any
 MAX_MESSAGE = 1 << 20  # bytes
 LIMITS = {
     resource.RLIMIT_AS: 1 << 28,  # bytes of memory of one process
-    resource.RLIMIT_NPROC: 8,  # processes and threads; of the whole user where there is no bubblewrap
+    resource.RLIMIT_NPROC: 8,  # processes and threads; of the whole user without bubblewrap
     resource.RLIMIT_FSIZE: 1 << 24,  # bytes of one file
     resource.RLIMIT_NOFILE: 64,
     resource.RLIMIT_CORE: 0,
@@ -33,7 +35,7 @@ SCALARS: tuple[type[Any], ...] = (int, float, complex, str, bytes)
 
 
 def plain(value: Any) -> Any:
-    """`value` in the types of literals, subclasses cut down to them; TypeError for anything else."""
+    """`value` in the types of literals, subclasses cut down to them; else TypeError."""
     if value is None or isinstance(value, bool):
         return value
     for kind in SCALARS:
@@ -66,7 +68,7 @@ def serve(wire: io.BufferedRWPair, name: str) -> None:
 
 
 def check(wire: io.BufferedRWPair, name: str) -> None:
-    """Run the checks; raises whatever they raise, and RuntimeError for an exception of the program."""
+    """Run the checks; raises what they raise, RuntimeError for an exception of the program."""
 
     def candidate(*args: Any, **kwargs: Any) -> Any:
         write(wire, (args, kwargs))

@@ -1,32 +1,21 @@
-"""From depth alone: width, heads, parameters, FLOPs, memory, horizon, batch, learning rates and their schedules.
+"""From depth alone: sizes, FLOPs, memory, training tokens, batch, learning rates and their
+schedules.
 
-How far a run has come -> learning rate multiplier, Muon momentum, weight decay multiplier; pure functions.
+Depth sets the width (aspect_ratio x depth, rounded up to whole heads). Tokens are a ratio times the
+parameters of blocks and head, the count that gave the steadiest scaling law. Batch, learning rates
+and weight decay were tuned at depth 12, 1.32 B tokens, 2^19 tokens a step, and each function's
+formula carries them over. They follow the tokens that the run will really see: a run cut short by
+`--num_iterations` gets the batch and the decay of a short run. Schedules are pure functions of the
+step or of `progress`, the fraction of the run that is done, so a resumed run cannot differ from an
+uninterrupted one.
 
-All take `progress`, the fraction of the run that is done: (step) / (num_steps) for pretraining, the fraction of
-the conversations dealt for the chat stages. Nothing is remembered between calls, so a resumed run cannot
-differ from an uninterrupted one.
-
-The choice that would surprise: the warm-ups are counted in steps (40 and 400, as tuned at depth 12 with 2,500
-steps) but never exceed a fraction of the run, so that a run of some hundred steps is not all warm-up.
-
-Source: karpathy/nanochat's sweeps at depth 12, confirmed at depth 24.
-
-From depth alone: width, heads, parameters, FLOPs, memory, horizon, batch, learning rates, weight decay.
-
-Depth sets the width (aspect_ratio x depth, rounded up to whole heads). Tokens are a ratio times the parameters
-of blocks and head, the count that gave the steadiest scaling law. Batch, learning rates and weight decay were
-tuned at depth 12, 1.32 B tokens, 2^19 tokens a step, and are carried over by the formulas of each function.
-
-The choice that would surprise: they follow the tokens that the run will really see, not the ratio's horizon,
-so a run cut short by `--num_iterations` gets the batch and the decay of a short run.
-
-Sources: horizon, karpathy/nanochat's fits; batch ~ tokens^.383, arXiv 2505.13738; decay with a constant number
-of passes of its time scale, 2405.13698; small batches: our sweep in dev/LOG.md.
+Sources: schedules and training tokens, karpathy/nanochat's sweeps at depths 12 and 24; batch ~
+tokens^.383, arXiv 2505.13738; decay with a constant number of passes of its time scale, 2405.13698;
+small batches: our sweep in dev/LOG.md.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 from nanochat.loss import GPU_CHUNK
@@ -38,68 +27,37 @@ WARMDOWN = 0.65  # the last part of the run, in which the learning rate falls
 FINAL = 0.05  # of the learning rate, at the end of pretraining
 
 
-def ramp(step: int, num_steps: int, warmup_steps: int, limit: float) -> float:
-    """Fraction of a warm-up that is over once the update of `step` is made, in (0, 1]."""
-    return min(1.0, (step + 1) / max(1.0, min(warmup_steps, limit * num_steps)))
-
-
-def fall(progress: float, warmdown: float) -> float:
-    """Fraction of the warm-down that is over, in [0, 1]."""
-    if warmdown <= 0:
-        return 0.0
-    return min(1.0, max(0.0, (progress - (1 - warmdown)) / warmdown))
-
-
-def lr_multiplier(
-    step: int, num_steps: int, warmdown: float = WARMDOWN, final: float = FINAL
-) -> float:
-    """Learning rate multiplier of `step` (from 0): linear warm-up, flat, linear warm-down to `final`."""
-    warm = ramp(step, num_steps, LR_WARMUP_STEPS, LR_WARMUP_LIMIT)
-    return warm * lr_multiplier_at(step / num_steps, warmdown, final)
-
-
-def lr_multiplier_at(progress: float, warmdown: float, final: float = 0.0) -> float:
-    """Multiplier of a stage that starts from a trained model: flat, then linear to `final` at progress 1."""
-    return 1 - (1 - final) * fall(progress, warmdown)
-
-
-def muon_momentum(step: int, num_steps: int, warmdown: float = WARMDOWN) -> float:
-    """Momentum of `step`: .85 -> .97 in the warm-up, .97 -> .90 in the warm-down."""
-    warm = ramp(step, num_steps, MOMENTUM_WARMUP_STEPS, MOMENTUM_WARMUP_LIMIT)
-    return 0.85 + 0.12 * warm - 0.07 * fall(step / num_steps, warmdown)
-
-
-def weight_decay_multiplier(progress: float) -> float:
-    """Half a cosine from 1 at the start to 0 at the end."""
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
-
-
 REFERENCE_BATCH = 2**19  # tokens a step at which the learning rates below were tuned
 REFERENCE_TOKENS = 12 * 110_100_912  # 12 for each parameter of blocks and head at depth 12
 REFERENCE_STEPS = REFERENCE_TOKENS / REFERENCE_BATCH  # 2,520
 REFERENCE_WIDTH = 768
 SQRT_RULE_FROM = 2**18  # tokens a step; below, learning rates stop falling with the batch
 
-# Learning rates at the reference batch, length and width. `by_width`: times (width / 768)^-.5. `by_batch` and
-# `by_length`: see rate_factor. Betas and decays are per group as they were tuned; see weight_decay for the matrices'.
-ADAMW = {"kind": "adamw", "eps": 1e-10, "by_width": False, "by_batch": True, "by_length": 0.0}
-TABLE = ADAMW | {"betas": (0.8, 0.995), "by_width": True, "by_length": 0.5}
-# While the blocks add nothing, the norms hide the scalars: their first gradients are 0 but for rounding, of 1e-10,
-# which AdamW with a smaller eps would take for a direction.
-SCALAR = ADAMW | {"eps": 1e-7, "betas": (0.8, 0.95), "weight_decay": 0.0}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "matrices": {
-        "kind": "muon", "lr": 0.02, "momentum": 0.95, "beta2": 0.9, "weight_decay": 0.28,
-        "by_width": False, "by_batch": True, "by_length": 0.5,
-    },
-    "head": TABLE | {"lr": 0.008, "betas": (0.8, 0.96), "weight_decay": 0.01, "by_length": -1 / 6},
-    "embedding": TABLE | {"lr": 0.3, "weight_decay": 0.001},
-    "value_embeddings": TABLE | {"lr": 0.15, "weight_decay": 0.01},
-    "resid_scalars": SCALAR | {"lr": 0.005, "weight_decay": 0.05},
-    "x0_scalars": SCALAR | {"lr": 0.5, "betas": (0.96, 0.95)},
-    "gates": SCALAR | {"lr": 0.02},
-    "smear_backout": SCALAR | {"lr": 0.2, "by_batch": False},
-}  # fmt: skip
+
+class Rates(NamedTuple):
+    """How one group of parameters is trained, as tuned at the reference batch, length and width."""
+
+    lr: float
+    betas: tuple[float, float]  # AdamW's; of Muon: momentum, and beta2 of its second moment
+    weight_decay: float
+    by_width: bool  # lr times (width / 768)^-.5
+    by_batch: bool  # lr times rate_factor
+    by_length: float  # see rate_factor
+    eps: float = 1e-10
+
+
+# While the blocks add nothing, the norms hide the scalars: their first gradients are 0 but for
+# rounding, of 1e-10, which AdamW with a smaller eps than theirs would take for a direction.
+RATES = {  # group of GPT.parameter_groups: lr, betas, decay, by width, by batch, by length, eps
+    "matrices": Rates(0.02, (0.95, 0.9), 0.28, False, True, 0.5),
+    "head": Rates(0.008, (0.8, 0.96), 0.01, True, True, -1 / 6),
+    "embedding": Rates(0.3, (0.8, 0.995), 0.001, True, True, 0.5),
+    "value_embeddings": Rates(0.15, (0.8, 0.995), 0.01, True, True, 0.5),
+    "resid_scalars": Rates(0.005, (0.8, 0.95), 0.05, False, True, 0.0, 1e-7),
+    "x0_scalars": Rates(0.5, (0.96, 0.95), 0.0, False, True, 0.0, 1e-7),
+    "gates": Rates(0.02, (0.8, 0.95), 0.0, False, True, 0.0, 1e-7),
+    "smear_backout": Rates(0.2, (0.8, 0.95), 0.0, False, False, 0.0, 1e-7),
+}
 
 
 def depth_to_config(
@@ -111,7 +69,7 @@ def depth_to_config(
     window_pattern: str = "SSSL",
     plain: bool = False,
 ) -> GPTConfig:
-    """The architecture of `depth` layers; `plain` for the first generation's (its windows are always "L")."""
+    """The architecture of `depth` layers; `plain` for the first generation's, without windows."""
     num_heads = -(-aspect_ratio * depth // head_dim)
     sizes: dict[str, Any] = {
         "sequence_len": sequence_len, "vocab_size": vocab_size, "n_layer": depth,
@@ -139,28 +97,24 @@ def parameter_counts(config: GPTConfig) -> dict[str, int]:
 
 
 def scaling_parameters(config: GPTConfig) -> int:
-    """Parameters that the token horizon is counted by: blocks and head, no tables."""
+    """Parameters that the number of training tokens is counted by: blocks and head, no tables."""
     counts = parameter_counts(config)
     return counts["blocks"] + counts["head"]
 
 
-def flops_per_token(config: GPTConfig, exact: bool = False) -> float:
+def flops_per_token(config: GPTConfig) -> float:
     """FLOPs of one training token, forward and backward; what MFU is computed from.
 
-    6 per matrix parameter, and 12 per channel and key in view. The customary count takes every query for one
-    with a full window; `exact` averages over the positions of a row, of which the early ones see less.
+    6 per matrix parameter, and 12 per channel and key in view, where the customary count takes
+    every query for one with a full window.
     """
     length = config.sequence_len
-    keys = 0.0
-    for layer in range(config.n_layer):
-        window = min(config.window(layer) or length, length)
-        seen = window * (window + 1) / 2 + (length - window) * window
-        keys += seen / length if exact else window
+    keys = sum(min(config.window(layer) or length, length) for layer in range(config.n_layer))
     matrices = scaling_parameters(config) + SMEAR_GATE_CHANNELS * config.smear
     return 6 * matrices + 12 * config.n_embd * keys
 
 
-def horizon(config: GPTConfig, target_param_data_ratio: float) -> int:
+def training_tokens(config: GPTConfig, target_param_data_ratio: float) -> int:
     """Tokens to train on: the ratio times the parameters of blocks and head."""
     return round(target_param_data_ratio * scaling_parameters(config))
 
@@ -168,9 +122,10 @@ def horizon(config: GPTConfig, target_param_data_ratio: float) -> int:
 def memory_bytes(config: GPTConfig, device_batch_size: int, world_size: int = 1) -> dict[str, int]:
     """Bytes that training in bf16 holds on one GPU, by part, and their "total".
 
-    Weights and gradients are fp32 and whole on every rank; the optimizer's state is shared out. A layer keeps
-    32 bytes per channel and token for the backward pass: 4 + 4 widths in the MLP, 3.5 in norms and inputs,
-    4.5 in queries, keys and values, of two bytes each (counted by tests/test_scaling.py).
+    Weights and gradients are fp32 and whole on every rank; the optimizer's state is shared out. A
+    layer keeps 32 bytes per channel and token for the backward pass: 4 + 4 widths in the MLP, 3.5
+    in norms and inputs, 4.5 in queries, keys and values, of two bytes each (counted by
+    tests/test_scaling.py).
     """
     counts = parameter_counts(config)
     num_tokens = device_batch_size * config.sequence_len
@@ -188,16 +143,18 @@ def memory_bytes(config: GPTConfig, device_batch_size: int, world_size: int = 1)
 
 
 def batch_tokens(num_tokens: float) -> int:
-    """Tokens a step for a run of `num_tokens`: 2^19 (tokens / reference)^.383, as the nearest power of two."""
+    """Tokens a step for a run of `num_tokens`: 2^19 (tokens / reference)^.383, rounded to 2^n."""
     exponent = math.log2(REFERENCE_BATCH * (num_tokens / REFERENCE_TOKENS) ** 0.383)
     return 2 ** max(0, round(exponent))
 
 
 def rate_factor(total_batch_size: int, num_steps: int, by_length: float) -> float:
-    """Multiplier of a learning rate: sqrt(batch / 2^19) from batches of 2^18 on, the published range.
+    """Multiplier of a learning rate: sqrt(batch / 2^19) from batches of 2^18 on, the published
+    range.
 
-    Smaller batches keep the rate of 2^18, times (2520 / steps)^by_length in runs of fewer steps than the
-    reference's 2,520. One step stands for an unknown number: a stage that starts from a trained model.
+    Smaller batches keep the rate of 2^18, times (2520 / steps)^by_length in runs of fewer steps
+    than the reference's 2,520. One step stands for an unknown number: a stage that starts from a
+    trained model.
     """
     factor = (max(total_batch_size, SQRT_RULE_FROM) / REFERENCE_BATCH) ** 0.5
     if total_batch_size >= SQRT_RULE_FROM or num_steps <= 1:
@@ -206,34 +163,70 @@ def rate_factor(total_batch_size: int, num_steps: int, by_length: float) -> floa
 
 
 def weight_decay(total_batch_size: int, num_steps: int) -> float:
-    """Decay of the matrices that keeps learning rate x decay x steps as it was in the reference run."""
-    matrices = OPTIONS["matrices"]
-    factor = rate_factor(total_batch_size, num_steps, matrices["by_length"])
-    return matrices["weight_decay"] * REFERENCE_STEPS / num_steps / factor
+    """Decay of the matrices; learning rate x decay x steps stays as in the reference run."""
+    matrices = RATES["matrices"]
+    factor = rate_factor(total_batch_size, num_steps, matrices.by_length)
+    return matrices.weight_decay * REFERENCE_STEPS / num_steps / factor
 
 
-def optimizer_groups(
-    parameter_groups: Sequence[dict[str, Any]], width: int, total_batch_size: int, num_steps: int
-) -> list[dict[str, Any]]:
-    """The model's named parameter groups with the optimizer's options for this width, batch and length."""
+def optimizer_groups(model: GPT, total_batch_size: int, num_steps: int) -> list[dict[str, Any]]:
+    """The model's parameter groups with their options for its width, this batch and this length."""
     groups = []
-    for group in parameter_groups:
-        options = dict(OPTIONS[group["name"]])
-        by_length, by_batch = options.pop("by_length"), options.pop("by_batch")
-        if options.pop("by_width"):
-            options["lr"] *= (width / REFERENCE_WIDTH) ** -0.5
-        if by_batch:
-            options["lr"] *= rate_factor(total_batch_size, num_steps, by_length)
-        if options["kind"] == "muon":
-            options["weight_decay"] = weight_decay(total_batch_size, num_steps)
-        groups.append({**group, **options})
+    for group in model.parameter_groups():
+        rates = RATES[group["name"]]
+        lr = rates.lr
+        if rates.by_width:
+            lr *= (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
+        if rates.by_batch:
+            lr *= rate_factor(total_batch_size, num_steps, rates.by_length)
+        if group["kind"] == "muon":
+            momentum, beta2 = rates.betas
+            decay = weight_decay(total_batch_size, num_steps)
+            options = {"momentum": momentum, "beta2": beta2, "weight_decay": decay}
+        else:
+            options = {"betas": rates.betas, "eps": rates.eps, "weight_decay": rates.weight_decay}
+        groups.append({**group, "lr": lr, **options})
     return groups
+
+
+def warmup_fraction(step: int, num_steps: int, warmup_steps: int, limit: float) -> float:
+    """Fraction of a warm-up that is over once the update of `step` is made, in (0, 1]."""
+    return min(1.0, (step + 1) / max(1.0, min(warmup_steps, limit * num_steps)))
+
+
+def warmdown_fraction(progress: float, warmdown: float) -> float:
+    """Fraction of the warm-down that is over, in [0, 1]."""
+    if warmdown <= 0:
+        return 0.0
+    return min(1.0, max(0.0, (progress - (1 - warmdown)) / warmdown))
+
+
+def lr_multiplier(
+    step: int, num_steps: int, warmdown: float = WARMDOWN, final: float = FINAL
+) -> float:
+    """Multiplier of `step` (from 0): linear warm-up, flat, linear warm-down to `final`."""
+    warm = warmup_fraction(step, num_steps, LR_WARMUP_STEPS, LR_WARMUP_LIMIT)
+    return warm * lr_multiplier_at(step / num_steps, warmdown, final)
+
+
+def lr_multiplier_at(progress: float, warmdown: float, final: float = 0.0) -> float:
+    """Multiplier where a trained model trains on: flat, then linear to `final` at progress 1."""
+    return 1 - (1 - final) * warmdown_fraction(progress, warmdown)
+
+
+def muon_momentum(step: int, num_steps: int, warmdown: float = WARMDOWN) -> float:
+    """Momentum of `step`: .85 -> .97 in the warm-up, .97 -> .90 in the warm-down."""
+    warm = warmup_fraction(step, num_steps, MOMENTUM_WARMUP_STEPS, MOMENTUM_WARMUP_LIMIT)
+    return 0.85 + 0.12 * warm - 0.07 * warmdown_fraction(step / num_steps, warmdown)
+
+
+def weight_decay_multiplier(progress: float) -> float:
+    """Half a cosine from 1 at the start to 0 at the end."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
 
 
 def make_optimizer(
     model: GPT, total_batch_size: int, num_steps: int, rank: int = 0, world_size: int = 1
 ) -> MuonAdamW:
-    """The optimizer for a run of `num_steps` steps; its step options follow from nanochat.schedule."""
-    config = model.config
-    groups = optimizer_groups(model.parameter_groups(), config.n_embd, total_batch_size, num_steps)
-    return MuonAdamW(groups, rank, world_size)
+    """The optimizer for `num_steps` steps, at its base rates; the schedules multiply them."""
+    return MuonAdamW(optimizer_groups(model, total_batch_size, num_steps), rank, world_size)

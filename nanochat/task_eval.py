@@ -23,7 +23,6 @@ import torch
 from nanochat.common import UserError, all_reduce_sum, gather, own_part, progress_bar
 from nanochat.engine import Engine, Request, reply_parts
 from nanochat.gpt import GPT
-from nanochat.kv_cache import KVCache
 from nanochat.sampling import derive_seed
 from nanochat.tokenizer import Conversation, Tokenizer, render_prompt
 
@@ -81,7 +80,7 @@ def next_logits(model: GPT, prompts: Sequence[list[int]]) -> torch.Tensor:
     """
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
-    cache = KVCache(model.config, len(prompts), longest, device, model.compute_dtype)
+    cache = model.make_cache(len(prompts), longest)
     ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])  # (B, T)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     return model(ids.to(device), cache=cache, num_new=lengths, last_only=True)[:, 0].cpu()

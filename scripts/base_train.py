@@ -27,10 +27,10 @@ from nanochat.report import write_section
 from nanochat.scaling import (
     batch_tokens,
     depth_to_config,
-    horizon,
     lr_multiplier,
     make_optimizer,
     muon_momentum,
+    training_tokens,
     weight_decay_multiplier,
 )
 from nanochat.trainer import (
@@ -112,7 +112,9 @@ def main(cfg: Config) -> None:
         cfg.depth, tokenizer.vocab_size, cfg.max_seq_len,
         cfg.aspect_ratio, cfg.head_dim, cfg.window_pattern, cfg.plain,
     )  # fmt: skip
-    total_batch_size, num_steps = plan_steps(cfg, horizon(config, cfg.target_param_data_ratio))
+    total_batch_size, num_steps = plan_steps(
+        cfg, training_tokens(config, cfg.target_param_data_ratio)
+    )
     num_rows = batch_rows(total_batch_size, cfg.max_seq_len)
     choices = row_choices(num_rows, cfg.device_batch_size, cfg.max_seq_len, config, runtime)
 

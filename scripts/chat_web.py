@@ -33,7 +33,6 @@ from nanochat.common import (
     set_up,
 )
 from nanochat.engine import Engine, slots_that_fit
-from nanochat.kv_cache import slot_bytes
 from nanochat.server import Server, create_app, listen
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
@@ -93,8 +92,8 @@ def main(cfg: Config) -> None:
     )
     if not (is_local or settings.api_key):
         print0("open to whoever reaches this machine; set NANOCHAT_API_KEY to ask for a key")
-    model, num_slots, max_len = engines[0].model, engines[0].num_slots, engines[0].max_len
-    size = slot_bytes(model.config, max_len, model.compute_dtype) / 2**20
+    num_slots, max_len = engines[0].num_slots, engines[0].max_len
+    size = engines[0].cache.num_bytes / num_slots / 2**20
     print0(f"{name}: {cfg.num_gpus} x {num_slots} slots of {max_len} tokens, {size:.1f} MiB each")
     host, port = listener.getsockname()[:2]
     print0(f"chat at http://{host}:{port}, API at http://{host}:{port}/v1; Ctrl-C ends")

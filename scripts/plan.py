@@ -33,9 +33,9 @@ from nanochat.scaling import (
     batch_tokens,
     depth_to_config,
     flops_per_token,
-    horizon,
     memory_bytes,
     parameter_counts,
+    training_tokens,
 )
 
 BEST_RATIO = (
@@ -93,7 +93,7 @@ def make_plan(cfg: Config, depth: int, ratio: float) -> Plan:
     if cfg.gpu.lower() not in GPU_GIB:
         raise UserError(f"--gpu={cfg.gpu} is unknown; choose one of: {', '.join(GPU_GIB)}")
     config = depth_to_config(depth, cfg.vocab_size, cfg.max_seq_len)
-    num_tokens = horizon(config, ratio)
+    num_tokens = training_tokens(config, ratio)
     batch = max(batch_tokens(num_tokens), cfg.max_seq_len * cfg.gpus)
     room = USABLE * GPU_GIB[cfg.gpu.lower()] * 2**30
     most = batch // cfg.max_seq_len // cfg.gpus  # rows of one GPU in a step

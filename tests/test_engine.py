@@ -23,7 +23,7 @@ from nanochat.engine import (
     slots_that_fit,
 )
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.kv_cache import KVCache, slot_bytes
+from nanochat.kv_cache import KVCache
 from nanochat.sampling import derive_seed
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, chat_tokens
 
@@ -588,7 +588,7 @@ def test_no_slot_leaks(prefix_reuse: bool) -> None:
 
 def test_slots_are_refused_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_gpt()
-    each = slot_bytes(model.config, 512, torch.float32)
+    each = model.make_cache(1, 512).num_bytes
     monkeypatch.setattr("nanochat.engine.free_memory", lambda device: 10 * each)
     assert slots_that_fit(model) == 8 and slots_that_fit(model, 255) == 16
     assert Engine(model, TOKENIZER, num_slots=8).num_slots == 8

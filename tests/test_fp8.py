@@ -1,4 +1,6 @@
-"""nanochat.fp8 against fp32 matmuls: results, gradients, a whole model, and that a refresh is needed and seen."""
+"""nanochat.fp8 against fp32 matmuls: results, gradients, a whole model, and that a refresh is
+needed and seen.
+"""
 
 import pytest
 import torch
@@ -25,7 +27,8 @@ def test_products_are_near_those_of_fp32(scale: float) -> None:
     found = fp8_linear(x.bfloat16(), weight, quantised)
     dx8, dw8 = torch.autograd.grad(found, (x, weight), above.bfloat16())
     assert found.dtype == torch.bfloat16 and dw8.dtype == torch.float32
-    # e4m3 keeps 3 bits behind the point, e5m2 two: 1/16 and 1/8 at worst, a good part less on average.
+    # e4m3 keeps 3 bits behind the point, e5m2 two: 1/16 and 1/8 at worst, a good part less on
+    # average.
     assert error(found, expected) < 0.05 and error(dx8, dx) < 0.08 and error(dw8, dw) < 0.08
 
 

@@ -1,4 +1,4 @@
-"""The model against a slow second implementation, its counts, its initial state and its gradients."""
+"""The model against a slow second implementation: counts, initial state, logits, gradients."""
 
 import math
 from dataclasses import asdict, replace
@@ -111,7 +111,9 @@ def slow_logits(model: GPT, ids: list[int], sign: int = -1) -> torch.Tensor:
 @pytest.mark.parametrize("n_kv_head", [4, 2])
 @pytest.mark.parametrize("plain", [True, False])
 def test_logits_equal_the_slow_implementation(n_kv_head: int, plain: bool) -> None:
-    """150 tokens, so that the short window of 128 hides some; and a control that turns the other way."""
+    """150 tokens, so that the short window of 128 hides some; and a control that turns the other
+    way.
+    """
     sizes = {**SMALL, "n_kv_head": n_kv_head, "n_head": 4, "n_embd": 48}
     config = GPTConfig.plain(**sizes) if plain else GPTConfig(**sizes)
     model = make_model(config)
@@ -210,7 +212,9 @@ def test_first_loss_is_ln_v(vocab: int) -> None:
 def test_loss_and_gradients_equal_plain_autograd(
     reduction: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """fp64, chunks of 1, 7 and all rows, ignored targets, padded vocabulary, unequal weights from above."""
+    """fp64, chunks of 1, 7 and all rows, ignored targets, padded vocabulary, unequal weights from
+    above.
+    """
     monkeypatch.setattr(loss, "CPU_CHUNK", chunk)
     random = torch.Generator().manual_seed(0)
     x = torch.randn(23, 16, generator=random, dtype=torch.float64, requires_grad=True)

@@ -1,8 +1,9 @@
-"""Exports against transformers itself: its own NanoChatForCausalLM is the oracle of the plain architecture, its
-tokenizers and chat templates are that of ids; the modelling file of the additions is held against nanochat.gpt.
+"""Exports against transformers itself: its own NanoChatForCausalLM is the oracle of the plain
+architecture, its tokenizers and chat templates are that of ids; the modelling file of the additions
+is held against nanochat.gpt.
 
-The agreement with lm-evaluation-harness is measured where lm_eval is installed and NANOCHAT_DATASETS holds
-allenai/ai2_arc.
+The agreement with lm-evaluation-harness is measured where lm_eval is installed and
+NANOCHAT_DATASETS holds allenai/ai2_arc.
 """
 
 import itertools
@@ -221,7 +222,9 @@ def test_padding_on_the_left_beams_and_a_cache_of_ones_own(tmp_path: Path) -> No
 
 
 def fixture_strings() -> list[str]:
-    """2,000 strings of many scripts, of code, of blanks and of what could be taken for a special token."""
+    """2,000 strings of many scripts, of code, of blanks and of what could be taken for a special
+    token.
+    """
     alphabets = [
         "abcdefghijklmnopqrstuvwxyzABCDEFGHIJ     ",
         "0123456789 .,-",
@@ -364,7 +367,9 @@ def choice_rows() -> list[dict[str, Any]]:
 @pytest.mark.skipif("NANOCHAT_DATASETS" not in os.environ, reason="needs NANOCHAT_DATASETS")
 @pytest.mark.filterwarnings("default")  # of lm_eval's dependencies
 def test_the_harness_chooses_as_our_evaluation_does(tmp_path: Path) -> None:
-    """lm-evaluation-harness takes the likeliest choice by sum; ours gives the mean, hence the sum, of what differs."""
+    """lm-evaluation-harness takes the likeliest choice by sum; ours gives the mean, hence the sum,
+    of what differs.
+    """
     lm_eval = pytest.importorskip("lm_eval")
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     model = new_model(new_config("additions", sequence_len=1024), num_steps=12)

@@ -1,4 +1,6 @@
-"""Imports: checkpoints in the first generation's layout, made here; damaged and hostile ones; our own exports."""
+"""Imports: checkpoints in the first generation's layout, made here; damaged and hostile ones; our
+own exports.
+"""
 
 import json
 import os
@@ -54,7 +56,9 @@ def pickled(**changes: Any) -> bytes:
 
 
 def write_first_generation(folder: Path, step: int = 700, prefix: str = "", seed: int = 0) -> GPT:
-    """A checkpoint in the first generation's layout, and the model that it holds; its embedding is in bf16."""
+    """A checkpoint in the first generation's layout, and the model that it holds; its embedding is
+    in bf16.
+    """
     model = random_model(GPTConfig.plain(**SIZES), seed)
     rows, tensors = TOKENIZER.vocab_size, {}
     for name, tensor in model.state_dict().items():

@@ -1,11 +1,13 @@
-"""The cache against the full forward pass: every position, any split, noisy mates, garbage and poison."""
+"""The cache against the full forward pass: every position, any split, noisy mates, garbage and
+poison.
+"""
 
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.kv_cache import KVCache, Step, slot_bytes
+from nanochat.kv_cache import Append
 
 CONTEXT = 640  # short windows see 256 keys
 VOCAB = 96
@@ -40,7 +42,7 @@ def test_cached_equals_full_at_every_position(n_kv_head: int, dtype: torch.dtype
     model.set_compute_dtype(dtype)
     ids = text(2, 400)
     full = model(ids)
-    cache = KVCache(model.config, 2, 400, dtype=dtype)
+    cache = model.make_cache(2, 400)
     pieces = [ids[:, :7], ids[:, 7:150], ids[:, 150:290], ids[:, 290:291], ids[:, 291:370]]
     pieces += ids[:, 370:].split(1, dim=1)
     logits = torch.cat([model(piece, cache=cache) for piece in pieces], dim=1)
@@ -62,7 +64,7 @@ def test_rows_of_different_lengths_with_right_padding() -> None:
     model = make_model()
     ids = text(3, 300)
     lengths = [300, 17, 140]
-    cache = KVCache(model.config, 3, 310)
+    cache = model.make_cache(3, 310)
     padded = ids.clone()
     for row, length in enumerate(lengths):
         padded[row, length:] = 5  # whatever
@@ -80,7 +82,7 @@ def test_chosen_slots_and_idle_rows() -> None:
     """Rows may go to any slots; a row with nothing new leaves its slot as it was."""
     model = make_model()
     ids = text(2, 30)
-    cache = KVCache(model.config, 4, 32)
+    cache = model.make_cache(4, 32)
     model(ids[:, :20], cache=cache, slots=torch.tensor([3, 1]))
     assert cache.lengths.tolist() == [0, 20, 0, 20]
     idle = model(torch.zeros(4, 1, dtype=torch.int64), cache=cache, num_new=torch.zeros(4).long())
@@ -94,12 +96,12 @@ def test_chosen_slots_and_idle_rows() -> None:
 
 @pytest.mark.parametrize("slot", [0, 3])
 def test_batch_mates_do_not_change_a_bit(slot: int) -> None:
-    """Ten tokens of one slot, alone among empty slots and among mates of any length, NaN included."""
+    """Ten tokens of one slot, alone and among mates of any length, NaN included."""
     model = make_model()
     prompt, mine = text(1, 150, seed=7), text(1, 10, seed=8)
 
     def run(mates: int) -> torch.Tensor:
-        cache = KVCache(model.config, 4, 400)
+        cache = model.make_cache(4, 400)
         model(prompt, cache=cache, slots=torch.tensor([slot]))
         live = torch.zeros(4, dtype=torch.int64)
         live[slot] = 1
@@ -125,10 +127,10 @@ def test_batch_mates_do_not_change_a_bit(slot: int) -> None:
 
 
 def test_garbage_past_the_end_is_never_seen() -> None:
-    """What a longer, forgotten text left in a slot does not matter; after reset not even NaN does."""
+    """What a longer, forgotten text left in a slot does not matter; after reset, not even NaN."""
     model = make_model()
     ids = text(1, 60)
-    clean, dirty = KVCache(model.config, 1, 64), KVCache(model.config, 1, 64)
+    clean, dirty = model.make_cache(1, 64), model.make_cache(1, 64)
     for buffer in (dirty.keys, dirty.values):
         buffer.fill_(1e4)
     for piece in (ids[:, :50], *ids[:, 50:].split(1, dim=1)):
@@ -136,7 +138,7 @@ def test_garbage_past_the_end_is_never_seen() -> None:
         assert torch.equal(model(piece, cache=dirty), expected)
     for buffer in (dirty.keys, dirty.values, dirty.previous):
         buffer.fill_(torch.nan)
-    dirty.reset([0])
+    dirty.reset()
     clean.reset()
     assert torch.equal(model(ids, cache=dirty), model(ids, cache=clean))
 
@@ -146,7 +148,7 @@ def test_a_kept_beginning_goes_on_like_a_fresh_one(source: int) -> None:
     """Turned back to 300 of 350 tokens, where they are or copied over garbage, past the window."""
     model = make_model()
     ids, other = text(1, 350), text(1, 40, seed=2)
-    cache = KVCache(model.config, 2, 400)
+    cache = model.make_cache(2, 400)
     model(ids, cache=cache, slots=torch.tensor([source]))
     if source == 1:
         cache.keys[:, 0], cache.values[:, 0], cache.previous[0] = (torch.nan,) * 3
@@ -165,13 +167,15 @@ def test_a_kept_beginning_goes_on_like_a_fresh_one(source: int) -> None:
 
 @pytest.mark.slow
 def test_a_recorded_decode_step_serves_all_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a CUDA graph keeps, traced on the CPU: what changes is read from `plan` and the ids alone."""
+    """What a CUDA graph keeps, traced on the CPU: what changes is read from `plan` and the ids
+    alone.
+    """
     model = make_model()
-    eager, recorded = KVCache(model.config, 4, 400), KVCache(model.config, 4, 400)
+    eager, recorded = model.make_cache(4, 400), model.make_cache(4, 400)
     eager.block = recorded.block = 400  # as on a GPU
     with monkeypatch.context() as patch:  # while a graph records, `begin` writes nothing
         rows = ([0, 1, 2, 3], [0] * 4, [1] * 4)
-        patch.setattr(recorded, "begin", lambda *_: Step(recorded, recorded.plan, 1, *rows))
+        patch.setattr(recorded, "begin", lambda *_: Append(recorded, recorded.layout, 1, *rows))
         patch.setattr(recorded, "finish", lambda _: None)
         replay = make_fx(lambda ids: model(ids, cache=recorded, last_only=True))(text(4, 1))
     recorded.reset()
@@ -189,7 +193,7 @@ def test_a_recorded_decode_step_serves_all_later_ones(monkeypatch: pytest.Monkey
 
 def test_what_does_not_fit_is_refused_untouched() -> None:
     model = make_model()
-    cache = KVCache(model.config, 2, 16)
+    cache = model.make_cache(2, 16)
     model(text(2, 10), cache=cache)
     kept = [t.clone() for t in (cache.keys, cache.values, cache.previous, cache.lengths)]
     with pytest.raises(ValueError, match="slot 0 holds 10 tokens and cannot take 7 more.*16"):
@@ -203,7 +207,9 @@ def test_what_does_not_fit_is_refused_untouched() -> None:
     with pytest.raises(ValueError, match="1 rows need as many slots"):
         model(text(1, 1), cache=cache)
     with pytest.raises(ValueError, match="in torch.float32, but.*torch.bfloat16"):
-        model(text(2, 1), cache=KVCache(model.config, 2, 16, dtype=torch.bfloat16))
+        other = make_model()
+        other.set_compute_dtype(torch.bfloat16)
+        model(text(2, 1), cache=other.make_cache(2, 16))
     now = (cache.keys, cache.values, cache.previous, cache.lengths)
     assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
     padded = model(text(2, 7), cache=cache, num_new=torch.tensor([6, 0]), last_only=True)
@@ -212,10 +218,10 @@ def test_what_does_not_fit_is_refused_untouched() -> None:
 
 
 def test_memory_is_what_it_says() -> None:
-    config = GPTConfig(n_layer=3, n_head=4, n_kv_head=2, n_embd=64, vocab_size=VOCAB)
-    cache = KVCache(config, 5, 100)
-    # 3 layers x (keys, values) x 2 kv heads x (100 + 1) cells x 16 channels, and 64 for smear; 4 bytes each
-    assert slot_bytes(config, 100, torch.float32) == 4 * (3 * 2 * 2 * 101 * 16 + 64)
-    held = sum(buffer.nbytes for buffer in (cache.keys, cache.values, cache.previous))
-    assert held == 5 * slot_bytes(config, 100, torch.float32)
-    assert slot_bytes(config, 100, torch.bfloat16) == held // 10
+    model = make_model()
+    # 3 layers x (keys, values) x 2 kv heads x (100 + 1) cells x 16 channels, and 64 for smear; 4
+    # bytes each
+    assert model.make_cache(5, 100).num_bytes == 5 * 4 * (3 * 2 * 2 * 101 * 16 + 64)
+    assert model.make_cache(5, 100, device="meta").num_bytes == model.make_cache(5, 100).num_bytes
+    model.set_compute_dtype(torch.bfloat16)
+    assert model.make_cache(5, 100).num_bytes == 5 * 2 * (3 * 2 * 2 * 101 * 16 + 64)

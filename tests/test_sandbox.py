@@ -1,7 +1,9 @@
-"""The sandbox against hostile programs: none gets out, none passes falsely, each is over in time, nothing is left.
+"""The sandbox against hostile programs: none gets out, none passes falsely, each is over in time,
+nothing is left.
 
-A program of the table either tries to cheat, and its checks must not pass; or it tries to get out and tells
-its checks how that went, and they must. What gets out without bubblewrap is shown by the same programs.
+A program of the table either tries to cheat, and its checks must not pass; or it tries to get out
+and tells its checks how that went, and they must. What gets out without bubblewrap is shown by the
+same programs.
 """
 
 import os
@@ -311,7 +313,9 @@ def test_no_process_is_left(outcomes: dict[str, tuple[Outcome, float]]) -> None:
 def test_the_escapes_work_where_nothing_holds_them(
     outside: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that "blocked" above means something; and without isolation nothing runs unless it is waived."""
+    """So that "blocked" above means something; and without isolation nothing runs unless it is
+    waived.
+    """
     monkeypatch.setattr(sandbox, "isolation", lambda: "there is none")
     monkeypatch.setenv("PLANTED", "secret")
     reaching = [

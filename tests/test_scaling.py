@@ -1,4 +1,4 @@
-"""nanochat.scaling against the published figures of both generations, and against the model itself."""
+"""nanochat.scaling against the published figures of both generations and the model itself."""
 
 import pytest
 import torch
@@ -26,7 +26,8 @@ def test_first_generation_d32() -> None:
     assert 20 * total // 524_288 == 71_680
 
 
-# depth: parameters, of blocks and head, FLOPs per token, tokens at ratio 12, log2 batch, decay of the matrices
+# depth: parameters, of blocks and head, FLOPs per token, tokens at ratio 12, log2 batch, decay of
+# the matrices
 PUBLISHED = {
     4: (36.7e6, 11.5e6, 0.080, 0.14, 18, 1.89),
     8: (126e6, 41.9e6, 0.296, 0.50, 18, 0.52),
@@ -41,7 +42,7 @@ PUBLISHED = {
 def test_published_table(depth: int) -> None:
     total, scaled, flops, tokens, batch, decay = PUBLISHED[depth]
     config = scaling.depth_to_config(depth, 32768)
-    num_tokens = scaling.horizon(config, 12)
+    num_tokens = scaling.training_tokens(config, 12)
     assert scaling.parameter_counts(config)["total"] == pytest.approx(total, rel=0.005)
     assert scaling.scaling_parameters(config) == pytest.approx(scaled, rel=0.005)
     assert scaling.flops_per_token(config) == pytest.approx(flops * GIGA, rel=0.005)
@@ -56,8 +57,7 @@ def test_exact_published_counts() -> None:
     assert scaling.parameter_counts(scaling.depth_to_config(12, 32768))["total"] == 286_261_730
     d24 = scaling.depth_to_config(24, 32768)
     assert scaling.flops_per_token(d24) == pytest.approx(4.775 * GIGA, rel=1e-3)
-    assert scaling.flops_per_token(d24, exact=True) == pytest.approx(4.641 * GIGA, rel=1e-3)
-    run_1 = scaling.horizon(d24, 12) * scaling.flops_per_token(d24)
+    run_1 = scaling.training_tokens(d24, 12) * scaling.flops_per_token(d24)
     assert run_1 == pytest.approx(4.331e19, rel=0.04)  # it saw short windows of 1,024
 
 
@@ -89,9 +89,9 @@ def test_width_is_whole_heads(depth: int, aspect_ratio: int, head_dim: int, widt
 def make_options(depth: int, total_batch_size: int, num_steps: int) -> dict[str, dict]:
     config = scaling.depth_to_config(depth, 1024, 256)
     with torch.device("meta"):
-        groups = GPT(config).parameter_groups()
-    options = scaling.optimizer_groups(groups, config.n_embd, total_batch_size, num_steps)
-    return {group["name"]: group for group in options}
+        model = GPT(config)
+    groups = scaling.optimizer_groups(model, total_batch_size, num_steps)
+    return {group["name"]: group for group in groups}
 
 
 def test_published_learning_rates_at_depth_12() -> None:
@@ -116,7 +116,9 @@ def test_learning_rates_follow_batch_and_width() -> None:
 
 
 def test_short_runs_of_small_batches_take_larger_steps() -> None:
-    """Anchors of our sweep (dev/LOG.md): 300 steps of 4,096 tokens; a quarter of the steps doubles them."""
+    """Anchors of our sweep (dev/LOG.md): 300 steps of 4,096 tokens; a quarter of the steps doubles
+    them.
+    """
     short, shorter, unknown = (make_options(12, 4096, steps) for steps in (2520, 630, 1))
     for name, factor in {
         "matrices": 2,
@@ -171,3 +173,64 @@ def test_memory_of_the_optimizer_is_shared_out() -> None:
     alone, eighth = scaling.memory_bytes(config, 8), scaling.memory_bytes(config, 8, world_size=8)
     saved = alone["total"] - eighth["total"]
     assert saved == pytest.approx(7 / 8 * alone["optimizer"])
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (0, 1 / 40),  # 40 steps of warm-up
+        (19, 0.5),
+        (39, 1.0),
+        (350, 1.0),  # the warm-down is the last 65 %
+        (675, 0.525),
+        (800, 1 - 0.95 * 0.45 / 0.65),
+        (900, 1 - 0.95 * 0.55 / 0.65),
+        (1000, 0.05),
+    ],
+)
+def test_pretraining_multiplier(step: int, expected: float) -> None:
+    assert scaling.lr_multiplier(step, 1000) == pytest.approx(expected)
+
+
+def test_short_runs_warm_up_in_a_fraction_of_the_run() -> None:
+    multipliers = [scaling.lr_multiplier(step, 100) for step in range(101)]
+    full = scaling.LR_WARMUP_LIMIT * 100
+    assert multipliers[0] == pytest.approx(1 / full)
+    assert multipliers[round(full) - 1] == 1.0
+    assert all(0 < multiplier <= 1 for multiplier in multipliers)
+    assert scaling.lr_multiplier(0, 1) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("progress", "expected"),
+    [(0.0, 1.0), (0.8, 1.0), (0.9, 0.5), (1.0, 0.0), (1.3, 0.0)],  # a last batch may overshoot
+)
+def test_chat_stage_multiplier_falls(progress: float, expected: float) -> None:
+    assert scaling.lr_multiplier_at(progress, warmdown=0.2) == pytest.approx(expected)
+
+
+def test_no_warmdown_stays_at_one() -> None:
+    assert [scaling.lr_multiplier_at(p, warmdown=0) for p in (0.0, 0.9, 1.0)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (0, 0.85 + 0.12 / 400),
+        (399, 0.97),
+        (3500, 0.97),
+        (8000, 0.97 - 0.07 * 0.45 / 0.65),
+        (9000, 0.97 - 0.07 * 0.55 / 0.65),
+        (10000, 0.90),
+    ],
+)
+def test_muon_momentum(step: int, expected: float) -> None:
+    assert scaling.muon_momentum(step, 10000) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("progress", "expected"),
+    [(0.0, 1.0), (0.5, 0.5), (0.8, 0.0954915), (0.9, 0.0244717), (1.0, 0.0)],
+)
+def test_weight_decay_multiplier(progress: float, expected: float) -> None:
+    assert scaling.weight_decay_multiplier(progress) == pytest.approx(expected, abs=1e-7)

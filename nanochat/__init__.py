@@ -9,7 +9,7 @@ tests/test_layout.py reads this list and holds the order.
     dataset        corpora of parquet shards: download, import a folder of your own, write the primer, read
     dataloader     documents or conversations -> packed (B, T) batches; the same on 1 or N ranks; resumable
     kv_cache       keys and values of the past, one slot per sequence
-    loss           norm, rotation, relu squared and the chunked loss, with gradients by hand
+    loss           norm, relu squared, rotation, and the loss over the vocabulary in chunks
     fp8            linear layers that train in 8-bit floats
     gpt            ids -> logits; all initialisation in one function
     optim          Muon + AdamW in one class, for one rank or many

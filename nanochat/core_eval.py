@@ -1,43 +1,27 @@
 """Evaluation of a base model: the CORE metric with its data, and bits per byte.
 
-How many bits the model needs per byte of text: a loss that does not depend on the vocabulary.
+CORE is the mean over 22 few-shot tasks of (accuracy - guessing) / (1 - guessing). An item becomes one
+document per option: solved examples, a blank line after each, then the item itself.
 
-The nats of every target that stands for bytes, over ln 2 times those bytes. Special tokens stand for no
-bytes, so neither their nats nor they themselves count; nor do targets of -1.
+    multiple_choice    query + delimiter + choice           wins: lowest mean loss of the choice
+    schema             option + delimiter + continuation    lowest mean loss of the common suffix
+    language_modeling  context + delimiter + continuation   right if every token is the likeliest
 
-The choice that would surprise: sums and not means travel between ranks, so that ranks with more bytes
-weigh more and the result is the same on any number of them.
+Prefixes, suffixes and continuations are found among token ids, because the blank before a word belongs to
+its token. What an item's options share is read once, into a KV cache, and logits are computed for what
+follows only. A document longer than the context is cropped from the left, but `<|bos|>` stays first, and
+all options of an item lose equally much. The rows of a task are shuffled once and for all, as for the
+published numbers, so the first hundred are a fair sample.
 
-The CORE metric: few-shot tasks as plain documents, judged by the losses of a base model.
-
-An item becomes one document per option: solved examples, a blank line after each, then the item itself.
-
-    multiple_choice    query + delimiter + choice           lowest mean loss after the choices' common prefix
-    schema             option + delimiter + continuation    lowest mean loss of the options' common suffix
-    language_modeling  context + delimiter + continuation   every token of the continuation is the likeliest
-
-CORE is the mean over 22 tasks of (accuracy - guessing) / (1 - guessing). Prefixes, suffixes and the start of a
-continuation are found among token ids, because the blank before a word belongs to its token. What an item's
-options share is read once, into a KV cache, and logits are computed for what stands behind it only.
-
-The choice that would surprise: a document longer than the context is cropped from the left, but `<|bos|>`
-stays first, because the model never saw a row without; and all options of an item lose equally much, so that
-they are compared behind the same prompt.
-
-Source: DCLM, arXiv 2406.11794. Seeds, blanks and the order of rows are those of the published numbers.
-
-B rows, T time, M scored tokens, V vocabulary.
-
-The public data of the CORE metric: find or download the bundle, and read its tasks.
-
-    eval_bundle/core.yaml             label, file, kind, number of examples and delimiter of every task
+    eval_bundle/core.yaml             label, file, kind, number of examples, delimiter of each task
                 eval_meta_data.csv    what guessing scores on it, in percent
-                eval_data/**.jsonl    its items, one a line
+                eval_data/**.jsonl    its items, one a line; a row's "id" is its line
 
-The choice that would surprise: the rows of a task are shuffled once and for all, as for the published numbers,
-so the first hundred are a fair sample. A row's "id" is its line in the file.
+Bits per byte: the nats of every target that stands for bytes, over ln 2 times those bytes, so it does not
+depend on the vocabulary. Special tokens and targets of -1 do not count.
 
-Source: https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip, in the layout of DCLM.
+Sources: DCLM, arXiv 2406.11794; seeds, blanks and order of rows are those of the published numbers; data
+https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip. B rows, T time, M scored tokens, V vocabulary.
 """
 
 import csv
@@ -53,7 +37,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +60,13 @@ from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
 
 
+class Score(NamedTuple):
+    """A measured value and its standard error."""
+
+    value: float
+    stderr: float | None = None
+
+
 @torch.inference_mode()
 def evaluate_bpb(
     model: GPT,
@@ -84,10 +75,11 @@ def evaluate_bpb(
     num_steps: int,
     rows: int = 1 << 30,
 ) -> float:
-    """Bits per byte over the next `num_steps` batches of every rank; infinite where they hold no bytes.
+    """Bits per byte over the next `num_steps` batches of every rank; infinite where they hold no
+    bytes.
 
-    `token_bytes` has the byte length of each id, 0 for specials (`Tokenizer.token_bytes`). The model is given
-    `rows` rows at a time.
+    `token_bytes` has the byte length of each id, 0 for specials (`Tokenizer.token_bytes`). The
+    model is given `rows` rows at a time.
     """
     device = next(model.parameters()).device
     lengths = torch.tensor(token_bytes, device=device)  # (V,)
@@ -117,7 +109,8 @@ def text_bpb(
 ) -> float:
     """Bits per byte on the first `num_tokens` tokens of the shards, packed as in training.
 
-    `num_rows` (default: `rows` for each rank) of all ranks fix the packing, so that it is the same on any number.
+    `num_rows` (default: `rows` for each rank) of all ranks fix the packing, so that it is the same
+    on any number.
     """
     num_rows, seq_len = num_rows or rows * runtime.world_size, model.config.sequence_len
     where = (runtime.rank, runtime.world_size, runtime.device)
@@ -130,7 +123,8 @@ def text_bpb(
 
 CORE_TASKS = (
     "hellaswag_zeroshot", "jeopardy", "bigbench_qa_wikidata", "arc_easy", "arc_challenge", "copa",
-    "commonsense_qa", "piqa", "openbook_qa", "lambada_openai", "hellaswag", "winograd", "winogrande",
+    "commonsense_qa", "piqa", "openbook_qa", "lambada_openai", "hellaswag", "winograd",
+    "winogrande",
     "bigbench_dyck_languages", "agi_eval_lsat_ar", "bigbench_cs_algorithms", "bigbench_operators",
     "bigbench_repeat_copy_logic", "squad", "coqa", "boolq", "bigbench_language_identification",
 )  # fmt: skip
@@ -158,25 +152,26 @@ class TaskResult:
     records: list[dict[str, Any]]  # per item: task, id, prediction, gold, correct, losses
 
     @property
-    def accuracy(self) -> float:
-        return sum(record["correct"] for record in self.records) / len(self.records)
-
-    @property
-    def stderr(self) -> float:
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / max(1, len(self.records) - 1))
-
-    @property
-    def centred(self) -> float:
-        """0 for guessing, 1 for all right."""
-        return (self.accuracy - self.task.baseline) / (1 - self.task.baseline)
+    def score(self) -> Score:
+        """The accuracy."""
+        num = len(self.records)
+        accuracy = sum(record["correct"] for record in self.records) / num
+        return Score(accuracy, math.sqrt(accuracy * (1 - accuracy) / max(1, num - 1)))
 
 
-def core_score(results: Sequence[TaskResult]) -> tuple[str, float, float]:
-    """(name, mean centred accuracy, its standard error); the name is "CORE" only where all 22 tasks are there."""
+def centered_mean(scores: Sequence[Score], baselines: Sequence[float]) -> Score:
+    """Mean accuracy once guessing is taken out of each: 0 is guessing, 1 is everything right."""
+    rooms = [1 - baseline for baseline in baselines]
+    values = [1 - (1 - score.value) / room for score, room in zip(scores, rooms, strict=True)]
+    errors = [(score.stderr or 0) / room for score, room in zip(scores, rooms, strict=True)]
+    return Score(sum(values) / len(values), math.hypot(*errors) / len(values))
+
+
+def core_score(results: Sequence[TaskResult]) -> tuple[str, Score]:
+    """(name, centered mean); the name is "CORE" only where all 22 tasks are there."""
     num, total = len(results), len(CORE_TASKS)
-    squares = [(result.stderr / (1 - result.task.baseline)) ** 2 for result in results]
     name = "CORE" if num == total else f"CORE ({num} of {total})"
-    return name, sum(result.centred for result in results) / num, math.sqrt(sum(squares)) / num
+    return name, centered_mean([r.score for r in results], [r.task.baseline for r in results])
 
 
 class Reader(Protocol):
@@ -188,7 +183,7 @@ class Reader(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
     def start(self, prefixes: Sequence[list[int]]) -> None: ...  # read one into each slot
     def logits(self, slots: Sequence[int], tails: Sequence[list[int]]) -> torch.Tensor:
-        """(B, T, V) after each token of tails[b] behind the prefix in slots[b]; junk after its end."""
+        """(B, T, V) after each token of tails[b] behind slots[b]'s prefix; junk after its end."""
         ...
 
 
@@ -227,8 +222,13 @@ class GPTReader:
         return self._read(slots, tails, last=False)
 
     def _read(self, slots: Sequence[int], rows: Sequence[list[int]], last: bool) -> torch.Tensor:
-        where = (self.cache, torch.tensor(slots), torch.tensor([len(row) for row in rows]))
-        return self.model(padded(rows).to(self.cache.keys.device), None, "", *where, last)
+        return self.model(
+            padded(rows).to(self.cache.keys.device),
+            cache=self.cache,
+            slots=torch.tensor(slots),
+            num_new=torch.tensor([len(row) for row in rows]),
+            last_only=last,
+        )
 
 
 def padded(rows: Sequence[list[int]]) -> torch.Tensor:
@@ -239,7 +239,7 @@ def padded(rows: Sequence[list[int]]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Item:
-    """An item as ids: what its options share, and the rest of each, whose last tokens are scored."""
+    """An item as ids: what its options share, and the rest of each, which ends in what is scored."""
 
     number: int
     prefix: list[int]
@@ -248,7 +248,9 @@ class Item:
 
 
 def evaluate(reader: Reader, task: CoreTask, batch_size: int, max_items: int | None) -> TaskResult:
-    """Score the first `max_items` items (None: all), `batch_size` at once. Examples come from all rows."""
+    """Score the first `max_items` items (None: all), `batch_size` at once. Examples come from all
+    rows.
+    """
     numbers = own_part(min(len(task.rows), max_items or len(task.rows)))
     items = [encode_item(reader, task, number) for number in numbers]
     items.sort(key=lambda item: -len(item.prefix) - max(map(len, item.tails)))
@@ -271,7 +273,9 @@ def evaluate(reader: Reader, task: CoreTask, batch_size: int, max_items: int | N
 
 
 def score_items(reader: Reader, items: Sequence[Item]) -> tuple[list[list[float]], list[list[int]]]:
-    """(mean nats of every option of each item, infinite without tokens; likeliest ids for its last option)."""
+    """(mean nats of every option of each item, infinite without tokens; likeliest ids for its last
+    option).
+    """
     reader.start([item.prefix for item in items])
     losses: list[list[float]] = [[] for _ in items]
     likeliest: list[list[int]] = [[] for _ in items]
@@ -333,7 +337,9 @@ def num_common(rows: Sequence[list[int]]) -> int:
 
 
 def num_shared(rows: Sequence[list[int]], num_scored: Sequence[int]) -> int:
-    """How many ids to read once for all rows: one less than stand before any score, which needs its logits."""
+    """How many ids to read once for all rows: one less than stand before any score, which needs its
+    logits.
+    """
     num_before = [len(row) - num for row, num in zip(rows, num_scored, strict=True)]
     return min(num_common(rows), *num_before) - 1
 
@@ -353,7 +359,9 @@ FIELDS: dict[str, dict[str, type]] = {
 
 
 def find_bundle(given: str = "") -> Path:
-    """The folder `given`, or that of NANOCHAT_EVAL_BUNDLE, or the downloaded one, downloaded if need be."""
+    """The folder `given`, or that of NANOCHAT_EVAL_BUNDLE, or the downloaded one, downloaded if
+    need be.
+    """
     given = given or os.environ.get("NANOCHAT_EVAL_BUNDLE", "")
     folder = Path(given).expanduser() if given else eval_bundle_dir()
     if not given and not folder.exists():
@@ -382,7 +390,7 @@ def download(folder: Path) -> None:
 
 
 def _unpack(archive: Path, folder: Path) -> Path:
-    """The folder with the index, below `folder`; durable, and every file checked against its CRC."""
+    """The folder with the index, below `folder`; durable, every file checked against its CRC."""
     with zipfile.ZipFile(archive) as bundle:
         for name in bundle.namelist():
             if not (folder / name).resolve().is_relative_to(folder.resolve()):
@@ -398,7 +406,8 @@ def _unpack(archive: Path, folder: Path) -> Path:
 def load_tasks(folder: Path, labels: Sequence[str] = CORE_TASKS) -> list[CoreTask]:
     """The tasks of CORE with these labels; says which of them have no data in the bundle.
 
-    Raises UserError for an unknown label, and one that names the file and line of what is malformed.
+    Raises UserError for an unknown label, and one that names the file and line of what is
+    malformed.
     """
     wanted = dict.fromkeys(labels)
     if unknown := sorted(set(wanted) - set(CORE_TASKS)):

@@ -1,14 +1,11 @@
-"""The few operations whose gradients are written by hand, because eager autograd pays for each
-small step.
+"""Norm, relu squared, rotation, and the loss over the vocabulary in chunks.
 
-On a CPU an eager training step is held up by memory: every elementwise operation walks through all
-activations, forward and again backward. Here each operation walks as rarely as it can. Together
-they take 28 % off a step of 4 layers of width 256 (1,687 -> 1,219 ms on one thread of a Xeon, 4,096
-tokens, vocabulary 4,096; the loss alone 20 %) and 16 % at width 128, vocabulary 1,024;
-dev/bench/model_speed.py repeats it. torch.compile traces through all of them.
+Eager autograd pays for each small step: on a CPU every elementwise operation walks through all
+activations, forward and again backward. Where that costs, the gradient is written by hand; together
+they take 22 % off a step of the laptop's model (dev/LOG.md). torch.compile traces through all of
+them.
 
     norm          y = x / rms(x)
-    rotate        channel d turns with channel d + D / 2, by -theta
     relu_squared  y = max(x, 0)^2
     softcap_loss  z = x W^T, logit = c tanh(z / c), loss = log(sum_v exp(logit_v)) - logit_target
 
@@ -61,7 +58,8 @@ def rotary_angles(
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """(B, T, H, D) `x` turned by minus the angles of `cos` and `sin` (..., T, 1, D / 2)."""
-    return _Rotate.apply(x, cos, sin)
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1).to(x.dtype)
 
 
 def relu_squared(x: torch.Tensor) -> torch.Tensor:
@@ -113,23 +111,6 @@ class _Norm(torch.autograd.Function):
         return (
             torch.addcmul(upstream[0].to(scale.dtype), y, along, value=-1).mul_(scale).to(y.dtype)
         )
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(upstream[0], cos, -sin), None, None
-
-
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1).to(x.dtype)
 
 
 class _ReluSquared(torch.autograd.Function):

@@ -1,30 +1,17 @@
-"""The report card: every stage leaves a section, and `generate` makes a report of them for people and programs.
+"""The report card: each stage leaves a section, and `generate` makes a report for people and
+programs.
 
-    python -m nanochat.report reset      # before a run: clear the sections, note the time and the machine
+    python -m nanochat.report reset      # before a run: clear the sections, note time and machine
     python -m nanochat.report generate   # after it: write report.md, report.html and report.json
     python -m nanochat.report size       # print the size of the code base
 
-A section is one JSON file, `$NANOCHAT_BASE_DIR/report/<stage>.json`, which a stage that runs again replaces.
-The report lies beside them, and in the working folder what people read. It lists the sections in pipeline order,
-with charts of the training runs, and ends with the table Metric | BASE | MID | SFT | RL.
-
-The choice that would surprise: a token of the code base is taken for four characters, since the count should
-not depend on a vocabulary.
-
-A report as Markdown and as HTML: chapters of blocks, each of which is written both ways in one place.
-
-The HTML page is one file that needs no other: style sheet, logo and charts are inside, there is no script, and a
-content security policy forbids the browser to fetch anything.
-
-The choice that would surprise: the HTML page begins with the last chapter, the summary; a terminal ends with it.
-
-The metrics.jsonl of a run as small line charts: SVG, drawn by matplotlib, the same bytes for the same numbers.
-
-A chart is an element to be put into a page: its colours are the page's CSS variables, so that it reads in light,
-in dark and in print, its letters are text in the page's own font, and every id in it begins with its name.
-
-The choice that would surprise: a long run is drawn as the means of MAX_POINTS stretches of it, not step by step.
-That is all that a chart of this size can show, and it keeps the page small.
+A section is one JSON file, `$NANOCHAT_BASE_DIR/report/<stage>.json`, which a stage that runs again
+replaces. The report lies beside them, and what people read in the working folder too. It lists the
+sections in pipeline order and ends with the table Metric | BASE | MID | SFT | RL. It is written
+once, as Markdown; markdown-it makes the HTML page of it, with only tables, lists and fences
+switched on, so that nothing that a model or a user wrote can act there. The page is one file that
+needs no other; its charts are SVG drawn by matplotlib from metrics.jsonl, the same bytes for the
+same numbers.
 """
 
 import io
@@ -54,86 +41,103 @@ from nanochat.common import (
     run_script,
     write_file,
 )
+from nanochat.core_eval import Score
 from nanochat.trainer import format_seconds, read_metrics
 
 TITLE = "nanochat report"
-ASSETS = Path(__file__).resolve().parent
-
-
-class Block(NamedTuple):
-    """What stands under one caption."""
-
-    caption: str
-    markdown: str
-    html: str
+ASSETS = Path(__file__).resolve().parent / "ui"
+STAGES = (
+    "tok_train", "tok_eval", "base_train", "base_loss", "base_eval",
+    "mid_train", "chat_sft", "chat_rl", "chat_eval_mid", "chat_eval_sft", "chat_eval_rl",
+)  # fmt: skip
+# Column of the last table -> (stages that may hold val_bpb, first found wins; stage of the
+# accuracies).
+COLUMNS = {
+    "BASE": (("base_loss", "base_train"), "base_eval"),
+    "MID": (("mid_train",), "chat_eval_mid"),
+    "SFT": (("chat_sft",), "chat_eval_sft"),
+    "RL": (("chat_rl",), "chat_eval_rl"),
+}
+# How metrics begin that are not accuracies. CORE and ChatCORE are centered: 0 is guessing.
+NO_ACCURACY = ("val_bpb", "CORE", "ChatCORE")
+START = "start"  # start.json holds what `reset` noted; no stage has this name
+REPOSITORY = Path(__file__).resolve().parent.parent
+CODE_SUFFIXES = {".py", ".rs", ".toml", ".sh", ".md", ".html", ".js", ".css", ".txt"}
+MAX_POINTS = 300
+INK, RULE, LINE = "#5c666b", "#dcdfdd", "#1f6f78"  # --ink, --rule and --line in report.css
+SETTINGS: dict[Any, Any] = {
+    "svg.hashsalt": "nanochat", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"], "font.size": 10,
+    "axes.labelcolor": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "ytick.major.size": 0,
+    "axes.edgecolor": RULE, "xtick.color": RULE, "grid.color": RULE, "axes.grid": True, "axes.grid.axis": "y",
+    "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "path.simplify": False,
+}  # fmt: skip
+# What a chart is drawn over -> (size of a unit, its name), the largest first.
+UNITS = {
+    "step": ((1, "steps"),),
+    "tokens": ((1e9, "billion tokens"), (1e6, "million tokens"), (1, "tokens")),
+    "seconds": ((3600, "hours"), (60, "minutes"), (1, "seconds")),
+}
 
 
 class Chapter(NamedTuple):
-    """A heading, a sentence, and blocks; `anchor` is its address in the HTML page."""
+    """A heading and Markdown below it; `anchor` is its address in the page, which has `figures`
+    too.
+    """
 
     anchor: str
     title: str
-    text: str
-    blocks: Sequence[Block]
+    markdown: str
+    figures: Mapping[str, str] = {}  # title -> HTML
 
 
-def facts(caption: str, values: Mapping[str, Any]) -> Block:
-    """Named values of any kind."""
-    texts = {name: show(values, name) for name in own_names(values)}
-    lines = [f"- {cell(name)}: {cell(text)}\n" for name, text in texts.items()]
-    pairs = [f"<div><dt>{escape(n)}</dt><dd>{number(t)}</dd></div>" for n, t in texts.items()]
-    return Block(caption, "".join(lines), f"<dl>{''.join(pairs)}</dl>")
+def facts(caption: str, values: Mapping[str, Any]) -> str:
+    """A list of named values of any kind."""
+    lines = [f"- {cell(name)}: {cell(show(value))}\n" for name, value in values.items()]
+    return f"{caption}:\n\n{''.join(lines)}\n"
 
 
-def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Block:
+def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows whose first cell names the row; the others are numbers."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     lines = [f"| {' | '.join(map(cell, row))} |\n" for row in (header, rule, *rows)]
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
-    body = ""
-    for name, *values in rows:
-        cells = "".join(f"<td>{number(text)}</td>" for text in values)
-        body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>\n'
-    # The box scrolls, not the page; the keyboard reaches it by its tabindex.
-    box = f'<div class="box" role="region" tabindex="0" aria-label="{escape(caption)}">'
-    html = f"{box}<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
-    return Block(caption, "".join(lines), html)
+    return f"{caption}:\n\n{''.join(lines)}\n"
 
 
-def charts(caption: str, figures: Mapping[str, str]) -> Block:
-    """Figures (title -> HTML) side by side; Markdown, which cannot hold them, says where they are."""
-    text = f"{', '.join(figures)}: see report.html.\n"
-    return Block(caption, text, f'<div class="charts">{"".join(figures.values())}</div>')
-
-
-def samples(caption: str, texts: Sequence[str]) -> Block:
-    """Texts as a model wrote them; in Markdown behind a fence longer than any run of backticks."""
+def samples(texts: Sequence[str]) -> str:
+    """Texts as a model wrote them, each behind a fence longer than any run of backticks in it."""
     fences = ["`" + max(["``", *re.findall("`+", text)], key=len) for text in texts]
     fenced = [f"{fence}text\n{text}\n{fence}\n" for fence, text in zip(fences, texts, strict=True)]
-    return Block(caption, "\n".join(fenced), "\n".join(f"<pre>{escape(t)}</pre>" for t in texts))
+    return "Samples:\n\n" + "\n".join(fenced) + "\n"
 
 
 def markdown_page(chapters: Sequence[Chapter]) -> str:
-    """The whole report as Markdown."""
-    parts = [f"# {TITLE}\n"]
+    """The whole report as Markdown, which cannot hold the figures and says where they are."""
+    parts = [f"# {TITLE}\n\n"]
     for chapter in chapters:
-        parts.append(f"## {chapter.title}\n\n{chapter.text}\n")
-        parts += [f"{block.caption}:\n\n{block.markdown}" for block in chapter.blocks]
-    return "\n".join(parts)
+        parts.append(f"## {cell(chapter.title)}\n\n{chapter.markdown}")
+        if chapter.figures:
+            parts.append(f"Charts in report.html: {', '.join(chapter.figures)}.\n\n")
+    return "".join(parts).rstrip("\n") + "\n"
 
 
 def html_page(chapters: Sequence[Chapter]) -> str:
-    """The whole report as one HTML file, the last chapter first."""
+    """The whole report as one HTML file; it begins with the last chapter, the summary."""
+    # Imported here, as matplotlib is: `report reset` should not wait for what it does not need.
+    from markdown_it import MarkdownIt
+
+    markdown = MarkdownIt("zero").enable(["table", "list", "fence", "escape", "entity"])
+    # The box scrolls, not the page; the keyboard reaches it by its tabindex.
+    box = '<div class="box" role="region" tabindex="0" aria-label="Table">\n<table>\n'
+    markdown.add_render_rule("table_open", lambda *_: box)
+    markdown.add_render_rule("table_close", lambda *_: "</table>\n</div>\n")
     links, parts = "", ""
     for chapter in (chapters[-1], *chapters[:-1]):
         link = f'<a href="#{chapter.anchor}">{escape(chapter.title)}</a>'
         links += f"<li>{link}</li>"
-        parts += (
-            f'<section>\n<h2 id="{chapter.anchor}">{link}</h2>\n<p>{escape(chapter.text)}</p>\n'
-        )
-        parts += "".join(f"<h3>{escape(b.caption)}</h3>\n{b.html}\n" for b in chapter.blocks)
-        parts += "</section>\n"
-    logo = (ASSETS / "ui" / "logo.svg").read_text(encoding="utf-8")
+        parts += f'<section>\n<h2 id="{chapter.anchor}">{link}</h2>\n'
+        parts += markdown.render(chapter.markdown)
+        parts += f'<div class="charts">{"".join(chapter.figures.values())}</div>\n</section>\n'
+    logo = (ASSETS / "logo.svg").read_text(encoding="utf-8")
     style = (ASSETS / "report.css").read_text(encoding="utf-8")
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -156,33 +160,23 @@ def html_page(chapters: Sequence[Chapter]) -> str:
 """
 
 
-def number(text: str) -> str:
-    """A value for HTML, its standard error set smaller."""
-    return re.sub(" ± (.*)", r" <small>± \1</small>", escape(text))
-
-
 def cell(text: str) -> str:
-    """A value that cannot break out of a Markdown line or table cell, nor begin a tag."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    """A value that cannot break out of a Markdown line or table cell, and reads as it was written."""
+    for mark, escaped in (("\\", "\\\\"), ("&", "&amp;"), ("<", "&lt;"), ("|", "\\|")):
+        text = text.replace(mark, escaped)
+    return " ".join(text.split())
 
 
-def own_names(values: Mapping[str, Any]) -> list[str]:
-    """All names but those of standard errors: `x_stderr` belongs to `x`."""
-    return [
-        n for n in values if not (n.endswith("_stderr") and n.removesuffix("_stderr") in values)
-    ]
-
-
-def show(values: Mapping[str, Any], name: str, percent: bool = False) -> str:
+def show(value: Any, percent: bool = False) -> str:
     """`0.2219 ± 0.0031`, or `85.0 % ± 1.2`; without the standard error where there is none."""
-    value, stderr = values.get(name), values.get(f"{name}_stderr")
+    value, stderr = value if isinstance(value, Score) else (value, None)
     if percent and isinstance(value, float):
         return f"{100 * value:.1f} %" + ("" if stderr is None else f" ± {100 * stderr:.1f}")
     return format_value(value) + ("" if stderr is None else f" ± {format_value(stderr)}")
 
 
 def format_value(value: Any) -> str:
-    """A number short enough to compare by eye; anything else as it prints; `-` for what is missing."""
+    """A number short enough to compare by eye, `-` for what is missing, else what it prints as."""
     if value is None or value == "":
         return "-"
     if type(value) is int or (isinstance(value, float) and 1e4 <= abs(value) < 1e9):
@@ -190,22 +184,6 @@ def format_value(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
-
-
-MAX_POINTS = 300
-INK, RULE, LINE = "#5c666b", "#dcdfdd", "#1f6f78"  # of --ink, --rule and --line in report.css
-SETTINGS: dict[Any, Any] = {
-    "svg.hashsalt": "nanochat", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"], "font.size": 10,
-    "axes.labelcolor": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "ytick.major.size": 0,
-    "axes.edgecolor": RULE, "xtick.color": RULE, "grid.color": RULE, "axes.grid": True, "axes.grid.axis": "y",
-    "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "path.simplify": False,
-}  # fmt: skip
-# What a chart is drawn over -> (size of a unit, its name), the largest first.
-UNITS = {
-    "step": ((1, "steps"),),
-    "tokens": ((1e9, "billion tokens"), (1e6, "million tokens"), (1, "tokens")),
-    "seconds": ((3600, "hours"), (60, "minutes"), (1, "seconds")),
-}
 
 
 class Curve(NamedTuple):
@@ -237,7 +215,7 @@ MACHINERY = (
 
 
 def draw_run(records: Sequence[dict[str, Any]], name: str) -> dict[str, str]:
-    """{title: <figure>} of all that the records of a run have numbers for; `name` begins the ids."""
+    """{title: <figure>} of all that a run's records have numbers for; `name` begins the ids."""
     reinforced = any("reward" in record for record in records)
     figures = {}
     for curve in (*(REINFORCEMENT if reinforced else TRAINING), *MACHINERY):
@@ -283,31 +261,15 @@ def draw(curve: Curve, points: np.ndarray, name: str) -> str:
 
 
 def embeddable(svg: str, prefix: str, label: str) -> str:
-    """matplotlib's file as an element of a page: labelled, as wide as its place, in the page's colours."""
+    """matplotlib's file as an element of a page: labelled, as wide as its place, in the page's
+    colours.
+    """
     svg = f'<svg role="img" aria-label="{label}"{svg[svg.index("<svg") + 4 :]}'
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg)  # of the root
     svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{prefix}", svg)
     for variable, colour in (("ink", INK), ("rule", RULE), ("line", LINE)):
         svg = svg.replace(colour, f"var(--{variable})")
     return svg.strip()
-
-
-STAGES = (
-    "tok_train", "tok_eval", "base_train", "base_loss", "base_eval",
-    "mid_train", "chat_sft", "chat_rl", "chat_eval_mid", "chat_eval_sft", "chat_eval_rl",
-)  # fmt: skip
-# Column of the last table -> (stages that may hold val_bpb, first found wins; stage of the accuracies).
-COLUMNS = {
-    "BASE": (("base_loss", "base_train"), "base_eval"),
-    "MID": (("mid_train",), "chat_eval_mid"),
-    "SFT": (("chat_sft",), "chat_eval_sft"),
-    "RL": (("chat_rl",), "chat_eval_rl"),
-}
-# How metrics begin that are not accuracies. CORE and ChatCORE are centred: 0 is guessing.
-NO_ACCURACY = ("val_bpb", "CORE", "ChatCORE")
-START = "start"  # start.json holds what `reset` noted; no stage has this name
-REPOSITORY = Path(__file__).resolve().parent.parent
-CODE_SUFFIXES = {".py", ".rs", ".toml", ".sh", ".md", ".html", ".js", ".css", ".txt"}
 
 
 class Section(NamedTuple):
@@ -322,6 +284,10 @@ class Section(NamedTuple):
     results: dict[str, Any]
     samples: list[str]
 
+    def as_json(self) -> dict[str, Any]:
+        """The section as its file holds it."""
+        return self._asdict() | {"results": to_json(self.results)}
+
 
 def write_section(
     stage: str,
@@ -333,18 +299,41 @@ def write_section(
 ) -> None:
     """Write the section of `stage`, whole or not at all, on the main rank alone.
 
-    `results` of an evaluation (base_eval, chat_eval_*) are {task: accuracy in 0..1}, and CORE or ChatCORE; those of
-    a trainer may hold "val_bpb" and "folder", that of the run below the base folder. A `name + "_stderr"` is the
-    standard error of `name`. `seconds` is how long the stage took.
+    `results` of an evaluation (base_eval, chat_eval_*) are {task: accuracy in 0..1}, and CORE or
+    ChatCORE; those of a trainer may hold "val_bpb" and "folder", that of the run below the base
+    folder. A Score carries its standard error. `seconds` is how long the stage took.
     """
     assert stage in (START, *STAGES), f"unknown stage {stage}; one of {STAGES}"
     if int(os.environ.get("RANK", 0)) != 0:
         return
-    place = git_revision(), socket.gethostname()
     section = Section(
-        title, time.time(), seconds, *place, dict(settings), dict(results), list(samples)
+        title=title,
+        time=time.time(),
+        seconds=seconds,
+        git=git_revision(),
+        host=socket.gethostname(),
+        settings=dict(settings),
+        results=dict(results),
+        samples=list(samples),
     )
-    write_file(report_dir() / f"{stage}.json", json.dumps(section._asdict(), indent=1, default=str))
+    text = json.dumps(section.as_json(), indent=1, default=str)
+    write_file(report_dir() / f"{stage}.json", text)
+
+
+def to_json(results: Mapping[str, Any]) -> dict[str, Any]:
+    """`results` with each Score as {"value", "stderr"}."""
+    return {n: v._asdict() if isinstance(v, Score) else v for n, v in results.items()}
+
+
+def from_json(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What `to_json` was given; older sections hold the standard error of `x` as `x_stderr`."""
+    values = dict(results)
+    for name, value in results.items():
+        if isinstance(value, dict) and value.keys() == {"value", "stderr"}:
+            values[name] = Score(**value)
+        elif f"{name}_stderr" in results:
+            values[name] = Score(value, values.pop(f"{name}_stderr"))
+    return values
 
 
 def code_size(root: Path = REPOSITORY) -> dict[str, int]:
@@ -395,33 +384,39 @@ def reset() -> None:
 
 
 def read_section(stage: str) -> Section | None:
-    """The section of a stage, None where it has not run. A NaN, which JSON does not know, is a missing number."""
+    """The section of a stage, None where it has not run. A NaN, which JSON does not know, is a
+    missing number.
+    """
     path = report_dir() / f"{stage}.json"
     if not path.is_file():
         return None
     try:
-        return Section(**json.loads(path.read_text("utf-8"), parse_constant=lambda _: None))
-    except (ValueError, TypeError) as error:
+        saved = json.loads(path.read_text("utf-8"), parse_constant=lambda _: None)
+        return Section(**saved | {"results": from_json(saved["results"])})
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it or run its stage again") from None
 
 
 def generate() -> None:
-    """Write the report; what people read also into the working folder. Raises UserError without a section."""
+    """Write the report; what people read also into the working folder. Raises UserError without a
+    section.
+    """
     sections = {stage: section for stage in STAGES if (section := read_section(stage))}
     if not sections:
         raise UserError(f"no stage has reported to {report_dir()}; run `bash runcpu.sh` first")
     start = read_section(START)
     # To the end of the last stage: a report that is generated a day later says the same.
     end = max(section.time for section in sections.values())
+    summary = summarize(sections)
     report = {
         "started": start.time if start else None,
         "total_seconds": end - start.time if start else None,
         "machine": start.results if start else machine(),
         "code": code_size(),
-        "sections": {stage: section._asdict() for stage, section in sections.items()},
-        "summary": summarize(sections),
+        "sections": {stage: section.as_json() for stage, section in sections.items()},
+        "summary": {name: to_json(results) for name, results in summary.items()},
     }
-    chapters = make_chapters(report, sections)
+    chapters = make_chapters(report, sections, summary)
     texts = {"report.md": markdown_page(chapters), "report.html": html_page(chapters)}
     for name, text in texts.items():
         write_file(report_dir() / name, text)
@@ -430,38 +425,37 @@ def generate() -> None:
     print0(f"report: wrote {' and '.join(texts)} here, and with report.json to {report_dir()}")
 
 
-def make_chapters(report: Mapping[str, Any], sections: Mapping[str, Section]) -> list[Chapter]:
+def make_chapters(
+    report: Mapping[str, Any],
+    sections: Mapping[str, Section],
+    summary: Mapping[str, Mapping[str, Any]],
+) -> list[Chapter]:
     """What the report says, in its order."""
     started, seconds = report["started"], report["total_seconds"]
-    began = f"Started {'-' if started is None else format_time(started)}."
-    took = f"Total wall clock time: {'-' if seconds is None else format_seconds(seconds)}"
-    blocks = [
-        facts("Machine", report["machine"]),
-        facts("Size of the code base", report["code"] or {"size": None}),
-    ]
+    began = f"Started {'-' if started is None else format_time(started)}.\n\n"
+    took = f"Total wall clock time: {'-' if seconds is None else format_seconds(seconds)}\n\n"
+    size = facts("Size of the code base", report["code"] or {"size": None})
     return [
-        Chapter("start", "Machine and code", began, blocks),
+        Chapter("start", "Machine and code", began + facts("Machine", report["machine"]) + size),
         *(stage_chapter(stage, section) for stage, section in sections.items()),
-        Chapter("summary", "Summary", took, [summary_table(report["summary"])]),
+        Chapter("summary", "Summary", took + summary_table(summary)),
     ]
 
 
 def stage_chapter(stage: str, section: Section) -> Chapter:
-    """One stage: when and where, then settings, results, charts of its run, and samples."""
+    """One stage: when and where, then results, samples, settings, and charts of its run."""
     took = f", took {format_seconds(section.seconds)}" if section.seconds is not None else ""
-    text = f"{format_time(section.time)} on {section.host}, revision {section.git}{took}."
+    text = f"{format_time(section.time)} on {section.host}, revision {section.git}{took}.\n\n"
     results = section.results
     if stage in {test for _, test in COLUMNS.values()}:
-        rows = score_rows(own_names(results), [results])
-        blocks = [table("Results", ["Task", "Score"], rows)]
+        text += table("Results", ["Task", "Score"], score_rows(results, [results]))
     else:
-        blocks = [facts("Results", results)]
-    if figures := draw_run(read_metrics(base_dir() / results.get("folder", "-")), stage):
-        blocks.append(charts("Charts", figures))
+        text += facts("Results", results)
     if section.samples:
-        blocks.append(samples("Samples", section.samples))
-    blocks.append(facts("Settings", section.settings))
-    return Chapter(stage, section.title, text, blocks)
+        text += samples(section.samples)
+    text += facts("Settings", section.settings)
+    figures = draw_run(read_metrics(base_dir() / results.get("folder", "-")), stage)
+    return Chapter(stage, section.title, text, figures)
 
 
 def summarize(sections: Mapping[str, Section]) -> dict[str, dict[str, Any]]:
@@ -474,9 +468,11 @@ def summarize(sections: Mapping[str, Section]) -> dict[str, dict[str, Any]]:
     return summary
 
 
-def summary_table(summary: Mapping[str, Mapping[str, Any]]) -> Block:
-    """Metric | BASE | MID | SFT | RL, without CORE's tasks, unless a chat model was tested on them too."""
-    base, *chat = map(own_names, summary.values())
+def summary_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    """Metric | BASE | MID | SFT | RL, without CORE's tasks, unless a chat model was tested on them
+    too.
+    """
+    base, *chat = map(list, summary.values())
     if any(name.startswith("CORE") for name in base):
         base = [name for name in base if name.startswith(NO_ACCURACY)]
     names = dict.fromkeys(sum(chat, base))
@@ -487,7 +483,7 @@ def summary_table(summary: Mapping[str, Mapping[str, Any]]) -> Block:
 def score_rows(names: Iterable[str], columns: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """A row for each name, with its score in every column."""
     return [
-        [name, *(show(column, name, not name.startswith(NO_ACCURACY)) for column in columns)]
+        [name, *(show(column.get(name), not name.startswith(NO_ACCURACY)) for column in columns)]
         for name in names
     ]
 

@@ -1,12 +1,13 @@
 """How well a chat model does a task: by the logits of the letters, or by what it writes.
 
-`evaluate_choice` looks at the one position after the prompt: the letter with the highest logit is the
-answer, and only the letters that the row offers compete. `evaluate_generate` lets the engine answer, with
-all items and all samples of the task in flight at once, and the task scores what was said.
-Rank r of n takes the items r, r + n, r + 2n, ...; sums are added up and every rank gets the same result.
+`evaluate_choice` looks at the one position after the prompt: the letter with the highest logit is
+the answer, and only the letters that the row offers compete. `evaluate_generate` lets the engine
+answer, with all items and all samples of the task in flight at once, and the task scores what was
+said. Rank r of n takes the items r, r + n, r + 2n, ...; sums are added up and every rank gets the
+same result.
 
-The choice that would surprise: what the task scores is the text that the model says, not its tool calls
-nor what the tool printed; the records keep all of it.
+The choice that would surprise: what the task scores is the text that the model says, not its tool
+calls nor what the tool printed; the records keep all of it.
 
 B rows, T time, V vocabulary.
 """
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from nanochat.common import UserError, all_reduce_sum, gather, own_part, progress_bar
+from nanochat.core_eval import Score, padded
 from nanochat.engine import Engine, Request, reply_parts
 from nanochat.gpt import GPT
 from nanochat.sampling import derive_seed
@@ -39,8 +41,7 @@ class EvalTask(Protocol):
 class EvalResult:
     """The outcome over all ranks."""
 
-    accuracy: float  # mean score; of several samples per item, the mean over them (pass@1)
-    stderr: float  # of the accuracy, from the spread between items
+    score: Score  # mean over items, of several samples per item over them too (pass@1)
     num: int  # items
     best_of: float  # mean over items of the best sample's score (pass@k for k samples)
     records: list[dict[str, Any]]  # per item: index, scores, the replies, the whole conversation
@@ -75,15 +76,15 @@ def evaluate_choice(
 def next_logits(model: GPT, prompts: Sequence[list[int]]) -> torch.Tensor:
     """(B, V) fp32 logits after each prompt, on the CPU.
 
-    Read through a cache, which gives the logits of each row's last token only: those of all tokens would
-    take B * T * V floats.
+    Read through a cache, which gives the logits of each row's last token only: those of all tokens
+    would take B * T * V floats.
     """
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
     cache = model.make_cache(len(prompts), longest)
-    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])  # (B, T)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    return model(ids.to(device), cache=cache, num_new=lengths, last_only=True)[:, 0].cpu()
+    ids = padded(prompts).to(device)  # (B, T)
+    return model(ids, cache=cache, num_new=lengths, last_only=True)[:, 0].cpu()
 
 
 def evaluate_generate(
@@ -96,9 +97,11 @@ def evaluate_generate(
     seed: int = 0,
     max_problems: int | None = None,
 ) -> EvalResult:
-    """Let the model answer every item `num_samples` times, all in flight at once, and score what it says.
+    """Let the model answer every item `num_samples` times, all in flight at once, and score what it
+    says.
 
-    At most half the context is kept for the reply; a prompt longer than the rest loses its beginning.
+    At most half the context is kept for the reply; a prompt longer than the rest loses its
+    beginning.
     """
     items = {index: task[index] for index in _own_items(task, max_problems)}
     max_tokens = min(max_tokens, engine.max_len // 2)
@@ -165,8 +168,7 @@ def _reduce(records: list[dict[str, Any]], device: torch.device) -> EvalResult:
     accuracy = total / count
     spread = max(0.0, squares / count - accuracy**2)
     return EvalResult(
-        accuracy=accuracy,
-        stderr=math.sqrt(spread / max(count - 1, 1)),
+        score=Score(accuracy, math.sqrt(spread / max(count - 1, 1))),
         num=int(count),
         best_of=total_best / count,
         records=sorted(gather(records), key=lambda record: record["index"]),

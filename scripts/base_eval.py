@@ -1,13 +1,14 @@
-"""Examine a base model: the CORE metric over 22 few-shot tasks, or the primer's multiple choice.
+"""Evaluate a base model: the CORE metric over 22 few-shot tasks, or the primer's multiple choice.
 
     python -m scripts.base_eval                                        # one GPU
     torchrun --nproc_per_node=8 -m scripts.base_eval                   # eight
     python -m scripts.base_eval --max_per_task 100                     # laptop
-    python -m scripts.base_eval -a primer-choice                       # a model of the primer, offline
-    python -m scripts.base_eval --hf_path openai-community/gpt2        # a causal model of transformers
+    python -m scripts.base_eval -a primer-choice                       # the primer's, offline
+    python -m scripts.base_eval --hf_path openai-community/gpt2        # a model of transformers
 
 reads: base/<model tag>/, the eval bundle (--eval_bundle, NANOCHAT_EVAL_BUNDLE, or downloaded once)
-writes: base/<model tag>/base_eval.jsonl (one item a line), report/base_eval.json; for a model of another stage
+writes: base/<model tag>/base_eval.jsonl (one item a line), report/base_eval.json; for a model of
+another stage
     or of transformers <stage>/<model tag>/ or hf/<name>/base_eval.jsonl only
 """
 
@@ -39,13 +40,16 @@ from nanochat.core_eval import (
     CORE_TASKS,
     CoreTask,
     GPTReader,
+    Score,
+    TaskResult,
+    centered_mean,
     core_score,
     evaluate,
     find_bundle,
     load_tasks,
     padded,
 )
-from nanochat.report import write_section
+from nanochat.report import show, write_section
 from tasks.mixtures import build_task
 
 PRIMER = "primer-choice"
@@ -134,7 +138,9 @@ def main(cfg: Config) -> None:
         reader = GPTReader(model, tokenizer, cfg.batch_size)
         settings = settings | {"model_tag": meta["model_tag"], "step": meta["step"]}
         folder = run_dir(cfg.source, meta["model_tag"])
-    results, figures, lines = [], {}, []
+    results: list[TaskResult] = []
+    figures: dict[str, Score] = {}
+    lines: list[str] = []
     for task in tasks:
         try:
             result = evaluate(reader, task, cfg.batch_size, cfg.max_per_task)
@@ -142,16 +148,15 @@ def main(cfg: Config) -> None:
             kind = UserError if isinstance(error, UserError) else RuntimeError
             raise kind(f"task {task.label} failed: {error}") from error
         results.append(result)
-        figures |= {task.label: result.accuracy, f"{task.label}_stderr": result.stderr}
-        percent = (
-            f"{100 * result.accuracy:.1f} % ± {100 * result.stderr:.1f} of {len(result.records)}"
-        )
-        lines.append(f"{task.label}: {percent}, centred {result.centred:.4f}")
+        figures[task.label] = result.score
+        centered = centered_mean([result.score], [task.baseline])
+        accuracy = f"{show(result.score, percent=True)} of {len(result.records)}"
+        lines.append(f"{task.label}: {accuracy}, centered {centered.value:.4f}")
         print0(lines[-1])
     if core := [result for result in results if result.task.label in CORE_TASKS]:
-        name, value, stderr = core_score(core)
-        figures |= {name: value, f"{name}_stderr": stderr}
-        lines.append(f"{name}: {value:.4f} ± {stderr:.4f}")
+        name, score = core_score(core)
+        figures[name] = score
+        lines.append(f"{name}: {show(score)}")
         print0(lines[-1])
     if runtime.is_main:
         rows = [json.dumps(record) for result in results for record in result.records]

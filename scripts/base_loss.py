@@ -1,4 +1,5 @@
-"""Measure a base model: bits per byte of training and validation text, and how it continues fixed prompts.
+"""Measure a base model: bits per byte of training and validation text, and how it continues fixed
+prompts.
 
     python -m scripts.base_loss                                        # one GPU
     torchrun --nproc_per_node=8 -m scripts.base_loss                   # eight

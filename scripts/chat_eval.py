@@ -1,21 +1,22 @@
-"""Examine a chat model: accuracy with its standard error on every task, and a record of every reply.
+"""Evaluate a chat model: accuracy with its standard error on every task, and a record of every
+reply.
 
     python -m scripts.chat_eval -i sft                                          # one GPU, ChatCORE
     torchrun --nproc_per_node=8 -m scripts.chat_eval -i sft                     # eight
     python -m scripts.chat_eval -i rl -a 'ARC-Easy|GSM8K' --max_problems 50
     python -m scripts.chat_eval -i rl -a 'primer-choice|primer-exact'           # laptop
 
-Choices are read off the logits of their letters; everything else is generated, all replies of a task in
-flight at once. With --num_samples above 1 the accuracy is the mean over the samples (pass@1), and the share
-of problems that any sample solves is given beside it (pass@k). ChatCORE is the mean of the six tasks' accuracies
-once chance is taken out of them: 0 is guessing, 1 is everything right.
+Choices are read off the logits of their letters; everything else is generated, all replies of a
+task in flight at once. With --num_samples above 1 the accuracy is the mean over the samples
+(pass@1), and the share of problems that any sample solves is given beside it (pass@k). ChatCORE is
+the mean of the six tasks' accuracies once chance is taken out of them: 0 is guessing, 1 is
+everything right.
 
 reads: <source>/<model tag>/, the tasks' data sets
 writes: <source>/<model tag>/chat_eval_<task>.jsonl, report/chat_eval_<source>.json
 """
 
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,9 @@ from nanochat.common import (
     set_up,
     write_file,
 )
+from nanochat.core_eval import Score, centered_mean
 from nanochat.engine import Engine
-from nanochat.report import write_section
+from nanochat.report import show, write_section
 from nanochat.sandbox import isolation
 from nanochat.task_eval import EvalResult, evaluate_choice, evaluate_generate
 from tasks.common import Task
@@ -66,7 +68,7 @@ class Config:
 
 
 def choose_tasks(cfg: Config) -> dict[str, Task]:
-    """The tasks asked for; HumanEval is left out, with the reason, where its programs cannot be isolated."""
+    """The tasks asked for; HumanEval is left out, with the reason, where nothing isolates its programs."""
     names = cfg.tasks.split("|") if cfg.tasks else list(CHAT_CORE)
     reason = None if cfg.allow_unsafe_exec or "HumanEval" not in names else isolation()
     if reason:
@@ -83,25 +85,33 @@ def choose_tasks(cfg: Config) -> dict[str, Task]:
 def evaluate(cfg: Config, engine: Engine, task: Task) -> EvalResult:
     """The result of one task, of whichever kind it is."""
     if task.kind == "choice":
-        model, tokenizer = engine.model, engine.tokenizer
-        return evaluate_choice(model, tokenizer, task, cfg.batch_size, cfg.max_problems)
-    sampling = (cfg.num_samples, cfg.max_tokens, cfg.temperature, cfg.seed)
-    return evaluate_generate(engine, engine.tokenizer, task, *sampling, cfg.max_problems)
+        return evaluate_choice(
+            engine.model,
+            engine.tokenizer,
+            task,
+            batch_size=cfg.batch_size,
+            max_problems=cfg.max_problems,
+        )
+    return evaluate_generate(
+        engine,
+        engine.tokenizer,
+        task,
+        num_samples=cfg.num_samples,
+        max_tokens=cfg.max_tokens,
+        temperature=cfg.temperature,
+        seed=cfg.seed,
+        max_problems=cfg.max_problems,
+    )
 
 
-def chat_core(tasks: dict[str, Task], results: dict[str, float]) -> dict[str, float]:
-    """ChatCORE and its standard error; `ChatCORE (5 of 6)` where one task is missing, nothing from two on."""
+def chat_core(tasks: dict[str, Task], scores: dict[str, Score]) -> dict[str, Score]:
+    """{"ChatCORE": ...}; `ChatCORE (5 of 6)` where one task is missing, nothing from two on."""
     names = [name for name in CHAT_CORE if name in tasks]
     if len(names) < len(CHAT_CORE) - 1:
         return {}
     label = "ChatCORE" if len(names) == len(CHAT_CORE) else f"ChatCORE ({len(names)} of 6)"
-    rooms = [1 - tasks[name].baseline for name in names]  # between chance and everything right
-    centred = [1 - (1 - results[name]) / room for name, room in zip(names, rooms, strict=True)]
-    errors = [results[f"{name}_stderr"] / room for name, room in zip(names, rooms, strict=True)]
-    return {
-        label: sum(centred) / len(names),
-        f"{label}_stderr": math.hypot(*errors) / len(names),
-    }
+    chosen = [scores[name] for name in names]
+    return {label: centered_mean(chosen, [tasks[name].baseline for name in names])}
 
 
 def sample_of(record: dict[str, Any]) -> str:
@@ -124,12 +134,12 @@ def main(cfg: Config) -> None:
     model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
     engine = Engine(model, tokenizer, num_slots=cfg.batch_size, prefix_reuse=False)
     run = run_dir(cfg.source, meta["model_tag"])
-    results: dict[str, float] = {}
+    results: dict[str, Any] = {}
     samples = []
     for name, task in tasks.items():
         result = evaluate(cfg, engine, task)
-        results |= {name: result.accuracy, f"{name}_stderr": result.stderr}
-        line = f"{name}: {100 * result.accuracy:.1f} % ± {100 * result.stderr:.1f} of {result.num}"
+        results[name] = result.score
+        line = f"{name}: {show(result.score, percent=True)} of {result.num}"
         if task.kind != "choice" and cfg.num_samples > 1:
             results[f"{name} pass@{cfg.num_samples}"] = result.best_of
             line += f", pass@{cfg.num_samples} {100 * result.best_of:.1f} %"
@@ -138,9 +148,8 @@ def main(cfg: Config) -> None:
         if runtime.is_main:
             rows = [json.dumps({"step": meta["step"], **record}) for record in result.records]
             write_file(run / f"chat_eval_{name}.jsonl", "\n".join(rows) + "\n")
-    for name, value in (core := chat_core(tasks, results)).items():
-        if not name.endswith("_stderr"):
-            print0(f"{name}: {value:.4f} ± {core[f'{name}_stderr']:.4f}")
+    for name, score in (core := chat_core(tasks, results)).items():
+        print0(f"{name}: {show(score)}")
     title = f"Chat evaluation of {cfg.source.upper()}"
     settings = vars(cfg) | {"model_tag": meta["model_tag"], "step": meta["step"]}
     seconds = time.perf_counter() - begin

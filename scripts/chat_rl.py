@@ -173,7 +173,7 @@ def examine(cfg: Config, engine: Engine, held_out: Task) -> dict[str, float]:
     sampling = (num, cfg.max_tokens, cfg.temperature if sampled else 0.0, cfg.seed)
     result = evaluate_generate(engine, engine.tokenizer, held_out, *sampling, cfg.eval_problems)
     best = {f"pass_at_{num}": result.best_of} if sampled else {}
-    return {"accuracy": result.accuracy, "accuracy_stderr": result.stderr, **best}
+    return {"accuracy": result.score.value, "accuracy_stderr": result.score.stderr, **best}
 
 
 def summarize(groups: Sequence[Sequence[Rollout]], device: torch.device) -> dict[str, float]:

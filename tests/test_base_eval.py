@@ -62,15 +62,16 @@ def test_core_is_recorded_and_reported(bundle: str, capsys: pytest.CaptureFixtur
         if record["task"] != "lambada_openai":
             assert record["prediction"] == record["losses"].index(min(record["losses"]))
     section = json.loads((report_dir() / "base_eval.json").read_text())
-    results, centred = section["results"], []
+    results, centered = section["results"], []
     for name, guessing in (("copa", 0.5), ("lambada_openai", 0.0), ("winograd", 0.5)):
         right = [record["correct"] for record in records if record["task"] == name]
         accuracy = sum(right) / 4
-        assert results[name] == accuracy
-        assert results[f"{name}_stderr"] == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 3))
-        centred.append((accuracy - guessing) / (1 - guessing))
-    assert results["CORE (3 of 22)"] == pytest.approx(sum(centred) / 3)
-    assert "CORE (3 of 22)_stderr" in results and "CORE" not in results
+        assert results[name]["value"] == accuracy
+        error = math.sqrt(accuracy * (1 - accuracy) / 3)
+        assert results[name]["stderr"] == pytest.approx(error)
+        centered.append((accuracy - guessing) / (1 - guessing))
+    assert results["CORE (3 of 22)"]["value"] == pytest.approx(sum(centered) / 3)
+    assert results["CORE (3 of 22)"]["stderr"] > 0 and "CORE" not in results
     assert section["settings"]["step"] == 5 and section["seconds"] > 0
     said = capsys.readouterr().out
     assert "squad" in said and section["samples"][0] in said  # the missing, then the table
@@ -85,8 +86,10 @@ def test_one_item_of_some_tasks_and_the_quiz_of_the_primer(bundle: str) -> None:
     records, quiz = read_records(folder), build_task("primer-choice")
     assert [record["gold"] for record in records] == [row["gold"] for row in quiz]
     results = json.loads((report_dir() / "base_eval.json").read_text())["results"]
-    assert results.keys() == {"primer-choice", "primer-choice_stderr"}
-    assert results["primer-choice"] == sum(record["correct"] for record in records) / len(quiz)
+    assert results.keys() == {"primer-choice"}
+    assert results["primer-choice"]["value"] == sum(record["correct"] for record in records) / len(
+        quiz
+    )
 
 
 REFUSED = {

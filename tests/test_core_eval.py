@@ -333,14 +333,16 @@ def result_of(label: str, baseline: float, num_right: int, num: int) -> TaskResu
     return TaskResult(CoreTask(label, "schema", [], baseline), records)
 
 
-def test_core_is_the_mean_of_centred_accuracies() -> None:
+def test_core_is_the_mean_of_centered_accuracies() -> None:
     results = [result_of("copa", 0.5, 75, 100), result_of("squad", 0.0, 10, 100)]
-    assert [result.centred for result in results] == pytest.approx([0.5, 0.1])
     errors = [math.sqrt(0.75 * 0.25 / 99), math.sqrt(0.1 * 0.9 / 99)]
-    assert [result.stderr for result in results] == pytest.approx(errors)
-    name, value, stderr = core_score(results)
-    assert (name, value) == ("CORE (2 of 22)", pytest.approx(0.3))
-    assert stderr == pytest.approx(math.hypot(errors[0] / 0.5, errors[1]) / 2)
+    assert [result.score for result in results] == [
+        (0.75, pytest.approx(errors[0])),
+        (0.1, pytest.approx(errors[1])),
+    ]
+    name, score = core_score(results)
+    assert (name, score.value) == ("CORE (2 of 22)", pytest.approx((0.5 + 0.1) / 2))
+    assert score.stderr == pytest.approx(math.hypot(errors[0] / 0.5, errors[1]) / 2)
     all_of_them = [result_of(label, 0.25, 1, 1) for label in CORE_TASKS]
-    assert core_score(all_of_them) == ("CORE", pytest.approx(1.0), 0.0)
+    assert core_score(all_of_them) == ("CORE", (pytest.approx(1.0), 0.0))
     assert core_score(all_of_them[1:])[0] == "CORE (21 of 22)"

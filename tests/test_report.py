@@ -1,14 +1,22 @@
-"""The report card: sections, the summary table, report.json, fences, the size of the code base."""
+"""The report card: sections, tables, report.json, the page that nothing can act in, the charts."""
 
+import ast
 import json
+import math
+import re
 import subprocess
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 
+import numpy as np
 import pytest
 
 from nanochat import report
-from nanochat.common import UserError, report_dir
-from nanochat.report import format_value
+from nanochat.common import UserError, base_dir, report_dir
+from nanochat.core_eval import Score
+from nanochat.report import MAX_POINTS, Chapter, draw_run, format_value, html_page, samples
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +56,8 @@ def test_report_lists_stages_in_pipeline_order_and_ends_with_table_and_time(fold
 def test_summary_table_fills_what_was_measured_and_dashes_the_rest() -> None:
     section("base_train", {"val_bpb": 2.5})
     section("base_loss", {"val_bpb": 1.25})
-    section("base_eval", {"quiz": 0.25, "quiz_stderr": 0.021})
-    section("chat_eval_sft", {"quiz": 0.875, "quiz_stderr": 0.0125, "sums": 1.0})
+    section("base_eval", {"quiz": Score(0.25, 0.021)})
+    section("chat_eval_sft", {"quiz": Score(0.875, 0.0125), "sums": 1.0})
     report.generate()
     assert table_rows() == {
         "Metric": ["BASE", "MID", "SFT", "RL"],
@@ -141,9 +149,9 @@ def test_one_stage_alone_makes_a_report(stage: str) -> None:
     }
 
 
-def test_centred_means_stand_first_and_core_keeps_its_tasks_to_itself() -> None:
-    core = {"copa": 0.6, "copa_stderr": 0.049, "both": 0.5, "CORE (21 of 22)": 0.2219}
-    section("base_eval", core | {"CORE (21 of 22)_stderr": 0.00312})
+def test_centered_means_stand_first_and_core_keeps_its_tasks_to_itself() -> None:
+    core = {"copa": Score(0.6, 0.049), "both": 0.5, "CORE (21 of 22)": Score(0.2219, 0.00312)}
+    section("base_eval", core)
     section("chat_eval_rl", {"both": 0.75, "GSM8K": 0.031, "ChatCORE": -0.02})
     report.generate()
     assert list(table_rows().items())[2:] == [
@@ -160,7 +168,7 @@ def test_centred_means_stand_first_and_core_keeps_its_tasks_to_itself() -> None:
 def test_report_json_holds_what_the_sections_hold() -> None:
     report.reset()
     section("base_train", {"val_bpb": 2.5}, samples=["a\nb"], seconds=3.5)
-    section("chat_eval_sft", {"quiz": 0.875, "quiz_stderr": 0.0125})
+    section("chat_eval_sft", {"quiz": Score(0.875, 0.0125)})
     report.generate()
     found = json.loads((report_dir() / "report.json").read_text())
     assert list(found) == ["started", "total_seconds", "machine", "code", "sections", "summary"]
@@ -171,7 +179,7 @@ def test_report_json_holds_what_the_sections_hold() -> None:
     assert found["summary"] == {
         "BASE": {"val_bpb": 2.5},
         "MID": {"val_bpb": None},
-        "SFT": {"val_bpb": None, "quiz": 0.875, "quiz_stderr": 0.0125},
+        "SFT": {"val_bpb": None, "quiz": {"value": 0.875, "stderr": 0.0125}},
         "RL": {"val_bpb": None},
     }
     last = found["sections"]["chat_eval_sft"]["time"]
@@ -187,7 +195,8 @@ def test_what_is_not_a_number_is_missing_for_people_and_null_for_programs() -> N
     assert strict["sections"]["base_train"]["results"]["loss"] is None
 
 
-def test_a_standard_error_joins_its_value() -> None:
+def test_an_older_section_names_its_standard_errors() -> None:
+    """As runs before this report wrote them: `x_stderr` beside `x`."""
     section("chat_rl", {"accuracy": 0.5, "accuracy_stderr": 0.0441, "alone_stderr": 2})
     report.generate()
     text = Path("report.md").read_text()
@@ -241,3 +250,319 @@ def test_code_size_outside_git_is_unknown(tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_values_print_short(value: object, text: str) -> None:
     assert format_value(value) == text
+
+
+# The page: html.parser reads it back.
+
+HOSTILE = (
+    "</pre><script>alert(1)</script><img src=\"https://x.test/a.png\" onerror='f()'>&lt;&amp; <!--"
+)
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+SVG_NAMESPACES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+
+
+class Page(HTMLParser):
+    """A page read back: its elements, its texts by tag, and the rows of its tables."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len({name for name, _ in attrs}) == len(attrs), f"an attribute twice in {tag}"
+        self.elements.append((tag, dict(attrs)))
+        self.texts.setdefault(tag, []).append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data: str) -> None:
+        for tag in set(self.open):
+            self.texts[tag][-1] += data
+
+    def attributes(self, *names: str) -> list[str]:
+        return [
+            value or ""
+            for _, found in self.elements
+            for name, value in found.items()
+            if name in names
+        ]
+
+
+def write_sections() -> None:
+    """A run with hostile texts everywhere and the metrics of two trainings."""
+    for stage, kind in (("base_train", "base"), ("chat_rl", "rl")):
+        folder = base_dir() / kind / "d2"
+        folder.mkdir(parents=True)
+        for step in range(1, 6):
+            figures = {
+                "step": step,
+                "tokens": step,
+                "seconds": step,
+                "loss": 5 / step,
+                "lrm": 1 / step,
+            }
+            if kind == "rl":
+                figures |= {"reward": 0.1 * step, "accuracy": 0.5, "accuracy_stderr": 0.1}
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(figures) + "\n")
+        results = {"folder": f"{kind}/d2", HOSTILE: HOSTILE, "loss": 1.0}
+        report.write_section(stage, stage, {"data": HOSTILE}, results, [HOSTILE, "plain"])
+    scores = {"quiz": Score(0.875, 0.0125), HOSTILE: 0.5, "skipped": HOSTILE}
+    report.write_section("chat_eval_rl", HOSTILE, {}, scores)
+    report.write_section("mid_train", "Without metrics.jsonl", {}, {"folder": "mid/none"})
+
+
+@pytest.fixture(scope="module")
+def report_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with the report of such a run."""
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder / "base"))
+        patch.delenv("RANK", raising=False)
+        patch.chdir(folder)
+        report.reset()
+        write_sections()
+        report.generate()
+    return folder
+
+
+@pytest.fixture
+def page(report_folder: Path) -> Page:
+    return Page((report_folder / "report.html").read_text())
+
+
+def test_elements_are_closed_and_ids_are_unique(page: Page) -> None:
+    assert page.open == []
+    ids = page.attributes("id")
+    assert len(ids) == len(set(ids)) > 20
+
+
+def test_the_page_needs_nothing_else(page: Page) -> None:
+    assert not {tag for tag, _ in page.elements} & {
+        "script", "link", "img", "image", "iframe", "object", "embed", "base", "form", "video", "audio",
+    }  # fmt: skip
+    ids = set(page.attributes("id"))
+    references = page.attributes("href", "xlink:href", "src", "srcset", "action", "data")
+    assert references and {name[1:] for name in references if name[0] == "#"} <= ids
+    assert all(name[0] == "#" for name in references)
+    urls = [url for _, found in page.elements for url in re.findall(r"url\(([^)]*)\)", str(found))]
+    assert urls and {url[1:] for url in urls} <= ids
+    style = "".join(page.texts["style"])
+    assert "url(" not in style and "@import" not in style and "//" not in style
+    for tag, found in page.elements:
+        assert not [name for name in found if name.startswith("on")]
+        if tag != "meta":
+            outside = [value for value in found.values() if value and "//" in value]
+            assert set(outside) <= SVG_NAMESPACES | {HOSTILE}
+
+
+def test_the_browser_is_told_to_fetch_nothing(page: Page) -> None:
+    metas = [found for tag, found in page.elements if tag == "meta"]
+    policy = next(m["content"] for m in metas if m.get("http-equiv") == "Content-Security-Policy")
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_hostile_text_reads_as_it_was_written(page: Page) -> None:
+    assert [text.rstrip("\n") for text in page.texts["pre"]] == [HOSTILE, "plain"] * 2
+    items = [text for text in page.texts["li"] if HOSTILE in text]
+    assert items.count(f"data: {HOSTILE}") == 2 and items.count(f"{HOSTILE}: {HOSTILE}") == 2
+    assert page.texts["td"].count(HOSTILE) == 4 and HOSTILE in page.texts["h2"]
+
+
+def test_contents_lead_to_the_chapters_summary_first(page: Page) -> None:
+    anchors = [name[1:] for name in page.attributes("href")]
+    chapters = ["summary", "start", "base_train", "mid_train", "chat_rl", "chat_eval_rl"]
+    assert anchors[: len(chapters)] == chapters
+    assert [found["id"] for tag, found in page.elements if tag == "h2"] == chapters
+    assert (
+        page.texts["h1"] == ["nanochat report"]
+        and page.texts["li"][: len(chapters)] == page.texts["h2"]
+    )
+
+
+def test_tables_hold_the_numbers_of_the_sections(page: Page, report_folder: Path) -> None:
+    rows = [text.split("\n") for text in page.texts["tr"] if "quiz" in text]
+    cells = [[cell for cell in row if cell] for row in rows]
+    assert cells == [["quiz", "-", "-", "-", "87.5 % ± 1.2"], ["quiz", "87.5 % ± 1.2"]]
+    markdown = (report_folder / "report.md").read_text().splitlines()
+    assert [line for line in markdown if line.startswith("| quiz")] == [
+        "| quiz | 87.5 % ± 1.2 |",
+        "| quiz | - | - | - | 87.5 % ± 1.2 |",
+    ]
+
+
+def test_charts_are_named_and_left_out_without_metrics(page: Page) -> None:
+    labels = [found["aria-label"] for tag, found in page.elements if tag == "svg"]
+    assert labels[1:] == [  # after the logo
+        "Loss over tokens, from 5.0000 to 1.0000",
+        "Loss over time, from 5.0000 to 1.0000",
+        "Learning rate multiplier over steps, from 1.0000 to 0.2000",
+        "Reward over steps, from 0.1000 to 0.5000",
+        "Held-out accuracy over steps, from 50.0 % to 50.0 %",
+        "Learning rate multiplier over steps, from 1.0000 to 0.2000",
+    ]
+    assert all(found["role"] == "img" for tag, found in page.elements if tag == "svg")
+    assert page.texts["figcaption"][0] == "Loss over tokens 1.0000"
+
+
+def test_style_sheet_has_every_variable_that_is_used() -> None:
+    style = (Path(report.__file__).parent / "ui/report.css").read_text()
+    plots = (Path(report.__file__).parent / "report.py").read_text()
+    light, dark = (set(re.findall(r"(--\w+):", part)) for part in style.split("@media screen"))
+    used = set(re.findall(r"var\((--\w+)\)", style)) | {
+        f"--{name}" for name in re.findall(r'\("(\w+)", [A-Z]+\)', plots)
+    }
+    assert used == light and light - dark == {"--mark"}  # amber does for both
+
+
+def test_chapters_without_content_are_sound() -> None:
+    page = Page(html_page([Chapter("a", "A", ""), Chapter("b", "B", samples([]))]))
+    assert page.open == [] and page.texts["h2"] == ["B", "A"]
+
+
+# The charts: the points of the SVG are those of the records.
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def training(num_steps: int) -> list[dict[str, float]]:
+    """Records as a trainer writes them; validated at the first and every tenth step."""
+    records = [{"step": 0, "tokens": 0, "seconds": 0.0, "val_bpb": 3.5}]
+    for step in range(1, num_steps + 1):
+        records.append({
+            "step": step, "tokens": 4096 * step, "seconds": 40.0 * step, "loss": 2 + 5 / step + math.sin(step),
+            "lrm": 1 - step / num_steps, "tok_per_second": 4e6 + step, "mfu": 0.5,
+        })  # fmt: skip
+        if step % 10 == 0:
+            records[-1]["val_bpb"] = 1 + 1 / step
+    return records
+
+
+def reinforcement(num_steps: int) -> list[dict[str, float]]:
+    return [
+        {"step": step, "tokens": step, "seconds": step, "loss": -0.1, "reward": step / 10}
+        | ({"accuracy": 0.4 + step / 50, "accuracy_stderr": 0.04} if step % 2 == 0 else {})
+        for step in range(1, num_steps + 1)
+    ]
+
+
+def element(figure: str, name: str) -> ET.Element:
+    """The group of the chart whose id ends in `name`."""
+    root = ET.fromstring(figure)
+    return next(group for group in root.iter(f"{SVG}g") if group.get("id", "").endswith(name))
+
+
+def curve_points(figure: str) -> np.ndarray:
+    """(N, 2) places of the curve's points in the chart's units."""
+    path = element(figure, "-curve").find(f"{SVG}path")
+    assert path is not None
+    return np.array(
+        [pair.split() for pair in re.findall(r"[ML] ([^ML]+)", path.get("d", ""))], float
+    )
+
+
+def assert_affine(drawn: np.ndarray, true: list[float]) -> None:
+    """`drawn` is `true`, moved and scaled, up to the six decimals of the SVG."""
+    scale, offset = np.polyfit(true, drawn, 1)
+    assert np.allclose(scale * np.array(true) + offset, drawn, atol=1e-4)
+
+
+def test_every_point_is_where_its_record_says() -> None:
+    records = training(60)
+    figures = draw_run(records, "base_train")
+    assert len(figures) == 7
+    for title, over, key in (
+        ("Loss over tokens", "tokens", "loss"),
+        ("Validation bits per byte over time", "seconds", "val_bpb"),
+        ("Learning rate multiplier over steps", "step", "lrm"),
+    ):
+        points = curve_points(figures[title])
+        rows = [record for record in records if key in record]
+        assert len(points) == len(rows) == (7 if key == "val_bpb" else 60)
+        assert_affine(points[:, 0], [row[over] for row in rows])
+        assert_affine(-points[:, 1], [row[key] for row in rows])
+
+
+def test_a_long_run_is_drawn_as_means_of_stretches() -> None:
+    records = training(2 * MAX_POINTS)
+    points = curve_points(draw_run(records, "base_train")["Loss over tokens"])
+    losses = [record["loss"] for record in records[1:]]
+    assert len(points) == MAX_POINTS
+    assert_affine(-points[:, 1], [fmean(losses[i : i + 2]) for i in range(0, len(losses), 2)])
+
+
+def test_the_same_numbers_give_the_same_bytes() -> None:
+    assert draw_run(training(12), "base_train") == draw_run(training(12), "base_train")
+
+
+def test_two_runs_share_no_id() -> None:
+    found = [
+        re.findall(r' id="([^"]*)"', "".join(draw_run(training(3), name).values()))
+        for name in ("mid_train", "chat_sft")
+    ]
+    assert len(set(found[0] + found[1])) == len(found[0]) + len(found[1])
+
+
+def test_reinforcement_shows_rewards_and_accuracy_with_its_error_instead_of_the_loss() -> None:
+    figures = draw_run(reinforcement(8), "chat_rl")
+    assert list(figures) == ["Reward over steps", "Held-out accuracy over steps"]
+    accuracy = figures["Held-out accuracy over steps"]
+    points = curve_points(accuracy)
+    bars = [path.get("d", "") for path in element(accuracy, "-errors").iter(f"{SVG}path")]
+    ends = np.array([re.findall(r"[ML] (\S+) (\S+)", bar) for bar in bars], float)  # (N, 2, 2)
+    assert len(points) == len(ends) == 4
+    assert np.allclose(ends.mean(axis=1), points, atol=1e-4)
+    # An error of .04 is as long as the way from one point to the next, which is .04 higher.
+    assert np.allclose(np.ptp(ends[:, :, 1], axis=1) / 2, points[0, 1] - points[1, 1], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "units"), [(1, "seconds"), (60, "minutes"), (100, "hours"), (300, "hours")]
+)
+def test_time_is_told_in_the_largest_unit_that_fits(num_steps: int, units: str) -> None:
+    texts = [
+        text.text
+        for text in ET.fromstring(draw_run(training(num_steps), "x")["Loss over time"]).iter(
+            f"{SVG}text"
+        )
+    ]
+    assert texts.count(units) == 1
+
+
+def test_charts_are_left_out_where_there_are_no_numbers() -> None:
+    assert draw_run([], "base_train") == {}
+    assert list(draw_run(training(0), "x")) == [
+        "Validation bits per byte over tokens",
+        "Validation bits per byte over time",
+    ]
+
+
+def test_a_diverged_run_is_drawn_up_to_where_it_diverged() -> None:
+    records = training(5)
+    records[-1]["loss"] = math.nan
+    figure = draw_run(records, "x")["Loss over tokens"]
+    assert len(curve_points(figure)) == 4 and "to nan" in figure
+
+
+def test_colours_are_those_of_the_page_and_text_is_text() -> None:
+    figure = draw_run(training(20), "x")["Loss over tokens"]
+    assert not re.findall(r"(?:fill|stroke): #", figure)
+    assert {"var(--ink)", "var(--rule)", "var(--line)"} == set(re.findall(r"var\(--\w+\)", figure))
+    assert "million tokens" not in figure and ">tokens</text>" in figure
+
+
+def test_matplotlib_is_not_loaded_with_the_module() -> None:
+    """`report reset` does not draw, and should not wait for a second."""
+    tree = ast.parse(Path(report.__file__).read_text())
+    top = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert top and not [line for line in top if "matplotlib" in line]

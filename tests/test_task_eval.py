@@ -107,8 +107,8 @@ def test_choice_equals_one_at_a_time(batch_size: int, context: int) -> None:
     scores = [task.score(task[i], letter) for i, letter in enumerate(letters)]
     assert [record["replies"] for record in result.records] == [[letter] for letter in letters]
     assert [record["index"] for record in result.records] == list(range(20))
-    assert result.num == 20 and result.accuracy == pytest.approx(sum(scores) / 20)
-    assert result.stderr == pytest.approx(statistics.stdev(scores) / 20**0.5)
+    assert result.num == 20 and result.score.value == pytest.approx(sum(scores) / 20)
+    assert result.score.stderr == pytest.approx(statistics.stdev(scores) / 20**0.5)
 
 
 def test_generate_scores_what_is_said_after_the_tool() -> None:
@@ -117,7 +117,9 @@ def test_generate_scores_what_is_said_after_the_tool() -> None:
     result = evaluate_generate(
         Engine(model, TOKENIZER, num_slots=3), TOKENIZER, task, max_tokens=20
     )
-    assert result.accuracy == result.best_of == 1 and result.stderr == 0 and result.num == 4
+    assert (
+        result.score.value == result.best_of == 1 and result.score.stderr == 0 and result.num == 4
+    )
     assert result.records[2]["replies"] == [task[2]["messages"][1]["content"]]
     assert result.records[2]["conversation"] == task[2]
 
@@ -135,7 +137,7 @@ def test_several_samples_per_item() -> None:
     result = evaluate_generate(engine, TOKENIZER, Luck(6), **options, seed=1)
     scores = [record["scores"] for record in result.records]
     assert all(len(own) == 5 for own in scores)
-    assert result.accuracy == pytest.approx(statistics.mean(map(statistics.mean, scores)))
+    assert result.score.value == pytest.approx(statistics.mean(map(statistics.mean, scores)))
     assert result.best_of == pytest.approx(statistics.mean(map(max, scores)))
     replies = [record["replies"] for record in result.records]
     again = evaluate_generate(engine, TOKENIZER, Luck(6), **options, seed=1)
@@ -165,7 +167,9 @@ def evaluate_on_rank(rank: int, world_size: int, address: str, results: Any) -> 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
     result = evaluate_choice(random_model(), TOKENIZER, Letters(7), batch_size=2)
-    results.put((result.accuracy, result.stderr, [record["replies"] for record in result.records]))
+    results.put(
+        (result.score.value, result.score.stderr, [record["replies"] for record in result.records])
+    )
     dist.destroy_process_group()
 
 
@@ -183,5 +187,5 @@ def test_two_ranks_find_what_one_does(tmp_path: Any) -> None:
         assert process.exitcode == 0
     for _ in range(2):
         accuracy, stderr, replies = results.get()
-        assert (accuracy, stderr) == pytest.approx((one.accuracy, one.stderr))
+        assert (accuracy, stderr) == pytest.approx((one.score.value, one.score.stderr))
         assert replies == [record["replies"] for record in one.records]

@@ -1,22 +1,22 @@
 """nanochat: a ChatGPT-like model of your own, from the first byte to the last reply.
 
-The map, in pipeline order. A module imports only from modules above it, and `dataset` alone from the
-package `primer`, the embedded world. `tasks` import from all of these, `scripts` from both.
+The map, in pipeline order. A module imports only from modules above it, and `dataset` alone from
+the package `primer`, the embedded world. `tasks` import from all of these, `scripts` from both.
 tests/test_layout.py reads this list and holds the order.
 
     common         folders, whole-file writes, user errors; device, ranks, seeds; how a script starts
-    tokenizer      text <-> ids; conversation -> ids and loss mask; the only file that spells a special token
-    dataset        corpora of parquet shards: download, import a folder of your own, write the primer, read
-    dataloader     documents or conversations -> packed (B, T) batches; the same on 1 or N ranks; resumable
+    tokenizer      text <-> ids; conversation -> ids and loss mask; alone spells special tokens
+    dataset        corpora of parquet shards: download, import a folder, write the primer, read
+    dataloader     documents or conversations -> packed (B, T) batches, the same on 1 or N ranks
     kv_cache       keys and values of the past, one slot per sequence
     loss           norm, relu squared, rotation, and the loss over the vocabulary in chunks
     fp8            linear layers that train in 8-bit floats
     gpt            ids -> logits; all initialisation in one function
     optim          Muon + AdamW in one class, for one rank or many
-    scaling        depth -> width, heads, batch, tokens, learning rates and their schedules, FLOPs, memory
+    scaling        depth -> sizes, tokens, batch, learning rates and schedules, FLOPs, memory
     checkpoint     save and load model, optimizer and loader state: atomic, verified
-    trainer        what every trainer shares: lock, resume, clock, line, metrics, faults, micro-batches
-    core_eval      a base model's marks: the CORE metric with its data, and bits per byte
+    trainer        what trainers share: lock, resume, clock, metrics, faults, micro-batches
+    core_eval      evaluation of a base model: the CORE metric with its data, and bits per byte
     finetuning     what midtraining and SFT share
     calculator     the tool: arithmetic and .count() by walking the syntax tree, never eval
     sampling       logits -> next id: temperature, top-k, top-p, one seed per sequence
@@ -25,8 +25,8 @@ tests/test_layout.py reads this list and holds the order.
     sandbox        run model-written Python isolated and within limits
     task_eval      categorical and generative evaluation, batched through the engine
     report         what each stage wrote -> report.md, report.html, report.json
-    hf_modeling    a model with the additions as transformers runs it; every export of one carries the file
-    hf_export      settings, names of tensors, tokenizer and chat template in the words of transformers
+    hf_modeling    a model with the additions as transformers runs it; exports carry the file
+    hf_export      settings, tensor names, tokenizer and chat template for transformers
     chat_api       OpenAI's chat API: what a request may say, what a client sees of an answer
     server         the routes, the engine's thread, the page
 """

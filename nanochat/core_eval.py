@@ -1,27 +1,28 @@
 """Evaluation of a base model: the CORE metric with its data, and bits per byte.
 
-CORE is the mean over 22 few-shot tasks of (accuracy - guessing) / (1 - guessing). An item becomes one
-document per option: solved examples, a blank line after each, then the item itself.
+CORE is the mean over 22 few-shot tasks of (accuracy - guessing) / (1 - guessing). An item becomes
+one document per option: solved examples, a blank line after each, then the item itself.
 
-    multiple_choice    query + delimiter + choice           wins: lowest mean loss of the choice
+    multiple_choice    query + delimiter + choice           lowest mean loss of the choice
     schema             option + delimiter + continuation    lowest mean loss of the common suffix
     language_modeling  context + delimiter + continuation   right if every token is the likeliest
 
-Prefixes, suffixes and continuations are found among token ids, because the blank before a word belongs to
-its token. What an item's options share is read once, into a KV cache, and logits are computed for what
-follows only. A document longer than the context is cropped from the left, but `<|bos|>` stays first, and
-all options of an item lose equally much. The rows of a task are shuffled once and for all, as for the
-published numbers, so the first hundred are a fair sample.
+Prefixes, suffixes and continuations are found among token ids, because the blank before a word
+belongs to its token. What an item's options share is read once, into a KV cache, and logits are
+computed for what follows only. A document longer than the context is cropped from the left, but
+`<|bos|>` stays first, and all options of an item lose equally much. The rows of a task are shuffled
+once and for all, as for the published numbers, so the first hundred are a fair sample.
 
     eval_bundle/core.yaml             label, file, kind, number of examples, delimiter of each task
                 eval_meta_data.csv    what guessing scores on it, in percent
                 eval_data/**.jsonl    its items, one a line; a row's "id" is its line
 
-Bits per byte: the nats of every target that stands for bytes, over ln 2 times those bytes, so it does not
-depend on the vocabulary. Special tokens and targets of -1 do not count.
+Bits per byte: the nats of every target that stands for bytes, over ln 2 times those bytes, so it
+does not depend on the vocabulary. Special tokens and targets of -1 do not count.
 
-Sources: DCLM, arXiv 2406.11794; seeds, blanks and order of rows are those of the published numbers; data
-https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip. B rows, T time, M scored tokens, V vocabulary.
+Sources: DCLM, arXiv 2406.11794; seeds, blanks and order of rows are those of the published numbers;
+data https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip. B rows, T time, M scored
+tokens, V vocabulary.
 """
 
 import csv
@@ -239,7 +240,7 @@ def padded(rows: Sequence[list[int]]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Item:
-    """An item as ids: what its options share, and the rest of each, which ends in what is scored."""
+    """An item as ids: what its options share, and the rest of each, scored at its end."""
 
     number: int
     prefix: list[int]

@@ -161,7 +161,7 @@ def html_page(chapters: Sequence[Chapter]) -> str:
 
 
 def cell(text: str) -> str:
-    """A value that cannot break out of a Markdown line or table cell, and reads as it was written."""
+    """A value that stays in its Markdown line or table cell and reads as it was written."""
     for mark, escaped in (("\\", "\\\\"), ("&", "&amp;"), ("<", "&lt;"), ("|", "\\|")):
         text = text.replace(mark, escaped)
     return " ".join(text.split())

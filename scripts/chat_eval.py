@@ -68,7 +68,7 @@ class Config:
 
 
 def choose_tasks(cfg: Config) -> dict[str, Task]:
-    """The tasks asked for; HumanEval is left out, with the reason, where nothing isolates its programs."""
+    """The tasks asked for; HumanEval is skipped, with the reason, where nothing isolates it."""
     names = cfg.tasks.split("|") if cfg.tasks else list(CHAT_CORE)
     reason = None if cfg.allow_unsafe_exec or "HumanEval" not in names else isolation()
     if reason:

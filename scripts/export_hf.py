@@ -1,4 +1,5 @@
-"""Export a checkpoint to a folder that transformers loads, and with it vLLM and lm-evaluation-harness.
+"""Export a checkpoint to a folder that transformers loads, and with it vLLM and
+lm-evaluation-harness.
 
     python -m scripts.export_hf -i sft --out d20  # one process, without a GPU, on any machine
 

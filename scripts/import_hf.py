@@ -1,13 +1,15 @@
-"""Import a model into an ordinary run folder: a checkpoint of the first generation, or an export of our own.
+"""Import a model into an ordinary run folder: a checkpoint of the first generation, or an export of
+our own.
 
     python -m scripts.import_hf karpathy/nanochat-d32  # from the Hugging Face hub; one process, without a GPU
     python -m scripts.import_hf FOLDER --stage base    # model_NNNNNN.pt, meta_NNNNNN.json, tokenizer.pkl
 
-The source is not trusted: a .pt file is read with weights_only, tokenizer.pkl by an unpickler that knows a
-tiktoken Encoding and refuses any other name before it is looked up. All is checked before a byte is written.
+The source is not trusted: a .pt file is read with weights_only, tokenizer.pkl by an unpickler that
+knows a tiktoken Encoding and refuses any other name before it is looked up. All is checked before a
+byte is written.
 
-The choice that would surprise: not even the Encoding is real. What stands in for it keeps its state and does
-nothing, where tiktoken's own would download whatever encoding a pickle names.
+The choice that would surprise: not even the Encoding is real. What stands in for it keeps its state
+and does nothing, where tiktoken's own would download whatever encoding a pickle names.
 
 reads: the folder or model on the hub
 writes: <stage>/<model tag>/

@@ -1,4 +1,6 @@
-"""The examination of a base model: what it writes and reports, what it refuses, and models of transformers."""
+"""The examination of a base model: what it writes and reports, what it refuses, and models of
+transformers.
+"""
 
 import json
 import math
@@ -130,7 +132,9 @@ def test_a_fault_in_a_task_fails_the_run_and_names_it(
 
 
 def save_hf_model(folder: Path, bos: str | None) -> None:
-    """A random GPT-2 of 2 layers over bytes, as transformers saves one; its special tokens end the vocabulary."""
+    """A random GPT-2 of 2 layers over bytes, as transformers saves one; its special tokens end the
+    vocabulary.
+    """
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast

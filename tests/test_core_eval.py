@@ -1,7 +1,8 @@
-"""CORE against an evaluator written from its definitions: one document at a time, all logits, nothing shared.
+"""CORE against an evaluator written from its definitions: one document at a time, all logits,
+nothing shared.
 
-Both see the same tasks of all three kinds, with prompts that fit and prompts that do not, on a model of random
-weights and on one that has learned some of the documents by heart.
+Both see the same tasks of all three kinds, with prompts that fit and prompts that do not, on a
+model of random weights and on one that has learned some of the documents by heart.
 """
 
 import json
@@ -24,7 +25,8 @@ from nanochat.core_eval import CORE_TASKS, CoreTask, GPTReader, TaskResult, core
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
-# All bytes, and merges that take the blank before a word into its token, across the end of a prompt.
+# All bytes, and merges that take the blank before a word into its token, across the end of a
+# prompt.
 MERGES = [b" t", b"he", b" the", b" s", b"ky", b" sky", b" b", b" bl", b" blue", b"\n\n", b"  "]
 TOKENS = [bytes([byte]) for byte in range(256)] + MERGES
 TOKENIZER = Tokenizer(TOKENS, SPECIAL_TOKENS, SPLIT_PATTERN)
@@ -34,7 +36,9 @@ COLOURS = ("red", "blue", "green", "blue and red", "the sky")
 
 
 def make_tasks() -> list[CoreTask]:
-    """Four tasks; prompts end with and without a blank, and the first has more examples than the context holds."""
+    """Four tasks; prompts end with and without a blank, and the first has more examples than the
+    context holds.
+    """
     words, tasks = random.Random(1), []
 
     def word() -> str:
@@ -260,7 +264,9 @@ def documents_of(task: CoreTask, max_items: int | None = None) -> Iterator[str]:
 
 
 def test_examples_are_other_rows_of_the_whole_set_solved() -> None:
-    """Lessons of other ports: examples really in the prompt, never the item, and drawn beyond the items kept."""
+    """Lessons of other ports: examples really in the prompt, never the item, and drawn beyond the
+    items kept.
+    """
     rows = [
         {"query": f"<{i}>", "choices": ["no", f"yes{i}"], "gold": 1, "id": i} for i in range(12)
     ]
@@ -279,7 +285,9 @@ def test_examples_are_other_rows_of_the_whole_set_solved() -> None:
 
 
 def test_spans_are_found_among_ids(models: dict[str, GPT]) -> None:
-    """The blank before a word belongs to its token, whether the prompt ends with one or the delimiter does."""
+    """The blank before a word belongs to its token, whether the prompt ends with one or the
+    delimiter does.
+    """
     reader = GPTReader(models["random"], TOKENIZER, 4)
     rows = [{"context": "the sky is ", "continuation": "blue", "id": 1}]
     rows_of, scored = core_eval.item_rows(
@@ -296,7 +304,9 @@ def test_spans_are_found_among_ids(models: dict[str, GPT]) -> None:
 
 
 def test_options_longer_than_the_context(models: dict[str, GPT]) -> None:
-    """A choice too long by itself keeps its end behind bos; a short one loses the prompt, but not itself."""
+    """A choice too long by itself keeps its end behind bos; a short one loses the prompt, but not
+    itself.
+    """
     rows = [{"query": "q " * 40, "choices": ["xyz" * 40, "abc", "a"], "gold": 1, "id": 1}]
     task = CoreTask("copa", "multiple_choice", rows, 0.5)
     reader = GPTReader(models["random"], TOKENIZER, 4)

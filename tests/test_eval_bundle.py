@@ -1,4 +1,6 @@
-"""The bundle of CORE: where it is found, how it is downloaded, what is read of it, and what is refused."""
+"""The bundle of CORE: where it is found, how it is downloaded, what is read of it, and what is
+refused.
+"""
 
 import json
 import random

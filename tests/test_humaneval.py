@@ -1,4 +1,6 @@
-"""HumanEval as a task. Oracles: one real row, rendered by hand and solved in many ways, rightly and wrongly."""
+"""HumanEval as a task. Oracles: one real row, rendered by hand and solved in many ways, rightly and
+wrongly.
+"""
 
 import json
 from concurrent.futures import ThreadPoolExecutor

@@ -107,7 +107,8 @@ def test_a_sample_cannot_leave_its_block(run: str) -> None:
     section("chat_sft", samples=[sample])
     report.generate()
     lines = Path("report.md").read_text().splitlines()
-    # CommonMark: a block closes at the first later line of only backticks, at least as many as opened it.
+    # CommonMark: a block closes at the first later line of only backticks, at least as many as
+    # opened it.
     begin = lines.index(next(line for line in lines if line.startswith("```")))
     width = len(lines[begin]) - len(lines[begin].lstrip("`"))
     end = next(

@@ -1,16 +1,13 @@
-"""rustbpe against a slow trainer written from the definition, Hugging Face tokenizers, and tiktoken.
+"""rustbpe against a slow trainer written from the definition, and Hugging Face tokenizers.
 
-What may be asked of Hugging Face's trainer: it breaks ties by its own numbering of the bytes, so its merges
-must equal ours up to the first tie, and no further. After it both choices are as good, so on other text of
-the same kind the number of tokens must agree to within half a percent.
-
-`python -m pytest tests/test_rustbpe.py -v -s` prints the speed of each.
+Hugging Face's trainer breaks ties by its own numbering of the bytes, so its merges must equal ours up to
+the first tie, and no further. After it both choices are as good: on other text of the same kind the number
+of tokens must agree to within half a percent.
 """
 
 import json
 import random
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 
@@ -18,7 +15,7 @@ import pytest
 import regex
 import tiktoken
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers, trainers
 
 import rustbpe
 from nanochat.tokenizer import SPLIT_PATTERN
@@ -41,9 +38,9 @@ def made_up_texts(num_texts: int, seed: int) -> list[str]:
     return [" ".join(word() for _ in range(100)) + f" {i}.\n" for i in range(num_texts)]
 
 
-def train(texts: list[str], vocab_size: int, **options: object) -> rustbpe.Tokenizer:
+def train(texts: list[str], vocab_size: int, **options: str) -> rustbpe.Tokenizer:
     tokenizer = rustbpe.Tokenizer()
-    tokenizer.train_from_iterator(iter(texts), vocab_size, **options)  # type: ignore[arg-type]
+    tokenizer.train_from_iterator(iter(texts), vocab_size, **options)
     return tokenizer
 
 
@@ -83,7 +80,6 @@ def train_hugging_face(texts: list[str], vocab_size: int) -> tokenizers.Tokenize
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         show_progress=False,
@@ -95,31 +91,14 @@ def train_hugging_face(texts: list[str], vocab_size: int) -> tokenizers.Tokenize
 
 def token_bytes(tokenizer: rustbpe.Tokenizer) -> list[bytes]:
     ranks = tokenizer.get_mergeable_ranks()
-    assert [rank for _, rank in ranks] == list(range(tokenizer.vocab_size))
+    assert [rank for _, rank in ranks] == list(range(len(ranks)))
     return [token for token, _ in ranks]
-
-
-def as_tiktoken(tokenizer: rustbpe.Tokenizer) -> tiktoken.Encoding:
-    return tiktoken.Encoding(
-        "test",
-        pat_str=tokenizer.get_pattern(),
-        mergeable_ranks=dict(tokenizer.get_mergeable_ranks()),
-        special_tokens={},
-        explicit_n_vocab=tokenizer.vocab_size,
-    )
 
 
 @pytest.mark.parametrize("texts", [MULTILINGUAL, made_up_texts(20, 1)], ids=["languages", "words"])
 def test_merges_equal_the_naive_trainer(texts: list[str]) -> None:
-    begin = time.perf_counter()
     expected, _ = naive_train(texts, 400)
-    middle = time.perf_counter()
     assert token_bytes(train(texts, 400)) == expected
-    end = time.perf_counter()
-    num_bytes = sum(len(text.encode()) for text in texts)
-    print(
-        f"\n144 merges on {num_bytes} bytes: naive {middle - begin:.3f} s, rustbpe {end - middle:.4f} s"
-    )
 
 
 def test_merges_equal_hugging_face_up_to_the_first_tie() -> None:
@@ -134,40 +113,21 @@ def test_merges_equal_hugging_face_up_to_the_first_tie() -> None:
     assert theirs[:num_untied] == expected[256 : 256 + num_untied]
 
 
-def test_as_good_as_hugging_face_and_the_speed_of_each() -> None:
+def test_as_good_as_hugging_face() -> None:
     texts, others = made_up_texts(3000, 2), made_up_texts(300, 3)
-    begin = time.perf_counter()
-    ours = train(texts, 4096)
-    middle = time.perf_counter()
-    theirs = train_hugging_face(texts, 4096)
-    end = time.perf_counter()
-    assert ours.vocab_size == theirs.get_vocab_size() == 4096
-    our_ids = ours.batch_encode(others)
-    num_ours = sum(map(len, our_ids))
+    ours, theirs = train(texts, 4096), train_hugging_face(texts, 4096)
+    ranks = dict(ours.get_mergeable_ranks())
+    assert len(ranks) == theirs.get_vocab_size() == 4096
+    encoding = tiktoken.Encoding(
+        "test", pat_str=ours.get_pattern(), mergeable_ranks=ranks, special_tokens={}
+    )
+    num_ours = sum(len(ids) for ids in encoding.encode_ordinary_batch(others))
     num_theirs = sum(len(encoding.ids) for encoding in theirs.encode_batch(others))
     assert num_ours == pytest.approx(num_theirs, rel=0.005)
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    for name, seconds in ("rustbpe", middle - begin), ("Hugging Face tokenizers", end - middle):
-        print(
-            f"\n{name}: {megabytes:.1f} MB, vocabulary 4096: {seconds:.3f} s, {megabytes / seconds:.1f} MB/s",
-            end="",
-        )
-    print()
-
-
-def test_ids_equal_tiktoken() -> None:
-    tokenizer = train(MULTILINGUAL + made_up_texts(200, 5), 1500)
-    encoding = as_tiktoken(tokenizer)
-    everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x30000)]))
-    texts = [*MULTILINGUAL, *made_up_texts(50, 6), "a" * 2000, "", everything]
-    expected = encoding.encode_ordinary_batch(texts)
-    assert tokenizer.batch_encode(texts) == expected
-    assert [tokenizer.encode(text) for text in texts] == expected
-    assert [tokenizer.decode(ids) for ids in expected] == texts
 
 
 def test_default_pattern_is_the_one_that_nanochat_passes() -> None:
-    """Any other string, equal in meaning or not, would go through the regex engine, which is far slower."""
+    """Any other string, equal in meaning or not, would go through the far slower regex engine."""
     assert rustbpe.Tokenizer().get_pattern() == SPLIT_PATTERN
 
 
@@ -175,34 +135,31 @@ def test_another_pattern() -> None:
     tokenizer = train(["ab ab ab-ab"], 300, pattern=r"\S+|\s")
     assert tokenizer.get_pattern() == r"\S+|\s"
     assert token_bytes(tokenizer)[256:] == [b"ab", b"-ab", b"ab-ab"]
-    assert tokenizer.encode("ab-ab ab") == as_tiktoken(tokenizer).encode_ordinary("ab-ab ab")
 
 
-@pytest.mark.parametrize("buffer_size", [1, 7, 8192])
-def test_threads_and_buffers_change_nothing(
-    buffer_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = MULTILINGUAL * 3 + made_up_texts(300, 7)
+    expected = train(texts, 1000).get_mergeable_ranks()
+    megabyte = 100_000 * "some words "  # a batch of its own, whose counts only grow
     merges = []
     for num_threads in "1", "4":
         monkeypatch.setenv("RUSTBPE_NUM_THREADS", num_threads)
-        merges.append(train(texts, 1000, buffer_size=buffer_size).get_mergeable_ranks())
-    assert merges[0] == merges[1] == train(texts, 1000).get_mergeable_ranks()
+        assert train(texts, 1000).get_mergeable_ranks() == expected
+        spread = [part for text in texts for part in (text, megabyte)]
+        merges.append(train(spread[:40], 400).get_mergeable_ranks())
+    assert merges[0] == merges[1]
 
 
 def test_too_little_text_gives_a_smaller_vocabulary() -> None:
-    tokenizer = train(["low low"], 1000)
-    assert token_bytes(tokenizer)[256:] == [b"lo", b"low", b" low"]
-    assert tokenizer.vocab_size == 259
+    assert token_bytes(train(["low low"], 1000))[256:] == [b"lo", b"low", b" low"]
 
 
 @pytest.mark.parametrize(
     ("texts", "options", "error", "message"),
     [
         (["a"], {"vocab_size": 255}, ValueError, "at least 256.* is 255"),
-        (["a"], {"vocab_size": -1}, ValueError, "at least 256"),
+        (["a"], {"vocab_size": -(2**63)}, ValueError, "at least 256"),
         (["a"], {"pattern": "(open"}, ValueError, "split pattern.*parenthesis"),
-        (["a"], {"buffer_size": 0}, ValueError, "buffer_size"),
         ([], {}, ValueError, "nothing to train on"),
         (["", ""], {}, ValueError, "nothing to train on"),
         (["a", b"b"], {}, TypeError, "text 1 .* not bytes"),
@@ -216,7 +173,7 @@ def test_errors(
     tokenizer = train(["low low"], 258)
     with pytest.raises(error, match=message):
         tokenizer.train_from_iterator(texts, **{"vocab_size": 300, **options})  # type: ignore
-    assert tokenizer.vocab_size == 258  # a failed training changes nothing
+    assert len(token_bytes(tokenizer)) == 258  # a failed training changes nothing
 
 
 def test_what_the_iterator_raises_passes_through() -> None:
@@ -228,15 +185,10 @@ def test_what_the_iterator_raises_passes_through() -> None:
         rustbpe.Tokenizer().train_from_iterator(texts(), 300)
 
 
-def test_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = train(["low"], 258)
-    for unknown in 258, -1:
-        with pytest.raises(ValueError, match=f"{unknown} is not in the vocabulary"):
-            tokenizer.decode([108, unknown])
-    assert tokenizer.decode([0xFF, 108]) == "\ufffdl"
+def test_a_bad_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUSTBPE_NUM_THREADS", "many")
     with pytest.raises(ValueError, match="RUSTBPE_NUM_THREADS"):
-        tokenizer.batch_encode(["low"])
+        train(["low"], 258)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -1,10 +1,9 @@
 //! Counts the unique pieces of a stream of texts on several threads.
 //!
-//! The calling thread pulls batches of texts, worker threads split and count them, each into a table of its
-//! own; the tables are added up at the end. A short queue between them keeps the memory bounded by the
-//! unique pieces, however long the stream is.
+//! The calling thread pulls batches of texts; worker threads split and count them, each into a
+//! table of its own, and at the end the tables are added up. The queue between them is short, so
+//! memory is bounded by the unique pieces, however long the stream is.
 
-use std::collections::hash_map::Entry;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -19,8 +18,8 @@ pub type Pieces = FxHashMap<Box<str>, u64>;
 
 /// Counts the pieces of all texts that `next_batch` returns until it returns `None`.
 ///
-/// The counts do not depend on `num_threads`, nor on how the texts are cut into batches. An error of
-/// `next_batch` ends the count and is returned as it is.
+/// The counts depend neither on `num_threads` nor on how the texts are cut into batches. An error
+/// of `next_batch` ends the count and is returned as it is.
 pub fn count_pieces<E: From<Error>>(
     splitter: &Splitter,
     num_threads: usize,
@@ -35,7 +34,7 @@ pub fn count_pieces<E: From<Error>>(
                 scope.spawn(move || count_batches(&splitter, &receiver))
             })
             .collect();
-        drop(receiver); // so that a send fails, and does not wait for ever, once every worker has failed
+        drop(receiver); // so that `send` fails, and does not block, once every worker has failed
         while let Some(batch) = next_batch()? {
             if sender.send(batch).is_err() {
                 break;
@@ -76,7 +75,7 @@ fn count_batches(
     }
 }
 
-/// The sum of two tables; the smaller one is poured into the larger.
+/// The sum of two tables.
 fn add(left: Pieces, right: Pieces) -> Pieces {
     let (mut large, small) = if left.len() < right.len() {
         (right, left)
@@ -84,12 +83,7 @@ fn add(left: Pieces, right: Pieces) -> Pieces {
         (left, right)
     };
     for (piece, count) in small {
-        match large.entry(piece) {
-            Entry::Occupied(mut entry) => *entry.get_mut() += count,
-            Entry::Vacant(entry) => {
-                entry.insert(count);
-            }
-        }
+        *large.entry(piece).or_default() += count;
     }
     large
 }

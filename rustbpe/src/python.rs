@@ -1,20 +1,19 @@
-//! The Python module: the same functions, with errors as Python exceptions and the GIL released around work.
+//! The Python module: training with the GIL released, and errors as Python exceptions.
 //!
-//! A caller's mistake is a `ValueError`, an item that is no text a `TypeError`, and what the iterator raises
-//! passes through as it is.
+//! A bad argument is a `ValueError`, an item that is not a string a `TypeError`; what the iterator
+//! raises passes through.
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyIterator, PyString};
 
 use crate::count::count_pieces;
-use crate::encode::Encoder;
 use crate::split::{DEFAULT_PATTERN, Splitter};
-use crate::{Error, NUM_BYTES, num_threads, train};
+use crate::train::{token_bytes, train};
+use crate::{Error, NUM_BYTES};
 
-/// Texts are handed to the counting threads in batches of at most about so many bytes. Larger ones only make
-/// the threads wait for each other at the end.
+/// About how many bytes of text a counting thread gets at a time. With more, the threads wait
+/// longer for each other at the end.
 const BATCH_BYTES: usize = 1 << 20;
 
 impl From<Error> for PyErr {
@@ -23,40 +22,40 @@ impl From<Error> for PyErr {
     }
 }
 
-/// A byte-level BPE tokenizer; before training, its vocabulary is the 256 bytes.
+/// Trains a byte-level BPE vocabulary; before training, it holds the 256 bytes.
 #[pyclass(module = "rustbpe")]
-#[derive(Default)]
 struct Tokenizer {
-    encoder: Encoder,
+    pattern: String,
+    tokens: Vec<Vec<u8>>,
 }
 
 #[pymethods]
 impl Tokenizer {
     #[new]
     fn new() -> Self {
-        Self::default()
+        Self {
+            pattern: DEFAULT_PATTERN.to_string(),
+            tokens: token_bytes(&[]),
+        }
     }
 
-    /// Train on the texts of an iterator. Deterministic: of equally frequent pairs the smaller is merged
-    /// first, whatever the number of threads (RUSTBPE_NUM_THREADS, else all cores).
+    /// Train on the texts of an iterator, on RUSTBPE_NUM_THREADS threads, or on all cores. Of
+    /// equally frequent pairs the smaller is merged first, whatever the number of threads.
     ///
-    /// At most `buffer_size` texts are handed to a thread at a time. With too little text, `vocab_size`
-    /// stays smaller than asked for. A failed training leaves the tokenizer as it was.
-    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None))]
+    /// With too little text the vocabulary stays smaller than `vocab_size`. If training fails, the
+    /// tokenizer stays as it was.
+    #[pyo3(signature = (iterator, vocab_size, pattern=None))]
     fn train_from_iterator(
         &mut self,
         iterator: &Bound<'_, PyAny>,
         vocab_size: i64,
-        buffer_size: usize,
         pattern: Option<&str>,
     ) -> PyResult<()> {
         if vocab_size < NUM_BYTES.into() {
-            return Err(Error::VocabSize(vocab_size).into());
+            return Err(PyValueError::new_err(format!(
+                "vocab_size must be at least {NUM_BYTES}, one token per byte; it is {vocab_size}"
+            )));
         }
-        if buffer_size == 0 {
-            return Err(Error::BufferSize.into());
-        }
-        let vocab_size = u32::try_from(vocab_size).unwrap_or(u32::MAX);
         let splitter = Splitter::new(pattern.unwrap_or(DEFAULT_PATTERN))?;
         let threads = num_threads()?;
         let py = iterator.py();
@@ -64,66 +63,54 @@ impl Tokenizer {
         let mut num_texts = 0;
         let merges = py.detach(|| {
             let pieces = count_pieces(&splitter, threads, || {
-                Python::attach(|py| next_batch(iterator.bind(py), buffer_size, &mut num_texts))
+                Python::attach(|py| next_batch(iterator.bind(py), &mut num_texts))
             })?;
             if pieces.is_empty() {
-                return Err(Error::NoText.into());
+                return Err(PyValueError::new_err(
+                    "there is nothing to train on: no text, or none that the pattern matches",
+                ));
             }
-            Ok::<_, PyErr>(train::train(&pieces, vocab_size)?)
+            Ok(train(&pieces, vocab_size as usize - NUM_BYTES as usize)?)
         })?;
-        self.encoder = Encoder::new(splitter, merges);
+        self.pattern = splitter.pattern().to_string();
+        self.tokens = token_bytes(&merges);
         Ok(())
     }
 
     /// The split pattern.
     fn get_pattern(&self) -> &str {
-        self.encoder.pattern()
+        &self.pattern
     }
 
-    /// (bytes, rank) of every token in the order of the ranks, which are the ids: what tiktoken takes.
+    /// (bytes, rank) of every token, in the order of the ranks, which are the ids.
     fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, u32)> {
-        let tokens = self.encoder.tokens().iter();
-        tokens
-            .map(|bytes| PyBytes::new(py, bytes))
-            .zip(0..)
-            .collect()
-    }
-
-    /// The number of tokens, the 256 bytes included.
-    #[getter]
-    fn vocab_size(&self) -> usize {
-        self.encoder.tokens().len()
-    }
-
-    /// The ids of one text.
-    fn encode(&self, py: Python<'_>, text: &str) -> PyResult<Vec<u32>> {
-        Ok(py.detach(|| self.encoder.encode(text))?)
-    }
-
-    /// The ids of each text, encoded on several threads.
-    fn batch_encode(&self, py: Python<'_>, texts: Vec<PyBackedStr>) -> PyResult<Vec<Vec<u32>>> {
-        let threads = num_threads()?;
-        Ok(py.detach(|| self.encoder.encode_batch(&texts, threads))?)
-    }
-
-    /// The text of some ids; bytes that are no UTF-8 become U+FFFD. An unknown id is a ValueError.
-    fn decode(&self, ids: Vec<i64>) -> PyResult<String> {
-        let id = |id| u32::try_from(id).map_err(|_| Error::Token(id));
-        let ids: Vec<u32> = ids.into_iter().map(id).collect::<Result<_, _>>()?;
-        Ok(String::from_utf8_lossy(&self.encoder.decode(&ids)?).into_owned())
+        let tokens = self.tokens.iter().map(|bytes| PyBytes::new(py, bytes));
+        tokens.zip(0..).collect()
     }
 }
 
-/// The next texts of the iterator, at most `buffer_size` or about `BATCH_BYTES`; `None` at its end.
+/// `RUSTBPE_NUM_THREADS` where it is set, else the number of cores.
+fn num_threads() -> PyResult<usize> {
+    let Ok(value) = std::env::var("RUSTBPE_NUM_THREADS") else {
+        return Ok(std::thread::available_parallelism().map_or(1, usize::from));
+    };
+    match value.parse() {
+        Ok(threads) if threads > 0 => Ok(threads),
+        _ => Err(PyValueError::new_err(format!(
+            "RUSTBPE_NUM_THREADS must be a whole number above 0; it is {value:?}"
+        ))),
+    }
+}
+
+/// The next texts of the iterator, about `BATCH_BYTES` of them; `None` at its end.
 fn next_batch(
     iterator: &Bound<'_, PyIterator>,
-    buffer_size: usize,
     num_texts: &mut usize,
 ) -> PyResult<Option<Vec<String>>> {
     iterator.py().check_signals()?; // Ctrl-C, even if the iterator runs no Python code
     let (mut batch, mut num_bytes) = (Vec::new(), 0);
     let mut texts = iterator.clone();
-    while batch.len() < buffer_size && num_bytes < BATCH_BYTES {
+    while num_bytes < BATCH_BYTES {
         let Some(item) = texts.next().transpose()? else {
             break;
         };
@@ -133,8 +120,8 @@ fn next_batch(
             return Err(PyTypeError::new_err(message));
         };
         *num_texts += 1;
-        num_bytes += text.to_str()?.len();
         batch.push(text.to_str()?.to_string());
+        num_bytes += text.to_str()?.len() + size_of::<String>(); // empty texts take memory, too
     }
     Ok((!batch.is_empty()).then_some(batch))
 }

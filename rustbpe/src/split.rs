@@ -1,25 +1,26 @@
 //! Cuts a text into the pieces that no token crosses.
 //!
-//! [`DEFAULT_PATTERN`] is matched by a hand-written scanner; every other pattern goes through fancy-regex.
-//! The scanner was written because the regex engine splits at 14 MB/s, which is nearly all the time of a
-//! training run; its tests hold it against that engine. It reads the Unicode classes out of the engine's own
-//! tables, so the two cannot disagree about a character that a newer Unicode version adds.
+//! [`DEFAULT_PATTERN`] is matched by a hand-written scanner, every other pattern by fancy-regex.
+//! That engine splits at 14 MB/s, which would be nearly all the time of a training run. The tests
+//! compare the two. The scanner reads the Unicode classes out of the engine's own tables, so they
+//! cannot disagree about a character that a newer Unicode version adds.
 
 use std::sync::OnceLock;
 
 use crate::Error;
 
-/// The GPT-4 split pattern with numbers cut to at most two digits, and the end of a line kept one piece with
-/// the white space before it. In the order of its branches: a contraction's ending; letters, with one
-/// character before them that is no letter, digit or line end; one or two digits; punctuation, with a space
-/// before and line ends after; white space up to the last line end of its run; white space but for the last
+/// The GPT-4 split pattern, with numbers cut to at most two digits.
+///
+/// Its branches in order: the ending of a contraction; letters, with one character before them that
+/// is no letter, digit or line end; one or two digits; punctuation, with a space before and line
+/// ends after; white space up to the last line end of its run; white space except the last
 /// character before a word; other white space.
 pub const DEFAULT_PATTERN: &str = concat!(
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}",
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
 );
 
-/// Splits by one pattern. Cheap to clone; give each thread a clone, since the engine's caches are locked.
+/// Splits by one pattern. Cheap to clone; give each thread its own, as the engine locks its caches.
 #[derive(Clone, Debug)]
 pub struct Splitter {
     pattern: String,
@@ -44,7 +45,7 @@ impl Splitter {
         })
     }
 
-    /// A splitter that uses the regex engine whatever the pattern: what the scanner is tested against.
+    /// A splitter that always uses the regex engine: what the scanner is tested against.
     pub fn with_regex(pattern: &str) -> Result<Self, Error> {
         let regex = fancy_regex::Regex::new(pattern).map_err(bad_pattern)?;
         Ok(Self {
@@ -58,8 +59,8 @@ impl Splitter {
         &self.pattern
     }
 
-    /// Calls `each` on the pieces of `text` in order. What the pattern does not match belongs to no piece,
-    /// as in tiktoken; the default pattern matches everything.
+    /// Calls `each` on the pieces of `text` in order. What the pattern does not match belongs to no
+    /// piece, as in tiktoken; the default pattern matches everything.
     pub fn for_each_piece<'t>(
         &self,
         text: &'t str,
@@ -104,7 +105,7 @@ enum Class {
     EndOfText,
 }
 
-/// The class of every character, one byte each; 1.1 MB, of which a text touches only its own scripts.
+/// The class of every character, 1.1 MB, of which a text touches only its own scripts.
 fn classes() -> &'static [Class] {
     static CLASSES: OnceLock<Vec<Class>> = OnceLock::new();
     CLASSES.get_or_init(|| {
@@ -136,8 +137,8 @@ struct Scanner<'t> {
 }
 
 impl Scanner<'_> {
-    /// Where the piece that starts at byte `start` ends: the branches of the pattern, tried in its order,
-    /// sorted by the class of the first character.
+    /// Where the piece that starts at byte `start` ends. The branches are those of the pattern, in
+    /// its order, sorted by the class of the first character.
     #[inline]
     fn piece_end(&self, start: usize) -> usize {
         let (class, next) = self.step(start);
@@ -216,7 +217,7 @@ impl Scanner<'_> {
         }
     }
 
-    /// The end of a piece of white space, where no word or punctuation takes its first character along.
+    /// The end of a piece of white space whose first character belongs to no word or punctuation.
     fn white_space_end(&self, start: usize) -> usize {
         let (mut at, mut last, mut line_end) = (start, start, None);
         loop {
@@ -230,7 +231,7 @@ impl Scanner<'_> {
         }
         match line_end {
             Some(end) => end,
-            // The last character is left for the word that follows, unless it would be all there is.
+            // The last character is left to the word that follows, unless it is the only one.
             None if at < self.text.len() && last > start => last,
             None => at,
         }

@@ -1,20 +1,20 @@
-//! Finds the merges: join the most frequent pair of neighbours into a new token, until the vocabulary is full.
+//! Finds the merges: join the most frequent pair of neighbours into a new token, over and over.
 //!
-//! Nothing is counted twice: every pair knows its count and its places, a merge visits the places of its own
-//! pair and corrects the counts of the neighbours, and a heap knows the most frequent pair. Three facts make
-//! this simple.
+//! Nothing is counted twice: every pair knows its count and its places, a merge visits the places
+//! of its pair and corrects the counts of the neighbours, and a heap knows the most frequent pair.
+//! Three facts make this simple.
 //!
-//! - A pair that contains the newest token appears only in the round that makes this token. So its places
-//!   are collected once, in the order of the text, and its count can only fall afterwards.
-//! - A heap entry is therefore never too low. One that is too high is pushed again when it comes up.
-//! - Both neighbours of a merge belong to such new pairs, so a round sums them in arrays indexed by the
-//!   neighbour, and touches the table of pairs once per different neighbour, not once per place.
+//! - A pair that contains the newest token appears only in the round that makes this token. So its
+//!   places are collected once, in the order of the text, and afterwards its count can only fall.
+//! - So a heap entry is never too low. One that is too high is pushed again when it comes up.
+//! - Both neighbours of a merge belong to such new pairs, so a round sums them in arrays indexed by
+//!   the neighbour, and touches the table of pairs once per neighbour, not once per place.
 //!
-//! Of pairs with equal counts, the smaller pair of ids is merged first. Pairs are counted as they stand side
-//! by side, overlapping ones too (`aaa` has two `aa`), and merged from the left without overlap.
+//! Of pairs with equal counts, the smaller pair of ids is merged first. Overlapping pairs all count
+//! (`aaa` has two `aa`), but are merged from the left without overlap.
 //!
-//! Source: R. Sennrich, B. Haddow, A. Birch, Neural Machine Translation of Rare Words with Subword Units,
-//! 2016, section 3.2.
+//! Source: R. Sennrich, B. Haddow, A. Birch, Neural Machine Translation of Rare Words with Subword
+//! Units, 2016, section 3.2.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -25,16 +25,12 @@ use crate::count::Pieces;
 use crate::word::{Place, SEPARATOR, Words};
 use crate::{Error, NUM_BYTES, Pair};
 
-/// The merges in order: the n-th makes token 256 + n.
-///
-/// There are `vocab_size - 256` of them, or fewer if every piece has become one token before.
-pub fn train(pieces: &Pieces, vocab_size: u32) -> Result<Vec<Pair>, Error> {
-    if vocab_size < NUM_BYTES {
-        return Err(Error::VocabSize(vocab_size.into()));
-    }
+/// The first `num_merges` merges in order, the n-th of which makes token 256 + n; fewer if every
+/// piece becomes one token before.
+pub fn train(pieces: &Pieces, num_merges: usize) -> Result<Vec<Pair>, Error> {
     let mut trainer = Trainer::new(Words::new(pieces)?);
     let mut merges = Vec::new();
-    while merges.len() < (vocab_size - NUM_BYTES) as usize {
+    while merges.len() < num_merges {
         let Some(pair) = trainer.most_frequent() else {
             break;
         };
@@ -42,6 +38,15 @@ pub fn train(pieces: &Pieces, vocab_size: u32) -> Result<Vec<Pair>, Error> {
         merges.push(pair);
     }
     Ok(merges)
+}
+
+/// The bytes of every token, in the order of the ids: the 256 bytes, then what `merges` make.
+pub fn token_bytes(merges: &[Pair]) -> Vec<Vec<u8>> {
+    let mut tokens: Vec<Vec<u8>> = (0..=u8::MAX).map(|byte| vec![byte]).collect();
+    for &(left, right) in merges {
+        tokens.push([&*tokens[left as usize], &tokens[right as usize]].concat());
+    }
+    tokens
 }
 
 /// How often a pair or a neighbour occurs in the text, and where.
@@ -94,7 +99,7 @@ struct Trainer {
 
 impl Trainer {
     fn new(words: Words) -> Self {
-        // Pairs of bytes fit an array, which is faster than the table for the first pass over all places.
+        // Pairs of bytes fit an array, faster than the table for this pass over all places.
         let index = |(left, right): Pair| (left * NUM_BYTES + right) as usize;
         let mut by_pair: Vec<Occurrences> = Vec::new();
         by_pair.resize_with((NUM_BYTES * NUM_BYTES) as usize, Occurrences::default);

@@ -1,10 +1,10 @@
 //! The unique pieces laid end to end in one array of token ids, in which neighbours merge in place.
 //!
-//! Each token covers as many cells as it has bytes and writes its id into the first and the last of them, so
-//! both neighbours of a token are found in one step, without links: the next token starts where this one
-//! ends, and the cell before this one is the last of the previous. (Allocators call the same trick boundary
-//! tags: Knuth, The Art of Computer Programming 1, 2.5.) A merge therefore costs the same in a piece of a
-//! million bytes as in a short word.
+//! Each token covers as many cells as it has bytes and writes its id into the first and the last of
+//! them. So both its neighbours are found in one step, without links: the next token starts where
+//! this one ends, and the cell before this one is the last of the previous. (Allocators call this
+//! trick boundary tags: Knuth, The Art of Computer Programming 1, 2.5.) A merge costs the same in a
+//! piece of a million bytes as in a short word.
 //!
 //! ```text
 //! separator  h  e  l  l  o  separator        five tokens of one byte
@@ -71,7 +71,7 @@ impl Words {
         }
     }
 
-    /// Calls `each` on every pair of neighbours and its place, in order; only before the first merge.
+    /// Calls `each` on every pair of neighbours and its place; only before the first merge.
     pub fn for_each_pair(&self, mut each: impl FnMut(Pair, Place)) {
         let mut word = 0;
         for (cell, pair) in self.cells.windows(2).enumerate().skip(1) {
@@ -96,11 +96,11 @@ impl Words {
         self.token_lengths.len() as u32 - 1
     }
 
-    /// Puts `token` where `pair` stands at `place`, and returns its two neighbours ([`SEPARATOR`] at the
-    /// ends of the word); `None` if the pair is no longer there.
+    /// Puts `token` where `pair` stands at `place`, and returns its two neighbours ([`SEPARATOR`]
+    /// at the ends of the word); `None` if the pair is no longer there.
     ///
-    /// A place is only ever asked for a pair that once stood there, and a token never comes apart, so
-    /// finding the id of the left token in the cell is proof that it still starts there.
+    /// A place is only asked for a pair that once stood there, and a token never comes apart, so if
+    /// the cell holds the id of the left token, this token still starts there.
     pub fn merge(&mut self, place: Place, (left, right): Pair, token: u32) -> Option<Pair> {
         let start = place.cell as usize;
         if self.cells[start] != left {

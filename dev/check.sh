@@ -17,5 +17,5 @@ run cargo clippy --quiet --all-targets -- -D warnings
 run cargo clippy --quiet --features python -- -D warnings
 run cargo test --quiet
 cd ..
-echo "check: all clean; size of the code base without the tests:"
-python -m nanochat.report size
+echo "check: all clean"
+python -m dev.size

@@ -22,7 +22,7 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -62,7 +62,7 @@ COLUMNS = {
 NO_ACCURACY = ("val_bpb", "CORE", "ChatCORE")
 START = "start"  # start.json holds what `reset` noted; no stage has this name
 REPOSITORY = Path(__file__).resolve().parent.parent
-CODE_SUFFIXES = {".py", ".rs", ".toml", ".sh", ".md", ".html", ".js", ".css", ".txt"}
+CODE_SUFFIXES = {".py", ".pyi", ".rs", ".sh", ".js", ".css", ".html", ".toml"}
 MAX_POINTS = 300
 INK, RULE, LINE = "#5c666b", "#dcdfdd", "#1f6f78"  # --ink, --rule and --line in report.css
 SETTINGS: dict[Any, Any] = {
@@ -336,23 +336,32 @@ def from_json(results: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def code_size(root: Path = REPOSITORY) -> dict[str, int]:
-    """Size of everything that git tracks under `root` but tests and locks, empty outside git."""
+def tracked_texts(suffixes: Set[str], root: Path = REPOSITORY) -> dict[Path, str]:
+    """The files with these suffixes that git tracks under `root`, without tests and vendored code.
+
+    Empty outside git.
+    """
     command = ["git", "-C", root, "ls-files", "-z"]
     try:
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return {}
     names = [Path(name) for name in listing.split("\0") if name]
-    code = [name for name in names if name.suffix in CODE_SUFFIXES and "tests" not in name.parts]
-    texts = [(root / name).read_text(encoding="utf-8") for name in code if (root / name).is_file()]
-    num_characters = sum(map(len, texts))
+    own = [name for name in names if not {"tests", "vendor"} & {*name.parts}]
+    paths = [name for name in own if name.suffix in suffixes and (root / name).is_file()]
+    return {name: (root / name).read_text(encoding="utf-8") for name in paths}
+
+
+def code_size(root: Path = REPOSITORY) -> dict[str, int]:
+    """Files, lines and characters of the code under `root`; empty outside git."""
+    texts = tracked_texts(CODE_SUFFIXES, root).values()
+    if not texts:
+        return {}
     lock = root / "requirements.lock"
     return {
-        "characters": num_characters,
-        "lines": sum(text.count("\n") for text in texts),
         "files": len(texts),
-        "approximate tokens": num_characters // 4,
+        "lines": sum(text.count("\n") for text in texts),
+        "characters": sum(map(len, texts)),
         "lines of the dependency lock": lock.read_text().count("\n") if lock.is_file() else 0,
     }
 

@@ -204,25 +204,26 @@ def test_an_older_section_names_its_standard_errors() -> None:
     assert "- accuracy: 0.5000 ± 0.0441\n- alone_stderr: 2\n" in text
 
 
-def test_code_size_counts_tracked_sources_without_tests(tmp_path: Path) -> None:
+def test_code_size_counts_tracked_code_without_tests_and_vendored_code(tmp_path: Path) -> None:
     files = {
         "a.py": "x = 1\n" * 4,
         "src/b.rs": "fn b() {}\n",
         "tests/test_a.py": "y\n" * 99,
+        "src/vendor/theirs.js": "v\n" * 99,
+        "notes.md": "n\n",
         "requirements.lock": "pin\n" * 7,
         "untracked.py": "z\n",
     }
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     git = ["git", "-C", str(tmp_path)]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "add", *(name for name in files if name != "untracked.py")], check=True)
     assert report.code_size(tmp_path) == {
-        "characters": 34,
-        "lines": 5,
         "files": 2,
-        "approximate tokens": 8,
+        "lines": 5,
+        "characters": 34,
         "lines of the dependency lock": 7,
     }
 

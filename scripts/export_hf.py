@@ -26,7 +26,7 @@ from nanochat.common import (
     run_script,
     write_file,
 )
-from nanochat.report import summary_table
+from nanochat.report import from_json, summary_table
 from nanochat.tokenizer import Tokenizer
 
 CARD = """---
@@ -66,7 +66,8 @@ def main(cfg: Config) -> None:
         files["modeling_nanochat_x.py"], trust = modeling.read_text(), ", trust_remote_code=True"
     report, table = report_dir() / "report.json", ""
     if report.is_file():
-        table = summary_table(json.loads(report.read_text())["summary"]).markdown
+        summary = json.loads(report.read_text())["summary"]
+        table = summary_table({name: from_json(scores) for name, scores in summary.items()})
     files["README.md"] = CARD.format(title=title, trust=trust, table=table)
     partial = cfg.out.with_name(f"{cfg.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

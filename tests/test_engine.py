@@ -57,6 +57,9 @@ class ScriptedModel(nn.Module):
         self.script = script
         self.num_prefills = 0
 
+    def make_cache(self, num_slots: int, max_len: int, device: str = "cpu") -> KVCache:
+        return KVCache(1, num_slots, 1, max_len, 2, 2, device, torch.float32)
+
     def forward(
         self,
         ids: torch.Tensor,

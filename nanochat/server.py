@@ -281,7 +281,10 @@ class Replica:
 
 UI = Path(__file__).parent / "ui"
 PUBLIC = re.compile(r"/(ui/.*|health|ready|report)?")  # what needs no API key
-POLICY = "default-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+POLICY = (  # the last line: no script may make markup or code of a text
+    "default-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
 REPORT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 )

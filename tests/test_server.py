@@ -484,8 +484,12 @@ def test_pages_and_their_policies(
     assert logo.headers["content-type"] == "image/svg+xml" and b"<svg" in logo.content
     policy = logo.headers["content-security-policy"]
     assert policy == (
-        "default-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+        "default-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
     )
+    library = echo.client.get("/ui/vendor/markdown-it.umd.min.js")
+    assert library.headers["content-type"].startswith("text/javascript")
+    assert library.headers["cache-control"] == "no-cache" and library.headers["etag"]
     page = echo.client.get("/")
     assert "<title>" in page.text and page.headers["content-security-policy"] == policy
     for address in re.findall(r'(?:src|href)="([^"#]+)"', page.text):

@@ -5,8 +5,9 @@ Replies go on being written while another conversation is in view. The choice th
 region, since a screen reader would read every token; the finished reply alone is announced, in its own region. */
 
 import { ApiError, hasReport, loadModel, streamReply } from "./api.js";
+import { el } from "./markdown.js";
 import { Store, textOf } from "./store.js";
-import { button, copy, el, entersMessage, entryView, isTouch, QuestionView, ReplyView } from "./view.js";
+import { button, copy, entersMessage, entryView, isTouch, QuestionView, ReplyView } from "./view.js";
 
 const TOAST_MS = 10_000;
 const page = Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (element) => [element.id, element]));

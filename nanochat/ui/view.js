@@ -3,15 +3,8 @@
 The choice that would surprise: a tool call stands in the sentence it belongs to. In the text that becomes Markdown it
 is one private use character. style.css hides the buttons that make no sense at the moment. */
 
-import { FIRST_OBJECT, MarkdownView, node } from "./markdown.js";
+import { el, MarkdownView } from "./markdown.js";
 import { textOf } from "./store.js";
-
-/* An element with these properties (`className`, `onclick`, ...) and children. */
-export function el(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
 
 export const button = (label, onclick, properties) => el("button", { type: "button", onclick, ...properties }, label);
 const copyButton = (message) => button("Copy", ({ target }) => copy(textOf(message), target));
@@ -74,9 +67,8 @@ export class ReplyView {
     const again = (label) => button(label, onAgain, { className: "change again" });
     this.message = message;
     this.queued = ""; // its place in the server's queue
-    this.tools = [];
     this.said = el("div", { className: "said markdown" });
-    this.markdown = new MarkdownView(this.said, this.tools);
+    this.markdown = new MarkdownView(this.said);
     this.state = el("span", { className: "state" });
     this.reason = el("p");
     this.problem = el("div", { className: "problem", role: "alert" }, this.reason, again("Retry"));
@@ -90,22 +82,10 @@ export class ReplyView {
     const { content, stats, note, error } = this.message;
     const status = this.queued ? `queued: ${this.queued}` : "";
     this.element.classList.toggle("live", live);
-    this.markdown.update(this.compose(typeof content === "string" ? [{ type: "text", text: content }] : content));
+    this.markdown.update(typeof content === "string" ? [{ type: "text", text: content }] : content, live);
     this.state.textContent = live ? status : [note, stats].filter(Boolean).join(" · ");
     this.reason.textContent = error ?? "";
     this.problem.hidden = !error;
-  }
-
-  compose(parts) {
-    this.tools.length = 0;
-    const attributes = { class: "tool", role: "group", "aria-label": "Calculator" };
-    const pieces = parts.map(({ type, text }) => {
-      if (type === "text") return text.replace(/[\ue000-\uf8ff]/g, "\ufffd");
-      if (type === "python_output") this.tools.at(-1)?.children.push(" = ", node("output", [text]));
-      if (type === "python_output") return "";
-      return String.fromCharCode(FIRST_OBJECT + this.tools.push(node("span", [node("code", [text])], attributes)) - 1);
-    });
-    return pieces.join("");
   }
 }
 

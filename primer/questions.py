@@ -15,23 +15,9 @@ from itertools import accumulate
 from string import ascii_lowercase
 from typing import Any
 
-from primer.world import (
-    GROUPS,
-    PHRASES,
-    REPLIES,
-    TALK,
-    TEXTS,
-    TOPICS,
-    WORDS,
-    Topic,
-    a,
-    capital,
-    fill,
-)
+from primer.world import GROUPS, PHRASES, REPLIES, TALK, TEXTS, TOPICS, WORDS, a, capital, fill
 
 LETTERS = "ABC"  # of a quiz
-SIGNS = {"+": "plus", "-": "minus", "*": "times"}
-TOPIC_WEIGHTS = [len(topic.facts) ** 0.5 for topic in TOPICS.values()]
 
 
 @dataclass(frozen=True)
@@ -58,124 +44,149 @@ class Question:
         return "\n".join(map("- {} {}".format, self.choices, self.letters))
 
 
-Ask = Callable[[random.Random, str], Question]  # the numbers to draw from, the split
-
-
-def generator(split: str, kind: str, index: int) -> random.Random:
-    """The random numbers of one item, seeded with its name (which random.Random hashes stably)."""
-    assert split in ("train", "val", "test"), split  # val and test share what is kept from train
-    return random.Random(f"{split}/{kind}/{index}")
-
-
 def held_out(*key: object) -> bool:
     """True for the tenth of all content keys that the train split never holds."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") % 10 == 0
 
 
-def draw(split: str, label: str, pick: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
-    """The first key from `pick` that belongs to the split; `label` tells apart kinds of keys."""
-    while True:
-        key = pick()
-        if held_out(label, *key) == (split != "train"):
-            return key
+class Dice(random.Random):
+    """The random numbers of one item, and the choices that keep to the content of its split."""
+
+    def __init__(self, split: str, kind: str, index: int) -> None:
+        """Seeded with the name of the item, which random.Random hashes the same everywhere."""
+        assert split in ("train", "val", "test"), (
+            split
+        )  # val and test share what is kept from train
+        super().__init__(f"{split}/{kind}/{index}")
+        self.split = split
+
+    def draw(self, label: str, pick: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """The first key from `pick` that belongs to the split; `label` tells apart kinds of keys."""
+        while True:
+            key = pick()
+            if held_out(label, *key) == (self.split != "train"):
+                return key
+
+    def one_of_each(self, label: str, *items: Sequence[Any]) -> tuple[Any, ...]:
+        """One of each of the `items`: a key that belongs to the split."""
+        return self.draw(label, lambda: tuple(map(self.choice, items)))
+
+    def phrase(self, name: str, **slots: object) -> str:
+        """One of the phrases of that name, filled."""
+        return fill(self.choice(PHRASES[name]), **slots)
+
+    def cast(self, label: str) -> dict[str, str]:
+        """Who and what a text is about: values for the slots of its template."""
+        names = ("hero", "animal", "place", "thing")
+        chosen = self.one_of_each(label, *[WORDS[name] for name in names])
+        slots: dict[str, str] = dict(zip(names, chosen, strict=True))
+        slots["season"] = self.choice(("spring", "summer", "autumn", "winter"))
+        slots["friend"] = self.choice([name for name in WORDS["hero"] if name != slots["hero"]])
+        for name in ("relative", "food", "dish", "elder", "colour", "feeling", "day"):
+            slots[name] = self.choice(WORDS[name])
+        for name in ("month", "weather"):
+            slots[name] = self.choice(WORDS[f"{slots['season']} {name}"])
+        for name, prefix in (("hero", ""), ("friend", "friend_")):
+            forms = ("she", "her", "her") if slots[name] in WORDS["girl"] else ("he", "his", "him")
+            slots |= {
+                prefix + he: form for he, form in zip(("he", "his", "him"), forms, strict=True)
+            }
+        return slots
+
+    def topic(self) -> str:
+        """The name of a topic; large ones come more often."""
+        return self.choices(list(TOPICS), [len(topic.facts) ** 0.5 for topic in TOPICS.values()])[0]
+
+    def fact(self) -> tuple[str, str, str, str]:
+        """(topic, key, value, a question for it)."""
+
+        def pick() -> tuple[str, str, int]:
+            topic = self.topic()
+            key = self.choice(list(TOPICS[topic].facts))
+            return topic, key, self.randrange(len(TOPICS[topic].questions))
+
+        topic, key, phrasing = self.draw("asked", pick)
+        value = TOPICS[topic].facts[key]
+        return topic, key, value, fill(TOPICS[topic].questions[phrasing], key=key, value=value)
+
+    def sum(self, smallest: int = 0, largest: int = 999) -> tuple[int, str, int, int]:
+        """(first operand, operation, second operand, result), never negative."""
+
+        def pick() -> tuple[str, int, int]:
+            op = self.choice("++--*")
+            top = min(largest, 99) if op == "*" or self.random() < 0.5 else largest
+            low, high = sorted((self.randint(smallest, top), self.randint(smallest, top)))
+            return op, high, low  # 3 + 4 and 4 + 3 are one key
+
+        op, high, low = self.draw("sum", pick)
+        x, y = (low, high) if op != "-" and self.random() < 0.5 else (high, low)
+        return x, op, y, {"+": x + y, "-": x - y, "*": x * y}[op]
+
+    def members(self, kind: str, num: int) -> str:
+        """Some members of a group: `members("fish", 3)` -> `"salmon, eel and carp"`."""
+        *names, last = self.sample(GROUPS[kind], num)
+        return f"{', '.join(names)} and {last}"
 
 
-def choose(rng: random.Random, split: str, label: str, *items: Sequence[Any]) -> tuple[Any, ...]:
-    """One of each of the `items`: a key that belongs to the split."""
-    return draw(split, label, lambda: tuple(map(rng.choice, items)))
+Ask = Callable[[Dice], Question]
 
 
-def cast(rng: random.Random, split: str, label: str) -> dict[str, str]:
-    """Who and what a text is about: values for the slots of its template."""
-    parts = ("hero", "animal", "place", "thing")
-    chosen = choose(rng, split, label, *[WORDS[name] for name in parts])
-    slots: dict[str, str] = dict(zip(parts, chosen, strict=True))
-    slots["season"] = rng.choice(("spring", "summer", "autumn", "winter"))
-    slots["friend"] = rng.choice([name for name in WORDS["hero"] if name != slots["hero"]])
-    for name in ("relative", "food", "dish", "elder", "colour", "feeling", "day"):
-        slots[name] = rng.choice(WORDS[name])
-    for name in ("month", "weather"):
-        slots[name] = rng.choice(WORDS[f"{slots['season']} {name}"])
-    for who, prefix in (("hero", ""), ("friend", "friend_")):
-        forms = ("she", "her", "her") if slots[who] in WORDS["girl"] else ("he", "his", "him")
-        slots |= dict(zip((f"{prefix}he", f"{prefix}his", f"{prefix}him"), forms, strict=True))
-    return slots
-
-
-def pick_topic(rng: random.Random) -> str:
-    """The name of a topic; large ones come more often."""
-    return rng.choices(list(TOPICS), TOPIC_WEIGHTS)[0]
-
-
-def pick_fact(rng: random.Random, split: str) -> tuple[Topic, str, str, str]:
-    """(topic, key, value, a question for it)."""
-
-    def pick() -> tuple[str, str, int]:
-        topic = TOPICS[name := pick_topic(rng)]
-        return name, rng.choice(list(topic.facts)), rng.randrange(len(topic.questions))
-
-    name, key, phrasing = draw(split, "asked", pick)
-    topic = TOPICS[name]
-    value = topic.facts[key]
-    return topic, key, value, fill(topic.questions[phrasing], key=key, value=value)
-
-
-def ask_fact(rng: random.Random, split: str, brief: bool | None = None) -> Question:
+def ask_fact(dice: Dice, brief: bool | None = None) -> Question:
     """A fact, answered in a sentence, or in one word when the question says so."""
-    topic, key, value, text = pick_fact(rng, split)
-    sentences = [fill(sentence, key=key, value=value) for sentence in topic.sentences]
+    topic, key, value, text = dice.fact()
+    sentences = [fill(sentence, key=key, value=value) for sentence in TOPICS[topic].sentences]
     accepted = (*sentences, f"{capital(value)}.", f"{capital(a(value))}.")
-    if brief is None and rng.random() < 0.2:
-        text, brief = f"{text} {rng.choice(PHRASES['brief'])}", True
-    reply = f"{capital(value)}." if brief else rng.choice(sentences)
+    if brief is None and dice.random() < 0.2:
+        text, brief = f"{text} {dice.phrase('brief')}", True
+    reply = f"{capital(value)}." if brief else dice.choice(sentences)
     return Question(text, reply, value, accepted)
 
 
-def ask_choice(rng: random.Random, split: str) -> Question:
+def ask_choice(dice: Dice) -> Question:
     """A fact with lettered choices, which are other values of the same topic."""
-    topic, _, value, text = pick_fact(rng, split)
-    wrong = rng.sample([other for other in topic.values if other != value], len(LETTERS) - 1)
-    choices = rng.sample([value, *wrong], len(LETTERS))
+    topic, _, value, text = dice.fact()
+    wrong = [other for other in TOPICS[topic].values if other != value]
+    choices = dice.sample([value, *dice.sample(wrong, len(LETTERS) - 1)], len(LETTERS))
     return Question(text, LETTERS[choices.index(value)], value, choices=tuple(choices))
 
 
-def ask_letter(rng: random.Random, split: str) -> Question:
+def ask_letter(dice: Dice) -> Question:
     """Which letter stands by a choice: the bare skill that multiple choice needs beside knowledge.
 
     Short lists and any letters teach to copy a letter before there is anything to choose; from lists of
     three in their order alone, a small model learns neither (dev/LOG.md).
     """
-    choices = rng.sample(TOPICS[rng.choice(list(TOPICS))].values, rng.choice((1, 2, 2, 3, 3)))
-    letters = "".join(rng.sample("ABCDEFGH", len(choices)))
-    value, letter = rng.choice(list(zip(choices, letters, strict=True)))
-    text = fill(rng.choice(PHRASES["which letter"]), value=value)
+    choices = dice.sample(TOPICS[dice.choice(list(TOPICS))].values, dice.choice((1, 2, 2, 3, 3)))
+    letters = "".join(dice.sample("ABCDEFGH", len(choices)))
+    value, letter = dice.choice(list(zip(choices, letters, strict=True)))
+    text = dice.phrase("which letter", value=value)
     return Question(text, letter, value, choices=tuple(choices), letters=letters)
 
 
-def ask_yes_no(rng: random.Random, split: str) -> Question:
+def ask_yes_no(dice: Dice) -> Question:
     """Whether something has a colour, or belongs to a group."""
 
     def pick() -> tuple[str, str, str, str]:
-        topic = TOPICS[name := rng.choice(("colour", "kind"))]
-        key, truth = rng.choice(list(topic.facts.items()))
-        value = truth if rng.random() < 0.5 else rng.choice(topic.values)
-        return rng.choice(PHRASES["yes"]), name, key, value
+        topic = dice.choice(("colour", "kind"))
+        key, truth = dice.choice(list(TOPICS[topic].facts.items()))
+        value = truth if dice.random() < 0.5 else dice.choice(TOPICS[topic].values)
+        return dice.choice(PHRASES["yes"]), topic, key, value
 
-    phrase, name, key, value = draw(split, "yes", pick)
-    words = key, value, TOPICS[name].facts[key]
-    thing, asked, truth = words if name == "colour" else map(a, words)
+    phrase, topic, key, value = dice.draw("yes", pick)
+    words = key, value, TOPICS[topic].facts[key]
+    thing, asked, truth = words if topic == "colour" else map(a, words)
     reply = f"{'Yes' if asked == truth else 'No'}, {thing} is {truth}."
     return Question(fill(phrase, key=thing, value=asked), reply)
 
 
-def ask_bigger(rng: random.Random, split: str) -> Question:
+def ask_bigger(dice: Dice) -> Question:
     """Which of two animals is bigger."""
 
     def pick() -> tuple[str, ...]:
-        return rng.choice(PHRASES["bigger"]), *rng.sample(WORDS["size"], 2)
+        return dice.choice(PHRASES["bigger"]), *dice.sample(WORDS["size"], 2)
 
-    phrase, x, y = draw(split, "bigger", pick)
+    phrase, x, y = dice.draw("bigger", pick)
     return Question(fill(phrase, x=x, y=y), compare(x, y))
 
 
@@ -185,41 +196,28 @@ def compare(x: str, y: str) -> str:
     return fill("{A big} is bigger than {a small}.", big=big, small=small)
 
 
-def ask_list(rng: random.Random, split: str) -> Question:
+def ask_list(dice: Dice) -> Question:
     """Some members of a group."""
-    parts = (PHRASES["list"], range(2, 5), list(GROUPS))
-    phrase, num, kind = choose(rng, split, "list", *parts)
-    slots = {"n": WORDS["number"][num], "kind": kind, "members": members(rng, kind, num)}
+    phrase, num, kind = dice.one_of_each("list", PHRASES["list"], range(2, 5), list(GROUPS))
+    slots = {"n": WORDS["number"][num], "kind": kind, "members": dice.members(kind, num)}
     return Question(fill(phrase, **slots), fill("Here are {n} {s kind}: {members}.", **slots))
 
 
-def members(rng: random.Random, kind: str, num: int) -> str:
-    """Such as `"salmon, eel and carp"`."""
-    *names, last = rng.sample(GROUPS[kind], num)
-    return f"{', '.join(names)} and {last}"
-
-
-def ask_counting(rng: random.Random, split: str) -> Question:
+def ask_counting(dice: Dice) -> Question:
     """Count from one number to another."""
-    low, num = choose(rng, split, "count", range(96), range(3, 10))
-    text = fill(rng.choice(PHRASES["count"]), a=low, b=low + num)
-    return Question(text, ", ".join(map(str, range(low, low + num + 1))) + ".")
+    low, num = dice.one_of_each("count", range(96), range(3, 10))
+    numbers = ", ".join(map(str, range(low, low + num + 1)))
+    return Question(dice.phrase("count", a=low, b=low + num), f"{numbers}.")
 
 
-def pick_sum(
-    rng: random.Random, split: str, smallest: int = 0, largest: int = 999
-) -> tuple[int, str, int, int]:
-    """(first operand, operation, second operand, result), never negative."""
-
-    def pick() -> tuple[str, int, int]:
-        op = rng.choice("++--*")
-        top = min(largest, 99) if op == "*" or rng.random() < 0.5 else largest
-        low, high = sorted((rng.randint(smallest, top), rng.randint(smallest, top)))
-        return op, high, low  # 3 + 4 and 4 + 3 are one key
-
-    op, high, low = draw(split, "sum", pick)
-    x, y = (low, high) if op != "-" and rng.random() < 0.5 else (high, low)
-    return x, op, y, {"+": x + y, "-": x - y, "*": x * y}[op]
+def ask_sum(dice: Dice, in_words: bool = False) -> Question:
+    """Two operands, bare or in a little story, worked out by the calculator."""
+    x, op, y, result = dice.sum(smallest=2 if in_words else 0)
+    slots = dice.cast("problem") if in_words else {}
+    word = {"+": "plus", "-": "minus", "*": "times"}[op]
+    name = f"problem {op}" if in_words else "sum"
+    text = dice.phrase(name, a=x, b=y, op=op, word=word, **slots)
+    return Question(text, by_tool(f"{x}{op}{y}", result, f"{x} {op} {y} = {result}."), str(result))
 
 
 def by_tool(code: str, result: object, reply: str) -> list[dict[str, str]]:
@@ -228,31 +226,22 @@ def by_tool(code: str, result: object, reply: str) -> list[dict[str, str]]:
     return [{"type": kind, "text": text} for kind, text in parts]
 
 
-def ask_sum(rng: random.Random, split: str, in_words: bool = False) -> Question:
-    """Two operands, bare or in a little story, worked out by the calculator."""
-    x, op, y, result = pick_sum(rng, split, smallest=2 if in_words else 0)
-    slots = cast(rng, split, "problem") if in_words else {}
-    phrase = rng.choice(PHRASES[f"problem {op}" if in_words else "sum"])
-    text = fill(phrase, a=x, b=y, op=op, word=SIGNS[op], **slots)
-    return Question(text, by_tool(f"{x}{op}{y}", result, f"{x} {op} {y} = {result}."), str(result))
-
-
-def ask_letters(rng: random.Random, split: str, by_hand: bool = False) -> Question:
+def ask_letters(dice: Dice, by_hand: bool = False) -> Question:
     """How often a letter is in a word: by the tool, or by hand first and then checked."""
 
     def pick() -> tuple[str, str]:
-        word = rng.choice(list(REPLIES["spell"]))
-        return word, rng.choice(word if rng.random() < 0.8 else ascii_lowercase)
+        word = dice.choice(list(REPLIES["spell"]))
+        return word, dice.choice(word if dice.random() < 0.8 else ascii_lowercase)
 
-    word, letter = draw(split, "letter", pick)
+    word, letter = dice.draw("letter", pick)
     count = word.count(letter)
     times = "1 time" if count == 1 else f"{count} times"
     reply = f"The letter {letter} appears {times} in '{word}'."
     parts = by_tool(f"'{word}'.count('{letter}')", count, reply)
     if by_hand:
         parts.insert(0, {"type": "text", "text": tally(word, letter) + ". "})
-    phrase = rng.choice(PHRASES["by hand" if by_hand else "letters"])
-    return Question(fill(phrase, word=word, letter=letter), parts, str(count))
+    text = dice.phrase("by hand" if by_hand else "letters", word=word, letter=letter)
+    return Question(text, parts, str(count))
 
 
 def tally(word: str, letter: str) -> str:
@@ -262,77 +251,77 @@ def tally(word: str, letter: str) -> str:
     return ", ".join(f"{each} {n}" if each == letter else each for each, n in steps)
 
 
-def ask_story(rng: random.Random, split: str) -> Question:
+def ask_story(dice: Dice) -> Question:
     """A fable about an animal."""
-    slots = cast(rng, split, "fable")
-    _, fable = rng.choice(TEXTS["fable"])
-    reply = fill(fable, rng, **slots)
-    return Question(fill(rng.choice(PHRASES["story"]), **slots), reply)
+    slots = dice.cast("fable")
+    _, fable = dice.choice(TEXTS["fable"])
+    reply = fill(fable, dice, **slots)
+    return Question(dice.phrase("story", **slots), reply)
 
 
-def ask_repeat(rng: random.Random, split: str) -> Question:
+def ask_repeat(dice: Dice) -> Question:
     """Say after me."""
-    slots = cast(rng, split, "repeat")
-    what = fill(rng.choice(PHRASES["repeated"]), **slots)
-    return Question(fill(rng.choice(PHRASES["repeat"]), what=what), what)
+    slots = dice.cast("repeat")
+    what = dice.phrase("repeated", **slots)
+    return Question(dice.phrase("repeat", what=what), what)
 
 
-def ask_about(rng: random.Random, split: str, label: str) -> Question:
+def ask_about(dice: Dice, label: str) -> Question:
     """How a word is spelled or what it means, what an animal does, how something is done."""
     replies = REPLIES[label]
-    phrase, key = choose(rng, split, label, PHRASES[label], list(replies))
+    phrase, key = dice.one_of_each(label, PHRASES[label], list(replies))
     return Question(fill(phrase, key=key, word=key), replies[key], replies[key])
 
 
-def ask_talk(rng: random.Random, split: str, replies: dict[str, list[str]]) -> Question:
+def ask_talk(dice: Dice, *names: str) -> Question:
     """Manners, and who the model is: the same in every split."""
-    text, ways = rng.choice(list(replies.items()))
-    return Question(text, rng.choice(ways) if len(ways) > 1 else ways[0])
+    text, replies = dice.choice([row for name in names for row in TALK[name].items()])
+    return Question(text, dice.choice(replies) if len(replies) > 1 else replies[0])
 
 
 ask_problem = partial(ask_sum, in_words=True)
 ask_by_hand = partial(ask_letters, by_hand=True)
 ask_spelling = partial(ask_about, label="spell")
 ask_nature = partial(ask_about, label="nature")
-ask_greeting = partial(ask_talk, replies=TALK["greeting"])
-QUESTIONS: dict[Ask, int] = {  # of conversations, with their weights
-    ask_fact: 22, ask_choice: 14, ask_letter: 8, ask_sum: 14, ask_problem: 6, ask_spelling: 8,
-    ask_letters: 6, ask_by_hand: 2, partial(ask_talk, replies=TALK["identity"]): 5,
-    partial(ask_talk, replies=TALK["greeting"] | TALK["small talk"]): 8,
-    partial(ask_talk, replies=dict.fromkeys(PHRASES["unknown"], PHRASES["unknown reply"])): 1,
-    ask_story: 3, partial(ask_about, label="define"): 4, ask_yes_no: 5, ask_bigger: 3, ask_list: 3,
-    ask_counting: 2, ask_repeat: 3, partial(ask_about, label="how"): 2, ask_nature: 3,
-}  # fmt: skip
-QUIZZES: dict[str, list[Ask]] = {
-    "choice": [ask_choice],
-    "letter": [ask_letter],
-    "exact": [ask_fact],
-    "arithmetic": [ask_sum, ask_sum, ask_problem],
-    "spelling": [ask_spelling, ask_letters],
+QUESTIONS: list[tuple[int, Ask]] = [  # (weight, kind) of those in conversations
+    (22, ask_fact), (14, ask_choice), (8, ask_letter), (14, ask_sum), (6, ask_problem),
+    (8, ask_spelling), (6, ask_letters), (2, ask_by_hand),
+    (5, lambda dice: ask_talk(dice, "identity")),
+    (8, lambda dice: ask_talk(dice, "greeting", "small talk")),
+    (1, lambda dice: Question(dice.phrase("unknown"), dice.phrase("unknown reply"))),
+    (3, ask_story), (4, lambda dice: ask_about(dice, "define")), (5, ask_yes_no), (3, ask_bigger),
+    (3, ask_list), (2, ask_counting), (3, ask_repeat), (2, lambda dice: ask_about(dice, "how")),
+    (3, ask_nature),
+]  # fmt: skip
+QUIZZES: dict[str, tuple[Ask, ...]] = {
+    "choice": (ask_choice,),
+    "letter": (ask_letter,),
+    "exact": (ask_fact,),
+    "arithmetic": (ask_sum, ask_sum, ask_problem),
+    "spelling": (ask_spelling, ask_letters),
 }
 
 
 def quiz(split: str, kind: str, index: int) -> Question:
     """Question `index` of a kind of quiz: choice, letter, exact, arithmetic or spelling."""
-    rng = generator(split, kind, index)
-    return rng.choice(QUIZZES[kind])(rng, split)
+    dice = Dice(split, kind, index)
+    return dice.choice(QUIZZES[kind])(dice)
 
 
 def conversation(split: str, index: int) -> dict[str, Any]:
     """Talk `index`: one to three questions, at times a system message, at times a name to remember."""
-    rng = generator(split, "conversation", index)
-    system, style = "", rng.random()
+    dice = Dice(split, "conversation", index)
+    system, style = "", dice.random()
     if style < 0.04:
-        system = rng.choice(PHRASES["brief system"])
-        turns = [ask_fact(rng, split, brief=True) for _ in range(rng.randint(1, 3))]
+        system = dice.phrase("brief system")
+        turns = [ask_fact(dice, brief=True) for _ in range(dice.randint(1, 3))]
     elif style < 0.08:
-        turns = introduction(rng, split)
+        turns = introduction(dice)
     else:
-        if rng.random() < 0.08:
-            system = rng.choice(PHRASES["system"])
-        num_turns = rng.choices((1, 2, 3), (60, 28, 12))[0]
-        kinds = rng.choices(list(QUESTIONS), list(QUESTIONS.values()), k=num_turns)
-        turns = [ask(rng, split) for ask in kinds]
+        system = dice.phrase("system") if dice.random() < 0.08 else ""
+        num_turns = dice.choices((1, 2, 3), (60, 28, 12))[0]
+        kinds = dice.choices(QUESTIONS, [weight for weight, _ in QUESTIONS], k=num_turns)
+        turns = [ask(dice) for _, ask in kinds]
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for turn in turns:
         messages.append({"role": "user", "content": turn.prompt})
@@ -340,10 +329,13 @@ def conversation(split: str, index: int) -> dict[str, Any]:
     return {"messages": messages}
 
 
-def introduction(rng: random.Random, split: str) -> list[Question]:
+def introduction(dice: Dice) -> list[Question]:
     """A user who tells a name, talks of something else or not, and asks for it."""
-    slots = cast(rng, split, "name")
-    hello, welcome = (fill(rng.choice(PHRASES[each]), **slots) for each in ("name", "name reply"))
-    between = [ask_fact(rng, split)] if rng.random() < 0.5 else []
-    again = Question(rng.choice(PHRASES["name question"]), f"Your name is {slots['hero']}.")
-    return [Question(hello, welcome), *between, again]
+    slots = dice.cast("name")
+    hello = Question(dice.phrase("name", **slots), dice.phrase("name reply", **slots))
+    between = [ask_fact(dice)] if dice.random() < 0.5 else []
+    return [
+        hello,
+        *between,
+        Question(dice.phrase("name question"), f"Your name is {slots['hero']}."),
+    ]

@@ -123,9 +123,8 @@ PHRASES = TALK["phrases"]
 TEXTS = read_texts()
 TOPICS = read_topics()
 
-REPLIES: dict[
-    str, dict[str, str]
-] = {}  # what is told but too long for a quiz: name -> key -> reply
+# What is told, but too long to be a choice of a quiz: name -> key -> reply.
+REPLIES: dict[str, dict[str, str]] = {}
 for _name in ("nature", "define", "how"):
     _, PHRASES[_name], (_sentence,), _facts = TOPICS.pop(_name)
     REPLIES[_name] = {

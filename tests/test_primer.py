@@ -13,8 +13,8 @@ import pytest
 import primer
 from nanochat.calculator import calculate
 from nanochat.tokenizer import check_conversation, render_choices
-from primer import pages
-from primer.questions import LETTERS, QUIZZES, ask_by_hand, generator, held_out, tally
+from primer.pages import animal_page, poem, written
+from primer.questions import LETTERS, QUIZZES, Dice, ask_by_hand, held_out, tally
 from primer.world import PHRASES, REPLIES, TOPICS, plural
 
 NUM_DOCUMENTS, NUM_TALKS, NUM_QUIZZES = 8_000, 12_000, 1_000
@@ -91,18 +91,10 @@ def test_pages_and_talks_are_varied(train_pages: list[str], train_talks: list[di
 
 def test_english(train_pages: list[str]) -> None:
     assert not re.search(r"[{}\[\]|]", "".join(train_pages)), "a template was not filled"
-    rng = generator("train", "english", 0)
-    told = (
-        *(
-            lambda kind=kind: pages.written(rng, "train", kind)
-            for kind in ("story", "letter", "diary")
-        ),
-        *(
-            lambda page=page: page(rng, "train")
-            for page in (pages.fable, pages.animal_page, pages.poem)
-        ),
-    )
-    for text in (tell() for tell in told for _ in range(400)):
+    dice = Dice("train", "english", 0)
+    texts = [written(dice, kind) for kind in ("story", "letter", "diary") for _ in range(400)]
+    texts += [page(dice) for page in (animal_page, poem) for _ in range(400)]
+    for text in texts:
         assert not re.search(r"\b[Aa] [aeiou]", text), text
         assert not re.search(r"\b[Aa]n (?!hour)[^aeiou]", text), text
         assert not re.search(r"  |\.\.| [,.!?]", text), text
@@ -158,7 +150,7 @@ def test_what_the_tool_is_shown_to_print_is_what_it_prints(kind: str) -> None:
 def test_letters_are_counted_by_hand_as_they_are() -> None:
     assert tally("noon", "o") == "n, o 1, o 2, n"
     for index in range(300):
-        question = ask_by_hand(generator("train", "hand", index), "train")
+        question = ask_by_hand(Dice("train", "hand", index))
         assert isinstance(question.reply, list)
         word, letter = re.findall(r"'(\w+)'.count\('(\w)'\)", question.reply[1]["text"])[0]
         numbers = re.findall(r"\d+", question.reply[0]["text"])

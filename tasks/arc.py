@@ -22,11 +22,9 @@ class ARC(ChoiceTask):
 
     name = "allenai/ai2_arc"
 
-    def __init__(
-        self, config: str, split: str, start: int = 0, stop: int | None = None, step: int = 1
-    ) -> None:
+    def __init__(self, config: str, split: str) -> None:
         self.config = config
-        super().__init__(split, start, stop, step)
+        super().__init__(split)
 
     def convert(self, row: dict[str, Any]) -> Conversation:
         choices = row["choices"]

@@ -1,17 +1,18 @@
 """What every task is: a list of conversations that can be cut, mixed, shuffled and scored.
 
-A task answers `num_examples()`, `get_example(index)` and, where it is an evaluation, `score`; cutting is
-done here. Rows of Hugging Face data sets come from the hub or, with `NANOCHAT_DATASETS=<folder>`, from
+A task answers `num_examples()`, `get_example(index)` and, where it is an evaluation, `score`. Rows of
+Hugging Face data sets come from the hub or, with `NANOCHAT_DATASETS=<folder>`, from
 `<folder>/<owner>/<name>/<config>/<split>.jsonl` or `.parquet`. They are shuffled once and for all: MMLU
 is sorted by subject, and the first hundred rows of any task should be a fair sample of it.
 """
 
+import copy
 import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import pyarrow.parquet as parquet
 
@@ -21,17 +22,16 @@ from nanochat.tokenizer import Conversation, check_conversation, render_choices
 
 
 class Task(Sequence[Conversation]):
-    """A list of conversations. Subclasses say how many there are, make one, and may score otherwise."""
+    """A list of conversations; a slice of it, such as `task[:100]`, is a task as well."""
 
     kind = "generate"  # "choice": the reply is one of the letters in the conversation's "letters"
     baseline = 0.0  # accuracy of guessing
 
-    def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
-        """The part of the task that `range(...)[start:stop:step]` picks."""
-        self._indices = range(self.num_examples())[start:stop:step]
+    def __init__(self) -> None:
+        self._indices = range(self.num_examples())
 
     def num_examples(self) -> int:
-        """The length of the whole task, before it is cut."""
+        """The length of the whole task, before it is sliced."""
         raise NotImplementedError
 
     def get_example(self, index: int) -> Conversation:
@@ -45,7 +45,17 @@ class Task(Sequence[Conversation]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int) -> Conversation:  # pyright: ignore[reportIncompatibleMethodOverride]
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Task": ...
+
+    def __getitem__(self, index: int | slice) -> "Conversation | Task":
+        if isinstance(index, slice):
+            part = copy.copy(self)
+            part._indices = self._indices[index]
+            return part
         return self.get_example(self._indices[index])
 
 
@@ -67,13 +77,13 @@ class TaskMixture(Task):
 
 
 class GeneratedTask(Task):
-    """Rows that are made from their number, so that there is no last one: a part that is large enough."""
+    """Rows that are made from their number. They have no end; a task is as many as are used."""
 
     num_train, num_test = 20_000, 400
 
-    def __init__(self, split: str, start: int = 0, stop: int | None = None, step: int = 1) -> None:
+    def __init__(self, split: str) -> None:
         self.split = split
-        super().__init__(start, stop, step)
+        super().__init__()
 
     def num_examples(self) -> int:
         return self.num_train if self.split == "train" else self.num_test
@@ -85,12 +95,12 @@ class HubTask(Task):
     name: str  # of the data set on the hub
     config: str
 
-    def __init__(self, split: str, start: int = 0, stop: int | None = None, step: int = 1) -> None:
+    def __init__(self, split: str) -> None:
         self._label = f"{self.name} ({self.config}, {split})"
         self._rows = load_rows(self.name, self.config, split)
         self._order = list(range(len(self._rows)))
         random.Random(self._label).shuffle(self._order)
-        super().__init__(start, stop, step)
+        super().__init__()
 
     def num_examples(self) -> int:
         return len(self._order)

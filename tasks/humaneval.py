@@ -30,16 +30,9 @@ class HumanEval(HubTask):
 
     name, config = "openai/openai_humaneval", "openai_humaneval"
 
-    def __init__(
-        self,
-        split: str,
-        start: int = 0,
-        stop: int | None = None,
-        step: int = 1,
-        allow_unsafe_exec: bool = False,
-    ) -> None:
+    def __init__(self, split: str, allow_unsafe_exec: bool = False) -> None:
         self.allow_unsafe_exec = allow_unsafe_exec
-        super().__init__(split, start, stop, step)
+        super().__init__(split)
 
     def convert(self, row: dict[str, Any]) -> Conversation:
         prompt, solution = row["prompt"].strip("\n"), row["canonical_solution"].strip("\n")

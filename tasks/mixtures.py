@@ -36,39 +36,39 @@ MIXTURES: dict[tuple[str, str], Callable[[], list[Task]]] = {
         GSM8K("train"),  # 7.5 K
         Identity(),  # 1 K, twice
         Identity(),
-        SpellWord("train", stop=200_000),
-        SpellingBee("train", stop=80_000),
+        SpellWord("train")[:200_000],
+        SpellingBee("train")[:80_000],
     ],
     ("sft", "default"): lambda: [  # 22 K rows
         ARC("ARC-Easy", "train"),  # 2.3 K
         ARC("ARC-Challenge", "train"),  # 1.1 K
         GSM8K("train"),  # 7.5 K
-        SmolTalk("train", stop=10_000),
+        SmolTalk("train")[:10_000],
         Identity(),  # 1 K
-        SpellWord("train", start=200_000, stop=200_300),
-        SpellingBee("train", start=80_000, stop=80_300),
+        SpellWord("train")[200_000:200_300],
+        SpellingBee("train")[80_000:80_300],
     ],
     ("val", "default"): lambda: [  # 3.7 K rows
-        SmolTalk("test", stop=2_400),
-        MMLU("validation", stop=500),
-        GSM8K("test", stop=400),
-        SpellWord("val", stop=200),
-        SpellingBee("val", stop=200),
+        SmolTalk("test")[:2_400],
+        MMLU("validation")[:500],
+        GSM8K("test")[:400],
+        SpellWord("val")[:200],
+        SpellingBee("val")[:200],
     ],
     ("mid", "primer"): lambda: [
-        PrimerConversations("train", stop=20_000),
-        PrimerLetter("train", stop=14_000),
-        PrimerChoice("train", stop=6_000),
-        PrimerArithmetic("train", stop=4_000),
-        PrimerSpelling("train", stop=2_000),
+        PrimerConversations("train")[:20_000],
+        PrimerLetter("train")[:14_000],
+        PrimerChoice("train")[:6_000],
+        PrimerArithmetic("train")[:4_000],
+        PrimerSpelling("train")[:2_000],
     ],
     ("sft", "primer"): lambda: [
-        PrimerConversations("train", start=20_000, stop=30_000),
-        PrimerLetter("train", start=14_000, stop=17_000),
-        PrimerChoice("train", start=6_000, stop=9_000),
-        PrimerExact("train", stop=3_000),
-        PrimerArithmetic("train", start=4_000, stop=6_000),
-        PrimerSpelling("train", start=2_000, stop=4_000),
+        PrimerConversations("train")[20_000:30_000],
+        PrimerLetter("train")[14_000:17_000],
+        PrimerChoice("train")[6_000:9_000],
+        PrimerExact("train")[:3_000],
+        PrimerArithmetic("train")[4_000:6_000],
+        PrimerSpelling("train")[2_000:4_000],
     ],
     ("val", "primer"): lambda: [PrimerConversations("val")],
 }

@@ -43,16 +43,9 @@ class SpellWord(GeneratedTask):
 
     num_train = 1_000_000
 
-    def __init__(
-        self,
-        split: str,
-        start: int = 0,
-        stop: int | None = None,
-        step: int = 1,
-        words: Path | None = None,
-    ) -> None:
+    def __init__(self, split: str, words: Path | None = None) -> None:
         self.words = words_of(split, words or WORDS)
-        super().__init__(split, start, stop, step)
+        super().__init__(split)
 
     def get_example(self, index: int) -> Conversation:
         rng = random.Random(f"{self.split}/spell a word/{index}")

@@ -35,7 +35,7 @@ from tasks.gsm8k import GSM8K, final_number
 from tasks.identity import FACTS, Identity
 from tasks.mixtures import CHAT_CORE, EVALUATIONS, build_mixture, build_task
 from tasks.mmlu import MMLU
-from tasks.primer import PrimerArithmetic, PrimerChoice, PrimerExact, PrimerSpelling
+from tasks.primer import PrimerArithmetic, PrimerChoice, PrimerExact, PrimerQuiz, PrimerSpelling
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import WORDS, SpellingBee, SpellWord, last_number, words_of
 
@@ -121,15 +121,16 @@ def all_data(write_rows: WriteRows) -> None:
     "cut", [(0, None, 1), (2, 7, 1), (1, 100, 3), (0, -1, 2), (0, None, -1), (5, 5, 1)]
 )
 def test_a_task_is_cut_like_a_list(cut: tuple) -> None:
-    task = Numbers(*cut)
+    task = Numbers()[slice(*cut)]
     assert contents(task) == list(range(10))[slice(*cut)]
     assert len(task) == len(contents(task))
+    assert contents(task[1:]) == contents(task)[1:]
     with pytest.raises(IndexError):
         task[len(task)]
 
 
 def test_a_mixture_holds_every_row_as_often_as_its_task_is_listed() -> None:
-    tasks = [Numbers(), Numbers(stop=5), Numbers()]
+    tasks = [Numbers(), Numbers()[:5], Numbers()]
     mixed = contents(TaskMixture(tasks, seed=1))
     assert Counter(mixed) == Counter([*range(10), *range(10), *range(5)])
     assert mixed == contents(TaskMixture(tasks, seed=1)) != contents(TaskMixture(tasks, seed=2))
@@ -165,7 +166,7 @@ def test_the_first_rows_are_a_sample_of_all(write_rows: WriteRows) -> None:
     asked = [int(row["messages"][0]["content"].split("?")[0]) for row in MMLU("test")]
     assert sorted(asked) == list(range(300))
     assert 100 < sum(asked[:60]) / 60 < 200
-    cut = [int(row["messages"][0]["content"].split("?")[0]) for row in MMLU("test", 5, 50, 5)]
+    cut = [int(row["messages"][0]["content"].split("?")[0]) for row in MMLU("test")[5:50:5]]
     assert cut == asked[5:50:5]
 
 
@@ -241,32 +242,21 @@ def test_the_right_reply_scores_one_and_others_zero(all_data: None, name: str, s
 @pytest.mark.parametrize(
     ("task", "row", "right", "wrong"),
     [
-        (
-            PrimerExact("test"),
-            {"accepted": ["yellow", "A banana is yellow.", "Yellow."]},
-            ["yellow", " Yellow!", "a banana is  yellow"],
-            ["not yellow", "yellow and red", "yell"],
-        ),
-        (
-            PrimerArithmetic("test"),
-            {"answer": "95"},
-            ["37 + 58 = 95.", "95", "It is 95!"],
-            ["95 is 37 + 58", "195", "9.5", "-95"],
-        ),
-        (PrimerSpelling("test"), {"answer": "e-g-g"}, ["e-g-g", "E-G-G."], ["e-g"]),
-        (
-            PrimerSpelling("test"),
-            {"answer": "2"},
-            ["The letter g appears 2 times in 'egg'."],
-            ["The letter g appears 3 times in 'egg'."],
-        ),
+        (PrimerExact, {"accepted": ["yellow", "A banana is yellow.", "Yellow."]},
+         ["yellow", " Yellow!", "a banana is  yellow"], ["not yellow", "yellow and red", "yell"]),
+        (PrimerArithmetic, {"answer": "95"},
+         ["37 + 58 = 95.", "95", "It is 95!"], ["95 is 37 + 58", "195", "9.5", "-95"]),
+        (PrimerSpelling, {"answer": "e-g-g"}, ["e-g-g", "E-G-G."], ["e-g"]),
+        (PrimerSpelling, {"answer": "2"},
+         ["The letter g appears 2 times in 'egg'."], ["The letter g appears 3 times in 'egg'."]),
     ],
-)
+)  # fmt: skip
 def test_scores_are_neither_too_kind_nor_too_strict(
-    task: Task, row: Conversation, right: list[str], wrong: list[str]
+    task: type[PrimerQuiz], row: Conversation, right: list[str], wrong: list[str]
 ) -> None:
-    assert [task.score(row, reply) for reply in right] == [1] * len(right)
-    assert [task.score(row, reply) for reply in wrong] == [0] * len(wrong)
+    score = task("test").score
+    assert [score(row, reply) for reply in right] == [1] * len(right)
+    assert [score(row, reply) for reply in wrong] == [0] * len(wrong)
 
 
 def test_the_last_number_of_a_reply() -> None:
@@ -274,58 +264,34 @@ def test_the_last_number_of_a_reply() -> None:
     assert found == ["2", "-7", "1.50", None]
 
 
-# --- multiple choice: real rows, prompt and letters as they must be; ARC (CC BY-SA 4.0) and MMLU (MIT)
+# --- multiple choice
 
 
 def arc(question: str, texts: list[str], labels: str, key: str) -> dict:
-    return {
-        "question": question,
-        "choices": {"text": texts, "label": list(labels)},
-        "answerKey": key,
-    }
+    choices = {"text": texts, "label": list(labels)}
+    return {"question": question, "choices": choices, "answerKey": key}
 
 
 METALS = ["dead trees", "water", "animal bones", "oil wells", "rocks"]
+RATIO = {
+    "question": "The ratio is",
+    "subject": "economics",
+    "choices": ["0", "5", "9"],
+    "answer": 2,
+}
+CHOICES = [
+    ("ARC-Easy", ARC_EASY, arc("Children", ["shrink", "grow", "remain the same"], "123", "2"),
+     "Children\n- shrink A\n- grow B\n- remain the same C\n", "B"),
+    ("ARC-Challenge", "allenai/ai2_arc/ARC-Challenge",
+     arc("What makes food?", ["root", "cone", "trunk", "needle"], "DCBA", "D"),
+     "What makes food?\n- root A\n- cone B\n- trunk C\n- needle D\n", "A"),
+    ("ARC-Easy", ARC_EASY, arc("Metals?", METALS, "ABCDE", "E"),
+     "Metals?\n- dead trees A\n- water B\n- animal bones C\n- oil wells D\n- rocks E\n", "E"),
+    ("MMLU", MMLU_ALL, RATIO, "The ratio is\n- 0 A\n- 5 B\n- 9 C\n", "C"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "split", "row", "prompt", "letter"),
-    [
-        (
-            "ARC-Easy",
-            ARC_EASY,
-            arc("Children grow", ["decreases", "increases", "remains the same"], "123", "2"),
-            "Children grow\n- decreases A\n- increases B\n- remains the same C\n",
-            "B",
-        ),
-        (
-            "ARC-Challenge",
-            "allenai/ai2_arc/ARC-Challenge",
-            arc("What makes food?", ["root", "cone", "trunk", "needle"], "DCBA", "D"),
-            "What makes food?\n- root A\n- cone B\n- trunk C\n- needle D\n",
-            "A",
-        ),
-        (
-            "ARC-Easy",
-            ARC_EASY,
-            arc("Metals are found in", METALS, "ABCDE", "E"),
-            "Metals are found in\n- dead trees A\n- water B\n- animal bones C\n- oil wells D\n- rocks E\n",
-            "E",
-        ),
-        (
-            "MMLU",
-            MMLU_ALL,
-            {
-                "question": "The concentration ratio for a monopoly is",
-                "subject": "high_school_microeconomics",
-                "choices": ["0", "5", "10", "100"],
-                "answer": 3,
-            },
-            "The concentration ratio for a monopoly is\n- 0 A\n- 5 B\n- 10 C\n- 100 D\n",
-            "D",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("name", "split", "row", "prompt", "letter"), CHOICES)
 def test_a_choice_prompt_to_the_token(
     write_rows: WriteRows,
     tokenizer: Tokenizer,
@@ -391,25 +357,13 @@ def test_marks_become_calls_of_the_tool(write_rows: WriteRows, tokenizer: Tokeni
 @pytest.mark.parametrize(
     ("said", "number"),
     [
-        ("#### 18", "18"),
-        ("so it is 4.\n####18 eggs.", "18"),
-        ("#### 1,080", "1080"),
-        ("#### $2,520,000.", "2520000"),
-        ("#### -5", "-5"),
-        ("#### -$5.50", "-5.5"),
-        ("#### $-5.50", "-5.5"),
-        ("#### +7", "7"),
-        ("#### .5", "0.5"),
-        ("#### 18.00", "18"),
-        ("#### 3 no, #### 4", "4"),
-        ("18", None),
-        ("#### none", None),
-        ("#### 18/3", None),
-        ("#### 1,8.5/3", None),
-        ("### 18", None),
-        ("", None),
+        ("#### 18", "18"), ("so it is 4.\n####18 eggs.", "18"), ("#### 1,080", "1080"),
+        ("#### $2,520,000.", "2520000"), ("#### -5", "-5"), ("#### -$5.50", "-5.5"),
+        ("#### $-5.50", "-5.5"), ("#### +7", "7"), ("#### .5", "0.5"), ("#### 18.00", "18"),
+        ("#### 3 no, #### 4", "4"), ("18", None), ("#### none", None), ("#### 18/3", None),
+        ("#### 1,8.5/3", None), ("### 18", None), ("", None),
     ],
-)
+)  # fmt: skip
 def test_the_number_behind_the_hashes(said: str, number: str | None) -> None:
     assert final_number(said) == (None if number is None else Decimal(number))
 
@@ -498,11 +452,11 @@ def test_a_missing_or_empty_custom_file_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_letters_are_spelled_and_counted_right(split: str) -> None:
-    for row in SpellWord(split, stop=100):
+    for row in SpellWord(split)[:100]:
         word = row["answer"].replace("-", "")
         assert word in row["messages"][0]["content"]
         assert row["messages"][1]["content"] == "-".join(word)
-    bee = SpellingBee(split, stop=200)
+    bee = SpellingBee(split)[:200]
     for row in bee:
         by_hand, code, output, said = row["messages"][1]["content"]
         _, word, _, letter, _ = code["text"].split("'")

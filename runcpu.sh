@@ -1,76 +1,67 @@
 #!/usr/bin/env bash
-# The whole of nanochat on a laptop, offline, in minutes: tokenizer, pretraining, midtraining, finetuning,
-# reinforcement, report, and a conversation with the result.
+# The whole of nanochat on a laptop, offline, in minutes: tokenizer, pretraining, midtraining,
+# finetuning, reinforcement, report, and a conversation with the result.
 #
 #   bash runcpu.sh                  learn the primer, the small world that comes with nanochat
 #   bash runcpu.sh --from FOLDER    pretrain on your own text (parquet, .txt or .jsonl) instead
 #   bash runcpu.sh --fresh          start over; otherwise what is finished is not run again
 #
-# Killed at any point and started again, it goes on where it was. The sizes below are what learned most per
-# minute on two cores; dev/LOG.md has the trials.
+# Killed at any point and started again, it goes on where it was. The sizes below are what learned
+# most per minute on two cores; dev/LOG.md has the trials.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 fresh="" from=""
 while [ $# -gt 0 ]; do
-    case "$1" in
-    --fresh) fresh=1 ;;
-    --from | --from=*)
-        [ "$1" != --from ] || shift
-        from="${1:-}"
-        from="${from#--from=}"
-        [ -n "$from" ] || { echo "error: --from needs a folder" >&2 && exit 2; }
-        ;;
-    -h | --help)
-        sed -n '2,/^set/s/^# \{0,1\}//p' runcpu.sh
-        exit
-        ;;
-    *)
-        echo "error: unknown option $1; use --fresh or --from FOLDER" >&2
-        exit 2
-        ;;
-    esac
-    shift
+  case "$1" in
+  --fresh) fresh=1 ;;
+  --from | --from=*)
+    [ "$1" != --from ] || shift
+    from="${1:-}" from="${from#--from=}"
+    [ -n "$from" ] || { echo "error: --from needs a folder" >&2 && exit 2; }
+    ;;
+  -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' runcpu.sh && exit ;;
+  *) echo "error: unknown option $1; use --fresh or --from FOLDER" >&2 && exit 2 ;;
+  esac
+  shift
 done
-corpus=primer
+corpus=primer source=(--corpus primer)
 if [ -n "$from" ]; then
-    [ -d "$from" ] || { echo "error: --from $from is no folder" >&2 && exit 2; }
-    from="$(cd "$from" && pwd)"
-    corpus="$(basename "$from")"
+  [ -d "$from" ] || { echo "error: --from $from is no folder" >&2 && exit 2; }
+  from="$(cd "$from" && pwd)"
+  corpus="$(basename "$from")" source=(--from "$from")
 fi
 source ./setup.sh --device_type=cpu
-
+source ./stages.sh
 tag="laptop-$corpus"
 place=(--device_type=cpu --model_tag="$tag")
-source ./stages.sh
 begin "$tag" "$fresh"
 
-if [ -n "$from" ]; then
-    stage corpus python -m nanochat.dataset --from "$from"
-else
-    stage corpus python -m nanochat.dataset --corpus primer
-fi
+stage corpus python -m nanochat.dataset "${source[@]}"
 stage tok_train python -m scripts.tok_train --data="$corpus" --vocab_size=2048 --max_chars=20000000
 stage tok_eval python -m scripts.tok_eval --data="$corpus"
 stage base_train python -m scripts.base_train "${place[@]}" --data="$corpus" \
-    --depth=4 --aspect_ratio=32 --head_dim=32 --max_seq_len=256 --total_batch_size=4096 --device_batch_size=16 \
-    --num_iterations=1200 --eval_every=600 --eval_tokens=65536 --save_every=100 --log_every=50
-stage base_loss python -m scripts.base_loss "${place[@]}" --data="$corpus" --eval_tokens=131072 --device_batch_size=16
+  --depth=4 --aspect_ratio=32 --head_dim=32 --max_seq_len=256 --total_batch_size=4096 \
+  --device_batch_size=16 --num_iterations=1200 --eval_every=600 --eval_tokens=65536 \
+  --save_every=100 --log_every=50
+stage base_loss python -m scripts.base_loss "${place[@]}" --data="$corpus" --eval_tokens=131072 \
+  --device_batch_size=16
 stage base_eval python -m scripts.base_eval "${place[@]}" -a primer-choice
-chat=(--mixture=primer --total_batch_size=4096 --device_batch_size=16 --eval_every=300 --eval_tokens=65536
-    --save_every=100 --log_every=50)
+chat=(--mixture=primer --total_batch_size=4096 --device_batch_size=16 --eval_every=300
+  --eval_tokens=65536 --save_every=100 --log_every=50)
 examine=(-a 'primer-choice|primer-exact|primer-arithmetic|primer-spelling')
 stage mid_train python -m scripts.mid_train "${place[@]}" "${chat[@]}" --lr_scale=0.5
 stage chat_eval_mid python -m scripts.chat_eval "${place[@]}" -i mid "${examine[@]}"
 stage chat_sft python -m scripts.chat_sft "${place[@]}" "${chat[@]}" --lr_scale=0.3
 stage chat_eval_sft python -m scripts.chat_eval "${place[@]}" -i sft "${examine[@]}"
-stage chat_rl python -m scripts.chat_rl "${place[@]}" --task=primer-exact --lr_scale=0.1 --num_steps=25 \
-    --questions_per_step=32 --num_samples=8 --max_tokens=32 --eval_samples=1 --save_every=10 --log_every=5
+stage chat_rl python -m scripts.chat_rl "${place[@]}" --task=primer-exact --lr_scale=0.1 \
+  --num_steps=25 --questions_per_step=32 --num_samples=8 --max_tokens=32 --eval_samples=1 \
+  --save_every=10 --log_every=5
 stage chat_eval_rl python -m scripts.chat_eval "${place[@]}" -i rl "${examine[@]}"
 python -m nanochat.report generate
 
 echo
 echo "== a conversation with it; for your own: python -m scripts.chat_cli -i rl -g $tag"
-printf '%s\n' "Hello!" "Who are you?" "What is 27 plus 58?" "What colour is snow?" "How do you spell tiger?" \
-    "Tell me a story about a fox." |
-    python -m scripts.chat_cli "${place[@]}" -i rl --temperature=0
+printf '%s\n' "Hello!" "Who are you?" "What is 27 plus 58?" "What colour is snow?" \
+  "How do you spell tiger?" "Tell me a story about a fox." |
+  python -m scripts.chat_cli "${place[@]}" -i rl --temperature=0

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set-up, every check, every test: bash test.sh
 #   --fast     leave out the tests marked slow
-#   --long     with those that take minutes each: fifty kills, every stage killed, depth 4 on four ranks
+#   --long     with those that take minutes each, such as fifty kills, or every stage killed
 # Anything else goes to pytest: bash test.sh -k tokenizer
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -17,7 +17,7 @@ for argument in "$@"; do
   esac
 done
 bash dev/check.sh "$@"
-# One thread: tiny models spend most of their time waiting for each other's, sixteen times slower on a busy machine.
+# One thread: those of tiny models wait for each other, sixteen times slower on a busy machine.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # The odd expansion: bash 3.2, a Mac's, takes an empty array for an unset variable.
 python -m pytest --durations=5 -m "$chosen" ${arguments[@]+"${arguments[@]}"}

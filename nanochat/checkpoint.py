@@ -333,7 +333,12 @@ def choose_tag(stage: str, model_tag: str) -> str:
         raise UserError(
             f"no model tag {model_tag} in {stage_dir} (there: {known}); choose one or {mend}"
         )
-    return model_tag or max(runs, key=lambda run: run.stat().st_mtime).name
+    return model_tag or max(runs, key=saved_at).name
+
+
+def saved_at(run: Path) -> float:
+    """When a checkpoint of `run` was saved last; evaluations write into its folder, too."""
+    return max((file.stat().st_mtime for file in run.glob("step_*/manifest.json")), default=0.0)
 
 
 def find_checkpoint(

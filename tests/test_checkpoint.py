@@ -1,6 +1,7 @@
 """nanochat.checkpoint: what is saved comes back bit for bit, and what is damaged is never loaded."""
 
 import json
+import os
 import random
 import threading
 from dataclasses import asdict, replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from nanochat import checkpoint
-from nanochat.common import Runtime, UserError, run_dir
+from nanochat.common import Runtime, UserError, run_dir, write_file
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.scaling import make_optimizer
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -153,6 +154,18 @@ def test_what_is_not_there_is_told_with_its_mend(run: Path) -> None:
         checkpoint.find_checkpoint("base", "d9")
     with pytest.raises(UserError, match="no step 11"):
         checkpoint.find_checkpoint("base", "d2", 11)
+
+
+def test_an_evaluation_does_not_make_a_run_the_one_written_last(run: Path) -> None:
+    newer = run.with_name("new")
+    for seconds, (folder, step) in enumerate([(run, 90), (newer, 10), (newer, 20)]):
+        os.utime(save(folder, step, new_model()) / "manifest.json", (seconds, seconds))
+    assert checkpoint.find_checkpoint("base")[0] == newer
+    write_file(run / "base_eval.jsonl", "{}\n")
+    assert checkpoint.find_checkpoint("base")[0] == newer
+    (newer / "step_000020" / "manifest.json").unlink()  # damaged, and still the one written last
+    with pytest.raises(UserError, match="new/step_000020 is incomplete.*use --step=10"):
+        checkpoint.find_checkpoint("base")
 
 
 def test_a_disk_that_refuses_leaves_the_old_checkpoint(

@@ -385,12 +385,13 @@ def build_model(
 def load_model(
     source: str, model_tag: str, step: int | None, runtime: Runtime, train: bool = False
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """(model, the tokenizer of its run, the checkpoint's state).
+    """(model, the tokenizer of its run, the checkpoint's state with "name", "model_tag" and "weights").
 
     To `train` it has fp32 master weights; else each is in the dtype that the layers would cast it to at every call.
     Raises UserError when there is no such checkpoint or it is damaged.
     """
     run, checkpoint = find_checkpoint(source, model_tag, step)
     model = build_model(checkpoint.model_config, checkpoint.load_weights(runtime.device), runtime)
-    meta = checkpoint.state | {"model_tag": run.name, "weights": checkpoint.digest}
+    name = f"{source}/{run.name} step {checkpoint.state['step']}"
+    meta = checkpoint.state | {"name": name, "model_tag": run.name, "weights": checkpoint.digest}
     return model if train else model.to(runtime.dtype), Tokenizer.load(run / "tokenizer"), meta

@@ -102,6 +102,7 @@ def finetune(
     """Train `stage` on `train` from the checkpoint that `cfg` names; returns the results, None if done before."""
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
     model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime, train=True)
+    print0(f"{stage} from {meta['name']}")
     settings = vars(cfg) | {"weights": meta["weights"]}
     seq_len = cfg.max_seq_len if cfg.max_seq_len > 0 else model.config.sequence_len
     num_rows = batch_rows(cfg.total_batch_size, seq_len)
@@ -143,4 +144,8 @@ def finetune(
             loader_state, num_cropped = batch.state, batch.num_cropped
         run.finish()
         cropped = all_reduce_sum(torch.tensor(num_cropped, device=runtime.device)).item()
-        return run.results() | {"conversations": len(train), "cropped": cropped}
+        return run.results() | {
+            "from": meta["name"],
+            "conversations": len(train),
+            "cropped": cropped,
+        }

@@ -131,10 +131,12 @@ def main(cfg: Config) -> None:
     runtime = set_up(cfg.device_type, cfg.dtype)
     tasks, settings = choose_tasks(cfg, runtime), vars(cfg)
     if cfg.hf_path:
+        print0(f"examining {cfg.hf_path}")
         reader = HFReader(cfg.hf_path, runtime)
         folder = run_dir("hf", cfg.hf_path.strip("/").replace("/", "--"))
     else:
         model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
+        print0(f"examining {meta['name']}")
         reader = GPTReader(model, tokenizer, cfg.batch_size)
         settings = settings | {"model_tag": meta["model_tag"], "step": meta["step"]}
         folder = run_dir(cfg.source, meta["model_tag"])

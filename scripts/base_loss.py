@@ -44,15 +44,16 @@ def main(cfg: Config) -> None:
     """Measure one checkpoint and report it."""
     runtime = set_up(cfg.device_type, cfg.dtype)
     model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
-    corpus = find_corpus(cfg.data)
-    results = {"step": meta["step"]}
+    print0(f"measuring {meta['name']}")
+    settings = vars(cfg) | {"model_tag": meta["model_tag"], "step": meta["step"]}
+    corpus, results = find_corpus(cfg.data), {"step": meta["step"]}
     for split, shards in (("train", corpus.train), ("val", [corpus.val])):
         bpb = text_bpb(model, tokenizer, shards, cfg.eval_tokens, cfg.device_batch_size, runtime)
         results[f"{split}_bpb"] = bpb
         print0(f"{split}: {bpb:.4f} bits per byte")
     samples = sample_texts(model, tokenizer, SAMPLE_PROMPTS)
     print0("\n".join(samples))
-    write_section("base_loss", "Base loss", vars(cfg), results, samples)
+    write_section("base_loss", "Base loss", settings, results, samples)
 
 
 if __name__ == "__main__":

@@ -178,12 +178,13 @@ def main(cfg: Config) -> None:
     runtime = set_up(cfg.device_type, cfg.dtype)
     model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
     engine = Engine(model, tokenizer, num_slots=1)
+    where = f"{meta['name']} on {runtime.device_name}"
     messages: list[dict[str, Any]] = []
     try:
         if cfg.prompt:
+            print(where, file=sys.stderr, flush=True)  # standard output is for the answer
             return answer(engine, cfg, messages, cfg.prompt)
-        name = f"{cfg.source}/{meta['model_tag']} step {meta['step']}"
-        print0(f"{name} on {runtime.device_name}. /help lists what you can do; Ctrl-D ends.")
+        print0(f"{where}. /help lists what you can do; Ctrl-D ends.")
         for question in questions():
             if question in ("/quit", "quit", "exit"):
                 return

@@ -67,19 +67,17 @@ class Config:
     dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
-def choose_tasks(cfg: Config) -> dict[str, Task]:
-    """The tasks asked for; HumanEval is skipped, with the reason, where nothing isolates it."""
+def choose_tasks(cfg: Config) -> tuple[dict[str, Task], str]:
+    """(the tasks asked for, why HumanEval is not among them where nothing isolates it)."""
     names = cfg.tasks.split("|") if cfg.tasks else list(CHAT_CORE)
     reason = None if cfg.allow_unsafe_exec or "HumanEval" not in names else isolation()
     if reason:
-        print0(
-            f"HumanEval is skipped: {reason}; --allow_unsafe_exec runs the model's programs anyway"
-        )
         names.remove("HumanEval")
-    return {
+    tasks = {
         name: build_task(name, words=cfg.words, allow_unsafe_exec=cfg.allow_unsafe_exec)
         for name in names
     }
+    return tasks, reason or ""
 
 
 def evaluate(cfg: Config, engine: Engine, task: Task) -> EvalResult:
@@ -129,9 +127,12 @@ def main(cfg: Config) -> None:
     begin = time.perf_counter()
     if cfg.num_samples < 1 or (cfg.num_samples > 1 and cfg.temperature <= 0):
         raise UserError("--num_samples above 1 needs a --temperature above 0; at 0 all are alike")
-    tasks = choose_tasks(cfg)
+    tasks, reason = choose_tasks(cfg)
     runtime = set_up(cfg.device_type, cfg.dtype)
     model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
+    print0(f"examining {meta['name']}")
+    if reason:
+        print0(f"HumanEval is skipped: {reason}; --allow_unsafe_exec runs its programs anyway")
     engine = Engine(model, tokenizer, num_slots=cfg.batch_size, prefix_reuse=False)
     run = run_dir(cfg.source, meta["model_tag"])
     results: dict[str, Any] = {}

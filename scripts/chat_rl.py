@@ -26,6 +26,7 @@ from nanochat.common import (
     StepNumber,
     Tag,
     all_reduce_sum,
+    print0,
     run_script,
     set_up,
 )
@@ -195,6 +196,7 @@ def main(cfg: Config) -> None:
     """Reinforce, or go on reinforcing, one model."""
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
     model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime, train=True)
+    print0(f"rl from {meta['name']}")
     task, held_out = build_task(cfg.task, "train"), build_task(cfg.task, "test")
     settings = vars(cfg) | {"weights": meta["weights"]}
     with TrainRun("rl", meta["model_tag"], settings, runtime) as run:
@@ -228,7 +230,7 @@ def main(cfg: Config) -> None:
             said = [f"reward {r.reward:g}: {r.text}" for group in groups[:2] for r in group[:2]]
             run.record["samples"] = said
         run.finish()
-        results = run.results()
+        results = run.results() | {"from": meta["name"]}
         samples = results.pop("samples")
         title = "Reinforcement learning"
         write_section("chat_rl", title, vars(cfg), results, samples, run.seconds)

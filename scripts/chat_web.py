@@ -71,6 +71,8 @@ def load_engines(cfg: Config) -> tuple[list[Engine], str]:
         usual = max(1, min(64 if device.type == "cuda" else 8, slots_that_fit(model)))
         engines.append(Engine(model, tokenizer, num_slots=cfg.slots or usual))
         name = f"nanochat-{meta['model_tag']}-{cfg.source}"
+        if index == 0:
+            print0(f"serving {meta['name']}")
     return engines, name
 
 

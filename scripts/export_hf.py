@@ -57,6 +57,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"--out={cfg.out} exists; name a new folder")
     run, checkpoint = find_checkpoint(cfg.source, cfg.model_tag, cfg.step)
     config, step = checkpoint.model_config, checkpoint.state["step"]
+    print0(f"exporting {cfg.source}/{run.name} step {step}")
     weights = checkpoint.load_weights(torch.device("cpu"))
     weights = hf_export.check_weights(weights, config, checkpoint.folder)
     files = hf_export.text_files(config, Tokenizer.load(run / "tokenizer"), step)

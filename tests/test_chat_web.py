@@ -48,6 +48,7 @@ def test_from_start_to_sigterm_amid_a_stream(
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert server.stdout
+        assert server.stdout.readline().startswith("serving sft/d2 step ")
         lines = [server.stdout.readline(), server.stdout.readline()]
         assert "8 slots of 2048 tokens" in lines[0]
         (url,) = re.findall(r"chat at (http://127\.0\.0\.1:\d+),", lines[1])

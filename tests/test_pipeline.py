@@ -31,6 +31,12 @@ STAGES = {
     "report": "nanochat.report generate",
 }
 
+# What the first line and the report of a stage that loads a checkpoint name.
+LOADED = {
+    "base loss": "base/tiny step 20", "base eval": "base/tiny step 20", "mid": "base/tiny step 20",
+    "sft": "mid/tiny step 10", "rl": "sft/tiny step 10", "chat eval": "rl/tiny step 2",
+}  # fmt: skip
+
 
 @pytest.mark.slow
 def test_from_text_to_a_chat_answer(tmp_path: Path) -> None:
@@ -58,6 +64,7 @@ def test_from_text_to_a_chat_answer(tmp_path: Path) -> None:
     for name, command in STAGES.items():
         done = run(command)
         assert done.returncode == 0, f"{name}: {done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        assert LOADED.get(name, "") in done.stdout.splitlines()[0]
     for stage in ("base", "mid", "sft", "rl"):
         folder = tmp_path / "base_dir" / stage / "tiny"
         steps = [record["step"] for record in read_metrics(folder)]
@@ -69,6 +76,7 @@ def test_from_text_to_a_chat_answer(tmp_path: Path) -> None:
 
     report = (tmp_path / "report.md").read_text()
     assert "| Metric | BASE | MID | SFT | RL |" in report
+    assert report.count("base/tiny step 20") == 1 and report.count("mid/tiny step 10") == 1
     row = [line for line in report.splitlines() if line.startswith("| primer-arithmetic |")][-1]
     assert row.split("|")[2:5] == [" - "] * 3 and "%" in row.split("|")[5]
 
@@ -77,7 +85,8 @@ def test_from_text_to_a_chat_answer(tmp_path: Path) -> None:
     answer = run(
         "scripts.chat_cli -i rl -g tiny --device_type=cpu --temperature=0 --max_tokens=12 -p Hello"
     )
-    assert answer.returncode == 0 and answer.stderr == ""
+    assert answer.returncode == 0 and answer.stderr.startswith("rl/tiny step 2 on ")
+    assert answer.stderr.count("\n") == 1
     talk = run(
         "scripts.chat_cli -i rl -g tiny --device_type=cpu --max_tokens=12",
         typed="Hello\nWho are you?\n",

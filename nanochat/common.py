@@ -30,6 +30,7 @@ import ctypes
 import errno
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -116,15 +117,19 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 T = TypeVar("T")
 
-# Part of the device name -> dense bf16 peak in FLOP/s (vendor data sheets).
+# Words of the device name -> dense bf16 peak in FLOP/s (vendor data sheets).
 PEAK_BF16_FLOPS = {
+    "GB200": 2.5e15,
     "B200": 2.25e15,
+    "GH200": 990e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10G": 70e12,
     "RTX 5090": 209.5e12,
@@ -327,9 +332,10 @@ def measure_flops(
 
 def peak_flops(runtime: Runtime) -> tuple[float, str]:
     """(FLOP/s that MFU is measured against, where that figure comes from)."""
-    for part, flops in PEAK_BF16_FLOPS.items():
-        if part in runtime.device_name:
-            return flops, f"{part} dense bf16 data sheet"
+    for name, flops in PEAK_BF16_FLOPS.items():
+        # Whole words: an L40 is no L4, nor has a laptop's RTX 4090, or a 4090 D, what a 4090 has.
+        if re.search(rf"\b{name}\b(?! (Laptop|D)\b)", runtime.device_name):
+            return flops, f"{name} dense bf16 data sheet"
     dtype = str(runtime.dtype).removeprefix("torch.")
     return measure_flops(
         runtime.device, runtime.dtype

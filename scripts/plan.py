@@ -1,16 +1,14 @@
-"""What a run will cost, before it starts: parameters, tokens, memory, disk, hours and dollars of every stage.
+"""What a run costs before it starts: parameters, memory, disk, hours and dollars of every stage.
 
-    python -m scripts.plan --depth 24 --ratio 12                     # the $100 tier, 8 H100s at $3 an hour each
+    python -m scripts.plan --depth 24 --ratio 12         # the $100 tier, 8 H100s at $3 an hour each
     python -m scripts.plan --depth 26 --gpus 8 --gpu h100 --price 3
-    python -m scripts.plan --dollars 1000                            # depth and ratio chosen for that much money
-    python -m scripts.plan --dollars 1000 --depth 32                 # the ratio that it pays for at this depth
-    python -m scripts.plan --depth 24 --ratio 12 --only shards       # one number, for scripts
+    python -m scripts.plan --dollars 1000                # depth and ratio for that much money
+    python -m scripts.plan --dollars 1000 --depth 32     # the ratio that it pays for at this depth
+    python -m scripts.plan --depth 24 --only shards      # one number, for scripts
 
-All of it is arithmetic (nanochat/scaling.py); nothing is measured and no GPU is needed. The assumptions stand
-below, each with its origin. The one that matters most is `--mfu`.
-
-The choice that would surprise: depth and ratio for a sum of money are those whose ratio is nearest to 10.5
-tokens per parameter of blocks and head, where the fitted scaling laws put the optimum (loss is flat around it).
+All of it is arithmetic on nanochat/scaling.py, the scripts' defaults and the assumptions below, of
+which `--mfu` matters most; nothing is measured and no GPU is needed. Of the depths that the money
+pays for, it is the one whose ratio is nearest to the optimum of the fitted scaling laws.
 
 reads: nothing
 writes: nothing
@@ -18,7 +16,7 @@ writes: nothing
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from nanochat.common import (
     PEAK_BF16_FLOPS,
@@ -37,25 +35,19 @@ from nanochat.scaling import (
     parameter_counts,
     training_tokens,
 )
+from scripts import base_loss, base_train, chat_eval, chat_rl, chat_sft, mid_train
 
-BEST_RATIO = (
-    10.5  # tokens per parameter of blocks and head; karpathy/nanochat's fit of January 2026
-)
+BEST_RATIO = 10.5  # tokens per parameter; karpathy/nanochat's fit of January 2026, flat around it
 GPU_GIB = {"b200": 178, "h200": 139, "h100": 78, "a100": 78, "l40s": 44, "l4": 22}  # usable
 USABLE = 0.95  # of a GPU's memory; the rest is fragmentation and the libraries' own
 TOKENS_PER_SHARD = 55e6  # of the public corpora: 100 B tokens in 1,823 shards, 400 B in 6,543
 SHARD_GB = 0.1  # on disk
-# Conversations, and tokens trained on, of the default mixtures (tasks/mixtures.py, 500 tokens to a talk).
+# Of the default mixtures (tasks/mixtures.py), 500 tokens to a conversation.
 MID_TOKENS, SFT_TOKENS = 848_000 * 500, 23_000 * 500
-CORE_TOKENS, CHAT_EVAL_TOKENS = (
-    60e6,
-    10e6,
-)  # read by one evaluation, at a third of a training token each
-GENERATED_TOKENS = {
-    "chat_rl": 467 * 16 * 16 * 150,
-    "chat_eval": 2000 * 250,
-}  # sampled, see decode_rate
-DECODE_STEPS_PER_SECOND, SLOTS = 80, 64  # of one GPU; launch-bound below depth 32 (not measured)
+CORE_TOKENS, CHOICE_TOKENS = 60e6, 10e6  # read by base_eval, and for ChatCORE's multiple choice
+GSM8K, CHAT_CORE = 1319, 1319 + 164 + 256  # problems answered in words: GSM8K's alone, all of them
+ANSWER_TOKENS = 150  # sampled for one of them; not measured
+DECODE_STEPS_PER_SECOND = 80  # of one GPU; launch-bound below depth 32 (not measured)
 
 
 @dataclass
@@ -81,11 +73,42 @@ class Plan:
     ratio: float
     num_tokens: int
     batch: int  # tokens a step
-    rows: int  # per GPU and micro-batch
+    device_batch_size: int  # rows per GPU and micro-batch
     memory: dict[str, int]  # bytes by part
     fits: bool
     shards: int
     hours: dict[str, float]  # by stage
+
+
+def stage_hours(cfg: Config, flops: float, num_tokens: int, batch: int) -> dict[str, float]:
+    """Hours of every stage with its script's defaults, where a token trained on costs `flops`."""
+    training_rate = cfg.gpus * PEAK_BF16_FLOPS[cfg.gpu.upper()] * cfg.mfu / flops  # tokens a second
+    reading_rate = 3 * training_rate  # without the backward pass
+
+    def train(script: Any, num_tokens: float, batch: int) -> float:
+        num_validations = num_tokens // batch // script.eval_every + 2
+        return num_tokens / training_rate + num_validations * script.eval_tokens / reading_rate
+
+    def answer(num_answers: int, slots: int) -> float:
+        return num_answers * ANSWER_TOKENS / (cfg.gpus * DECODE_STEPS_PER_SECOND * slots)
+
+    mid, sft, rl, exam = mid_train.Config(), chat_sft.Config(), chat_rl.Config(), chat_eval.Config()
+    trained_on = rl.num_steps * rl.questions_per_step * rl.num_samples
+    held_out = (rl.num_steps // rl.eval_every + 1) * rl.eval_problems * rl.eval_samples
+    seconds = {
+        "tok_train": 180.0,  # two billion characters, on one machine's cores
+        "base_train": train(base_train.Config(), num_tokens, batch),
+        "base_loss": 2 * base_loss.Config().eval_tokens / reading_rate,
+        "base_eval": CORE_TOKENS / reading_rate + 120,
+        "mid_train": train(mid, mid.num_epochs * MID_TOKENS, mid.total_batch_size),
+        "chat_sft": train(sft, sft.num_epochs * SFT_TOKENS, sft.total_batch_size) + 60,
+        "chat_rl": answer(trained_on + held_out, rl.num_slots)
+        + trained_on * ANSWER_TOKENS / training_rate,
+        # MID and SFT in everything, RL in GSM8K alone (speedrun.sh).
+        "chat_eval": 2 * CHOICE_TOKENS / reading_rate
+        + answer(2 * CHAT_CORE + GSM8K, exam.batch_size),
+    }
+    return {stage: value / 3600 for stage, value in seconds.items()}
 
 
 def make_plan(cfg: Config, depth: int, ratio: float) -> Plan:
@@ -101,90 +124,62 @@ def make_plan(cfg: Config, depth: int, ratio: float) -> Plan:
     fitting = [n for n in sizes if memory_bytes(config, n, cfg.gpus)["total"] <= room]
     rows = cfg.device_batch_size or (fitting[0] if fitting else 1)
     memory = memory_bytes(config, rows, cfg.gpus)
-    flops = flops_per_token(config)
-    training_rate = cfg.gpus * PEAK_BF16_FLOPS[cfg.gpu.upper()] * cfg.mfu / flops  # tokens a second
-    decode_rate = cfg.gpus * DECODE_STEPS_PER_SECOND * SLOTS
-    seconds = {
-        "tokenizer": 180.0,  # two billion characters, on one machine's cores
-        "base_train": num_tokens / training_rate,
-        "base_eval": CORE_TOKENS / 3 / training_rate + 120,
-        "mid_train": MID_TOKENS / training_rate,
-        "chat_sft": SFT_TOKENS / training_rate + 60,
-        "chat_rl": GENERATED_TOKENS["chat_rl"] * (1 / decode_rate + 1 / training_rate),
-        # MID, SFT and RL are each examined
-        "chat_eval": 3 * (CHAT_EVAL_TOKENS / 3 / training_rate)
-        + 3 * GENERATED_TOKENS["chat_eval"] / decode_rate,
-    }
     return Plan(
         depth, ratio, num_tokens, batch, rows, memory,
         fits=memory["total"] <= room,
         shards=math.ceil(1.02 * num_tokens / TOKENS_PER_SHARD) + 1,
-        hours={stage: value / 3600 for stage, value in seconds.items()},
+        hours=stage_hours(cfg, flops_per_token(config), num_tokens, batch),
     )  # fmt: skip
 
 
-def dollars(cfg: Config, hours: float) -> float:
-    """What `hours` of all GPUs cost."""
-    return hours * cfg.gpus * cfg.price
-
-
 def choose(cfg: Config, budget: float) -> Plan:
-    """The plan that spends `budget` dollars, at the depth whose ratio comes nearest to the best one."""
+    """The plan for `budget` dollars, at the depth whose ratio comes nearest to the best one."""
     plans = []
     for depth in [cfg.depth] if cfg.depth else range(4, 50, 2):
-        free = make_plan(cfg, depth, ratio=1.0)
-        others = sum(hours for stage, hours in free.hours.items() if stage != "base_train")
-        left = budget - dollars(cfg, others)
-        ratio = left / dollars(
-            cfg, free.hours["base_train"]
-        )  # hours are in proportion to the ratio
-        if ratio > 1:
-            plans.append(make_plan(cfg, depth, math.floor(10 * ratio) / 10))
-    plans = [plan for plan in plans if plan.fits]
+        ratio = BEST_RATIO
+        for _ in range(4):  # the hours of base_train are nearly in proportion to the ratio
+            hours = make_plan(cfg, depth, ratio).hours
+            left = budget / (cfg.gpus * cfg.price) - (sum(hours.values()) - hours["base_train"])
+            ratio = max(0.1, math.floor(10 * ratio * left / hours["base_train"]) / 10)
+        plans.append(make_plan(cfg, depth, ratio))
+    plans = [plan for plan in plans if plan.fits and plan.ratio > 1]
     if not plans:
-        raise UserError(
-            f"--dollars={budget:g} pays for no run on {cfg.gpus} x {cfg.gpu}; give more"
-        )
+        raise UserError(f"--dollars={budget:g} pays for no run on {cfg.gpus} {cfg.gpu}; give more")
     return min(plans, key=lambda plan: abs(math.log(plan.ratio / BEST_RATIO)))
 
 
 def describe(cfg: Config, plan: Plan) -> str:
     """The plan as a page of text."""
     config = depth_to_config(plan.depth, cfg.vocab_size, cfg.max_seq_len)
-    counts = parameter_counts(config)
-    accumulation = plan.batch // (plan.rows * cfg.max_seq_len * cfg.gpus)
+    rows = plan.device_batch_size
+    checkpoint_gb = (plan.memory["weights"] + plan.memory["optimizer"] * cfg.gpus) / 1e9
+    hours = plan.hours | {"total": sum(plan.hours.values())}
+    price = cfg.gpus * cfg.price  # of an hour
     lines = [
-        f"depth {plan.depth}: width {config.n_embd}, {config.n_head} heads, context {cfg.max_seq_len}",
-        *(f"  {name:<18}{count / 1e6:>12,.1f} M parameters" for name, count in counts.items()),
+        f"depth {plan.depth}: width {config.n_embd}, {config.n_head} heads, "
+        f"context {cfg.max_seq_len}",
+        *(f"  {part:<18}{count / 1e6:>12,.1f} M parameters"
+          for part, count in parameter_counts(config).items()),
         f"training: {plan.num_tokens / 1e9:.2f} B tokens (ratio {plan.ratio:g}), "
         f"{plan.num_tokens * flops_per_token(config):.2e} FLOPs",
         f"  {plan.num_tokens // plan.batch:,} steps of {plan.batch:,} tokens = {cfg.gpus} GPUs x "
-        f"{plan.rows} rows x {accumulation} micro-batches",
-        f"data: {plan.shards} shards, {plan.shards * SHARD_GB:.0f} GB on disk; a checkpoint is "
-        f"{(plan.memory['weights'] + plan.memory['optimizer'] * cfg.gpus) / 1e9:.0f} GB",
+        f"{rows} rows x {plan.batch // (rows * cfg.max_seq_len * cfg.gpus)} micro-batches",
+        f"data: {plan.shards} shards, {plan.shards * SHARD_GB:.0f} GB on disk; "
+        f"a checkpoint is {checkpoint_gb:.0f} GB",
         f"memory of one {cfg.gpu}:",
         *(f"  {part:<18}{size / 2**30:>12,.1f} GiB" for part, size in plan.memory.items()),
         f"  {'it fits' if plan.fits else 'IT DOES NOT FIT'} in {GPU_GIB[cfg.gpu.lower()]} GiB",
         f"time and money at {100 * cfg.mfu:.0f} % MFU, ${cfg.price:g} a GPU hour:",
-        *(
-            f"  {stage:<18}{hours:>12,.2f} h  ${dollars(cfg, hours):>10,.2f}"
-            for stage, hours in (plan.hours | {"total": sum(plan.hours.values())}).items()
-        ),
-    ]
+        *(f"  {stage:<18}{each:>12,.2f} h  ${each * price:>10,.2f}"
+          for stage, each in hours.items()),
+    ]  # fmt: skip
     return "\n".join(lines)
 
 
 def main(cfg: Config) -> None:
     """Print the plan, or one number of it."""
-    plan = (
-        choose(cfg, cfg.dollars)
-        if cfg.dollars
-        else make_plan(cfg, 24 if cfg.depth is None else cfg.depth, cfg.ratio)
-    )
-    numbers = {
-        "shards": plan.shards, "depth": plan.depth, "ratio": plan.ratio, "device_batch_size": plan.rows,
-    }  # fmt: skip
-    print0(str(numbers[cfg.only]) if cfg.only else describe(cfg, plan))
+    plan = choose(cfg, cfg.dollars) if cfg.dollars else make_plan(cfg, cfg.depth or 24, cfg.ratio)
+    print0(str(getattr(plan, cfg.only)) if cfg.only else describe(cfg, plan))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""scripts.plan: its stages are those of the scripts, and money buys what it says."""
+
+import re
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from nanochat.common import UserError
+from nanochat.trainer import due
+from scripts import base_loss, base_train, chat_eval, chat_rl, chat_sft, mid_train, plan
+
+CHANGES = [
+    (base_train, {"eval_every": 10}), (base_train, {"eval_tokens": 2**26}),
+    (base_loss, {"eval_tokens": 2**30}), (mid_train, {"num_epochs": 2}),
+    (mid_train, {"eval_every": 1}), (chat_sft, {"num_epochs": 20}), (chat_rl, {"num_steps": 467}),
+    (chat_rl, {"eval_every": 5}), (chat_rl, {"eval_problems": 1319}),
+    (chat_rl, {"eval_samples": 16}), (chat_rl, {"num_slots": 8}), (chat_eval, {"batch_size": 4}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "defaults"), CHANGES)
+def test_a_script_s_defaults_change_its_own_hours(
+    script: ModuleType, defaults: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = plan.make_plan(plan.Config(), 24, 12).hours
+    monkeypatch.setattr(script, "Config", partial(script.Config, **defaults))
+    after = plan.make_plan(plan.Config(), 24, 12).hours
+    longer = {stage for stage in before if after[stage] > before[stage] * 1.001}
+    assert longer == {script.__name__.removeprefix("scripts.")}
+    assert all(after[stage] == before[stage] for stage in before.keys() - longer)
+
+
+def test_reinforcement_counts_what_is_trained_on_and_what_is_held_out() -> None:
+    """Step by step, on a GPU so slow at sampling that nothing else counts."""
+    cfg = chat_rl.Config()
+    answers = 0
+    for step in range(cfg.num_steps + 1):
+        if due(step, cfg.eval_every, last=step == cfg.num_steps):
+            answers += cfg.eval_problems * cfg.eval_samples
+        if step < cfg.num_steps:
+            answers += cfg.questions_per_step * cfg.num_samples
+    rate = plan.DECODE_STEPS_PER_SECOND * cfg.num_slots * 8
+    hours = plan.stage_hours(plan.Config(), 1.0, 10**9, 2**19)  # a token costs one FLOP
+    assert hours["chat_rl"] == pytest.approx(answers * plan.ANSWER_TOKENS / rate / 3600, rel=1e-6)
+
+
+def test_the_stages_are_those_of_the_100_dollar_tier() -> None:
+    """Each by its name, but that the three examinations are one; RL is examined in GSM8K alone."""
+    text = (Path(__file__).parent.parent / "speedrun.sh").read_text()
+    stages = re.findall(r"^stage (\w+) launch scripts\.(\w+)(.*)", text, re.M)
+    examined = [rest for _, script, rest in stages if script == "chat_eval"]
+    assert [re.findall(r"-i (\w+)(?: -a (\w+))?", rest) for rest in examined] == [
+        [("mid", "")], [("sft", "")], [("rl", "GSM8K")],
+    ]  # fmt: skip
+    assert {script for _, script, _ in stages} | {"tok_train"} == {
+        *plan.make_plan(plan.Config(), 24, 12).hours
+    }
+
+
+@pytest.mark.parametrize("depth", [None, 20])
+@pytest.mark.parametrize("budget", [85, 1000])
+def test_money_buys_as_many_tokens_as_it_pays_for(budget: int, depth: int | None) -> None:
+    cfg = plan.Config(depth=depth)
+    chosen = plan.choose(cfg, budget)
+    cost = sum(chosen.hours.values()) * cfg.gpus * cfg.price
+    assert 0.97 * budget < cost <= budget and chosen.depth == (depth or chosen.depth)
+    if depth is None:
+        ratios = [plan.choose(plan.Config(depth=chosen.depth + by), budget).ratio for by in (-2, 2)]
+        assert ratios[0] > chosen.ratio > ratios[1]
+        assert ratios[0] > plan.BEST_RATIO > ratios[1]
+
+
+def test_mistakes_are_told() -> None:
+    with pytest.raises(UserError, match="--gpu=h9 is unknown; choose one of: b200"):
+        plan.make_plan(plan.Config(gpu="h9"), 24, 12)
+    with pytest.raises(UserError, match="--dollars=0.5 pays for no run on 8 h100"):
+        plan.choose(plan.Config(), 0.5)
+
+
+@pytest.mark.parametrize("only", ["shards", "depth", "ratio", "device_batch_size"])
+def test_one_number_for_scripts(only: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plan.main(plan.Config(only=only))  # pyright: ignore[reportArgumentType]
+    assert float(capsys.readouterr().out) > 0
+
+
+def test_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    plan.main(plan.Config(depth=12, device_batch_size=32, gpus=2))
+    page = capsys.readouterr().out
+    steps, tokens, rows, parts = re.findall(
+        r"([\d,]+) steps of ([\d,]+) tokens = 2 GPUs x (\d+) rows x (\d+) micro-batches", page
+    )[0]
+    assert int(tokens.replace(",", "")) == 2 * int(rows) * int(parts) * 2048 and rows == "32"
+    costs = [float(dollars) for dollars in re.findall(r" h  \$ *([\d.]+)", page)]
+    assert costs[-1] == pytest.approx(sum(costs[:-1]), abs=0.05) and int(steps.replace(",", "")) > 9

@@ -350,10 +350,12 @@ def compile_for_training(
     raise out_of_memory(row_choices[-1])
 
 
-# What a resumed run may change: none of it reaches the weights but through float rounding.
+# What a resumed run may change: none of it reaches the weights but through float rounding. The last
+# four name what "weights" and "corpus" stand for.
 FREE_SETTINGS = {
     "run", "fresh", "device_type", "device_batch_size", "log_every", "save_every", "eval_every",
-    "eval_tokens", "sample_every", "compile", "keep_last",
+    "eval_tokens", "eval_problems", "eval_samples", "sample_every", "compile", "keep_last",
+    "num_slots", "model_tag", "source", "step", "data",
 }  # fmt: skip
 
 
@@ -672,12 +674,17 @@ def clear_folder(folder: Path) -> None:
 
 
 def check_settings(run: TrainRun, saved: dict[str, Any]) -> None:
-    """Raise UserError naming each setting that differs from the run's and would change its course."""
-    names = sorted((saved.keys() | run.config.keys()) - FREE_SETTINGS)
-    different = [name for name in names if saved.get(name) != run.config.get(name)]
+    """Raise UserError naming each setting that differs from the run's and would change its course.
+
+    A setting that only one of them has came or went with a version since.
+    """
+    names = sorted((saved.keys() & run.config.keys()) - FREE_SETTINGS)
+    different = [name for name in names if saved[name] != run.config[name]]
     if different:
+        labels = {"corpus": "--data", "weights": "the model that it starts from"}
         shown = ", ".join(
-            f"--{name} was {saved.get(name)}, is {run.config.get(name)}" for name in different
+            f"{labels.get(name, f'--{name}')} was {saved[name]}, is {run.config[name]}"
+            for name in different
         )
         raise UserError(
             f"{run.folder} was begun with other settings ({shown}); use those, or --fresh to start over"

@@ -118,7 +118,8 @@ def main(cfg: Config) -> None:
     num_rows = batch_rows(total_batch_size, cfg.max_seq_len)
     choices = row_choices(num_rows, cfg.device_batch_size, cfg.max_seq_len, config, runtime)
 
-    with TrainRun("base", tag, vars(cfg), runtime) as run:
+    settings = vars(cfg) | {"corpus": corpus.name}
+    with TrainRun("base", tag, settings, runtime) as run:
         if run.finished:
             return
         model = build_model(config, None, runtime, cfg.seed)

@@ -99,6 +99,34 @@ def test_a_run_folder_belongs_to_one_process(
         assert not run.finished
 
 
+SAVED = {"seed": 0, "num_slots": 64, "weights": "a1", "corpus": "primer", "data": "", "gone": 7}
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"num_slots": 32, "eval_problems": 9, "eval_samples": 1}, None),
+        ({"source": "mid", "model_tag": "d2", "step": 300}, None),  # the same weights
+        ({"data": "primer"}, None),  # the same corpus, by its name
+        ({"corpus": "mine"}, r"--data was primer, is mine\)"),  # the one prepared last is another
+        ({"weights": "b2"}, "the model that it starts from was a1, is b2"),
+        ({"seed": 1, "came": 2}, r"\(--seed was 0, is 1\); use those, or --fresh"),
+        ({"came": 2}, None),
+    ],
+)
+def test_settings_that_a_run_may_go_on_with(
+    now: dict[str, Any], said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    present = {name: value for name, value in SAVED.items() if name != "gone"}
+    with trainer.TrainRun("base", "d2", settings(**present | now), CPU) as run:
+        if said is None:
+            trainer.check_settings(run, SAVED)
+        else:
+            with pytest.raises(UserError, match=said):
+                trainer.check_settings(run, SAVED)
+
+
 class NoTokenizer:
     def save(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)

@@ -131,12 +131,14 @@ def tier(tmp_path: Path, request: pytest.FixtureRequest) -> Tier:
 def test_a_run_goes_on_with_every_flag_that_may_change(tier: Tier, stage: str) -> None:
     ran = tier.run(KILL_IN=stage)
     assert ran[-1] == stage
-    for number, setting in enumerate(sorted(FREE_SETTINGS - {"fresh"}), start=2):
-        tier.add_flag(stage, f"--{setting}=1")
-        assert tier.run(KILL_IN=stage, DEVICE_BATCH_SIZE=str(number), WANDB_RUN=setting) == [stage]
+    flags = [f"--{setting}=1" for setting in sorted(FREE_SETTINGS - {"fresh"})]
+    one_by_one = flags if stage == "base_train" else [" ".join(flags)]
+    for number, flag in enumerate(one_by_one, start=2):
+        tier.add_flag(stage, flag)
+        assert tier.run(KILL_IN=stage, DEVICE_BATCH_SIZE=str(number), WANDB_RUN="me") == [stage]
         assert tier.num_starts(stage) == number
     rest = tier.run()
-    assert rest[0] == stage and tier.num_starts(stage) == len(FREE_SETTINGS) + 1
+    assert rest[0] == stage and tier.num_starts(stage) == len(one_by_one) + 2
     assert not set(ran[:-1]) & set(rest)
     # Finished: the trainer is asked once more, and says so; nothing else is run, and nothing deleted.
     tier.add_flag(stage, "--log_every=7")

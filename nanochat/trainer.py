@@ -398,10 +398,16 @@ def accumulate(
     return all_reduce_sum(total)
 
 
+def starts_over(fresh: bool) -> bool:
+    """Whether --fresh is to be obeyed: torchrun repeats the command after a fault, to go on."""
+    return fresh and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def load_tokenizer(stage: str, model_tag: str, fresh: bool) -> Tokenizer:
-    """The tokenizer that a run was begun with, or the one trained last for a run that is still to begin."""
+    """The tokenizer that a run was begun with, or the one trained last for a run yet to begin."""
     run = run_dir(stage, model_tag)
-    return Tokenizer.load(run / "tokenizer" if list_steps(run) and not fresh else tokenizer_dir())
+    begun = list_steps(run) and not starts_over(fresh)
+    return Tokenizer.load(run / "tokenizer" if begun else tokenizer_dir())
 
 
 class TrainRun:
@@ -631,8 +637,7 @@ def open_run(folder: Path, fresh: bool, guard: Guard, at_exit: ExitStack) -> Che
             folder.mkdir(parents=True, exist_ok=True)
             at_exit.enter_context(lock_folder(folder))
             clear_strays(folder)
-            # torchrun repeats the command after a fault; what was trained until then is to be kept.
-            if fresh and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            if starts_over(fresh):
                 clear_folder(folder)
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error}") from error

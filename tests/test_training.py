@@ -12,6 +12,7 @@ from nanochat.checkpoint import build_model
 from nanochat.common import Runtime, UserError
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.trainer import read_metrics
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
@@ -125,6 +126,19 @@ def test_settings_that_a_run_may_go_on_with(
         else:
             with pytest.raises(UserError, match=said):
                 trainer.check_settings(run, SAVED)
+
+
+def test_a_run_keeps_its_tokenizer_when_torchrun_repeats_a_fresh_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    tokenizers = [Tokenizer.train(["the hen the hen"], size, SPECIAL_TOKENS) for size in (266, 267)]
+    tokenizers[0].save(tmp_path / "base/d2/tokenizer")
+    (tmp_path / "base/d2/step_000001").mkdir()
+    tokenizers[1].save(tmp_path / "tokenizer")  # trained since, for another run
+    for restarts, fresh, size in (("0", False, 266), ("0", True, 267), ("1", True, 266)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        assert trainer.load_tokenizer("base", "d2", fresh).vocab_size == size
 
 
 class NoTokenizer:

@@ -28,7 +28,8 @@ the marks of code, the end of its turn) and 0 on everything else: questions, and
 The choice that would surprise: there is no system token; a system message is put before the first
 question, two line breaks between them, as a small model learns one role less.
 
-`python -m nanochat.tokenizer --file=chats.jsonl --index=3` shows a conversation as the model sees it.
+`python -m nanochat.tokenizer --file=chats.jsonl --index=3 --tokenizer=sft/d20` shows a conversation as
+the model sees it.
 """
 
 import base64
@@ -46,7 +47,7 @@ from typing import Any
 
 import tiktoken
 
-from nanochat.common import Natural, UserError, print0, run_script, tokenizer_dir, write_file
+from nanochat.common import Natural, UserError, base_dir, print0, run_script, write_file
 
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
@@ -329,11 +330,15 @@ class Config:
 
     file: Path  # .jsonl, one conversation a line
     index: Natural = 0  # which line, from 0
+    tokenizer: str = ""  # that of a run, such as sft/d20; empty: the one trained last
 
 
 def main(cfg: Config) -> None:
     """Print the conversation as `visualize` renders it."""
-    tokenizer = Tokenizer.load(tokenizer_dir())
+    folder = base_dir() / cfg.tokenizer / "tokenizer"
+    if not folder.is_dir() and cfg.tokenizer:
+        raise UserError(f"--tokenizer={cfg.tokenizer}: no {folder}; name a run such as sft/d20")
+    tokenizer = Tokenizer.load(folder)
     try:
         lines = cfg.file.read_text().splitlines()
         conversation = json.loads(lines[cfg.index])

@@ -191,3 +191,19 @@ def test_command_line_shows_one_line_of_a_file(tokenizer: Tokenizer, tmp_path, m
     for index in (0, 2):
         with pytest.raises(UserError, match=f"line {index} cannot be read"):
             chat_format.main(chat_format.Config(file=file, index=index))
+
+
+def test_command_line_shows_what_a_run_of_another_tokenizer_sees(
+    tokenizer: Tokenizer, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(chat_format, "visualize", lambda tokenizer, ids, mask: f"{len(ids)} ids")
+    Tokenizer.train(["hi hi ho ho"], 300, SPECIAL_TOKENS).save(tmp_path / "tokenizer")
+    Tokenizer.train(["x"], 265, SPECIAL_TOKENS).save(tmp_path / "sft/d2/tokenizer")
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"messages": [USER, REPLY]}) + "\n")
+    for name, said in (("", "8 ids"), ("sft/d2", "9 ids")):
+        chat_format.main(chat_format.Config(file=file, tokenizer=name))
+        assert capsys.readouterr().out == said + "\n"
+    with pytest.raises(UserError, match="--tokenizer=sft/d3: no .*; name a run such as sft/d20"):
+        chat_format.main(chat_format.Config(file=file, tokenizer="sft/d3"))

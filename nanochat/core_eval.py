@@ -106,14 +106,13 @@ def text_bpb(
     num_tokens: int,
     rows: int,
     runtime: Runtime,
-    num_rows: int = 0,
+    num_rows: int,
 ) -> float:
-    """Bits per byte on the first `num_tokens` tokens of the shards, packed as in training.
+    """Bits per byte on the first `num_tokens` tokens of the shards, packed into `num_rows` rows.
 
-    `num_rows` (default: `rows` for each rank) of all ranks fix the packing, so that it is the same
-    on any number.
+    The rows of all ranks fix the packing, and so the figure; `rows` are read at a time.
     """
-    num_rows, seq_len = num_rows or rows * runtime.world_size, model.config.sequence_len
+    seq_len = model.config.sequence_len
     where = (runtime.rank, runtime.world_size, runtime.device)
     loader = TextLoader(tokenizer, shards, num_rows, seq_len, *where, quiet=True)
     num_steps = max(1, num_tokens // (num_rows * seq_len))

@@ -35,9 +35,15 @@ class Config:
     step: StepNumber = None  # its step; the newest if left out
     data: str = ""  # corpus; empty: the one prepared last
     eval_tokens: Count = 10_485_760  # tokens of each of the two measurements
-    device_batch_size: Count = 32  # rows of a batch on one device
+    device_batch_size: Count = 32  # rows read at a time on one device
     device_type: str = ""  # cpu, cuda or mps; empty: the best there is
     dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
+
+
+def packed_rows(eval_tokens: int, seq_len: int, world_size: int) -> int:
+    """Rows that the text is packed into side by side: as many on 1 GPU as on 2, 4 or 8."""
+    num_rows = max(1, min(256, eval_tokens // seq_len))
+    return num_rows + -num_rows % world_size
 
 
 def main(cfg: Config) -> None:
@@ -46,9 +52,12 @@ def main(cfg: Config) -> None:
     model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
     print0(f"measuring {meta['name']}")
     settings = vars(cfg) | {"model_tag": meta["model_tag"], "step": meta["step"]}
+    num_rows = packed_rows(cfg.eval_tokens, model.config.sequence_len, runtime.world_size)
     corpus, results = find_corpus(cfg.data), {"step": meta["step"]}
     for split, shards in (("train", corpus.train), ("val", [corpus.val])):
-        bpb = text_bpb(model, tokenizer, shards, cfg.eval_tokens, cfg.device_batch_size, runtime)
+        bpb = text_bpb(
+            model, tokenizer, shards, cfg.eval_tokens, cfg.device_batch_size, runtime, num_rows
+        )
         results[f"{split}_bpb"] = bpb
         print0(f"{split}: {bpb:.4f} bits per byte")
     samples = sample_texts(model, tokenizer, SAMPLE_PROMPTS)

@@ -34,9 +34,12 @@ rows=${DEVICE_BATCH_SIZE:-$(size "$("${plan[@]}" --only=device_batch_size)" 2)}
 "${plan[@]}"
 
 # The tokenizer needs few shards; the others come meanwhile, and pretraining waits for them.
-stage first_shards python -m nanochat.dataset -n "$(size 9 2)"
+# No stage, since it makes this corpus the one that is read, whatever was prepared since.
 download=""
-if [ "$node" = 0 ]; then python -m nanochat.dataset -n "$shards" & download=$!; fi
+if [ "$node" = 0 ]; then
+  python -m nanochat.dataset -n "$(size 9 2)"
+  python -m nanochat.dataset -n "$shards" & download=$!
+fi
 stage tok_train python -m scripts.tok_train --vocab_size="$(size 32768 400)" --max_chars="$chars"
 stage tok_eval python -m scripts.tok_eval
 [ -z "$download" ] || wait "$download"

@@ -33,7 +33,7 @@ class Config:
     source: Source = "base"  # stage of the checkpoint
     model_tag: Tag = ""  # its run; empty: the one written last
     step: StepNumber = None  # its step; the newest if left out
-    data: str = ""  # corpus; empty: the one prepared last
+    data: str = ""  # corpus; empty: the one it was trained on, if known, or prepared last
     eval_tokens: Count = 10_485_760  # tokens of each of the two measurements
     device_batch_size: Count = 32  # rows read at a time on one device
     device_type: str = ""  # cpu, cuda or mps; empty: the best there is
@@ -50,10 +50,12 @@ def main(cfg: Config) -> None:
     """Measure one checkpoint and report it."""
     runtime = set_up(cfg.device_type, cfg.dtype)
     model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
-    print0(f"measuring {meta['name']}")
-    settings = vars(cfg) | {"model_tag": meta["model_tag"], "step": meta["step"]}
+    trained = meta.get("config", {})  # an imported model has none
+    corpus = find_corpus(cfg.data or trained.get("corpus") or trained.get("data", ""))
+    print0(f"measuring {meta['name']} on the corpus {corpus.name}")
+    place = {"model_tag": meta["model_tag"], "step": meta["step"], "data": corpus.name}
     num_rows = packed_rows(cfg.eval_tokens, model.config.sequence_len, runtime.world_size)
-    corpus, results = find_corpus(cfg.data), {"step": meta["step"]}
+    results = {"step": meta["step"]}
     for split, shards in (("train", corpus.train), ("val", [corpus.val])):
         bpb = text_bpb(
             model, tokenizer, shards, cfg.eval_tokens, cfg.device_batch_size, runtime, num_rows
@@ -62,7 +64,7 @@ def main(cfg: Config) -> None:
         print0(f"{split}: {bpb:.4f} bits per byte")
     samples = sample_texts(model, tokenizer, SAMPLE_PROMPTS)
     print0("\n".join(samples))
-    write_section("base_loss", "Base loss", settings, results, samples)
+    write_section("base_loss", "Base loss", vars(cfg) | place, results, samples)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,7 @@ stage chat_rl python -m scripts.chat_rl "${place[@]}" --task=primer-exact --lr_s
 stage chat_eval_rl python -m scripts.chat_eval "${place[@]}" -i rl "${examine[@]}"
 python -m nanochat.report generate
 
-echo
-echo "== a conversation with it; for your own: python -m scripts.chat_cli -i rl -g $tag"
+printf '\n%s\n' "== a conversation with it; for your own: python -m scripts.chat_cli -i rl -g $tag"
 printf '%s\n' "Hello!" "Who are you?" "What is 27 plus 58?" "What colour is snow?" \
   "How do you spell tiger?" "Tell me a story about a fox." |
   python -m scripts.chat_cli "${place[@]}" -i rl --temperature=0

@@ -35,14 +35,13 @@ rows=${DEVICE_BATCH_SIZE:-$(size "$("${plan[@]}" --only=device_batch_size)" 2)}
 
 # The tokenizer needs few shards; the others come meanwhile, and pretraining waits for them.
 # No stage, since it makes this corpus the one that is read, whatever was prepared since.
-download=""
 if [ "$node" = 0 ]; then
   python -m nanochat.dataset -n "$(size 9 2)"
-  python -m nanochat.dataset -n "$shards" & download=$!
+  python -m nanochat.dataset -n "$shards" &
 fi
 stage tok_train python -m scripts.tok_train --vocab_size="$(size 32768 400)" --max_chars="$chars"
 stage tok_eval python -m scripts.tok_eval
-[ -z "$download" ] || wait "$download"
+[ "$node" != 0 ] || wait $!
 stage all_shards python -m nanochat.dataset -n "$shards"
 
 place="--model_tag=$tag" batch="--device_batch_size=$rows" bpb="--eval_tokens=$(size 10485760 1024)"
@@ -65,5 +64,4 @@ stage chat_rl launch scripts.chat_rl $place $rl
 stage chat_eval_rl launch scripts.chat_eval $place -i rl -a GSM8K $examine
 [ "$node" != 0 ] || python -m nanochat.report generate
 
-echo
-echo "talk to it: python -m scripts.chat_web -g $tag, or python -m scripts.chat_cli -g $tag"
+printf '\n%s\n' "talk to it: python -m scripts.chat_web -g $tag, or python -m scripts.chat_cli -g $tag"

@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from nanochat.common import Runtime, UserError, base_dir, fsync_dir, print0, run_dir, write_file
 from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import Part
+from nanochat.optim import StateShard
 from nanochat.tokenizer import Tokenizer
 
 STEP_NAME = re.compile(r"step_(\d{6,})")
@@ -164,7 +164,7 @@ def save_checkpoint(
     run: Path,
     state: dict[str, Any],
     weights: dict[str, torch.Tensor],
-    moments: dict[str, Part],
+    moments: dict[str, StateShard],
     own: dict[str, Any] | None,
     runtime: Runtime,
     group: Any = None,
@@ -244,7 +244,7 @@ class CheckpointWriter:
         self,
         state: dict[str, Any],
         weights: dict[str, torch.Tensor],
-        moments: dict[str, Part],
+        moments: dict[str, StateShard],
         loader_state: Callable[[], dict[str, Any] | None],
     ) -> None:
         """Copy everything to host memory, and write it while training goes on. Raises what `wait` raises."""

@@ -1,24 +1,23 @@
 """Muon for the matrices and AdamW for everything else, in one class, for one rank or many.
 
-Parameters are packed into buckets of rows: matrices of one shape are stacked (a row is a whole matrix), large
-AdamW parameters stand alone and small ones are joined (a row is one element). With N ranks a bucket's gradients
-are reduced as soon as the last backward of a step has brought them, every rank updates its own N-th of the rows,
-whose state it alone holds, and the results are gathered; small buckets are updated alike on every rank. One rank
-does none of that. A Muon step is momentum, equal row norms, Polar Express, NorMuon's variance and cautious
-decay; AdamW is torch's fused kernel. State is fp32.
+Parameters are packed into buckets of rows: matrices of one shape are stacked (a row is a matrix),
+large AdamW parameters stand alone, small ones are joined (a row is one element). With N ranks, a
+bucket's gradients are averaged as soon as the last backward pass of a step has produced them; each
+rank updates its N-th of the rows, whose state it alone holds, and the new rows are gathered. Small
+buckets are updated alike on every rank. One rank skips all of that. Parameters are fp32.
 
-What would surprise: a step whose reduced gradient is not finite changes nothing, on any rank, and the host is
-not asked: zero times the update is added (`finite` tells later). On a CPU the matrices are orthogonalised in
-fp32, since in bf16 a rounding difference of 1e-7 (another number of ranks) becomes 2 % of the update. And the
-class is not a torch.optim.Optimizer: making one of those imports torch's compiler, 4.6 s of CPU at each start.
+A step whose gradient is not finite changes nothing on any rank, and the host need not wait for the
+device: updates are multiplied by `finite`. MuonAdamW is no torch.optim.Optimizer, since making one
+imports torch's compiler: 4.6 s of CPU at each start.
 
-Sources: Muon, Jordan et al. 2024; Polar Express, arXiv 2505.16932; NorMuon, 2510.05491; cautious weight decay,
-2510.12402; AdamW, 1711.05101. Shapes: K matrices of M x N, P rows in a bucket.
+Sources: Muon, Jordan et al. 2024; Polar Express, arXiv 2505.16932; NorMuon, 2510.05491; cautious
+weight decay, 2510.12402; AdamW, 1711.05101.
+Shapes: K matrices of (M, N) in a bucket, or P elements; a rank's shard has K / ranks or P / ranks.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,7 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Five odd quintics a x + b x^3 + c x^5 that carry singular values in [1e-3, 0.99] to [0.859, 1.141] (2505.16932).
+Group = dict[str, Any]  # parameters and their options, see MuonAdamW
+State = dict[str, Tensor]  # what the optimizer remembers of a bucket's rows, by kind
+
+# Five odd quintics a x + b x^3 + c x^5 that map singular values in [1e-3, .99] to [.859, 1.141].
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -34,18 +36,19 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-SMALL = 1024  # parameters with fewer elements are joined and replicated: a message each costs more than it saves
-MESSAGE_ELEMENTS = (
-    1 << 23
-)  # of matrices sent together: 32 MB in fp32, so that there is something to overlap
+# Parameters with fewer elements are joined and replicated: a message each costs more than it saves.
+SMALL = 1024
+# Elements of matrices sent together: 32 MB in fp32, so that there is something to overlap.
+MESSAGE_ELEMENTS = 1 << 23
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Each matrix with its singular values brought near 1, in bf16 on a GPU and fp32 elsewhere.
+    """(K, M, N) matrices with the same singular vectors and all singular values near 1.
 
-    matrices: (K, M, N); a zero matrix stays zero.
+    A zero matrix stays zero. A GPU computes in bf16; a CPU does not, since there a rounding error
+    of 1e-7 (another number of ranks) would become 2 % of the update.
     """
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x / (1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # the Gram matrix of the shorter side
@@ -57,15 +60,12 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def muon_update(
-    weights: Tensor,
-    gradients: Tensor,
-    state: dict[str, Tensor],
-    options: dict[str, Any],
-    finite: Tensor,
+    weights: Tensor, gradients: Tensor, state: State, options: Group, finite: Tensor
 ) -> None:
-    """One Muon step on `weights`, in place; none where not `finite` ().
+    """Make one Muon step on `weights` in place, or none where `finite` () is False.
 
-    All (K, M, N) fp32; state: momentum (K, M, N), variance.
+    weights, gradients, state["momentum"]: (K, M, N);
+    state["variance"], of NorMuon: (K, M, 1) where M >= N, else (K, 1, N).
     """
     rows, columns = weights.shape[-2:]
     gradients = torch.where(finite, gradients, 0.0)  # zero times infinity would not be zero
@@ -73,7 +73,7 @@ def muon_update(
     update = gradients.lerp(momentum, options["momentum"])  # Nesterov's look ahead
     # Rows of equal norm; their common norm falls to the normalisation that follows.
     update /= update.norm(dim=-1, keepdim=True).clamp_(min=1e-6)
-    update = orthogonalize(update).float()
+    update = orthogonalize(update).to(weights.dtype)
     size = math.sqrt(min(rows, columns))  # the Frobenius norm of an exactly orthogonal matrix
     update *= size / update.norm(dim=(-2, -1), keepdim=True).clamp_(min=1e-10)
     mean_square = update.square().mean(dim=-1 if rows >= columns else -2, keepdim=True)
@@ -87,16 +87,11 @@ def muon_update(
 
 
 def adamw_update(
-    weights: Tensor,
-    gradients: Tensor,
-    state: dict[str, Tensor],
-    options: dict[str, Any],
-    finite: Tensor,
-    step: Tensor,
+    weights: Tensor, gradients: Tensor, state: State, options: Group, finite: Tensor, step: Tensor
 ) -> None:
-    """One step of torch.optim.AdamW on `weights`, in place; none where not `finite` ().
+    """Make one step of torch.optim.AdamW on `weights` in place, or none where `finite` () is False.
 
-    All (P,) fp32; state: mean, variance; `step` () counts this one.
+    weights, gradients, state["mean"], state["variance"]: (P,); `step` () counts this one.
     """
     torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
         [weights], [gradients], [state["mean"]], [state["variance"]], [], [step],
@@ -106,111 +101,109 @@ def adamw_update(
     )  # fmt: skip
 
 
-class Part(NamedTuple):
-    """A range of the flattened elements of one moment."""
+class StateShard(NamedTuple):
+    """This rank's range of one parameter's optimizer state, such as its momentum."""
 
-    values: Tensor  # (last - first,)
-    shape: tuple[int, ...]  # of the whole moment
-    first: int
+    values: Tensor  # (number of elements,) of the flattened whole
+    shape: tuple[int, ...]  # of the whole
+    first: int  # where in the whole the values begin
 
 
 @dataclass
 class Bucket:
     """Parameters that are reduced, updated and gathered as one tensor of rows."""
 
-    group: dict[str, Any]
+    group: Group
     names: list[str]
     params: list[Tensor]
-    stacked: bool  # a row is a matrix; otherwise a row is one element
-    num_parts: int  # ranks that share the rows; 1: every rank updates them all
-    part: int  # which share is this rank's
-    state: dict[str, Tensor] = field(default_factory=dict)
-    num_missing: int = 0  # gradients that the last backward has not brought yet
-    wait: Callable[[], Tensor] | None = None  # of the reduction that is under way
+    num_shards: int  # ranks that share the rows; 1: every rank updates them all
+    shard: int  # which of them this rank updates
+    num_missing: int = 0  # gradients that the last backward pass has still to bring
+    gradient: Tensor | None = None  # of this rank's rows; the mean over ranks after `reduction`
+    reduction: dist.Work | None = None
 
     def __post_init__(self) -> None:
-        """Zero moments for this rank's rows."""
-        own = self.own(self.pack(self.params))
-        zeros = torch.zeros_like(own, dtype=torch.float32, memory_format=torch.contiguous_format)
-        if not self.stacked:
+        self.stacked = self.group["kind"] == "muon"  # a row is a matrix, else one element
+        self.num_rows = [1 if self.stacked else param.numel() for param in self.params]
+        own = self.own_rows(self.pack(self.params))
+        zeros = torch.zeros_like(own, memory_format=torch.contiguous_format)
+        if self.stacked:
+            mean_over = -1 if own.shape[-2] >= own.shape[-1] else -2
+            self.state: State = {
+                "momentum": zeros,
+                "variance": zeros.mean(dim=mean_over, keepdim=True),
+            }
+        else:
             self.state = {"mean": zeros, "variance": zeros.clone()}
-            return
-        over = -1 if own.shape[-2] >= own.shape[-1] else -2
-        self.state = {"momentum": zeros, "variance": zeros.mean(dim=over, keepdim=True)}
-
-    def rows_of(self, param: Tensor) -> int:
-        """Number of rows that `param` has in this bucket."""
-        return 1 if self.stacked else param.numel()
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The tensors' rows, filled up with zeros to divide among the ranks; one flat tensor is not copied."""
+        """(K, M, N) or (P,) rows of the tensors, with zeros added to divide among the ranks.
+
+        One flat tensor that divides is not copied.
+        """
         if self.stacked:
             rows = torch.stack(list(tensors))
         elif len(tensors) == 1:
             rows = tensors[0].detach().reshape(-1)
         else:
             rows = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        short = -len(rows) % self.num_parts
-        return torch.cat([rows, rows.new_zeros(short, *rows.shape[1:])]) if short else rows
+        num_lacking = -len(rows) % self.num_shards
+        if num_lacking:
+            rows = torch.cat([rows, rows.new_zeros(num_lacking, *rows.shape[1:])])
+        return rows
 
-    def own(self, rows: Tensor) -> Tensor:
-        """This rank's share of packed rows."""
-        return rows.chunk(self.num_parts)[self.part]
+    def own_rows(self, rows: Tensor) -> Tensor:
+        """A view of those of the packed rows that this rank updates."""
+        return rows.chunk(self.num_shards)[self.shard]
 
     def unpack(self, rows: Tensor) -> None:
         """Write packed rows back into the parameters."""
-        sizes = [self.rows_of(param) for param in self.params]
-        for param, part in zip(self.params, rows[: sum(sizes)].split(sizes), strict=True):
-            if part.data_ptr() != param.data_ptr():
-                param.copy_(part.view(param.shape))
+        rows = rows[: sum(self.num_rows)]
+        for param, values in zip(self.params, rows.split(self.num_rows), strict=True):
+            if values.data_ptr() != param.data_ptr():
+                param.copy_(values.view(param.shape))
 
-    def moments(self) -> Iterator[tuple[str, Part]]:
-        """("<parameter>.<moment>", this rank's part of it) of every moment; the values are views."""
+    def state_shards(self) -> Iterator[tuple[str, StateShard]]:
+        """("<parameter>.<kind of state>", shard) for all state of this rank; views, not copies."""
         num_own = len(next(iter(self.state.values())))
-        begin, end = self.part * num_own, (self.part + 1) * num_own
-        start = 0
-        for name, param in zip(self.names, self.params, strict=True):
-            stop = start + self.rows_of(param)
-            first, last = max(start, begin), min(stop, end)
-            for moment, rows in self.state.items() if first < last else ():
-                own = rows[first - begin : last - begin]
-                shape = own.shape[1:] if self.stacked else param.shape
-                yield f"{name}.{moment}", Part(own.view(-1), tuple(shape), first - start)
-            start = stop
+        own_begin, own_end = self.shard * num_own, (self.shard + 1) * num_own
+        begin = 0  # the parameter's first row
+        for name, param, num_rows in zip(self.names, self.params, self.num_rows, strict=True):
+            end = begin + num_rows
+            first, last = max(begin, own_begin), min(end, own_end)
+            for kind, rows in self.state.items() if first < last else ():
+                values = rows[first - own_begin : last - own_begin]
+                shape = values.shape[1:] if self.stacked else param.shape
+                yield f"{name}.{kind}", StateShard(values.view(-1), tuple(shape), first - begin)
+            begin = end
 
 
 class MuonAdamW:
-    """Muon and AdamW over parameter groups `{"kind": "muon" | "adamw", "names", "params", "lr", ...}`.
+    """Muon and AdamW over groups `{"kind": "muon" | "adamw", "names", "params", "lr", ...}`.
 
-    A Muon group has momentum, beta2 and weight_decay, an AdamW group betas, eps and weight_decay. Gradients are
-    averaged over the ranks, so the loss of each rank must be scaled for that. With more than one rank every
-    rank has the same groups, and `torch.distributed` is initialised.
+    A Muon group has momentum, beta2 and weight_decay; an AdamW group betas, eps and weight_decay.
+    Gradients are averaged over the ranks, so each rank's loss must be scaled for that. Every rank
+    has the same groups; with more than one, `torch.distributed` is initialised.
     """
 
-    def __init__(
-        self, groups: Sequence[dict[str, Any]], rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, groups: Sequence[Group], rank: int = 0, world_size: int = 1) -> None:
         self.param_groups = [dict(group) for group in groups]
         self.world_size = world_size
+        self.buckets: list[Bucket] = []
         for group in self.param_groups:
             group["base_lr"], group["base_weight_decay"] = group["lr"], group["weight_decay"]
-        self.buckets = [
-            Bucket(group, names, params, group["kind"] == "muon", num_parts, rank % num_parts)
-            for group in self.param_groups
-            for names, params in partition(group, world_size)
-            for num_parts in [world_size if params[0].numel() >= SMALL else 1]
-        ]
+            for names, params in partition(group, world_size):
+                num_shards = world_size if params[0].numel() >= SMALL else 1
+                self.buckets.append(Bucket(group, names, params, num_shards, rank % num_shards))
         self.num_steps = torch.zeros((), device=self.buckets[0].params[0].device)  # updates made
-        self.finite: Tensor | None = None  # bool (): did the last step change anything?
-        self.expecting = False  # the gradients of the backward that comes are complete
+        self.finite: Tensor | None = None  # what the last step returned
         if world_size > 1:
-            self.scatters = dist.get_backend() in ("nccl", "gloo")  # others may lack it
             for bucket in self.buckets:
                 for param in bucket.params:
-                    param.register_post_accumulate_grad_hook(partial(self._arrive, bucket))
+                    param.register_post_accumulate_grad_hook(partial(self._count_down, bucket))
 
     def set_multipliers(self, lr: float, momentum: float, weight_decay: float) -> None:
-        """Set the coming step's options: learning rates times `lr`, Muon's momentum, Muon's decay times `weight_decay`."""
+        """Scale the coming step's learning rates and Muon's weight decay; set Muon's momentum."""
         for group in self.param_groups:
             group["lr"] = group["base_lr"] * lr
             if group["kind"] == "muon":
@@ -223,118 +216,110 @@ class MuonAdamW:
             for param in group["params"]:
                 param.grad = None
 
-    def expect_last_backward(self) -> None:
-        """The backward that comes completes the gradients: reduce each bucket as soon as it is there."""
-        self.expecting = True
+    def reduce_on_next_backward(self) -> None:
+        """Average each bucket over the ranks as soon as the next backward pass has filled it.
+
+        Call it before the last backward pass of a step; without it, `step` does all the averaging.
+        """
         for bucket in self.buckets:
             bucket.num_missing = len(bucket.params)
 
-    def _arrive(self, bucket: Bucket, _: Tensor) -> None:
-        """A gradient is complete. All ranks walk the same graph, so their buckets fill in the same order."""
-        if self.expecting:
+    def _count_down(self, bucket: Bucket, _: Tensor) -> None:
+        """Note that a gradient is there. On all ranks the buckets fill up in the same order."""
+        if bucket.num_missing:
             bucket.num_missing -= 1
             if not bucket.num_missing:
                 self.start_reduction(bucket)
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Average the gradients over the ranks and update every parameter, or none if they are not finite.
-
-        Raises RuntimeError when a parameter has no gradient.
-        """
-        self.expecting = False
-        for bucket in self.buckets:
-            if bucket.wait is None:
-                self.start_reduction(bucket)
-        gradients = [bucket.wait() for bucket in self.buckets if bucket.wait]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.world_size > 1:
-            dist.all_reduce(norm)  # the sum is finite where the norm of every rank's rows is
-        self.finite = norm.isfinite()
-        self.num_steps += self.finite
-        gathers = [
-            self.start_gather(bucket, self.update(bucket, gradient, self.finite))
-            for bucket, gradient in zip(self.buckets, gradients, strict=True)
-        ]
-        for wait in gathers:
-            wait()
-
-    @torch.no_grad()
     def start_reduction(self, bucket: Bucket) -> None:
-        """Start averaging the bucket's gradients; `bucket.wait` ends it and gives this rank's rows."""
+        """Start averaging the bucket's gradients; this rank's rows come into `bucket.gradient`."""
+        bucket.num_missing = 0
         gradients = [param.grad for param in bucket.params if param.grad is not None]
         if len(gradients) < len(bucket.params):
             raise RuntimeError(f"a parameter of {', '.join(bucket.names)} has no gradient")
+        rows = bucket.pack(gradients)
+        bucket.gradient = bucket.own_rows(rows)
         if self.world_size == 1:
-            bucket.wait = lambda: bucket.pack(gradients).float()
             return
-        rows = bucket.pack(gradients).float()
         for param in bucket.params:
             param.grad = None  # the rows hold it now
-        own = bucket.own(rows)
-        if self.scatters and bucket.num_parts > 1:
-            own = torch.empty_like(own)
-            work = dist.reduce_scatter_tensor(own, rows, async_op=True)
+        if bucket.num_shards > 1:
+            bucket.gradient = torch.empty_like(bucket.gradient)
+            bucket.reduction = dist.reduce_scatter_tensor(bucket.gradient, rows, async_op=True)
         else:
-            work = dist.all_reduce(rows, async_op=True)
+            bucket.reduction = dist.all_reduce(rows, async_op=True)
 
-        def wait() -> Tensor:
-            work.wait()  # pyright: ignore[reportOptionalMemberAccess]
-            return own.div_(self.world_size)
+    def _finish_reduction(self, bucket: Bucket) -> Tensor:
+        """This rank's rows of the averaged gradient, which the bucket gives away."""
+        gradient, reduction = bucket.gradient, bucket.reduction
+        bucket.gradient = bucket.reduction = None
+        assert gradient is not None
+        if reduction is not None:
+            reduction.wait()
+            gradient.div_(self.world_size)
+        return gradient
 
-        bucket.wait = wait
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Whether the gradient was finite, bool (), after updating every parameter if it was.
 
-    def update(self, bucket: Bucket, gradients: Tensor, finite: Tensor) -> Tensor:
-        """Update this rank's rows by their averaged gradients; returns the new rows in fp32."""
-        bucket.wait = None
-        weights = bucket.own(bucket.pack(bucket.params)).float()
-        if bucket.stacked:
-            muon_update(weights, gradients, bucket.state, bucket.group, finite)
-        else:
-            adamw_update(weights, gradients, bucket.state, bucket.group, finite, self.num_steps)
-        return weights
-
-    def start_gather(self, bucket: Bucket, own: Tensor) -> Callable[[], None]:
-        """Start collecting the updated rows of all ranks; the returned call waits and writes the parameters."""
-        if bucket.num_parts == 1:
-            bucket.unpack(own)
-            return lambda: None
-        own = own.to(bucket.params[0].dtype)
-        rows = own.new_empty(bucket.num_parts * len(own), *own.shape[1:])
-        work = dist.all_gather_into_tensor(rows, own, async_op=True)
-
-        def wait() -> None:
+        The gradient is averaged over the ranks. Raises RuntimeError when a parameter has none.
+        """
+        for bucket in self.buckets:
+            if bucket.gradient is None:
+                self.start_reduction(bucket)
+        gradients = [self._finish_reduction(bucket) for bucket in self.buckets]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.world_size > 1:
+            dist.all_reduce(norm)  # the sum is finite where the norm of every rank's rows is
+        self.finite = finite = norm.isfinite()
+        self.num_steps += finite
+        gathers = []
+        for bucket, gradient in zip(self.buckets, gradients, strict=True):
+            own = bucket.own_rows(bucket.pack(bucket.params))
+            if bucket.stacked:
+                muon_update(own, gradient, bucket.state, bucket.group, finite)
+            else:
+                adamw_update(own, gradient, bucket.state, bucket.group, finite, self.num_steps)
+            if bucket.num_shards == 1:
+                bucket.unpack(own)
+            else:
+                rows = own.new_empty(bucket.num_shards * len(own), *own.shape[1:])
+                work = dist.all_gather_into_tensor(rows, own, async_op=True)
+                gathers.append((bucket, rows, work))
+        for bucket, rows, work in gathers:
             work.wait()  # pyright: ignore[reportOptionalMemberAccess]
             bucket.unpack(rows)
+        return finite
 
-        return wait
-
-    def export_state(self) -> dict[str, Part]:
-        """This rank's parts of all moments by "<parameter>.<moment>", and "step"; views, not copies."""
-        step = {"step": Part(self.num_steps.view(1), (), 0)}
-        return step | {key: part for bucket in self.buckets for key, part in bucket.moments()}
+    def export_state(self) -> dict[str, StateShard]:
+        """This rank's shards by "<parameter>.<kind of state>", and "step"; views, not copies."""
+        step = {"step": StateShard(self.num_steps.view(1), (), 0)}
+        return step | dict(pair for bucket in self.buckets for pair in bucket.state_shards())
 
     @torch.no_grad()
     def import_state(self, read: Callable[[str, int, int], Tensor]) -> None:
         """Take over an exported state, of any number of ranks, bit for bit.
 
-        `read(key, first, last)` gives these elements of a flattened moment.
+        `read(key, first, last)` returns these elements of the flattened whole.
         """
-        for key, part in self.export_state().items():
-            part.values.copy_(read(key, part.first, part.first + len(part.values)))
+        for key, shard in self.export_state().items():
+            shard.values.copy_(read(key, shard.first, shard.first + len(shard.values)))
 
 
-def partition(group: dict[str, Any], world_size: int) -> Iterator[tuple[list[str], list[Tensor]]]:
-    """(names, parameters) of each bucket of a group: Muon's by shape; AdamW's large ones alone, small ones joined.
+def partition(group: Group, world_size: int) -> Iterator[tuple[list[str], list[Tensor]]]:
+    """(names, parameters) of each bucket of a group.
 
-    Among ranks a shape is cut into messages, from the last layer, where backward begins, to the first.
+    Muon's are joined by shape; large AdamW parameters stand alone, small ones are joined. With more
+    than one rank, a shape is cut into messages, the last layer's first: there backward begins.
     """
-    together: dict[Any, list[tuple[str, Tensor]]] = {}
+    buckets: dict[Any, list[tuple[str, Tensor]]] = {}
     for name, param in reversed(list(zip(group["names"], group["params"], strict=True))):
         alone = name if param.numel() >= SMALL else ""
         key = param.shape if group["kind"] == "muon" else alone
-        together.setdefault(key, []).append((name, param))
-    for members in together.values():
+        buckets.setdefault(key, []).append((name, param))
+    for members in buckets.values():
         num_each = len(members)
         if world_size > 1 and group["kind"] == "muon":
             num_rounds = MESSAGE_ELEMENTS // (world_size * members[0][1].numel())

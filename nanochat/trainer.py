@@ -392,7 +392,7 @@ def accumulate(
             loss = (losses.view_as(weights[part]) * weights[part]).sum()
         loss = loss / num_targets
         if optimizer and begin + rows >= len(batch.inputs):
-            optimizer.expect_last_backward()
+            optimizer.reduce_on_next_backward()
         (loss * world_size).backward()
         total += loss.detach()
     return all_reduce_sum(total)

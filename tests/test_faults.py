@@ -202,12 +202,13 @@ def slow_steps() -> None:
     """Steps of ten seconds, so that a signal finds the run inside one."""
     step = MuonAdamW.step
 
-    def slow(self: MuonAdamW) -> None:
-        step(self)
+    def slow(self: MuonAdamW) -> torch.Tensor:
+        finite = step(self)
         trainer.print0("inside a step")
         until = time.monotonic() + 10
         while time.monotonic() < until:
             time.sleep(0.05)
+        return finite
 
     MuonAdamW.step = slow
 
@@ -246,10 +247,10 @@ def poison(*steps: int) -> None:
     step, start_reduction = MuonAdamW.step, MuonAdamW.start_reduction
     last, number = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1, 0
 
-    def counting(self: MuonAdamW) -> None:
+    def counting(self: MuonAdamW) -> torch.Tensor:
         nonlocal number
-        step(self)
         number += 1
+        return step(self)
 
     def poisoned(self: MuonAdamW, bucket: Bucket) -> None:
         gradient = bucket.params[0].grad

@@ -1,8 +1,8 @@
 """Start a script's ranks in processes of their own, which can be killed, stopped and started again.
 
-The processes are forked from a server that has imported everything, so that a start costs no import; all ranks of
-one start are in one process group, as torchrun's would be. `meddle`, a function at module level, runs in each rank
-before the script, to inject a fault or to look on.
+The processes are forked from a server that has imported everything, so that a start costs no
+import; all ranks of one start are in one process group, as torchrun's would be. `meddle`, a
+function at module level, runs in each rank before the script, to inject a fault or to look on.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from nanochat import dataset
+from nanochat import common, dataset
 from nanochat.common import run_script
 from nanochat.trainer import TrainRun
 from scripts import base_train, chat_rl, chat_sft, mid_train, tok_train
@@ -32,9 +32,8 @@ SCRIPTS = {
 }
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["pytest", "tests.launch"])
-os.environ["PYTHONPATH"] = str(
-    Path(__file__).parent.parent
-)  # the server passes over what it cannot import
+# The server passes over what it cannot import.
+os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
 
 
 def free_port() -> int:
@@ -145,8 +144,15 @@ def run(script: str, flags: list[str]) -> None:
     run_script(SCRIPTS[script].main, SCRIPTS[script].Config)
 
 
+def in_float64() -> None:
+    """Compute in fp64 under --dtype=float32: rounding cannot hide a fault, nor be taken for one."""
+    torch.set_default_dtype(torch.float64)
+    common.DTYPES["float32"] = torch.float64
+    note_batches()
+
+
 def note_batches() -> None:
-    """Each rank writes the hash of every row that it is given, step after step, up to step $STOP_AT."""
+    """Each rank writes the hash of every row that it is given, and ends before step $STOP_AT."""
     fetch = TrainRun.fetch
     path = Path(os.environ["NANOCHAT_BASE_DIR"]) / f"rows_{os.environ['RANK']}.jsonl"
 
@@ -164,7 +170,7 @@ def note_batches() -> None:
 
 
 if __name__ == "__main__":  # under torchrun
-    note_batches()
+    in_float64()
     with (Path(os.environ["NANOCHAT_BASE_DIR"]) / "pids.txt").open("a") as pids:
         pids.write(f"{os.environ['RANK']} {os.getpid()}\n")
     run(sys.argv[1], sys.argv[2:])

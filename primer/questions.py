@@ -1,9 +1,9 @@
 """The questions of the primer, each with a right reply; conversations and quizzes made of them.
 
 The splits are not other seeds but other content. What a question is about (the two operands; the
-phrasing and the fact; the word and the letter) is hashed, and one tenth of all keys never appears in the
-train split, neither in a conversation nor on a page. Facts themselves are in both: no model can know a
-capital that it was never told.
+phrasing and the fact; the word and the letter) is hashed, and one tenth of all keys never appears
+in the train split, neither in a conversation nor on a page. Facts themselves are in both: no model
+can know a capital that it was never told.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ class Dice(random.Random):
         self.split = split
 
     def draw(self, label: str, pick: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
-        """The first key from `pick` that belongs to the split; `label` tells apart kinds of keys."""
+        """The first key from `pick` that belongs to the split; `label` is the kind of key."""
         while True:
             key = pick()
             if held_out(label, *key) == (self.split != "train"):
@@ -154,8 +154,8 @@ def ask_choice(dice: Dice) -> Question:
 def ask_letter(dice: Dice) -> Question:
     """Which letter stands by a choice: the bare skill that multiple choice needs beside knowledge.
 
-    Short lists and any letters teach to copy a letter before there is anything to choose; from lists of
-    three in their order alone, a small model learns neither (dev/LOG.md).
+    Short lists and any letters teach to copy a letter before there is anything to choose; from
+    lists of three in their order alone, a small model learns neither (dev/LOG.md).
     """
     choices = dice.sample(TOPICS[dice.choice(list(TOPICS))].values, dice.choice((1, 2, 2, 3, 3)))
     letters = "".join(dice.sample("ABCDEFGH", len(choices)))
@@ -309,7 +309,7 @@ def quiz(split: str, kind: str, index: int) -> Question:
 
 
 def conversation(split: str, index: int) -> dict[str, Any]:
-    """Talk `index`: one to three questions, at times a system message, at times a name to remember."""
+    """Talk `index`: a few questions, at times a system message or a name to remember."""
     dice = Dice(split, "conversation", index)
     system, style = "", dice.random()
     if style < 0.04:

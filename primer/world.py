@@ -1,7 +1,7 @@
-"""The tables of the primer, read from the text files beside this one, and the templates filled from them.
+"""The tables of the primer, read from the text files beside this one, and templates filled.
 
-A table file is a list of sections, each begun by `== NAME` or `== NAME: TITLE`. What stands before the
-first one says how its rows are written.
+A table file is a list of sections, each begun by `== NAME` or `== NAME: TITLE`. What stands before
+the first one says how its rows are written.
 """
 
 import random
@@ -101,7 +101,7 @@ def capital(text: str) -> str:
 
 
 def fill(template: str, rng: random.Random | None = None, /, **slots: object) -> str:
-    """`fill("{A x} runs.", x="owl")` -> `"An owl runs."`; an rng chooses in `[one way|another]` too."""
+    """`fill("{A x} runs.", x="owl")` -> `"An owl runs."`; an rng chooses in `[one|other]`."""
     if rng:
         template = re.sub(r"\[([^\[\]]*)\]", lambda m: rng.choice(m[1].split("|")), template)
 

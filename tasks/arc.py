@@ -5,7 +5,7 @@ One row of ARC-Easy (train):
      do the green algae supply to the fungi in this symbiotic relationship?", "choices": {"text":
      ["carbon dioxide", "food", "protection", "water"], "label": ["A", "B", "C", "D"]}, "answerKey": "B"}
 
-The choice that would surprise: every question is asked with A, B, C, ... by position. Some rows are labelled
+Every question is asked with A, B, C, ... by position. Some rows are labelled
 1, 2, 3, 4 and some have three or five choices; `answerKey` is looked up among the row's own labels.
 
 Source: allenai/ai2_arc on the Hugging Face hub (arXiv 1803.05457), CC BY-SA 4.0.

@@ -1,9 +1,9 @@
 """What every task is: a list of conversations that can be cut, mixed, shuffled and scored.
 
-A task answers `num_examples()`, `get_example(index)` and, where it is an evaluation, `score`. Rows of
-Hugging Face data sets come from the hub or, with `NANOCHAT_DATASETS=<folder>`, from
-`<folder>/<owner>/<name>/<config>/<split>.jsonl` or `.parquet`. They are shuffled once and for all: MMLU
-is sorted by subject, and the first hundred rows of any task should be a fair sample of it.
+A task answers `num_examples()`, `get_example(index)` and, where it is an evaluation, `score`. Rows
+of Hugging Face data sets come from the hub or, with `NANOCHAT_DATASETS=<folder>`, from
+`<folder>/<owner>/<name>/<config>/<split>.jsonl` or `.parquet`. They are shuffled once and for all:
+MMLU is sorted by subject, and the first hundred rows of any task should be a fair sample of it.
 """
 
 import copy
@@ -39,7 +39,7 @@ class Task(Sequence[Conversation]):
         raise NotImplementedError
 
     def score(self, conversation: Conversation, reply: str) -> float:
-        """From 0 (wrong) to 1 (right), for evaluation and RL; here: is the reply the answer itself?"""
+        """From 0 (wrong) to 1 (right), for evaluation and RL: here, is it the answer itself?"""
         return float(reply.strip() == conversation["answer"])
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ class Task(Sequence[Conversation]):
 
 
 class TaskMixture(Task):
-    """Several tasks as one, in an order shuffled by `seed`; a task that is listed twice comes twice."""
+    """Several tasks as one, in an order shuffled by `seed`; a task listed twice comes twice."""
 
     def __init__(self, tasks: Sequence[Task], seed: int = 0) -> None:
         self.tasks = tasks
@@ -119,7 +119,7 @@ class HubTask(Task):
         return conversation
 
     def convert(self, row: dict[str, Any]) -> Conversation:
-        """The conversation that a row of the data set stands for; any error says that the row is broken."""
+        """The conversation that a row stands for; an error says that the row is broken."""
         raise NotImplementedError
 
 
@@ -156,7 +156,7 @@ def load_rows(name: str, config: str, split: str) -> Sequence[dict[str, Any]]:
 
         rows = datasets.load_dataset(name, config, split=split)
         return cast(Sequence[dict[str, Any]], rows)  # a Dataset reads a row when it is asked for
-    # datasets raises its own FileNotFoundError and ConnectionError subclasses, and ValueError for splits
+    # datasets raises subclasses of FileNotFoundError and ConnectionError, ValueError for splits
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -4,7 +4,7 @@ One conversation a line, as an object or as the bare list of its messages:
     {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Pip."}]}
     [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Pip."}]
 
-The choice that would surprise: the whole file is checked before training starts, since a bad line 4,000
+The whole file is checked before training starts, since a bad line 4,000
 would otherwise be met an hour later.
 """
 

@@ -5,9 +5,10 @@ One row (train):
      much did she earn?", "answer": "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\\nWorking 50 minutes, she
      earned 0.2 x 50 = $<<0.2*50=10>>10.\\n#### 10"}
 
-`<<12/60=0.2>>` becomes a call of the tool, `12/60`, and what it printed, `0.2`; the text goes on behind it.
+`<<12/60=0.2>>` becomes a call of the tool, `12/60`, and what it printed, `0.2`; the text goes on
+behind it.
 
-The choice that would surprise: what the tool is shown to print is what the row says, even where it is rounded
+What the tool is shown to print is what the row says, even where it is rounded
 or has zeros at its end ("3.50"; one mark in 34). The text behind the mark repeats it in that form.
 
 Source: openai/gsm8k on the Hugging Face hub, configuration "main" (arXiv 2110.14168), MIT.

@@ -1,14 +1,14 @@
-"""HumanEval: functions in Python to be completed from their signature and docstring, checked by running them.
+"""HumanEval: Python functions to complete from their signature and docstring, checked by running.
 
 One row, its docstring and checks cut short:
     {"task_id": "HumanEval/53", "prompt": "\\n\\ndef add(x: int, y: int):\\n    \\"\\"\\"Add two numbers x and y\\n ...",
      "canonical_solution": "    return x + y\\n", "entry_point": "add",
      "test": "\\n\\nMETADATA = {}\\n\\n\\ndef check(candidate):\\n    import random\\n\\n    assert candidate(0, 1) == 1\\n ..."}
 
-The reply may be the whole function or its body, in a fenced block or bare. Either way the prompt comes before
-it: it has the imports, in some rows a helper, and the function itself without a body.
+The reply may be the whole function or its body, in a fenced block or bare. Either way the prompt
+comes before it: it has the imports, in some rows a helper, and the function itself without a body.
 
-The choice that would surprise: the checks run in a process that never sees the program, only what its
+The checks run in a process that never sees the program, only what its
 function returns (nanochat/sandbox_child.py), so they need the prompt too; some call its helper.
 
 Source: openai/openai_humaneval on the Hugging Face hub (arXiv 2107.03374), MIT.
@@ -26,7 +26,7 @@ FENCED = re.compile(r"```[ \t]*\w*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 class HumanEval(HubTask):
-    """The only split is test (164 rows). `allow_unsafe_exec` also scores where programs cannot be isolated."""
+    """The only split is test (164 rows). `allow_unsafe_exec` scores without isolation too."""
 
     name, config = "openai/openai_humaneval", "openai_humaneval"
 

@@ -6,8 +6,8 @@ One row, made from the facts in identity.json, which you may edit:
     user: Do you make mistakes?
     assistant: Yes. I am small, so I get facts wrong and lose the thread in long talks. I cannot ...
 
-The phrasings are here and only the facts in the file, so that a new name does not take a thousand new
-conversations.
+The phrasings are here and only the facts in the file, so that a new name does not take a thousand
+new conversations.
 """
 
 import json

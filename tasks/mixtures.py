@@ -1,8 +1,8 @@
 """What midtraining and SFT are made of, and which tasks evaluate a chat model: tables in one place.
 
-On the primer both stages see the same kinds of talk: a model this small forgets a skill within a few
-hundred steps, so SFT is not narrower, only on other conversations, with more of the quizzes. The default
-mixtures are for a model that holds more, and there SFT is the narrower one.
+On the primer both stages see the same kinds of talk: a model this small forgets a skill within a
+few hundred steps, so SFT is not narrower, only on other conversations, with more of the quizzes.
+The default mixtures are for a model that holds more, and there SFT is the narrower one.
 """
 
 from collections.abc import Callable
@@ -92,7 +92,7 @@ EVALUATIONS: dict[str, Callable[..., Task]] = {
 
 
 def build_mixture(stage: str, name: str, custom: Path | None = None) -> TaskMixture:
-    """The conversations of a stage (mid, sft or val), with a user's own file among them if one is given.
+    """The conversations of a stage (mid, sft or val), with those of a user's own file if given.
 
     Raises UserError for a data set that cannot be had and a malformed file.
     """
@@ -105,7 +105,8 @@ def build_task(
 ) -> Task:
     """The evaluation task of that name; with split "train" its practice part, for RL.
 
-    `words` is SpellingBee's own, `allow_unsafe_exec` HumanEval's. Raises UserError for an unknown task.
+    `words` is for SpellingBee, `allow_unsafe_exec` for HumanEval. Raises UserError for
+    an unknown task.
     """
     if name not in EVALUATIONS:
         raise UserError(f"the task {name!r} is unknown; choose one of: {', '.join(EVALUATIONS)}")

@@ -4,8 +4,8 @@ One row (dev):
     {"question": "Find all c in Z_3 such that Z_3[x]/(x^2 + c) is a field.", "subject": "abstract_algebra",
      "choices": ["0", "1", "2", "3"], "answer": 1}
 
-The choice that would surprise: there is no split "train". What one trains on is called `auxiliary_train`
-(100 K rows from other data sets of school questions); validation and test are the examinations themselves.
+There is no split "train". What one trains on is called `auxiliary_train` (100 K rows from other
+data sets of school questions); validation and test are the examinations themselves.
 
 Source: cais/mmlu on the Hugging Face hub, configuration "all" (arXiv 2009.03300), MIT.
 """

@@ -4,10 +4,10 @@ One row of PrimerArithmetic:
     user: How much is 347 plus 58?
     assistant: [python] 347+58 [output] 405 [text] 347 + 58 = 405.
 
-A quiz of the split "train" is for practice and RL, of "test" for evaluation: the two share no sum, no pair
-of fact and phrasing, no pair of word and letter (primer/questions.py). A fact may be answered in one word
-or in a sentence that states it, and nothing else: a reply that merely contains the right word may say the
-opposite.
+A quiz of the split "train" is for practice and RL, of "test" for evaluation: the two share no sum,
+no pair of fact and phrasing, no pair of word and letter (primer/questions.py). A fact may be
+answered in one word or in a sentence that states it, and nothing else: a reply that merely contains
+the right word may say the opposite.
 """
 
 import primer

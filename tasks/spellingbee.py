@@ -6,9 +6,10 @@ One row of each:
     assistant: b, e 1, e 2. By hand I count 2. I check it: [python] 'bee'.count('e') [output] 2
                [text] The letter e appears 2 times in 'bee'.
 
-A model reads tokens, not letters, so how a word is spelled has to be learned word by word. The words are
-those of spellingbee.txt, or of a file of your own. A word belongs to one split by a hash of the word
-alone: a test word is held out whichever file it comes from, and for spelling and counting alike.
+A model reads tokens, not letters, so how a word is spelled has to be learned word by word. The
+words are those of spellingbee.txt, or of a file of your own. A word belongs to one split by a hash
+of the word alone: a test word is held out whichever file it comes from, and for spelling and
+counting alike.
 """
 
 import hashlib
@@ -86,7 +87,7 @@ class SpellingBee(SpellWord):
 
 @cache
 def words_of(split: str, file: Path) -> tuple[str, ...]:
-    """The words of the split, sorted: one tenth of all for val and test. Raises UserError where none is left."""
+    """The words of the split, sorted; val and test share a tenth. Raises UserError where none is left."""
     try:
         words = set(file.read_text(encoding="utf-8").lower().split())
     except (OSError, UnicodeDecodeError) as error:

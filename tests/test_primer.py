@@ -1,6 +1,6 @@
 """The primer: stable, disjoint, true to itself.
 
-The oracles are hashes of what it said first, Python's own arithmetic and counting, sets, and the tables of facts.
+The oracles are hashes of what it said first, Python's arithmetic, sets, and the tables of facts.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ def test_an_item_depends_on_its_name_alone(train_pages: list[str], train_talks: 
 def test_what_a_model_has_been_taught_stays_what_it_was(
     train_pages: list[str], train_talks: list[dict]
 ) -> None:
-    """A corpus that changes by a byte is another corpus, and another split would teach a test's questions.
+    """Another byte is another corpus, and another split would teach a test's questions.
 
     Whoever extends a table writes the new hashes here, and trains anew.
     """
@@ -165,7 +165,7 @@ def test_facts_can_be_asked_with_wrong_choices() -> None:
         question = primer.quiz("test", "choice", index)
         assert len(set(question.choices)) == len(LETTERS)
         assert question.choices[LETTERS.index(str(question.reply))] == question.answer
-        # The primer spells the form itself, since it imports nothing; it must be that of every other task.
+        # The primer imports nothing, so it spells the form itself: that of every other task.
         assert question.prompt == render_choices(question.text, question.choices)
     places = Counter(str(primer.quiz("train", "choice", index).reply) for index in range(3000))
     assert all(abs(count / 3000 - 1 / len(LETTERS)) < 0.05 for count in places.values())

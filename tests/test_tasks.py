@@ -1,6 +1,6 @@
-"""Tasks: cutting, mixing, scoring, reading rows. Oracles: rows and replies made by hand, Python's own slicing and counting.
+"""Tasks: cutting, mixing, scoring, reading rows. Oracles: rows made by hand, Python's own slicing.
 
-The rows of public data sets have their real fields; they lie in a local folder, so nothing is downloaded.
+The rows of public data sets have their real fields and lie in a local folder.
 """
 
 import json

@@ -1,31 +1,18 @@
-"""OpenAI's chat API: what a request may say, how an error is told, and what a client sees of an answer.
+"""OpenAI's chat API: what a request may say, how an error is told, what a client sees of an answer.
 
-What a request to OpenAI's chat API may say, and how an error is told.
+A body is checked as a `ChatRequest`, and `engine_requests` makes one engine request per choice.
+A `Choice` follows the events of one answer: nothing of a stop string is shown, and tool calls stand
+apart from the text. `Completion` puts the choices into OpenAI's shapes.
 
-`ChatRequest` is what a stranger's JSON is checked against; what it leaves open the server's `Settings` say, and
-`engine_requests` makes of it one engine request per choice.
+Added to these shapes, and passed over by other clients: a tool call is a delta {"tool":
+{"expression": ..., "result": ...}}, result null where the calculator had no answer, and a whole
+answer with one has `parts` in its message, which may come back as the content of that turn; the
+chunk with a stream's usage holds `timings`; while a request waits, comments tell its place.
 
-What would surprise:
-- System and developer messages count as the user's words and join the turn after them, as the tokenizer does
-  with the one at the start; turns of one role in a row become one. So any order of roles has a meaning.
-- Unknown fields are ignored, as clients send many; but what would change the answer and is not supported
-  (tools, penalties, other response formats) is refused by name.
-- Nothing is ever cut to fit the context: prompt and max_tokens together must fit.
+Unknown fields are ignored, as clients send many; what would change the answer and is not supported
+is refused by name. Nothing is ever cut to fit the context.
 
 Source: https://platform.openai.com/docs/api-reference/chat
-
-The tokens of an answer -> what a client of OpenAI's chat API sees, whole or in a stream of chunks.
-
-`Choice` follows one answer: whole characters only, nothing of a stop string, tool calls apart from the text.
-`Completion` puts one or several of them into OpenAI's shapes, and `Answer` sends them as the job's events come.
-
-Added to OpenAI's shapes, and passed over by other clients: a tool call is a delta {"tool": {"expression": ...,
-"result": ...}}, result null where the calculator had no answer, and where a whole answer has one, its message holds
-`parts` too, which may come back as the content of that turn; the chunk with a stream's usage holds `timings`; while a
-request waits, comments tell its place in the queue.
-
-What would surprise: text that may turn out to be the beginning of a stop string is held back. So a chunk may hold
-several tokens or none, and a token's logprob comes with its text.
 """
 
 import json
@@ -40,7 +27,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
-from nanochat.engine import Event, ReplyReader, Request
+from nanochat.engine import Event, Reply, Request
 from nanochat.sampling import derive_seed
 from nanochat.tokenizer import Tokenizer, render_prompt
 
@@ -50,20 +37,15 @@ REFUSED = ("tools", "functions", "logit_bias", "presence_penalty", "frequency_pe
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a server behaves; `scripts/chat_web.py` makes it of the command line."""
+class ServerConfig:
+    """How a server behaves."""
 
-    model: str = "nanochat"  # its id
     temperature: float = 0.6  # where a request does not say
     top_k: int = 50  # likewise
     max_tokens: int = 512  # likewise, as far as the context has room
-    max_waiting: int = 64  # requests that may wait for a slot of one engine
-    api_key: str = ""  # empty: anybody may come
+    queue: int = 64  # requests that may wait for a slot of one engine
     cors_origin: str = ""  # a web page elsewhere that may call
-    host_names: frozenset[str] = frozenset()  # the Host headers taken; empty: any
     log_conversations: bool = False
-    answer_seconds: float = 600.0  # queue included; what OpenAI's client waits
-    stalled_seconds: float = 60.0  # that a client may leave a stream unread
 
 
 class ApiError(Exception):
@@ -86,14 +68,14 @@ class ApiError(Exception):
 
 
 def validation_error(errors: Sequence[Any]) -> ApiError:
-    """The 400 for what pydantic found: the deepest error, as a union reports one for each of its members."""
+    """The 400 for what pydantic found: the deepest error, as a union reports one per member."""
     worst = max(errors, key=lambda error: len(error["loc"]))
     if worst["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {worst['ctx']['error']}")
     if isinstance(worst["input"], bytes):  # without the header, pages of other sites could send it
         return ApiError(400, "the request lacks the header content-type: application/json")
     steps = map(str, worst["loc"][1:])  # the first is "body"
-    # Neither of the names that pydantic gives to the members of a union: str, constrained-str, list[...].
+    # Without the names that pydantic gives to a union's members: str, constrained-str, list[...].
     param = ".".join(step for step in steps if re.fullmatch(r"\w+", step) and step != "str")
     return ApiError(400, f"{param or 'body'}: {worst['msg']}", param=param or None)
 
@@ -109,8 +91,8 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class Part(TypedDict):  # no model: checking 30,000 of those takes 100 ms, of these 8
-    """Text, or what a reply asked the calculator (python) and was told (python_output); the latter are ours alone."""
+class ContentPart(TypedDict):  # no model: checking 30,000 of those takes 100 ms, of these 8
+    """Text, or what a reply asked the calculator (python) and was told (python_output)."""
 
     type: Literal["text", "python", "python_output"]
     text: str
@@ -120,17 +102,17 @@ class Message(Strict):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Quick[Part]
+    content: str | Quick[ContentPart]
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[ContentPart]:
         """The content as parts."""
         text = self.content
-        return [Part(type="text", text=text)] if isinstance(text, str) else text
+        return [ContentPart(type="text", text=text)] if isinstance(text, str) else text
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-Count = Annotated[int, Field(ge=1, lt=INT64)]
+Positive = Annotated[int, Field(ge=1, lt=INT64)]
 
 
 class ChatRequest(Strict):
@@ -141,11 +123,11 @@ class ChatRequest(Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=INT64)] | None = None  # not OpenAI's; 0: off
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None  # the newer name of max_tokens
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None  # the newer name of max_tokens
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    n: Count | None = None
+    n: Positive | None = None
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None
     logprobs: bool | None = False
@@ -183,13 +165,16 @@ class ChatRequest(Strict):
 
 
 def fold_messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """User and assistant in turns, as chat_format wants them. Raises ApiError unless the user is the last."""
+    """User and assistant in turns, in any order of roles; system and developer speak as the user.
+
+    Raises ApiError unless the user is the last.
+    """
     if sum(len(part["text"]) for message in messages for part in message.parts) > MAX_CHARS:
         text = f"the messages have more than {MAX_CHARS} characters in all"
         raise ApiError(413, text, "request_too_large", "messages")
     folded = []
     for role, turn in groupby(messages, lambda m: "assistant" if m.role == "assistant" else "user"):
-        between = Part(type="text", text="\n\n")
+        between = ContentPart(type="text", text="\n\n")
         parts = [part for message in turn for part in (between, *message.parts)][1:]
         said = join_text(parts)
         if [part["type"] for part in said] in ([], ["text"]):
@@ -204,21 +189,21 @@ def fold_messages(messages: list[Message]) -> list[dict[str, Any]]:
     return folded
 
 
-def join_text(parts: Iterable[Part]) -> list[Part]:
-    """`parts` with neighbouring texts made one, which the tokenizer would not read alike apart."""
-    joined: list[Part] = []
-    for is_text, run in groupby(parts, lambda part: part["type"] == "text"):
-        own = list(run)
-        if is_text:
-            own = [Part(type="text", text="".join(part["text"] for part in own))]
-        joined += own
+def join_text(parts: Iterable[ContentPart]) -> list[ContentPart]:
+    """`parts` with neighbouring texts made one, since the tokenizer would read them otherwise."""
+    joined: list[ContentPart] = []
+    for part in parts:
+        if joined and joined[-1]["type"] == part["type"] == "text":
+            joined[-1] = ContentPart(type="text", text=joined[-1]["text"] + part["text"])
+        else:
+            joined.append(part)
     return joined
 
 
 def engine_requests(
-    body: ChatRequest, tokenizer: Tokenizer, max_len: int, settings: Settings
+    body: ChatRequest, tokenizer: Tokenizer, max_len: int, config: ServerConfig
 ) -> list[Request]:
-    """One request per choice, each with a seed of its own. Raises ApiError when it cannot fit the context."""
+    """One request per choice, each with its own seed. Raises ApiError where it cannot fit."""
     prompt = render_prompt(tokenizer, {"messages": fold_messages(body.messages)})
     asked = body.max_completion_tokens or body.max_tokens
     room = max_len - len(prompt)
@@ -229,12 +214,12 @@ def engine_requests(
         )
         raise ApiError(400, text, "context_length_exceeded", "messages")
     seed = secrets.randbits(63) if body.seed is None else body.seed
-    top_k = settings.top_k if body.top_k is None else body.top_k
+    top_k = config.top_k if body.top_k is None else body.top_k
     return [
         Request(
             prompt,
-            max_tokens=asked or min(settings.max_tokens, room),
-            temperature=settings.temperature if body.temperature is None else body.temperature,
+            max_tokens=asked or min(config.max_tokens, room),
+            temperature=config.temperature if body.temperature is None else body.temperature,
             top_k=min(top_k, tokenizer.vocab_size),
             top_p=1.0 if body.top_p is None else body.top_p,
             seed=derive_seed(seed, index),
@@ -254,26 +239,26 @@ class Choice:
         self, tokenizer: Tokenizer, stops: Sequence[str] = (), top_logprobs: int = 0
     ) -> None:
         self.tokenizer, self.stops, self.top_logprobs = tokenizer, stops, top_logprobs
-        self.reader = ReplyReader(tokenizer)
         self.num_tokens = 0
         self.finish: str | None = None  # stop or length, once it has ended
         self.held = ""  # text that may be the beginning of a stop string
         self.num_chars = 0  # of the text given out
-        self.num_parts = 0  # of the reader's parts, seen through for tool calls
-        self.deltas: list[dict[str, Any]] = []
+        self.shown = Reply()  # all that was given out
+        self.deltas: list[dict[str, Any]] = []  # what of it has not been taken
         self.logprobs: list[tuple[int, dict[str, Any]]] = []  # with where the token's text begins
 
     def feed(self, event: Event) -> None:
         """Read the next token of this answer."""
         self.num_tokens += 1
-        begin = self.num_chars + len(self.held)
-        pieces = self.reader.feed(event.token)
-        if event.finish:
-            pieces += self.reader.close()
-        if event.logprobs and event.token < self.tokenizer.bos_id and self.reader.kind == "text":
+        if event.logprobs:
+            begin = self.num_chars + len(self.held)
             self.logprobs.append((begin, self._logprob(event.logprobs)))
-        self._add_tools(bool(event.finish))
-        self._add_text("".join(text for kind, text in pieces if kind == "text"))
+        if event.tool:
+            expression, result = event.tool
+            self._give_out(len(self.held))
+            self.shown.add_tool(expression, result)
+            self.deltas.append({"tool": {"expression": expression, "result": result}})
+        self._add_text(event.text)
         if event.finish and not self.finish:
             self._give_out(len(self.held))
             self.finish = event.finish
@@ -303,28 +288,14 @@ class Choice:
     def _give_out(self, num_chars: int) -> None:
         text, self.held = self.held[:num_chars], self.held[num_chars:]
         self.num_chars += num_chars
+        self.shown.add_text(text)
         if text and self.deltas and "content" in self.deltas[-1]:
             self.deltas[-1]["content"] += text
         elif text:
             self.deltas.append({"content": text})
 
-    def _add_tools(self, ended: bool) -> None:
-        """A delta for each tool call that is complete, its result included."""
-        parts = self.reader.parts
-        growing = not (ended or self.reader.new_part)
-        while self.num_parts < len(parts) - growing:
-            part, *rest = parts[self.num_parts :]
-            if part["type"] == "python":
-                answered = bool(rest) and rest[0]["type"] == "python_output"
-                if not (rest or ended) or (answered and len(rest) == 1 and growing):
-                    return  # its result may yet come, or grow
-                self._give_out(len(self.held))
-                result = rest[0]["text"] if answered else None
-                self.deltas.append({"tool": {"expression": part["text"], "result": result}})
-            self.num_parts += 1
-
     def _logprob(self, pairs: Sequence[tuple[int, float]]) -> dict[str, Any]:
-        """OpenAI's entry for one token from (id, logprob) pairs: what was chosen, then the likeliest."""
+        """OpenAI's entry for a token from (id, logprob) pairs: its own, then the likeliest."""
         entries = []
         for token, logprob in pairs:
             raw = self.tokenizer.decode_bytes([token])
@@ -337,22 +308,25 @@ class Completion:
     """The shapes of the answer to one request: the events of a stream, or the whole."""
 
     def __init__(
-        self, model: str, choices: Sequence[Choice], num_prompt_tokens: int, stream_usage: bool
+        self, model: str, body: ChatRequest, tokenizer: Tokenizer, num_prompt_tokens: int
     ) -> None:
-        self.choices, self.num_prompt_tokens = choices, num_prompt_tokens
-        self.open = list(range(len(choices)))  # the choices whose end has not been told
+        self.choices = [
+            Choice(tokenizer, body.stops, body.top_logprobs or 0) for _ in range(body.n or 1)
+        ]
+        self.num_prompt_tokens = num_prompt_tokens
+        self.open = list(range(len(self.choices)))  # the choices whose end has not been told
         self.head: dict[str, Any] = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion.chunk",
             "created": int(time.time()),
             "model": model,
         }
-        if stream_usage:
+        if body.stream_usage:
             self.head["usage"] = None
 
     @property
     def usage(self) -> dict[str, int]:
-        """Tokens of the prompt and of all choices, what a tool forced or a stop string hid included."""
+        """Tokens of the prompt and of all choices, those forced or hidden included."""
         num_said = sum(choice.num_tokens for choice in self.choices)
         total = self.num_prompt_tokens + num_said
         return {
@@ -389,10 +363,10 @@ class Completion:
         choices = []
         for index, choice in enumerate(self.choices):
             deltas, logprobs = choice.take()
-            text = "".join(delta.get("content", "") for delta in deltas)
+            text = choice.shown.text
             message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
             if any("tool" in delta for delta in deltas):
-                message["parts"] = [part for delta in deltas for part in as_parts(delta)]
+                message["parts"] = choice.shown.parts
             about = {"index": index, "finish_reason": choice.finish, "logprobs": logprobs}
             choices.append(about | {"message": message})
         return self.head | {"object": "chat.completion", "choices": choices, "usage": self.usage}
@@ -402,15 +376,6 @@ class Completion:
     ) -> bytes:
         about = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
         return sse(self.head | {"choices": [about]})
-
-
-def as_parts(delta: dict[str, Any]) -> list[Part]:
-    """A delta of an answer in the form that a request's messages have."""
-    if "content" in delta:
-        return [Part(type="text", text=delta["content"])]
-    call, result = (delta["tool"][key] for key in ("expression", "result"))
-    answer = [] if result is None else [Part(type="python_output", text=result)]
-    return [Part(type="python", text=call), *answer]
 
 
 def sse(data: dict[str, Any]) -> bytes:

@@ -1,59 +1,23 @@
-"""The one way to generate: many different requests at once, each with its own sampling, seed and tool calls.
+"""Generates for many requests at once, each with its own sampling, seed and tool calls.
 
-A request waits until it is the oldest and a slot of the KV cache is free. Its prompt is read into the slot, and
-from then on every `step` gives it one token, as all others in flight, until it samples a stop token (its own,
-`<|assistant_end|>` or `<|bos|>`) or has max_tokens tokens. A step reads at most CHUNK tokens of prompts, so that
-nobody waits long for somebody else's. `run` and its kin drive the steps themselves; a server calls `submit`,
-`cancel` and `step`.
+A request waits until it is the oldest and a slot of the KV cache is free. Its prompt is prefilled
+into the slot; from then on every `step` gives one token to it and to all others that run, until it
+samples a stop token or has max_tokens tokens. A step prefills at most CHUNK tokens.
 
-What would surprise: every prompt is read alone, in chunks whose shapes follow from its length, and decoding always
-takes all the slots, used or not. So the shapes, and with them the last bit of every logit, do not depend on what
-else is in flight, unless `prefix_reuse` lets a prompt begin with what another has read .
+Each prompt is prefilled alone, in chunks whose shapes follow from its length, and decoding always
+takes all the slots. So the shapes, and with them the last bit of every logit, do not depend on the
+other requests, unless `prefix_reuse` lets a prompt begin with what another has left in the cache.
 
-N slots, V vocabulary, P length of a padded chunk of a prompt.
-
-Which slot of the cache a prompt goes to, and what need not be read again.
-
-A slot keeps its tokens when its request leaves. A new prompt gets, of all slots in use or free,
-
-- all of a prompt that one has read whole, with the logits after it: a copy, as exact as reading it anew;
-- else, with `prefix_reuse`, the longest beginning that it has in common with what one holds, such as the history
-  of a conversation. The rest is then read in chunks that begin elsewhere than those of a fresh reading, so the
-  last bits of the logits depend on who came before: right for a server, not for an evaluation.
-
-It goes where these tokens are if that slot is free and loses little, else to the slot unused for longest.
-
-Both presume that the weights stay as they are; after a change, make new ones (Engine.reset).
-
-V vocabulary, C channels.
-
-A request and what becomes of it: its tokens one by one, its tool calls, its end. No tensors.
-
-When the model closes a tool call, the calculator's answer is forced as the next tokens; they have mask 0 and count
-as generated. Where the calculator has no answer nothing is forced, and the model goes on by itself.
-
-One decode step of a GPU, captured once as a CUDA graph: a replay launches its hundreds of kernels at once.
-
-Works because the shapes never change (all slots, one token each, the whole cache as keys) and because what does
-change lies in static buffers: the ids here, the rest in `KVCache.layout`. `KVCache.begin` and `finish` do before and
-after a replay what they do in an eager step, so lengths are checked and counted as ever.
-
-The oracle is the eager step: tests/test_engine.py compares both where there is a GPU.
-
-Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. N slots, V vocabulary.
-
-The tokens of a reply -> its text as it comes, and the parts of a message.
-
-Only whole code points are given out: a character split over tokens waits for its last byte.
+N slots, V vocabulary, C channels, P length of a padded chunk.
 """
 
 import codecs
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -61,75 +25,13 @@ from nanochat.calculator import calculate
 from nanochat.common import UserError, free_memory
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
-from nanochat.sampling import Settings, counter_uniform, derive_seed, sample, with_logprobs
+from nanochat.sampling import SamplingBatch, counter_uniform, derive_seed, sample, with_logprobs
 from nanochat.tokenizer import ChatTokens, Tokenizer, chat_tokens
 
-WORTH_SHARING = 16  # tokens; a shorter beginning is read again and leaves its slot alone
-
-
-class Prompt(NamedTuple):
-    """A prompt that a slot has read to its end, and what the model made of it."""
-
-    ids: list[int]
-    logits: torch.Tensor  # (V,) after its last token
-    previous: torch.Tensor  # (C,) see KVCache.previous
-
-
-@dataclass(eq=False)
-class Slot:
-    """One sequence of the cache."""
-
-    index: int
-    held: list[int] = field(default_factory=list)  # the tokens whose keys and values it has
-    prompt: Prompt | None = None  # what `held` begins with, once that is read whole
-
-
-class Slots:
-    """All slots of `cache`, which is emptied: those in use, and free ones that hold what was said there."""
-
-    def __init__(self, model: GPT, cache: KVCache, prefix_reuse: bool) -> None:
-        cache.reset()
-        self.model, self.cache, self.prefix_reuse = model, cache, prefix_reuse
-        self.all = [Slot(index) for index in range(cache.num_slots)]
-        self.free = deque(self.all)  # the one unused for longest first
-
-    def take(self, prompt: list[int]) -> Slot:
-        """A slot that was free, holding as much of the beginning of `prompt` as could be found."""
-        source, shared = self._longest_prefix(prompt)
-        in_place = source in self.free and 2 * shared >= len(source.held)
-        slot = source if in_place else self.free[0]
-        whole = source.prompt if shared == len(prompt) else None
-        previous: torch.Tensor | float = 0.0
-        if whole:
-            previous = whole.previous
-        elif shared:
-            newest = torch.tensor(prompt[shared - 1], device=self.cache.keys.device)
-            previous = self.model.embed(newest)
-        self.cache.keep(slot.index, shared, source.index, previous)
-        slot.held, slot.prompt = prompt[:shared], whole
-        self.free.remove(slot)
-        return slot
-
-    def give_back(self, slot: Slot) -> None:
-        """Free a slot; it goes on holding what it holds."""
-        self.free.append(slot)
-
-    def _longest_prefix(self, prompt: list[int]) -> tuple[Slot, int]:
-        """(the slot to begin from, how many of its tokens to keep).
-
-        The last token of a prompt is only kept together with the logits after it.
-        """
-        best, longest = self.free[0], 0
-        for slot in self.all:
-            if slot.prompt and slot.prompt.ids == prompt:
-                return slot, len(prompt)
-            if self.prefix_reuse:
-                limit = min(len(slot.held), len(prompt) - 1)
-                pairs = zip(slot.held, prompt[:limit], strict=False)
-                shared = next((i for i, (old, new) in enumerate(pairs) if old != new), limit)
-                if shared >= max(WORTH_SHARING, longest + 1):
-                    best, longest = slot, shared
-        return best, longest
+CHUNK = 256  # tokens of prompts, padding included, that one step prefills
+ROUND_UP = 16  # chunks are padded to a multiple of this, so that few shapes occur
+MIN_SHARED = 16  # tokens; a shorter common beginning is prefilled again
+NUM_WARM_UPS = 3  # eager runs before a graph is captured, in which cuBLAS takes its workspaces
 
 
 @dataclass(eq=False)
@@ -143,68 +45,193 @@ class Request:
     top_p: float = 1.0  # 1: off
     seed: int = 0
     stop: AbstractSet[int] = frozenset()  # ids; <|assistant_end|> and <|bos|> always stop
-    logprobs: int = 0  # 0: none; n: of each sampled token and of the n likeliest there
+    logprobs: int = 0  # 0: none; n: of each sampled token of text, and of the n likeliest there
+
+
+IDLE = Request([], 0, temperature=0.0)  # what a slot without a request samples with
 
 
 class Event(NamedTuple):
-    """One more token of a request."""
+    """One more token of a request, and what it adds to the reply."""
 
     request: Request
     token: int
     mask: int  # 0 where the tool forced the token
-    logprobs: list[tuple[int, float]] | None  # (id, logprob) of the token, then of the likeliest
-    finish: Literal["stop", "length"] | None  # why this is the last one, if it is
+    text: str = ""  # the whole characters it completes; tool calls and their results are no text
+    tool: tuple[str, str | None] | None = None  # (expression, result if any) of the call it closes
+    logprobs: list[tuple[int, float]] | None = None  # (id, logprob): itself, then the likeliest
+    finish: Literal["stop", "length"] | None = None  # why this is the last one, if it is
+
+
+@dataclass
+class Reply:
+    """What a request has generated so far."""
+
+    tokens: list[int] = field(default_factory=list)
+    masks: list[int] = field(default_factory=list)
+    parts: list[dict[str, str]] = field(default_factory=list)  # the content of a chat message
+
+    @property
+    def text(self) -> str:
+        """What the reply says, without tool calls and their results."""
+        return "".join(part["text"] for part in self.parts if part["type"] == "text")
+
+    def add(self, event: Event) -> None:
+        """Append the next token."""
+        self.tokens.append(event.token)
+        self.masks.append(event.mask)
+        self.add_text(event.text)
+        if event.tool:
+            self.add_tool(*event.tool)
+
+    def add_text(self, text: str) -> None:
+        """Append to the last part if that is text, else as a new part."""
+        if text and self.parts and self.parts[-1]["type"] == "text":
+            self.parts[-1]["text"] += text
+        elif text:
+            self.parts.append({"type": "text", "text": text})
+
+    def add_tool(self, expression: str, result: str | None) -> None:
+        """Append a tool call, and its result if there is one."""
+        self.parts.append({"type": "python", "text": expression})
+        if result is not None:
+            self.parts.append({"type": "python_output", "text": result})
+
+
+class Prompt(NamedTuple):
+    """A prompt that a slot has read to its end, and what the model made of it."""
+
+    ids: list[int]
+    logits: torch.Tensor  # (V,) after its last token
+    previous: torch.Tensor  # (C,) see KVCache.previous
 
 
 @dataclass(eq=False)
-class Flight:
-    """A request in its slot: what it has generated so far, and whether it is inside a tool call."""
+class Slot:
+    """One sequence of the cache; SlotPool alone changes what it holds."""
 
-    request: Request
-    slot: Slot
-    num_generated: int = 0
-    last: int = 0  # the newest token, next to be fed to the model
-    forced: deque[int] = field(default_factory=deque)  # what the tool still has to say
-    expression: list[int] | None = None  # tokens of an open tool call
+    index: int
+    cached: list[int] = field(default_factory=list)  # the tokens whose keys and values are there
+    prompt: Prompt | None = None  # what `cached` begins with, once that is read whole
 
-    def take(
-        self, sampled: Sequence[Sequence[float]], tokenizer: Tokenizer, chat: ChatTokens
-    ) -> Event:
-        """The next token: what the tool still has to say, else what was sampled.
 
-        `sampled` is (id,), or (id, logprob) followed by those of at least `request.logprobs` likely tokens.
+class SlotPool:
+    """The model, its cache, and who may use which slot of it.
+
+    A slot keeps its tokens when its request leaves. A new prompt copies from any slot
+
+    - a whole prompt that was read there, with the logits after it: as exact as reading it again;
+    - else, with `prefix_reuse`, the longest beginning that both share, such as the history of a
+      conversation. The rest is then read in other chunks than it would be alone, so the last bits
+      of the logits depend on who came before: right for a server, not for an evaluation.
+
+    Both presume that the weights stay as they are; after a change, `reset`.
+    """
+
+    def __init__(self, model: GPT, num_slots: int, max_len: int, prefix_reuse: bool) -> None:
+        self.model, self.prefix_reuse = model, prefix_reuse
+        self.device = next(model.parameters()).device
+        self.cache = model.make_cache(num_slots, max_len)
+        self.graph = DecodeGraph(model, self.cache) if self.device.type == "cuda" else None
+        self.logits = torch.zeros(num_slots, model.config.vocab_size, device=self.device)  # (N, V)
+        self.num_prefilled = 0  # tokens of prompts that went through the model so far
+        self.reset()
+
+    def reset(self) -> None:
+        """Free every slot and forget what it holds."""
+        self.cache.reset()
+        self.all = [Slot(index) for index in range(self.cache.num_slots)]
+        self.free = deque(self.all)  # the one unused for longest first
+
+    def allocate(self, prompt: list[int]) -> Slot:
+        """A slot that was free, holding as much of the beginning of `prompt` as could be found.
+
+        It is the one that has this beginning already if that is free and loses little, else the
+        one unused for longest.
         """
-        request, mask, logprobs = self.request, int(not self.forced), None
-        self.last = int(sampled[0][0]) if mask else self.forced.popleft()
-        self.num_generated += 1
-        finish = "length" if self.num_generated >= request.max_tokens else None
-        if mask:
-            self._watch_tool(tokenizer, chat)
-            if self.last in request.stop or self.last in (chat.assistant_end, chat.bos):
-                finish = "stop"
-            if request.logprobs:
-                logprobs = [(int(id), value) for id, value in sampled[: 1 + request.logprobs]]
-        return Event(request, self.last, mask, logprobs, finish)
+        source, num_shared = self._longest_prefix(prompt)
+        in_place = source in self.free and 2 * num_shared >= len(source.cached)
+        slot = source if in_place else self.free[0]
+        whole = source.prompt if num_shared == len(prompt) else None
+        previous: torch.Tensor | float = 0.0
+        if whole:
+            previous = whole.previous
+        elif num_shared:
+            previous = self.model.embed(torch.tensor(prompt[num_shared - 1], device=self.device))
+        self.cache.keep(slot.index, num_shared, source.index, previous)
+        slot.cached, slot.prompt = prompt[:num_shared], whole
+        self.free.remove(slot)
+        return slot
 
-    def _watch_tool(self, tokenizer: Tokenizer, chat: ChatTokens) -> None:
-        """Follow the tool call of which the newest token may be a part; answer it when it ends."""
-        if self.last == chat.python_start:
-            self.expression = []
-        elif self.expression is not None and self.last == chat.python_end:
-            result = calculate(tokenizer.decode(self.expression))
-            self.expression = None
-            if result is not None:
-                said = tokenizer.encode(result)
-                self.forced.extend([chat.output_start, *said, chat.output_end])
-        elif self.expression is not None:
-            self.expression.append(self.last)
+    def release(self, slot: Slot, spoiled: bool = False) -> None:
+        """Free a slot, which goes on holding its tokens unless a failure may have spoiled them."""
+        if spoiled:
+            slot.cached, slot.prompt = [], None
+        self.free.append(slot)
 
+    def prefill(self, slot: Slot, prompt: list[int], room: int) -> int:
+        """Read the next chunk of `prompt` if it takes at most `room` tokens; how many it took."""
+        chunk = prompt[len(slot.cached) :][:CHUNK]
+        padded = -(-len(chunk) // ROUND_UP) * ROUND_UP  # P
+        if padded > room:
+            return 0
+        ids = torch.tensor([chunk + [0] * (padded - len(chunk))], device=self.device)  # (1, P)
+        where = {"slots": torch.tensor([slot.index]), "num_new": torch.tensor([len(chunk)])}
+        logits = self.model(ids, cache=self.cache, last_only=True, **where)  # (1, 1, V)
+        slot.cached += chunk
+        self.num_prefilled += len(chunk)
+        if len(slot.cached) == len(prompt):
+            previous = self.cache.previous[slot.index].clone()
+            slot.prompt = Prompt(slot.cached.copy(), logits[0, 0], previous)
+        return padded
 
-NUM_WARM_UPS = 3  # eager runs before the capture, in which cuBLAS takes its workspaces
+    def decode(self, newest: dict[Slot, int | None]) -> torch.Tensor:
+        """(N, V) logits after each slot's newest token, which is read; None: after its prompt."""
+        fed = {slot.index: token for slot, token in newest.items() if token is not None}
+        if fed:
+            rows = range(len(self.all))
+            ids = torch.tensor([[fed.get(row, 0)] for row in rows])  # (N, 1)
+            num_new = torch.tensor([int(row in fed) for row in rows])  # (N,)
+            if self.graph is not None:  # on a GPU; launching the kernels one by one takes longer
+                self.logits = self.graph.replay(ids, num_new)
+            else:
+                ids = ids.to(self.device)
+                logits = self.model(ids, cache=self.cache, num_new=num_new, last_only=True)
+                self.logits = logits[:, 0]
+        for slot, token in newest.items():
+            if token is not None:
+                slot.cached.append(token)
+            elif slot.prompt:
+                self.logits[slot.index] = slot.prompt.logits
+        return self.logits
+
+    def _longest_prefix(self, prompt: list[int]) -> tuple[Slot, int]:
+        """(the slot to begin from, how many of its tokens to keep).
+
+        The last token of a prompt is only kept together with the logits after it.
+        """
+        best, longest = self.free[0], 0
+        for slot in self.all:
+            if slot.prompt and slot.prompt.ids == prompt:
+                return slot, len(prompt)
+            if self.prefix_reuse:
+                limit = min(len(slot.cached), len(prompt) - 1)
+                pairs = zip(slot.cached, prompt[:limit], strict=False)
+                shared = next((i for i, (old, new) in enumerate(pairs) if old != new), limit)
+                if shared >= max(MIN_SHARED, longest + 1):
+                    best, longest = slot, shared
+        return best, longest
 
 
 class DecodeGraph:
-    """The next logits of all slots of an empty `cache`, for weights that change in place only."""
+    """A decode step on a GPU as a CUDA graph, so that its hundreds of kernels are launched as one.
+
+    That works because the shapes never change (all slots, one token each, the whole cache as keys),
+    and because what does change lies in static buffers: the ids here, the rest in KVCache. The
+    weights may change in place only.
+
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
 
     @torch.inference_mode()
     def __init__(self, model: GPT, cache: KVCache) -> None:
@@ -222,8 +249,8 @@ class DecodeGraph:
                 self.logits = model(self.ids, cache=cache, last_only=True)[:, 0]  # (N, V)
         cache.reset()
 
-    def __call__(self, ids: torch.Tensor, num_new: torch.Tensor) -> torch.Tensor:
-        """(N, V) logits, valid until the next call; `ids` (N, 1) and `num_new` (N,) as of GPT.forward."""
+    def replay(self, ids: torch.Tensor, num_new: torch.Tensor) -> torch.Tensor:
+        """(N, V) logits, valid until the next call, of `ids` (N, 1), of which `num_new` (N,)."""
         step = self.cache.begin(len(ids), 1, num_new=num_new, dtype=self.dtype)
         self.ids.copy_(ids)
         self.graph.replay()
@@ -231,27 +258,90 @@ class DecodeGraph:
         return self.logits
 
 
-CHUNK = 256  # tokens of prompts, padding included, that one step reads
-ROUND_UP = 16  # chunks are padded to a multiple of this, so that few shapes occur
-IDLE = Request([], 0, temperature=0.0)  # what a slot without a request samples with
+@dataclass(eq=False)
+class Sequence:
+    """A request in its slot, and how far its reply has come."""
+
+    request: Request
+    slot: Slot
+    tokenizer: Tokenizer
+    chat: ChatTokens
+    num_generated: int = 0
+    last: int | None = None  # the newest token, next to be fed to the model
+    part: str = "text"  # what the next token belongs to: text, python or python_output
+    expression: list[int] = field(default_factory=list)  # tokens of an open tool call
+    forced: deque[int] = field(default_factory=deque)  # what the tool still has to say
+
+    def __post_init__(self) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    @property
+    def is_prefilled(self) -> bool:
+        """True once the whole prompt is in the slot."""
+        return len(self.slot.cached) >= len(self.request.prompt)
+
+    def append_token(self, sampled: list[list[float]]) -> Event:
+        """The next token: what the tool still has to say, else what was sampled.
+
+        `sampled` is [[id]], or [id, logprob], then those of at least `request.logprobs` others.
+        """
+        request, mask = self.request, int(not self.forced)
+        token = self.last = self.forced.popleft() if self.forced else int(sampled[0][0])
+        self.num_generated += 1
+        finish = None
+        if mask and (token in request.stop or token in (self.chat.assistant_end, self.chat.bos)):
+            finish = "stop"
+        elif self.num_generated >= request.max_tokens:
+            finish = "length"
+        raw, logprobs = b"", None
+        special = token >= self.tokenizer.bos_id
+        if self.part == "python" and not special:
+            self.expression.append(token)
+        elif self.part == "text" and not special:
+            raw = self.tokenizer.decode_bytes([token])
+            if request.logprobs:
+                logprobs = [(int(id), value) for id, value in sampled[: 1 + request.logprobs]]
+        # A character split over tokens waits for its last byte, but not beyond the end of its part.
+        text = self.decoder.decode(raw, final=special or finish is not None)
+        tool = None
+        if self.expression and (special or finish):
+            tool = self._close_call(answered=token == self.chat.python_end)
+        if special:
+            chat = self.chat
+            begun = {chat.python_start: "python", chat.output_start: "python_output"}
+            self.part = begun.get(token, "text")
+        return Event(request, token, mask, text, tool, logprobs, finish)
+
+    def _close_call(self, answered: bool) -> tuple[str, str | None]:
+        """(expression, result) of the open tool call; a result is forced as the next tokens."""
+        expression = self.tokenizer.decode(self.expression)
+        self.expression = []
+        result = calculate(expression) if answered else None
+        if result is not None:
+            ids = self.tokenizer.encode(result)
+            self.forced.extend([self.chat.output_start, *ids, self.chat.output_end])
+        return expression, result
 
 
 class StepFailed(RuntimeError):
     """The model broke in a step: `requests` are lost, all others go on with the next step."""
 
-    def __init__(self, requests: Sequence[Request]) -> None:
+    def __init__(self, requests: list[Request]) -> None:
         super().__init__(f"a step of the engine failed for {len(requests)} requests")
         self.requests = requests
 
 
 def slots_that_fit(model: GPT, max_len: int | None = None) -> int:
-    """How many slots of `max_len` tokens the free memory of the model's device has room for, a fifth left over."""
+    """How many slots of `max_len` tokens four fifths of the device's free memory hold."""
     each = model.make_cache(1, max_len or model.config.sequence_len, device="meta").num_bytes
     return int(0.8 * free_memory(next(model.parameters()).device)) // each
 
 
 class Engine:
-    """Generates with `model` for up to `num_slots` requests at a time, each of at most `max_len` tokens."""
+    """Generates for up to `num_slots` requests at a time, each of at most `max_len` tokens.
+
+    `stream` and its kin do the steps themselves; a server calls `submit`, `cancel` and `step`.
+    """
 
     def __init__(
         self,
@@ -266,100 +356,99 @@ class Engine:
         self.chat: ChatTokens = chat_tokens(tokenizer)
         self.num_slots, self.prefix_reuse = num_slots, prefix_reuse
         self.max_len = max_len or model.config.sequence_len
-        self.device = next(model.parameters()).device
         if num_slots > (room := slots_that_fit(model, self.max_len)):
             raise UserError(
                 f"{num_slots} slots are more than the {room} that the free memory holds; "
                 "lower --slots (of chat_eval: --batch_size, of chat_rl: --num_slots)"
             )
-        self.cache = model.make_cache(num_slots, self.max_len)
-        self.graph = DecodeGraph(model, self.cache) if self.device.type == "cuda" else None
-        self.logits = torch.zeros(num_slots, model.config.vocab_size, device=self.device)  # (N, V)
-        self.num_read = 0  # tokens of prompts that went through the model so far
+        self.slots = SlotPool(model, num_slots, self.max_len, prefix_reuse)
+        self.device = self.slots.device
         self.reset()
 
     def reset(self) -> None:
         """Drop every request, and forget what the slots hold."""
-        self.slots = Slots(self.model, self.cache, self.prefix_reuse)
+        self.slots.reset()
         self.waiting: deque[Request] = deque()
-        self.reading: Flight | None = None  # its prompt is not read to the end
-        self.running: list[Flight] = []
-        self.settings: Settings | None = None  # of sampling, until a flight begins or ends
-
-    @property
-    def flights(self) -> list[Flight]:
-        """Every request with a slot."""
-        return [*self.running, *filter(None, [self.reading])]
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests without a slot."""
-        return len(self.waiting)
-
-    @property
-    def num_running(self) -> int:
-        """Requests with a slot, the one whose prompt is being read included."""
-        return len(self.flights)
+        self.started: list[Request] = []  # those that the last step gave a slot
+        self.sequences: list[Sequence] = []  # all but the last are prefilled
+        self.sampling: SamplingBatch | None = None  # until a sequence is prefilled or ends
 
     @property
     def busy(self) -> bool:
         """True while there is something for `step` to do."""
-        return bool(self.num_waiting or self.num_running)
+        return bool(self.waiting or self.sequences)
 
     def submit(self, request: Request) -> None:
         """Queue the request. Raises UserError where it cannot fit."""
-        self._check(request)
+        if not request.prompt or request.max_tokens < 1:
+            raise UserError("a request needs a prompt and --max_tokens of at least 1")
+        if len(request.prompt) + request.max_tokens > self.max_len:
+            raise UserError(
+                f"a prompt of {len(request.prompt)} tokens and {request.max_tokens} to generate "
+                f"exceed the context of {self.max_len}; shorten the prompt or lower --max_tokens"
+            )
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """Forget the request, wherever it is; it gets no more events, and its slot is free at once."""
+        """Forget the request, wherever it is: no more events, and its slot is free at once."""
         if request in self.waiting:
             self.waiting.remove(request)
-        for flight in self.flights:
-            if flight.request is request:
-                self._leave(flight)
+        for sequence in self.sequences.copy():
+            if sequence.request is request:
+                self._leave(sequence)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Read a chunk of the oldest prompts, then give every request whose prompt is read its next token.
+        """Prefill a chunk of the oldest prompts; then every request that is read gets a token.
 
-        Raises StepFailed where the model does, with those requests dropped that it concerns.
+        Raises StepFailed where the model fails, with those requests dropped that it concerns.
         """
-        self._read_prompts()
-        if not self.running:
+        self.started = []
+        self._prefill()
+        running = [sequence for sequence in self.sequences if sequence.is_prefilled]
+        if not running:
             return []
-        with self._at_stake(self.running):
-            self._decode()
-            rows = self._sample()
-            chat = (self.tokenizer, self.chat)
-            events = [flight.take(rows[flight.slot.index], *chat) for flight in self.running]
-        for flight, event in zip(self.running.copy(), events, strict=True):
+        with self._dropping(running):
+            logits = self.slots.decode({sequence.slot: sequence.last for sequence in running})
+            sampled = self._sample(running, logits)
+            events = [sequence.append_token(sampled[sequence.slot.index]) for sequence in running]
+        for sequence, event in zip(running, events, strict=True):
             if event.finish:
-                self._leave(flight)
+                self._leave(sequence)
         return events
 
-    def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, int, int]]:
-        """Yield (request, token, mask) as tokens come; mask 0 where the tool forced the token.
+    def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
+        """Yield the events of the requests as they come, those of the stop tokens included.
 
-        The stop token is yielded too, with mask 1. Tokens of one request come in order, those of several
-        are interleaved. Raises UserError, before any work, for a request that cannot fit.
+        Raises UserError, before any work, for a request that cannot fit.
         """
-        requests = list(requests)
-        for request in requests:
-            self._check(request)
-        return ((event.request, event.token, event.mask) for event in self._drive(requests))
+        assert not self.busy, "one stream at a time: exhaust or close the one before"
+        if not self.prefix_reuse:
+            self.reset()  # the weights may have changed since
+        unfinished = dict.fromkeys(requests)
+        try:
+            for request in unfinished:
+                self.submit(request)
+            while unfinished:
+                for event in self.step():
+                    if event.finish:
+                        del unfinished[event.request]
+                    yield event
+        finally:
+            for request in unfinished:
+                self.cancel(request)
 
-    def complete(
-        self, requests: Iterable[Request]
-    ) -> Iterator[tuple[Request, list[int], list[int]]]:
-        """Yield (request, tokens, masks) as each request ends, its stop token included; as `run` else."""
-        said: dict[Request, tuple[list[int], list[int]]] = {}
-        for request, token, mask, _, finish in self._drive(requests):
-            tokens, masks = said.setdefault(request, ([], []))
-            tokens.append(token)
-            masks.append(mask)
-            if finish:
-                yield request, *said.pop(request)
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, int, int]]:
+        """Yield (request, token, mask) as tokens come; mask 0 where the tool forced the token."""
+        return ((event.request, event.token, event.mask) for event in self.stream(requests))
+
+    def complete(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Reply]]:
+        """Yield (request, its whole reply) as each request ends; as `stream` otherwise."""
+        replies: dict[Request, Reply] = {}
+        for event in self.stream(requests):
+            replies.setdefault(event.request, Reply()).add(event)
+            if event.finish:
+                yield event.request, replies.pop(event.request)
 
     def generate(
         self,
@@ -370,239 +459,102 @@ class Engine:
         top_k: int | None = None,
         seed: int = 42,
     ) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield (token_column, token_masks) per step: the next token of each of `num_samples` samples.
+        """Yield (token_column, token_masks) per step: the next token of each of the samples.
 
-        A sample that has ended is filled up with `<|assistant_end|>`, mask 0. Without `max_tokens` the
-        context is the limit. More samples than slots: the first columns wait for the last samples.
+        A sample that has ended is filled up with `<|assistant_end|>`, mask 0. Without `max_tokens`
+        the context is the limit. More samples than slots: the first columns wait for the last ones.
         """
-        requests = self._samples(tokens, num_samples, max_tokens, temperature, top_k, seed)
-        rows: dict[Request, list[tuple[int, int]]] = {request: [] for request in requests}
-        still_open, step = dict(rows), 0
-        for request, token, mask, _, finish in self._drive(requests):
-            rows[request].append((token, mask))
-            if finish:
-                del still_open[request]
-            # A column is whole when every sample that goes on has reached it.
-            while step < min(map(len, still_open.values()), default=max(map(len, rows.values()))):
-                ended = (self.chat.assistant_end, 0)
-                column = [row[step] if step < len(row) else ended for row in rows.values()]
+        limit = self.max_len - len(tokens) if max_tokens is None else max_tokens
+        requests = [
+            Request(tokens, limit, temperature, top_k or 0, seed=derive_seed(seed, index))
+            for index in range(num_samples)
+        ]
+        unread: dict[Request, deque[tuple[int, int]]] = {request: deque() for request in requests}
+        ended = set[Request]()
+        for event in self.stream(requests):
+            unread[event.request].append((event.token, event.mask))
+            if event.finish:
+                ended.add(event.request)
+            while all(unread[r] or r in ended for r in requests) and any(unread.values()):
+                filler = (self.chat.assistant_end, 0)
+                column = [queue.popleft() if queue else filler for queue in unread.values()]
                 yield [token for token, _ in column], [mask for _, mask in column]
-                step += 1
 
     def generate_batch(
-        self,
-        tokens: list[int],
-        num_samples: int = 1,
-        max_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int = 42,
+        self, tokens: list[int], num_samples: int = 1, **sampling: Any
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """(results, masks): per sample the prompt (mask 0) and what followed, without the stop token.
+        """(results, masks): per sample the prompt (mask 0) and its continuation without stop token.
 
-        The same samples as those of `generate`.
+        The same samples as those of `generate`, which takes the same `sampling`.
         """
-        requests = self._samples(tokens, num_samples, max_tokens, temperature, top_k, seed)
-        said: dict[Request, tuple[list[int], list[int]]] = {
-            request: (list(tokens), [0] * len(tokens)) for request in requests
-        }
-        for request, token, mask, _, finish in self._drive(requests):
-            if finish != "stop":
-                said[request][0].append(token)
-                said[request][1].append(mask)
-        return [ids for ids, _ in said.values()], [masks for _, masks in said.values()]
-
-    def _samples(
-        self,
-        tokens: list[int],
-        num_samples: int,
-        max_tokens: int | None,
-        temperature: float,
-        top_k: int | None,
-        seed: int,
-    ) -> list[Request]:
-        """One request per sample, each with a seed derived from `seed` and its number."""
-        limit = self.max_len - len(tokens) if max_tokens is None else max_tokens
-        return [
-            Request(list(tokens), limit, temperature, top_k or 0, seed=derive_seed(seed, i))
-            for i in range(num_samples)
-        ]
-
-    def _drive(self, requests: Iterable[Request]) -> Iterator[Event]:
-        """Submit the requests and step until they have ended; the events of no others."""
-        assert not self.busy, "one run at a time: exhaust or close the one before"
-        if not self.prefix_reuse:
-            self.reset()  # the weights may have changed since the last run
-        unfinished = dict.fromkeys(requests)
-        try:
-            for request in unfinished:
-                self.submit(request)
-            while unfinished:
-                for event in self.step():
-                    if event.request in unfinished:
-                        if event.finish:
-                            del unfinished[event.request]
-                        yield event
-        finally:
-            for request in unfinished:
-                self.cancel(request)
-
-    def _check(self, request: Request) -> None:
-        if not request.prompt or request.max_tokens < 1:
-            raise UserError("a request needs a prompt and --max_tokens of at least 1")
-        if len(request.prompt) + request.max_tokens > self.max_len:
-            raise UserError(
-                f"a prompt of {len(request.prompt)} tokens and {request.max_tokens} to generate exceed "
-                f"the context of {self.max_len}; shorten the prompt or lower --max_tokens"
-            )
+        results = [list(tokens) for _ in range(num_samples)]
+        masks = [[0] * len(tokens) for _ in range(num_samples)]
+        ended = set[int]()
+        for column, column_masks in self.generate(tokens, num_samples, **sampling):
+            for row, (token, mask) in enumerate(zip(column, column_masks, strict=True)):
+                if token in (self.chat.assistant_end, self.chat.bos):
+                    ended.add(row)
+                if row not in ended:
+                    results[row].append(token)
+                    masks[row].append(mask)
+        return results, masks
 
     @contextmanager
-    def _at_stake(self, flights: Iterable[Flight]) -> Iterator[None]:
-        """Where something fails inside, it costs these flights and no others."""
+    def _dropping(self, sequences: list[Sequence]) -> Iterator[None]:
+        """Where something fails inside, it costs these sequences and no others."""
         try:
             yield
         except Exception as error:
-            lost = list(flights)
-            for flight in lost:
-                flight.slot.held, flight.slot.prompt = [], None
-                self._leave(flight)
-            raise StepFailed([flight.request for flight in lost]) from error
+            for sequence in sequences:
+                self._leave(sequence, spoiled=True)
+            raise StepFailed([sequence.request for sequence in sequences]) from error
 
-    def _leave(self, flight: Flight) -> None:
-        """Free the flight's slot, which goes on holding its tokens."""
-        if flight is self.reading:
-            self.reading = None
-        else:
-            self.running.remove(flight)
-        self.slots.give_back(flight.slot)
-        self.settings = None
+    def _leave(self, sequence: Sequence, spoiled: bool = False) -> None:
+        self.sequences.remove(sequence)
+        self.slots.release(sequence.slot, spoiled)
+        self.sampling = None
 
-    def _admit(self) -> Flight | None:
-        """Give the oldest waiting request a slot, if there is one of either."""
-        if not (self.waiting and self.slots.free):
-            return None
-        self.reading = Flight(self.waiting[0], self.slots.take(self.waiting[0].prompt))
-        self.waiting.popleft()
-        return self.reading
-
-    def _read_prompts(self) -> None:
-        """Read at most CHUNK tokens, the oldest prompt first; whose prompt is read to its end, runs."""
+    def _prefill(self) -> None:
+        """Read at most CHUNK tokens of prompts, the oldest first."""
         room = CHUNK
-        while flight := self.reading or self._admit():
-            prompt, held = flight.request.prompt, flight.slot.held
-            chunk = prompt[len(held) : len(held) + CHUNK]
-            padded = -(-len(chunk) // ROUND_UP) * ROUND_UP  # P
-            if padded > room:
+        while sequence := self._next_to_prefill():
+            with self._dropping([sequence]):
+                num_tokens = self.slots.prefill(sequence.slot, sequence.request.prompt, room)
+            if num_tokens == 0:
                 return
-            room -= padded
-            if chunk:  # else all of it was copied
-                with self._at_stake([flight]):
-                    self._read(flight, chunk, padded)
-            if len(held) == len(prompt):
-                self.reading, self.settings = None, None
-                self.running.append(flight)
+            room -= num_tokens
+            self.sampling = None
 
-    def _read(self, flight: Flight, chunk: list[int], padded: int) -> None:
-        """Put `chunk` into the flight's slot, behind what that holds."""
-        slot = flight.slot
-        ids = torch.tensor([chunk + [self.chat.bos] * (padded - len(chunk))])  # (1, P)
-        logits = self._forward(ids, torch.tensor([len(chunk)]), torch.tensor([slot.index]))
-        slot.held += chunk
-        self.num_read += len(chunk)
-        if len(slot.held) == len(flight.request.prompt):
-            previous = self.cache.previous[slot.index].clone()
-            slot.prompt = Prompt(slot.held.copy(), logits[0], previous)
+    def _next_to_prefill(self) -> Sequence | None:
+        """The oldest sequence whose prompt is not read; the oldest request, if a slot is free."""
+        while not self.sequences or self.sequences[-1].is_prefilled:
+            if not (self.waiting and self.slots.free):
+                return None
+            slot = self.slots.allocate(self.waiting[0].prompt)
+            self.started.append(self.waiting.popleft())
+            self.sequences.append(Sequence(self.started[-1], slot, self.tokenizer, self.chat))
+        return self.sequences[-1]
 
-    def _forward(
-        self, ids: torch.Tensor, num_new: torch.Tensor, slots: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """(B, V) logits after each row's last token; arguments as of GPT.forward."""
-        return self.model(
-            ids.to(self.device), cache=self.cache, slots=slots, num_new=num_new, last_only=True
-        )[:, 0]
-
-    def _decode(self) -> None:
-        """Put into `logits` what comes next for every running request."""
-        ids, num_new = [[0] for _ in range(self.num_slots)], [0] * self.num_slots
-        fed = [flight for flight in self.running if flight.num_generated]
-        for flight in fed:
-            ids[flight.slot.index], num_new[flight.slot.index] = [flight.last], 1
-        if fed:
-            forward = self.graph or self._forward
-            self.logits = forward(torch.tensor(ids), torch.tensor(num_new))
-        for flight in self.running:
-            if flight.num_generated:
-                flight.slot.held.append(flight.last)
-            elif flight.slot.prompt:
-                self.logits[flight.slot.index] = flight.slot.prompt.logits
-
-    def _sample(self) -> list[list[list[float]]]:
-        """Per slot a sampled id, or where some request asks what `with_logprobs` says of it; in one transfer."""
+    def _sample(self, running: list[Sequence], logits: torch.Tensor) -> list[list[list[float]]]:
+        """Per slot [[id]], or what `with_logprobs` says if a request asks for it; one transfer."""
         requests, counts = [IDLE] * self.num_slots, [0] * self.num_slots
-        for flight in self.running:
-            requests[flight.slot.index] = flight.request
-            counts[flight.slot.index] = flight.num_generated
-        if self.settings is None:
+        for sequence in running:
+            requests[sequence.slot.index] = sequence.request
+            counts[sequence.slot.index] = sequence.num_generated
+        if self.sampling is None:
             rows = [(r.temperature, r.top_k, r.top_p) for r in requests]
-            self.settings = Settings(rows, self.logits.shape[1], self.device)
+            self.sampling = SamplingBatch(rows, logits.shape[1], self.device)
         seeds = torch.tensor([request.seed & (2**63 - 1) for request in requests])
         uniform = counter_uniform(seeds, torch.tensor(counts)).to(self.device)
-        ids = sample(self.logits, self.settings, uniform)
+        ids = sample(logits, self.sampling, uniform)
         num_top = max(request.logprobs for request in requests)
         if num_top == 0:
             return ids[:, None, None].tolist()
-        return with_logprobs(ids, self.logits, num_top).tolist()
-
-
-class ReplyReader:
-    """Turns the tokens of one reply into text as they come, and into the parts of a message."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        chat = chat_tokens(tokenizer)
-        # Special id -> the kind of what follows it.
-        self.kinds = dict.fromkeys(tokenizer.specials.values(), "text")
-        self.kinds |= {chat.python_start: "python", chat.output_start: "python_output"}
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.kind = "text"
-        self.parts: list[dict[str, str]] = []
-        self.new_part = True
-
-    def feed(self, token: int) -> list[tuple[str, str]]:
-        """The (kind, text) that `token` completes; kind is text, python or python_output."""
-        if token not in self.kinds:
-            return self._emit(self.decoder.decode(self.tokenizer.decode_bytes([token])))
-        rest = self.close()
-        self.kind, self.new_part = self.kinds[token], True
-        return rest
-
-    def close(self) -> list[tuple[str, str]]:
-        """What an unfinished character leaves behind: a replacement character, if anything."""
-        rest = self._emit(self.decoder.decode(b"", final=True))
-        self.decoder.reset()
-        return rest
-
-    def _emit(self, text: str) -> list[tuple[str, str]]:
-        if not text:
-            return []
-        if self.new_part:
-            self.parts.append({"type": self.kind, "text": ""})
-            self.new_part = False
-        self.parts[-1]["text"] += text
-        return [(self.kind, text)]
-
-
-def reply_parts(tokenizer: Tokenizer, tokens: Iterable[int]) -> list[dict[str, str]]:
-    """The parts of an assistant message from its tokens; special tokens end up as the kinds of parts."""
-    reader = ReplyReader(tokenizer)
-    for token in tokens:
-        reader.feed(token)
-    reader.close()
-    return reader.parts
+        return with_logprobs(ids, logits, num_top).tolist()
 
 
 def sample_texts(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int = 32
+    model: GPT, tokenizer: Tokenizer, prompts: list[str], max_tokens: int = 32
 ) -> list[str]:
     """How a base model goes on, greedily, after each prompt; the prompt included."""
     requests = [
@@ -612,8 +564,8 @@ def sample_texts(
     # As long as they need it: prompts may be longer than the context of a very small model.
     max_len = max(len(request.prompt) for request in requests) + max_tokens
     engine = Engine(model, tokenizer, len(prompts), max_len, prefix_reuse=False)
-    said = {request: tokens for request, tokens, _ in engine.complete(requests)}
+    replies = dict(engine.complete(requests))
     return [
-        prompt + "".join(part["text"] for part in reply_parts(tokenizer, said[request]))
+        prompt + "".join(part["text"] for part in replies[request].parts)
         for prompt, request in zip(prompts, requests, strict=True)
     ]

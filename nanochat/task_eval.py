@@ -23,7 +23,7 @@ import torch
 
 from nanochat.common import UserError, all_reduce_sum, gather, own_part, progress_bar
 from nanochat.core_eval import Score, padded
-from nanochat.engine import Engine, Request, reply_parts
+from nanochat.engine import Engine, Reply, Request
 from nanochat.gpt import GPT
 from nanochat.sampling import derive_seed
 from nanochat.tokenizer import Conversation, Tokenizer, render_prompt
@@ -111,24 +111,19 @@ def evaluate_generate(
         for k in range(num_samples):
             own = derive_seed(seed, index, k)
             asked[Request(prompt, max_tokens, temperature, seed=own)] = (index, k)
-    replies: dict[tuple[int, int], list[dict[str, str]]] = {}
-    for request, tokens, _ in progress_bar(engine.complete(asked), "reply", len(asked)):
-        replies[asked[request]] = reply_parts(tokenizer, tokens)
+    replies: dict[tuple[int, int], Reply] = {}
+    for request, reply in progress_bar(engine.complete(asked), "reply", len(asked)):
+        replies[asked[request]] = reply
 
     def judge(index: int) -> dict[str, Any]:
-        parts = [replies[index, k] for k in range(num_samples)]
-        said = [spoken_text(reply) for reply in parts]
-        return _record(task, index, items[index], said, parts)
+        said = [replies[index, k] for k in range(num_samples)]
+        texts, parts = [reply.text for reply in said], [reply.parts for reply in said]
+        return _record(task, index, items[index], texts, parts)
 
     # In threads, because scoring a program means to wait for it.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         records = list(progress_bar(pool.map(judge, items), "score", len(items)))
     return _reduce(records, engine.device)
-
-
-def spoken_text(parts: Sequence[dict[str, str]]) -> str:
-    """What a reply says: its text, without tool calls and what the tool printed."""
-    return "".join(part["text"] for part in parts if part["type"] == "text")
 
 
 def _own_items(task: EvalTask, max_problems: int | None) -> range:

@@ -1,15 +1,13 @@
-"""Talk to a model in the terminal; words appear as they are sampled, and tool calls as [sum = result].
+"""Talk to a model in the terminal; tool calls are shown as [sum = result].
 
-    python -m scripts.chat_cli                              # the newest finetuned model, on the best device
-    python -m scripts.chat_cli -i rl -g d20 -p "Why is the sky blue?"  # one answer on standard output
-    python -m scripts.chat_cli --device_type=cpu --temperature=0 < questions.txt  # one question a line
+    python -m scripts.chat_cli                # the newest finetuned model, on the best device
+    python -m scripts.chat_cli -i rl -g d20 -p "Why is the sky blue?"   # one answer on stdout
+    python -m scripts.chat_cli --device_type=cpu --temperature=0 < questions.txt   # one per line
     (one process: eight GPUs answer one person no faster)
 
-/help lists the commands. Ctrl-C stops an answer, Ctrl-D ends. The context is a rolling window: when a
-conversation outgrows it, the oldest turns are forgotten. A base model has not learned to converse; it continues
-what is typed.
-
-What would surprise: Ctrl-C during an answer is looked at between two tokens, so that it never tears one apart.
+/help lists the commands. Ctrl-C stops an answer, Ctrl-D ends. When a conversation outgrows the
+context, its oldest turns are forgotten. A base model has not learned to converse; it continues what
+is typed.
 
 reads: <source>/<model tag>/
 writes: chat_history, what was typed; what /save names
@@ -20,7 +18,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +40,7 @@ from nanochat.common import (
     set_up,
     write_file,
 )
-from nanochat.engine import Engine, ReplyReader, Request
+from nanochat.engine import Engine, Event, Reply, Request
 from nanochat.sampling import derive_seed
 from nanochat.tokenizer import Tokenizer, render_prompt
 
@@ -51,8 +49,8 @@ HELP = """\
 /save FILE            write it to FILE, as one line of JSON that --custom can train on
 /temperature NUMBER   0: always the likeliest word; 1: as the model sees it
 /quit                 end, as Ctrl-D does
-Enter sends, Alt-Enter begins a new line, text of many lines can be pasted, the arrow keys find old questions.
-Ctrl-C stops an answer."""
+Enter sends, Alt-Enter begins a new line, text of many lines can be pasted, the arrow keys find old
+questions. Ctrl-C stops an answer."""
 
 
 @dataclass
@@ -70,63 +68,49 @@ class Config:
     dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
-def fit_window(tokenizer: Tokenizer, messages: list[dict[str, Any]], max_len: int) -> list[int]:
-    """The prompt for the newest message; forgets the oldest turns in `messages` until it fits `max_len`.
+def fit_window(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], max_len: int, is_base: bool = False
+) -> list[int]:
+    """The prompt for the newest message; drops the oldest `messages` until it fits `max_len`.
 
-    A single message that is too long by itself keeps its end.
+    A message that is too long by itself keeps its end. A base model gets the newest one as it is.
     """
-    prompt = render_prompt(tokenizer, {"messages": messages})
-    while len(prompt) > max_len and len(messages) > 1:
-        del messages[:2]  # a question and its answer
+    if is_base:
+        prompt = [tokenizer.bos_id, *tokenizer.encode(messages[-1]["content"])]
+    else:
         prompt = render_prompt(tokenizer, {"messages": messages})
+        while len(prompt) > max_len and len(messages) > 1:
+            del messages[:2]  # a question and its answer
+            prompt = render_prompt(tokenizer, {"messages": messages})
     return prompt if len(prompt) <= max_len else prompt[:1] + prompt[len(prompt) - max_len + 1 :]
 
 
-def ask(
-    engine: Engine, cfg: Config, messages: list[dict[str, Any]], reader: ReplyReader, stop: list
-) -> Iterator[tuple[str, str]]:
-    """The pieces of the answer to the newest message, until `stop` holds something.
-
-    `reader` keeps what was said; the oldest turns in `messages` may be forgotten, see `fit_window`.
-    """
-    max_tokens = max(1, min(cfg.max_tokens, engine.max_len // 2))
-    room = engine.max_len - max_tokens
-    if cfg.source == "base":
-        ids = engine.tokenizer.encode(messages[-1]["content"])
-        prompt = [engine.tokenizer.bos_id, *ids[max(0, len(ids) - room + 1) :]]
-    else:
-        prompt = fit_window(engine.tokenizer, messages, room)
-    seed = derive_seed(cfg.seed, len(messages), *prompt)
-    sampling = (cfg.temperature, cfg.top_k, cfg.top_p, seed)
-    for _, token, _ in engine.run([Request(prompt, max_tokens, *sampling)]):
-        yield from reader.feed(token)
-        if stop:
-            break
-    yield from reader.close()
-
-
-def show(pieces: Iterable[tuple[str, str]]) -> None:
-    """Print the pieces as they come, tool calls in brackets."""
-    marks = {"text": "]", "python": "[", "python_output": " = "}
-    before = "text"
-    for kind, text in pieces:
-        if kind != before:
-            print(marks[kind], end="")
-        print(text, end="", flush=True)
-        before = kind
-    print("" if before == "text" else "]", flush=True)
+def show(event: Event) -> None:
+    """Print what one more token adds to the answer."""
+    call = "" if event.tool is None else f"[{' = '.join(filter(None, event.tool))}]"
+    print(call + event.text, end="", flush=True)
 
 
 def answer(engine: Engine, cfg: Config, messages: list[dict[str, Any]], question: str) -> None:
     """Add the question and its printed answer to `messages`; Ctrl-C keeps what was said so far."""
     messages.append({"role": "user", "content": question})
-    reader, pressed = ReplyReader(engine.tokenizer), []
+    max_tokens = max(1, min(cfg.max_tokens, engine.max_len // 2))
+    room = engine.max_len - max_tokens
+    prompt = fit_window(engine.tokenizer, messages, room, cfg.source == "base")
+    seed = derive_seed(cfg.seed, len(messages), *prompt)
+    request = Request(prompt, max_tokens, cfg.temperature, cfg.top_k, cfg.top_p, seed)
+    reply, pressed = Reply(), list[int]()
     before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
     try:
-        show(ask(engine, cfg, messages, reader, pressed))
+        for event in engine.stream([request]):
+            reply.add(event)
+            show(event)
+            if pressed:  # looked at between two tokens, so that none is torn apart
+                break
     finally:
         signal.signal(signal.SIGINT, before)
-    messages.append({"role": "assistant", "content": reader.parts})
+    print(flush=True)
+    messages.append({"role": "assistant", "content": reply.parts})
 
 
 def obey(command: str, cfg: Config, messages: list[dict[str, Any]]) -> str:

@@ -31,11 +31,11 @@ from nanochat.common import (
     set_up,
 )
 from nanochat.dataloader import IGNORED, Batch
-from nanochat.engine import Engine, Request, reply_parts
+from nanochat.engine import Engine, Request
 from nanochat.report import write_section
 from nanochat.sampling import derive_seed
 from nanochat.scaling import lr_multiplier_at, make_optimizer
-from nanochat.task_eval import EvalTask, evaluate_generate, spoken_text
+from nanochat.task_eval import EvalTask, evaluate_generate
 from nanochat.tokenizer import Conversation, render_prompt
 from nanochat.trainer import TrainRun, accumulate
 from tasks.common import Task
@@ -109,12 +109,11 @@ def roll_out(
             own = derive_seed(seed, number, k)
             asked[Request(prompt, max_tokens, temperature, seed=own)] = number
     groups: dict[int, list[Rollout]] = {number: [] for number in questions}
-    for request, tokens, masks in engine.complete(asked):
+    for request, reply in engine.complete(asked):
         number = asked[request]
-        text = spoken_text(reply_parts(engine.tokenizer, tokens))
-        reward = task.score(questions[number], text)
-        sampled = [0] * len(request.prompt) + masks
-        groups[number].append(Rollout(request.prompt + tokens, sampled, reward, text))
+        reward = task.score(questions[number], reply.text)
+        sampled = [0] * len(request.prompt) + reply.masks
+        groups[number].append(Rollout(request.prompt + reply.tokens, sampled, reward, reply.text))
     return list(groups.values())
 
 

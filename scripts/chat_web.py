@@ -1,10 +1,11 @@
 """Serve a model: the chat page and an OpenAI-compatible API.
 
-    python -m scripts.chat_web                                 # the newest finetuned model, at http://127.0.0.1:8000
-    python -m scripts.chat_web -i rl -g d20 --num_gpus=8 --host=0.0.0.0   # a model on each of eight, for everybody
-    python -m scripts.chat_web --device_type=cpu --slots=4     # laptop
+    python -m scripts.chat_web               # the newest finetuned model, at http://127.0.0.1:8000
+    python -m scripts.chat_web -i rl -g d20 --num_gpus=8 --host=0.0.0.0   # on 8 GPUs, for everybody
+    python -m scripts.chat_web --device_type=cpu --slots=4   # laptop
 
-With $NANOCHAT_API_KEY set, the API asks for that key. Ctrl-C lets the answers under way finish; twice ends at once.
+With $NANOCHAT_API_KEY set, the API asks for that key. Ctrl-C lets the answers under way finish; a
+second one ends at once.
 
 reads: <source>/<model tag>/, report/report.html
 writes: nothing
@@ -12,12 +13,12 @@ writes: nothing
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import uvicorn
 
-from nanochat.chat_api import Settings
+from nanochat.chat_api import ServerConfig
 from nanochat.checkpoint import load_model
 from nanochat.common import (
     ChatSource,
@@ -81,25 +82,20 @@ def main(cfg: Config) -> None:
     listener = listen(cfg.host, cfg.port)
     engines, name = load_engines(cfg)
     is_local = cfg.host in LOOPBACK | {"::1"}
-    settings = Settings(
-        name,
-        cfg.temperature,
-        cfg.top_k,
-        cfg.max_tokens,
-        max_waiting=cfg.queue,
-        api_key=os.environ.get("NANOCHAT_API_KEY", ""),
-        cors_origin=cfg.cors_origin,
+    app = create_app(
+        engines,
+        ServerConfig(**{field.name: getattr(cfg, field.name) for field in fields(ServerConfig)}),
+        model=name,
+        api_key=(api_key := os.environ.get("NANOCHAT_API_KEY", "")),
         host_names=LOOPBACK if is_local else frozenset(),
-        log_conversations=cfg.log_conversations,
     )
-    if not (is_local or settings.api_key):
+    if not (is_local or api_key):
         print0("open to whoever reaches this machine; set NANOCHAT_API_KEY to ask for a key")
     num_slots, max_len = engines[0].num_slots, engines[0].max_len
-    size = engines[0].cache.num_bytes / num_slots / 2**20
+    size = engines[0].slots.cache.num_bytes / num_slots / 2**20
     print0(f"{name}: {cfg.num_gpus} x {num_slots} slots of {max_len} tokens, {size:.1f} MiB each")
     host, port = listener.getsockname()[:2]
     print0(f"chat at http://{host}:{port}, API at http://{host}:{port}/v1; Ctrl-C ends")
-    app = create_app(engines, settings)
     config = uvicorn.Config(
         app, access_log=False, limit_concurrency=1000, timeout_graceful_shutdown=5
     )

@@ -1,14 +1,13 @@
 """What the tests of the server share: an engine that echoes, and a server on a loopback port.
 
-`EchoEngine` has the incremental interface of Engine and needs no model: it says the last user message back, one
-byte and so one token per step, or what `scripts` holds for that message. It can be held, slowed and made to fail.
+`EchoEngine` is the real engine around a model that says the last user message back, one byte and so
+one token per step, or what `scripts` holds for that message. It can be held, slowed and made to fail.
 """
 
 import json
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,12 +18,14 @@ import httpx
 import pytest
 import torch
 import uvicorn
+from torch import nn
 
-from nanochat.chat_api import Settings
+from nanochat.chat_api import ServerConfig
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import Runtime, run_dir
-from nanochat.engine import Engine, Event, Request, StepFailed
+from nanochat.engine import Engine, Event, Request
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kv_cache import KVCache
 from nanochat.server import ChatServer, Server, create_app, listen
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, chat_tokens
 
@@ -32,94 +33,106 @@ TOKENIZER = Tokenizer([bytes([byte]) for byte in range(256)], SPECIAL_TOKENS, SP
 CHAT = chat_tokens(TOKENIZER)
 
 
+def random_gpt(context: int = 64) -> GPT:
+    """A small random model."""
+    config = GPTConfig(context, TOKENIZER.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+    model = GPT(config)
+    model.init_weights(0)
+    return model.eval()
+
+
 def save_chat_model(base: Path, monkeypatch: pytest.MonkeyPatch, context: int = 64) -> None:
     """Make `base` the folder of all artifacts, with a random model in it: sft/d2, step 3."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    model = GPT(
-        GPTConfig(context, TOKENIZER.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
-    )
-    model.init_weights(0)
+    model = random_gpt(context)
     TOKENIZER.save(run_dir("sft", "d2") / "tokenizer")
     state = {"step": 3, "model_config": asdict(model.config)}
     runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
     save_checkpoint(run_dir("sft", "d2"), state, model.state_dict(), {}, None, runtime)
 
 
-class EchoEngine:
-    """Says the last user message back; `cast(Engine, ...)` it is."""
+class ScriptedModel(nn.Module):
+    """Says for certain the token that `next_token` gives it for a slot and the newest token there."""
+
+    def __init__(self, context: int) -> None:
+        super().__init__()
+        sizes = {"n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 2}
+        self.config = GPTConfig(context, TOKENIZER.vocab_size, **sizes, smear=False)
+        self.compute_dtype = torch.float32
+        self.one = nn.Parameter(torch.ones(1))
+        self.num_prefills = 0
+
+    def next_token(self, slot: int, newest: int) -> int:
+        raise NotImplementedError
+
+    def make_cache(self, num_slots: int, max_len: int, device: str = "cpu") -> KVCache:
+        return KVCache(1, num_slots, 1, max_len, 2, 2, device, self.compute_dtype)
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        *,
+        cache: KVCache,
+        slots: torch.Tensor | None = None,
+        num_new: torch.Tensor,
+        last_only: bool,
+    ) -> torch.Tensor:
+        assert last_only
+        self.num_prefills += ids.shape[1] > 1
+        step = cache.begin(len(ids), ids.shape[1], slots, num_new)
+        cache.finish(step)
+        newest = ids[torch.arange(len(ids)), step.last].tolist()
+        logits = torch.zeros(len(ids), 1, TOKENIZER.vocab_size)
+        for row, (slot, count) in enumerate(zip(step.slots, step.num_new, strict=True)):
+            if count:
+                logits[row, 0, self.next_token(slot, newest[row])] = 50
+        return logits
+
+
+class EchoModel(ScriptedModel):
+    """Answers each sequence of its engine as that says."""
+
+    engine: "EchoEngine"
+
+    def next_token(self, slot: int, newest: int) -> int:
+        if self.engine.num_failures:
+            self.engine.num_failures -= 1
+            raise RuntimeError("out of order")
+        [sequence] = [seq for seq in self.engine.sequences if seq.slot.index == slot]
+        return self.engine.token(sequence.request, sequence.num_generated)
+
+
+class EchoEngine(Engine):
+    """Says the last user message back."""
 
     def __init__(self, num_slots: int = 4, max_len: int = 256) -> None:
-        self.num_slots, self.max_len = num_slots, max_len
-        self.tokenizer, self.chat, self.device = TOKENIZER, CHAT, torch.device("cpu")
+        model = EchoModel(max_len)
+        model.engine = self
+        super().__init__(cast(GPT, model), TOKENIZER, num_slots, prefix_reuse=False)
         self.scripts: dict[str, list[int]] = {}
-        self.queue: deque[Request] = deque()
-        self.slots: dict[Request, deque[int]] = {}
-        self.said: dict[Request, int] = {}
         self.go = threading.Event()  # cleared: the next step waits
         self.go.set()
         self.pace = 0.0  # seconds that a step takes at least
         self.num_failures = 0  # so many of the next steps fail
         self.cancelled: list[Request] = []
-        self.submitted: list[Request] = []
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.queue or self.slots)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self.queue)
-
-    @property
-    def num_running(self) -> int:
-        return len(self.slots)
-
-    def submit(self, request: Request) -> None:
-        assert len(request.prompt) + request.max_tokens <= self.max_len
-        self.queue.append(request)
-        self.submitted.append(request)
 
     def cancel(self, request: Request) -> None:
         self.cancelled.append(request)
-        self.slots.pop(request, None)
-        if request in self.queue:
-            self.queue.remove(request)
-
-    def reset(self) -> None:
-        self.queue.clear()
-        self.slots.clear()
+        super().cancel(request)
 
     def step(self) -> list[Event]:
         assert self.go.wait(20)
         time.sleep(self.pace)
-        if self.queue and len(self.slots) < self.num_slots:
-            request = self.queue.popleft()
-            self.slots[request] = deque(self._answer(request))
-            self.said[request] = 0
-        if self.num_failures:
-            self.num_failures -= 1
-            lost = list(self.slots)
-            self.slots.clear()
-            raise StepFailed(lost)
-        return [self._event(request) for request in list(self.slots)]
+        return super().step()
 
-    def _answer(self, request: Request) -> list[int]:
-        if CHAT.user_start not in request.prompt:
-            return [CHAT.assistant_end]  # the warm-up
-        begin = len(request.prompt) - request.prompt[::-1].index(CHAT.user_start)
-        said = request.prompt[begin : request.prompt.index(CHAT.user_end, begin)]
-        return [*self.scripts.get(TOKENIZER.decode(said), said), CHAT.assistant_end]
-
-    def _event(self, request: Request) -> Event:
-        token = self.slots[request].popleft()
-        self.said[request] += 1
-        finish = "stop" if token == CHAT.assistant_end else None
-        if self.said[request] == request.max_tokens:
-            finish = finish or "length"
-        if finish:
-            del self.slots[request]
-        pairs = [(token, -0.5), *((i, -1.0 - i) for i in range(request.logprobs))]
-        return Event(request, token, 1, pairs if request.logprobs else None, finish)
+    def token(self, request: Request, index: int) -> int:
+        """Token number `index` of the answer to `request`."""
+        said: list[int] = []  # to the warm-up
+        if CHAT.user_start in request.prompt:
+            begin = len(request.prompt) - request.prompt[::-1].index(CHAT.user_start)
+            said = request.prompt[begin : request.prompt.index(CHAT.user_end, begin)]
+            said = self.scripts.get(TOKENIZER.decode(said), said)
+        return said[index] if index < len(said) else CHAT.assistant_end
 
 
 class Running:
@@ -155,6 +168,10 @@ class Running:
         connection.sendall(head.encode() + data)
         return connection
 
+    def num_jobs(self) -> int:
+        """Engine requests under way."""
+        return sum(len(worker.jobs) for worker in self.chat.workers)
+
     def until(self, condition: Any, seconds: float = 10) -> None:
         """Wait until `condition()` holds."""
         end = time.monotonic() + seconds
@@ -186,15 +203,17 @@ class Stream:
 
 @contextmanager
 def serving(
-    engines: Sequence[Any], settings: Settings | None = None, loaded: bool = True
+    engines: Sequence[Engine],
+    config: ServerConfig | None = None,
+    loaded: bool = True,
+    **options: Any,
 ) -> Iterator[Running]:
     """A server for `engines` on a free loopback port, in a thread, until the block ends.
 
-    The block begins once the engines are warm, unless `loaded` is False.
+    The block begins once the engines are warm, unless `loaded` is False. `options` are create_app's.
     """
-    app = create_app([cast(Engine, engine) for engine in engines], settings or Settings())
-    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2)
-    server = Server(config)
+    app = create_app(engines, config or ServerConfig(), **options)
+    server = Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))
     with listen("127.0.0.1", 0) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # soon full
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -202,7 +221,7 @@ def serving(
         running = Running(server, listener.getsockname())
         try:
             running.until(lambda: server.started)
-            running.until(lambda: not loaded or all(r.ready for r in running.chat.replicas))
+            running.until(lambda: not loaded or all(w.ready for w in running.chat.workers))
             yield running
         finally:
             for engine in engines:

@@ -10,25 +10,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import nn
 
 from nanochat.common import UserError
-from nanochat.engine import (
-    Engine,
-    Event,
-    ReplyReader,
-    Request,
-    StepFailed,
-    reply_parts,
-    slots_that_fit,
-)
+from nanochat.engine import Engine, Event, Reply, Request, StepFailed, slots_that_fit
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.kv_cache import KVCache
 from nanochat.sampling import derive_seed
-from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, chat_tokens
+from tests.serving import CHAT, TOKENIZER, ScriptedModel
 
-TOKENIZER = Tokenizer([bytes([byte]) for byte in range(256)], SPECIAL_TOKENS, SPLIT_PATTERN)
-CHAT = chat_tokens(TOKENIZER)
 V = TOKENIZER.vocab_size
 
 
@@ -44,54 +32,28 @@ def tiny_gpt(seed: int = 0) -> GPT:
     return model.eval()
 
 
-class ScriptedModel(nn.Module):
-    """Says after token t the token script[t], for certain; else end of turn. Counts its prefills."""
+class TableModel(ScriptedModel):
+    """Says after token t the token script[t]; else end of turn."""
 
     def __init__(self, script: dict[int, int]) -> None:
-        super().__init__()
-        self.config = GPTConfig(
-            sequence_len=200, vocab_size=V, n_layer=1, n_head=1, n_kv_head=1, n_embd=2, smear=False
-        )
-        self.compute_dtype = torch.float32
-        self.one = nn.Parameter(torch.ones(1))
+        super().__init__(context=200)
         self.script = script
-        self.num_prefills = 0
 
-    def make_cache(self, num_slots: int, max_len: int, device: str = "cpu") -> KVCache:
-        return KVCache(1, num_slots, 1, max_len, 2, 2, device, torch.float32)
-
-    def forward(
-        self,
-        ids: torch.Tensor,
-        *,
-        cache: KVCache,
-        slots: torch.Tensor | None,
-        num_new: torch.Tensor,
-        last_only: bool,
-    ) -> torch.Tensor:
-        assert last_only
-        self.num_prefills += ids.shape[1] > 1
-        step = cache.begin(len(ids), ids.shape[1], slots, num_new)
-        cache.finish(step)
-        last = ids[torch.arange(len(ids)), step.last].tolist()
-        logits = torch.zeros(len(ids), 1, V)
-        for row, token in enumerate(last):
-            logits[row, 0, self.script.get(token, CHAT.assistant_end)] = 50
-        return logits
+    def next_token(self, slot: int, newest: int) -> int:
+        return self.script.get(newest, CHAT.assistant_end)
 
 
-def scripted(said: list[int], num_slots: int = 2) -> tuple[Engine, ScriptedModel]:
+def scripted(said: list[int], num_slots: int = 2) -> tuple[Engine, TableModel]:
     """An engine that answers the prompt [bos] with `said` (each token at most once) and ends its turn."""
-    model = ScriptedModel(dict(zip([CHAT.bos, *said], said, strict=False)))
+    model = TableModel(dict(zip([CHAT.bos, *said], said, strict=False)))
     return Engine(cast(Any, model), TOKENIZER, num_slots, prefix_reuse=False), model
 
 
 def collect(engine: Engine, requests: Iterable[Request]) -> list[tuple[list[int], list[int]]]:
     """(tokens, masks) of each request, in the order of the requests."""
-    requests = list(requests)
-    said = {request: (tokens, masks) for request, tokens, masks in engine.complete(requests)}
-    assert len(said) == len(requests)
-    return [said[request] for request in requests]
+    replies = dict(engine.complete(requests := list(requests)))
+    assert len(replies) == len(requests)
+    return [(replies[request].tokens, replies[request].masks) for request in requests]
 
 
 def random_request(random_: random.Random, max_prompt: int = 60) -> Request:
@@ -105,25 +67,50 @@ def random_request(random_: random.Random, max_prompt: int = 60) -> Request:
     )
 
 
+def words(seed: int, num: int) -> list[int]:
+    return random.Random(seed).choices(range(256), k=num)
+
+
+def drain(engine: Engine) -> list[Event]:
+    """Every event until nothing is left to do."""
+    events = []
+    while engine.busy:
+        events += engine.step()
+    return events
+
+
+def check_slots(engine: Engine) -> None:
+    """No slot is lost, and every one holds in the cache what it says."""
+    in_use = [sequence.slot for sequence in engine.sequences]
+    assert sorted(s.index for s in [*engine.slots.free, *in_use]) == list(range(engine.num_slots))
+    for slot, length in zip(engine.slots.all, engine.slots.cache.lengths.tolist(), strict=True):
+        assert len(slot.cached) in (length, 0)  # 0: a failed one
+
+
 @torch.inference_mode()
-def full_forward_greedy(model: GPT, prompt: list[int], num: int) -> list[int]:
-    """Greedy continuation that reads everything anew for every token."""
-    ids = list(prompt)
-    for _ in range(num):
-        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    return ids[len(prompt) :]
+def worst_logit(engine: Engine, model: GPT, request: Request) -> float:
+    """The largest difference, over its tokens, of the engine's logits to the full forward pass's."""
+    engine.submit(request)
+    ids, worst = list(request.prompt), 0.0
+    finish = None
+    while finish is None:
+        for event in engine.step():
+            if event.request is request:
+                [index] = [slot.index for slot in engine.slots.all if slot.cached == ids]
+                full = model(torch.tensor([ids]))[0, -1]
+                worst = max(worst, float((engine.slots.logits[index] - full).abs().max()))
+                ids.append(event.token)
+                finish = event.finish
+    return worst
 
 
-@pytest.mark.parametrize("length", [1, 17, 140, 300])
-def test_greedy_equals_the_full_forward(length: int) -> None:
-    """Prompts of one and of two pieces, shorter and longer than the attention window."""
+@pytest.mark.parametrize("length", [1, 17, 140, 256, 257, 500])
+def test_cached_equals_the_full_forward(length: int) -> None:
+    """Prompts of one chunk and of two, shorter and longer than the attention window."""
     model = tiny_gpt()
-    prompt = [CHAT.bos, *random.Random(length).choices(range(256), k=length - 1)]
     engine = Engine(model, TOKENIZER, num_slots=3)
-    [(tokens, masks)] = collect(engine, [Request(prompt, 10, temperature=0)])
-    expected = full_forward_greedy(model, prompt, 10)
-    assert tokens == expected[: len(tokens)] and set(masks) == {1}
-    assert len(tokens) == 10 or tokens[-1] in (CHAT.assistant_end, CHAT.bos)
+    assert worst_logit(engine, model, Request(words(0, length), 9, stop={-1})) < 1e-4
+    assert engine.slots.num_prefilled == length
 
 
 def check_mixes(num_mixes: int) -> None:
@@ -151,10 +138,10 @@ def check_mixes(num_mixes: int) -> None:
 
 
 def test_batched_equals_alone() -> None:
-    check_mixes(60)
+    check_mixes(20)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_batched_equals_alone_in_a_thousand_mixes() -> None:
     check_mixes(1000)
 
@@ -170,7 +157,7 @@ def test_logits_do_not_see_batch_mates() -> None:
         seen = []
         for said, _, _ in engine.run([request, *mates]):
             if said is request:
-                seen.append(engine.logits[0].clone())
+                seen.append(engine.slots.logits[0].clone())
         return seen
 
     alone = trace([])
@@ -187,78 +174,43 @@ def test_poison_in_free_slots_changes_nothing(prefix_reuse: bool) -> None:
     clean = collect(engine, requests)
     assert clean == [collect(engine, [request])[0] for request in requests]
     for request, expected in zip(requests, clean, strict=True):
-        for buffer in (engine.cache.keys, engine.cache.values, engine.cache.previous):
+        cache = engine.slots.cache
+        for buffer in (cache.keys, cache.values, cache.previous):
             buffer.fill_(torch.nan)
-        engine.logits = torch.full((3, V), torch.nan)
+        engine.slots.logits = torch.full((3, V), torch.nan)
         assert collect(engine, [request]) == [expected]
 
 
-def test_samples_of_one_prompt_differ_from_the_first_token_on() -> None:
-    engine = Engine(tiny_gpt(), TOKENIZER, num_slots=16)
-    first, masks = next(
-        iter(engine.generate([CHAT.bos], num_samples=64, max_tokens=4, temperature=1))
-    )
-    assert len(first) == 64 and len(set(first)) > 8 and set(masks) == {1}
-
-
-def test_same_prompts_in_a_row_are_read_once() -> None:
-    engine, model = scripted([10, 11], num_slots=3)
-    assert len(collect(engine, [Request([CHAT.bos], 5) for _ in range(8)])) == 8
-    assert model.num_prefills == 1
-    collect(engine, [Request([CHAT.bos], 5)])  # the weights may have changed
-    assert model.num_prefills == 2
-
-
-def test_stop_tokens() -> None:
+def test_what_ends_a_reply() -> None:
     engine, _ = scripted([10, 11, 12])
-    requests = [
-        Request([CHAT.bos], 9),
-        Request([CHAT.bos], 9, stop={11}),
-        Request([CHAT.bos], 2),
-        Request([10], 1),
-    ]
-    said = [tokens for tokens, _ in collect(engine, requests)]
-    assert said == [[10, 11, 12, CHAT.assistant_end], [10, 11], [10, 11], [11]]
+    ends = {
+        Request([CHAT.bos], 9): ([10, 11, 12, CHAT.assistant_end], "stop"),
+        Request([CHAT.bos], 9, stop={11}): ([10, 11], "stop"),
+        Request([CHAT.bos], 2): ([10, 11], "length"),
+        Request([10], 1): ([11], "length"),
+    }
+    events = list(engine.stream(ends))
+    for request, (tokens, finish) in ends.items():
+        own = [event for event in events if event.request is request]
+        assert [event.token for event in own] == tokens
+        assert [event.finish for event in own] == [None] * (len(own) - 1) + [finish]
     engine, _ = scripted([10, CHAT.bos])
     assert collect(engine, [Request([CHAT.user_end, 9, CHAT.bos], 9)])[0][0] == [10, CHAT.bos]
-
-
-def test_tool_answer_is_forced_and_counted() -> None:
-    call = [CHAT.python_start, *b"34*2", CHAT.python_end]
-    answer = [CHAT.output_start, *b"68", CHAT.output_end]
-    engine, _ = scripted([65, *call])
-    expected = [65, *call, *answer, CHAT.assistant_end]
-    masks = [1] * 7 + [0] * 4 + [1]
-    assert collect(engine, [Request([CHAT.bos], 50)]) == [(expected, masks)]
-    assert collect(engine, [Request([CHAT.bos], 9)]) == [(expected[:9], masks[:9])]
-
-
-def test_no_answer_of_the_tool_forces_nothing() -> None:
-    said = [CHAT.python_start, *b"8/0", CHAT.python_end]
-    engine, _ = scripted(said)
-    assert collect(engine, [Request([CHAT.bos], 50)]) == [([*said, CHAT.assistant_end], [1] * 6)]
-    engine, _ = scripted([CHAT.python_end, 7])  # a call that was never opened
-    assert collect(engine, [Request([CHAT.bos], 50)])[0][0] == [
-        CHAT.python_end,
-        7,
-        CHAT.assistant_end,
-    ]
 
 
 def test_what_cannot_fit_is_refused_before_any_work() -> None:
     engine, model = scripted([10])
     for request in (Request([CHAT.bos] * 191, 10), Request([], 10), Request([CHAT.bos], 0)):
         with pytest.raises(UserError):
-            engine.run([Request([CHAT.bos], 5), request])
-    assert model.num_prefills == 0
-    real = Engine(tiny_gpt(), TOKENIZER, num_slots=2, max_len=40)
-    [(tokens, _)] = collect(real, [Request([CHAT.bos] * 36, 4)])
-    assert 1 <= len(tokens) <= 4
+            list(engine.run([Request([CHAT.bos], 5), request]))
+    assert model.num_prefills == 0 and not engine.busy
+    [(tokens, _)] = collect(engine, [Request([CHAT.bos] * 190, 10)])
+    assert tokens == [10, CHAT.assistant_end]
 
 
 def test_an_abandoned_run_leaves_the_engine_usable() -> None:
     engine, _ = scripted([10, 11])
-    stream = engine.run([Request([CHAT.bos], 5)])
+    stream = engine.stream([Request([CHAT.bos], 5)])
     next(stream)
     with pytest.raises(AssertionError):
         next(engine.run([Request([CHAT.bos], 5)]))
@@ -266,101 +218,77 @@ def test_an_abandoned_run_leaves_the_engine_usable() -> None:
     assert collect(engine, [Request([CHAT.bos], 5)])[0][0] == [10, 11, CHAT.assistant_end]
 
 
-def test_generate_columns_are_the_same_samples_as_run() -> None:
+def test_generate_gives_the_samples_of_run() -> None:
+    """In columns, whose ended rows are filled up; generate_batch gives them without the stop token."""
     engine = Engine(tiny_gpt(), TOKENIZER, num_slots=2)
-    options: dict[str, Any] = {"max_tokens": 9, "temperature": 1.2, "top_k": 20, "seed": 7}
+    options: dict[str, Any] = {"max_tokens": 30, "temperature": 1.2, "top_k": 20, "seed": 7}
     columns = list(engine.generate([CHAT.bos, 5], num_samples=5, **options))
-    requests = [Request([CHAT.bos, 5], 9, 1.2, 20, seed=derive_seed(7, i)) for i in range(5)]
-    for i, (tokens, masks) in enumerate(collect(engine, requests)):
-        column = [(column[i], column_masks[i]) for column, column_masks in columns]
+    results, masks = engine.generate_batch([CHAT.bos, 5], num_samples=5, **options)
+    requests = [Request([CHAT.bos, 5], 30, 1.2, 20, seed=derive_seed(7, i)) for i in range(5)]
+    said = collect(engine, requests)
+    assert len(columns) == max(len(tokens) for tokens, _ in said)
+    assert len({tokens[0] for tokens, _ in said}) > 2  # they differ from the first token on
+    assert len({len(tokens) for tokens, _ in said}) > 1  # some end before others
+    for row, (tokens, own) in enumerate(said):
+        column = [(column[row], column_masks[row]) for column, column_masks in columns]
         ended = [(CHAT.assistant_end, 0)] * (len(columns) - len(tokens))
-        assert column == [*zip(tokens, masks, strict=True), *ended]
-    assert len(columns) == max(len(tokens) for tokens, _ in collect(engine, requests))
+        assert column == [*zip(tokens, own, strict=True), *ended]
+        kept = len(tokens) - (tokens[-1] in (CHAT.assistant_end, CHAT.bos))
+        assert results[row] == [CHAT.bos, 5, *tokens[:kept]] and masks[row] == [0, 0, *own[:kept]]
 
 
-def test_generate_batch_leaves_the_stop_token_out() -> None:
-    engine, _ = scripted([10, CHAT.python_start, 49, CHAT.python_end])
-    results, masks = engine.generate_batch([CHAT.bos], num_samples=3, max_tokens=20, top_k=None)
-    said = [
-        CHAT.bos,
-        10,
-        CHAT.python_start,
-        49,
-        CHAT.python_end,
-        CHAT.output_start,
-        49,
-        CHAT.output_end,
-    ]
-    assert results[0][:8] == said and masks[0][:8] == [0, 1, 1, 1, 1, 0, 0, 0]
-    assert CHAT.assistant_end not in results[0] and len(results) == len(masks) == 3
+def reply_to(said: Iterable[int], max_tokens: int = 50) -> tuple[list[Event], Reply]:
+    """The events of a scripted answer, and the reply that they make."""
+    engine, _ = scripted(list(said))
+    events = list(engine.stream([Request([CHAT.bos], max_tokens)]))
+    reply = Reply()
+    for event in events:
+        reply.add(event)
+    return events, reply
 
 
-def test_streaming_gives_whole_characters_only() -> None:
-    text = "naïve 日本語 🙂 👩‍🚀 fin"
-    reader = ReplyReader(TOKENIZER)
-    pieces = [piece for byte in text.encode() for piece in reader.feed(byte)]
-    assert "".join(piece for _, piece in pieces) == text and "\ufffd" not in str(pieces)
-    assert reader.close() == []
-    for byte in "🙂".encode()[:2]:
-        assert reader.feed(byte) == []
-    assert reader.close() == [("text", "\ufffd")]
-    assert reader.parts == [{"type": "text", "text": text + "\ufffd"}]
+CALL = [CHAT.python_start, *b"34*2", CHAT.python_end]
+RESULT = [CHAT.output_start, *b"68", CHAT.output_end]
+NO_CALL = [CHAT.python_start, *b"8/0", CHAT.python_end]
+USED = {"type": "python", "text": "34*2"}, {"type": "python_output", "text": "68"}
 
 
-def test_reply_parts() -> None:
-    call = [CHAT.python_start, *b"1+1", CHAT.python_end, CHAT.output_start, *b"2", CHAT.output_end]
-    parts = reply_parts(TOKENIZER, [*b"so ", *call, *b"two", CHAT.assistant_end])
-    assert [(part["type"], part["text"]) for part in parts] == [
-        ("text", "so "),
-        ("python", "1+1"),
-        ("python_output", "2"),
-        ("text", "two"),
-    ]
+@pytest.mark.parametrize(
+    ("said", "max_tokens", "expected", "num_forced", "parts"),
+    [
+        ([65, *CALL], 50, [65, *CALL, *RESULT, CHAT.assistant_end], 4, [{"type": "text", "text": "A"}, *USED]),
+        ([65, *CALL], 9, [65, *CALL, *RESULT[:2]], 2, [{"type": "text", "text": "A"}, *USED]),
+        (CALL, 4, CALL[:4], 0, [{"type": "python", "text": "34*"}]),
+        (NO_CALL, 50, [*NO_CALL, CHAT.assistant_end], 0, [{"type": "python", "text": "8/0"}]),
+        ([CHAT.python_end, 65], 50, [CHAT.python_end, 65, CHAT.assistant_end], 0, [{"type": "text", "text": "A"}]),
+        ([CHAT.python_start, *b"1", CHAT.output_start, *b"2", CHAT.output_end, 65], 7,
+         [CHAT.python_start, *b"1", CHAT.output_start, *b"2", CHAT.output_end, 65, CHAT.assistant_end], 0,
+         [{"type": "python", "text": "1"}, {"type": "text", "text": "A"}]),
+    ],
+    ids=["answered", "cut in the result", "cut in the call", "no value", "never opened", "made-up result"],
+)  # fmt: skip
+def test_tool_calls(
+    said: list[int], max_tokens: int, expected: list[int], num_forced: int, parts: list[Any]
+) -> None:
+    """What the tool says is forced and counted, and neither it nor the call is text."""
+    events, reply = reply_to(said, max_tokens)
+    assert reply.tokens == expected and reply.parts == parts
+    forced = [event.token for event in events if event.mask == 0]
+    assert forced == RESULT[:num_forced]
+    assert reply.text == "".join(event.text for event in events) == "A" * (65 in expected)
+    [tool] = [event.tool for event in events if event.tool] or [None]
+    texts = [part["text"] for part in parts if part["type"] != "text"]
+    assert tool == (None if not texts else (texts[0], "68" if len(texts) == 2 else None))
 
 
-def drain(engine: Engine) -> list[Event]:
-    """Every event until nothing is left to do."""
-    events = []
-    while engine.busy:
-        events += engine.step()
-    return events
-
-
-def check_slots(engine: Engine) -> None:
-    """No slot is lost, and every one holds in the cache what it says."""
-    in_use = [flight.slot for flight in engine.flights]
-    assert sorted(s.index for s in [*engine.slots.free, *in_use]) == list(range(engine.num_slots))
-    for slot, length in zip(engine.slots.all, engine.cache.lengths.tolist(), strict=True):
-        assert len(slot.held) in (length, 0)  # 0: a failed one
-
-
-@torch.inference_mode()
-def worst_logit(engine: Engine, model: GPT, request: Request) -> float:
-    """The largest difference, over its tokens, of the engine's logits to the full forward pass's."""
-    engine.submit(request)
-    ids, worst = list(request.prompt), 0.0
-    finish = None
-    while finish is None:
-        for event in engine.step():
-            if event.request is request:
-                [index] = [slot.index for slot in engine.slots.all if slot.held == ids]
-                full = model(torch.tensor([ids]))[0, -1]
-                worst = max(worst, float((engine.logits[index] - full).abs().max()))
-                ids.append(event.token)
-                finish = event.finish
-    return worst
-
-
-def words(seed: int, num: int) -> list[int]:
-    return random.Random(seed).choices(range(256), k=num)
-
-
-@pytest.mark.parametrize("length", [256, 257, 300, 500])
-def test_a_prompt_read_in_chunks_equals_the_full_forward(length: int) -> None:
-    model = tiny_gpt()
-    engine = Engine(model, TOKENIZER, num_slots=2)
-    assert worst_logit(engine, model, Request(words(0, length), 9)) < 1e-4
-    assert engine.num_read == length
+def test_text_comes_in_whole_characters() -> None:
+    text = "naïf 日🙂"
+    assert len(set(text.encode())) == len(text.encode())  # as a script needs it
+    events, reply = reply_to(text.encode())
+    assert reply.text == text and [event.text for event in events if event.text] == list(text)
+    events, reply = reply_to("é🙂".encode()[:-1])
+    assert reply.text == "é\ufffd" and events[-1].finish == "stop"
+    assert reply_to("é🙂".encode(), 4)[1].text == "é\ufffd"
 
 
 def test_a_next_turn_does_not_read_its_history_again() -> None:
@@ -370,12 +298,12 @@ def test_a_next_turn_does_not_read_its_history_again() -> None:
     histories = [[CHAT.bos, *words(seed, 150)] for seed in range(2)]
     for turn in range(4):
         for history in histories:
-            before = engine.num_read
+            before = engine.slots.num_prefilled
             request = Request(history.copy(), 12, temperature=0.9, seed=turn, stop={-1})
             assert worst_logit(engine, model, request) < 1e-4
-            held = next(s.held for s in engine.slots.all if s.held[: len(history)] == history)
+            held = next(s.cached for s in engine.slots.all if s.cached[: len(history)] == history)
             fresh = len(history) if turn == 0 else 1 + 20
-            assert engine.num_read - before == fresh
+            assert engine.slots.num_prefilled - before == fresh
             history[:] = [
                 *held,
                 7,
@@ -394,19 +322,19 @@ def test_where_a_shared_beginning_comes_from() -> None:
     for _ in range(5):
         engine.step()
     assert worst_logit(engine, model, Request([*system, 1, 2, 3], 5)) < 1e-4  # of the running slot
-    assert engine.num_read == 300 + 3
+    assert engine.slots.num_prefilled == 300 + 3
     drain(engine)
-    [kept] = [slot for slot in engine.slots.all if slot.held[:300] == long.prompt]
-    held = list(kept.held)
+    [kept] = [slot for slot in engine.slots.all if slot.cached[:300] == long.prompt]
+    held = list(kept.cached)
     assert (
         worst_logit(engine, model, Request([*system, 9], 5)) < 1e-4
     )  # a copy: too little to overwrite it
-    assert kept.held == held and engine.num_read == 304
+    assert kept.cached == held and engine.slots.num_prefilled == 304
     assert worst_logit(engine, model, Request([*system[:10], 9], 5)) < 1e-4  # read anew
-    assert engine.num_read == 304 + 11
-    assert kept.held == held  # the other three were unused for longer
+    assert engine.slots.num_prefilled == 304 + 11
+    assert kept.cached == held  # the other three were unused for longer
     assert worst_logit(engine, model, Request(held[:290], 5)) < 1e-4  # regenerated where it is
-    assert engine.num_read == 315 + 1 and kept.held[:290] == held[:290]
+    assert engine.slots.num_prefilled == 315 + 1 and kept.cached[:290] == held[:290]
     check_slots(engine)
 
 
@@ -415,17 +343,19 @@ def test_copies_of_a_prompt_are_exact_and_without_reuse_nothing_else_is_copied()
     prompt = words(3, 200)
     engine.submit(Request(prompt, 20, stop={-1}))
     engine.step()
-    first = engine.logits[0].clone()
+    first = engine.slots.logits[0].clone()
     engine.step()
     engine.submit(Request(list(prompt), 4))
     engine.step()
-    assert torch.equal(engine.logits[1], first) and engine.num_read == 200
+    assert torch.equal(engine.slots.logits[1], first) and engine.slots.num_prefilled == 200
     drain(engine)
     engine.submit(Request(prompt[:150], 4))
     engine.submit(Request(prompt, 4))
     drain(engine)
-    assert engine.num_read == 350
+    assert engine.slots.num_prefilled == 350
     check_slots(engine)
+    collect(engine, [Request(prompt, 4) for _ in range(8)])  # anew: the weights may have changed
+    assert engine.slots.num_prefilled == 550
 
 
 def test_requests_may_come_and_go_between_steps() -> None:
@@ -434,14 +364,14 @@ def test_requests_may_come_and_go_between_steps() -> None:
     reading, decoding, queued, last = (Request(words(i, 400), 50, stop={-1}) for i in range(4))
     for request in (reading, decoding, queued, last):
         engine.submit(request)
-    assert engine.step() == [] and (engine.num_running, engine.num_waiting) == (1, 3)
+    assert engine.step() == [] and (len(engine.sequences), len(engine.waiting)) == (1, 3)
     engine.cancel(reading)
-    assert engine.num_running == 0
-    assert engine.step() == [] and engine.num_running == 1  # the first of two chunks
+    assert len(engine.sequences) == 0
+    assert engine.step() == [] and len(engine.sequences) == 1  # the first of two chunks
     assert [event.request for _ in range(3) for event in engine.step()] == [decoding] * 3
     engine.cancel(queued)
     engine.cancel(decoding)
-    assert (engine.num_running, engine.num_waiting) == (0, 1)
+    assert (len(engine.sequences), len(engine.waiting)) == (0, 1)
     engine.step()
     assert [event.request for event in engine.step()] == [last]
     assert {event.request for event in drain(engine)} == {last}
@@ -458,7 +388,7 @@ def test_a_long_prompt_delays_nobody_by_more_than_a_chunk() -> None:
     engine.submit(short)
     seen = [[event.request for event in engine.step()] for _ in range(3)]
     assert seen == [[talking], [talking, long], [talking, long, short]]
-    assert engine.num_read == 502
+    assert engine.slots.num_prefilled == 502
 
 
 def test_logprobs_are_those_of_the_full_forward() -> None:
@@ -486,15 +416,6 @@ def test_logprobs_are_those_of_the_full_forward() -> None:
     assert set(map(str, told[silent])) == {"None"}
 
 
-def test_finish_says_why() -> None:
-    engine, _ = scripted([10, 11])
-    stopped, cut = Request([CHAT.bos], 9), Request([CHAT.bos], 2)
-    engine.submit(stopped)
-    engine.submit(cut)
-    said = [(e.request, e.token, e.finish) for e in drain(engine) if e.finish]
-    assert said == [(cut, 11, "length"), (stopped, CHAT.assistant_end, "stop")]
-
-
 def test_a_failing_step_costs_only_those_in_it() -> None:
     """A prompt that cannot be read costs its request; a decode that fails, those that were running."""
     model = tiny_gpt()
@@ -515,7 +436,10 @@ def test_a_failing_step_costs_only_those_in_it() -> None:
     broken.add(48)  # the second prompt, padded
     with pytest.raises(StepFailed) as lost:
         engine.step()
-    assert lost.value.requests == [second] and (engine.num_running, engine.num_waiting) == (1, 1)
+    assert lost.value.requests == [second] and (len(engine.sequences), len(engine.waiting)) == (
+        1,
+        1,
+    )
     assert str(lost.value.__cause__) == "out of memory"
     events = engine.step()
     assert [event.request for event in events] == [first, third]
@@ -523,7 +447,7 @@ def test_a_failing_step_costs_only_those_in_it() -> None:
     broken.add(1)
     with pytest.raises(StepFailed) as lost:
         engine.step()
-    assert lost.value.requests == [first, third] and engine.num_waiting == 1
+    assert lost.value.requests == [first, third] and len(engine.waiting) == 1
     broken.clear()
     assert [event.token for event in drain(engine)] == alone[second]
     check_slots(engine)
@@ -553,9 +477,9 @@ def test_ctrl_c_within_a_step_does_not_spoil_the_next_turn(counted: bool) -> Non
         for _, token, _ in engine.run([Request(prompt, 50, stop={-1})]):
             said.append(token)
     model.forward = forward
-    before = engine.num_read
+    before = engine.slots.num_prefilled
     assert worst_logit(engine, model, Request([*prompt, *said, 5, 6], 9, stop={-1})) < 1e-4
-    assert engine.num_read - before == 3  # the newest token was not held yet
+    assert engine.slots.num_prefilled - before == 3  # the newest token was not held yet
 
 
 @pytest.mark.parametrize("prefix_reuse", [False, True])
@@ -582,7 +506,7 @@ def test_no_slot_leaks(prefix_reuse: bool) -> None:
                 assert event.finish == "stop" or open_[event.request] == event.request.max_tokens
                 del open_[event.request]
                 num_ended += 1
-        assert len(open_) == engine.num_running + engine.num_waiting
+        assert len(open_) == len(engine.sequences) + len(engine.waiting)
         check_slots(engine)
     assert num_ended > 50
     drain(engine)
@@ -611,8 +535,8 @@ def test_a_captured_step_equals_an_eager_one(dtype: torch.dtype) -> None:
         requests = [random_request(random_, 200) for _ in range(20)]
         captured = Engine(model, TOKENIZER, num_slots=4)
         eager = Engine(model, TOKENIZER, num_slots=4)
-        assert captured.graph
-        eager.graph = None
+        assert captured.slots.graph
+        eager.slots.graph = None
         assert collect(captured, requests) == collect(eager, requests)
         with torch.no_grad():
             model.lm_head.weight.mul_(-1)

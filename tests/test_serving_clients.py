@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nanochat.chat_api import Settings
+from nanochat.chat_api import ServerConfig
 from tests.serving import EchoEngine, Running, serving
 
 QUESTION = "né 汉字 👩‍👩‍👧"
@@ -51,8 +51,8 @@ def test_openai_tries_again_while_the_queue_is_full() -> None:
     openai = pytest.importorskip("openai")
     engine = EchoEngine(num_slots=1)
     engine.pace = 0.03
-    with serving([engine], Settings(max_waiting=0)) as server, server.connect("x" * 20):
-        server.until(lambda: bool(engine.slots))
+    with serving([engine], ServerConfig(queue=0)) as server, server.connect("x" * 20):
+        server.until(lambda: bool(engine.sequences))
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
             ask: dict[str, Any] = {
                 "model": "nanochat",

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.task_eval import evaluate_choice, evaluate_generate, spoken_text
+from nanochat.task_eval import evaluate_choice, evaluate_generate
 from nanochat.tokenizer import (
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
@@ -152,15 +152,6 @@ def test_prompts_longer_than_the_context_and_no_items() -> None:
     assert evaluate_generate(engine, TOKENIZER, Letters(4), max_problems=3).num == 3
     with pytest.raises(UserError):
         evaluate_generate(engine, TOKENIZER, Letters(4), max_problems=0)
-
-
-def test_spoken_text() -> None:
-    parts = [
-        {"type": "text", "text": "a"},
-        {"type": "python", "text": "1"},
-        {"type": "text", "text": "b"},
-    ]
-    assert spoken_text(parts) == "ab"
 
 
 def evaluate_on_rank(rank: int, world_size: int, address: str, results: Any) -> None:

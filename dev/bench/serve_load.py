@@ -30,7 +30,7 @@ import torch
 import tyro
 import uvicorn
 
-from nanochat.chat_api import Settings
+from nanochat.chat_api import ServerConfig
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.scaling import depth_to_config
@@ -91,7 +91,7 @@ def serve(port: int, slots: int, cfg: Config) -> None:
     if torch.cuda.is_available():
         model.to("cuda", torch.bfloat16)
         model.set_compute_dtype(torch.bfloat16)
-    app = create_app([Engine(model.eval(), tokenizer, slots)], Settings(temperature=1.0))
+    app = create_app([Engine(model.eval(), tokenizer, slots)], ServerConfig(temperature=1.0))
     Server(uvicorn.Config(app, port=port, log_level="warning")).run()
 
 

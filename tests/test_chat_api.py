@@ -1,8 +1,11 @@
-"""What a request may say: the table of what is taken, refused and ignored, through the model that FastAPI uses.
+"""What a request may say, and what a client sees of the tokens of an answer.
 
-Oracle: the tables of OpenAI's API reference, written out; for prompts, chat_format's own rendering.
+Oracles: the tables of OpenAI's API reference, written out; for prompts, the tokenizer's own rendering;
+for stop strings, the whole text, cut at the earliest of them; for the rest, what was put in.
 """
 
+import json
+import random
 from typing import Any
 
 import pytest
@@ -11,12 +14,15 @@ from pydantic import ValidationError
 from nanochat.chat_api import (
     ApiError,
     ChatRequest,
+    Choice,
+    Completion,
     Message,
-    Settings,
+    ServerConfig,
     engine_requests,
     fold_messages,
     validation_error,
 )
+from nanochat.engine import Event, Request
 from nanochat.tokenizer import render_prompt
 from tests.serving import TOKENIZER
 
@@ -138,7 +144,7 @@ def test_messages_fold_into_turns() -> None:
 
 def requests_of(max_len: int = 64, **fields: Any) -> list[Any]:
     body = ChatRequest.model_validate({"messages": HELLO} | fields)
-    return engine_requests(body, TOKENIZER, max_len, Settings("m", 0.5, 40, 30))
+    return engine_requests(body, TOKENIZER, max_len, ServerConfig(0.5, 40, 30))
 
 
 def test_defaults_and_what_overrides_them() -> None:
@@ -181,3 +187,115 @@ def test_special_tokens_spelled_out_stay_text() -> None:
         messages=[{"role": "user", "content": "<|assistant_end|><|user_start|>"}]
     )
     assert sum(token >= TOKENIZER.bos_id for token in spelled.prompt) == 4
+
+
+REQUEST = Request([0], 100)
+
+
+def follow(choice: Choice, text: str, finish: Any = "stop") -> list[list[dict[str, Any]]]:
+    """The deltas that each character brings; the last one ends the answer."""
+    taken = []
+    for i, char in enumerate(text):
+        if choice.finish is None:
+            last = finish if i == len(text) - 1 else None
+            choice.feed(Event(REQUEST, 0, 1, char, finish=last))
+            taken.append(choice.take()[0])
+    return taken
+
+
+def spoken(deltas: list[list[dict[str, Any]]]) -> str:
+    return "".join(delta.get("content", "") for some in deltas for delta in some)
+
+
+def test_stop_strings_cut_where_the_whole_text_would_be_cut() -> None:
+    """2,000 random texts and stop strings over two letters, so that beginnings of stops abound."""
+    rng = random.Random(0)
+    num_stopped = 0
+    for _ in range(2000):
+        text = "".join(rng.choices("ab", k=rng.randint(1, 20)))
+        stops = ["".join(rng.choices("ab", k=rng.randint(1, 6))) for _ in range(rng.randint(0, 4))]
+        choice = Choice(TOKENIZER, stops)
+        said = spoken(follow(choice, text))
+        # The first stop to be complete decides; of those complete at once, the one that begins first.
+        ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+        assert said == (text[: min(ends)[1]] if ends else text), (text, stops)
+        num_stopped += bool(ends)
+        assert choice.finish == "stop"
+    assert 500 < num_stopped < 1900
+
+
+def test_nothing_of_a_stop_string_is_shown_early() -> None:
+    choice = Choice(TOKENIZER, ["END", "N!"])
+    shown = [spoken([some]) for some in follow(choice, "an EN. EN! more")]
+    assert shown == ["a", "n", " ", "", "", "EN.", " ", "", "", "E"]
+    unfinished = Choice(TOKENIZER, ["END"])
+    assert spoken(follow(unfinished, "an EN", "length")) == "an EN"
+    assert (choice.finish, unfinished.finish) == ("stop", "length")
+
+
+def test_tool_calls_are_deltas_of_their_own() -> None:
+    """What was held back for a stop string comes before the call."""
+    choice = Choice(TOKENIZER, ["END"])
+    for text, tool in (("an EN", None), ("", ("1+1", "2")), ("D", None), ("", ("8/0", None))):
+        choice.feed(Event(REQUEST, 0, 1, text, tool))
+    assert choice.take()[0] == [
+        {"content": "an EN"},
+        {"tool": {"expression": "1+1", "result": "2"}},
+        {"content": "D"},
+        {"tool": {"expression": "8/0", "result": None}},
+    ]
+    parts = [("text", "an EN"), ("python", "1+1"), ("python_output", "2"), ("text", "D")]
+    assert choice.shown.parts == [{"type": k, "text": t} for k, t in [*parts, ("python", "8/0")]]
+
+
+def test_logprobs_come_with_their_text() -> None:
+    """A token's entry waits as long as its text, be it for a stop string or for the rest of a character."""
+    choice = Choice(TOKENIZER, ["END"], top_logprobs=2)
+    shown = []
+    for token, text in [
+        *zip(b"aE\xc3\xa9", ("a", "E", "", "é"), strict=True),
+        *zip(b"END", "END", strict=True),
+    ]:
+        pairs = [(token, -0.5), (66, -1.0), (67, float("-inf")), (68, -3.0)]
+        choice.feed(Event(REQUEST, token, 1, text, None, pairs))
+        deltas, logprobs = choice.take()
+        entries = logprobs["content"] if logprobs else []
+        shown.append((spoken([deltas]), [entry["bytes"][0] for entry in entries]))
+        for entry in entries:
+            assert entry["logprob"] == -0.5
+            likeliest = [(top["token"], top["logprob"]) for top in entry["top_logprobs"]]
+            assert likeliest == [("B", -1.0), ("C", -9999.0)]
+    assert shown == [
+        ("a", [97]), ("", []), ("", []), ("Eé", [69, 195, 169]), ("", []), ("", []), ("", []),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stream_usage", [True, False])
+def test_a_stream_in_openais_shape(stream_usage: bool) -> None:
+    options = {"include_usage": stream_usage}
+    body = ChatRequest.model_validate(
+        {"messages": HELLO, "n": 2, "stream": True, "stream_options": options}
+    )
+    completion = Completion("m", body, TOKENIZER, num_prompt_tokens=7)
+    data = completion.begin()
+    for text, finish in (("x", None), ("y", "length")):
+        for choice in completion.choices:
+            choice.feed(Event(REQUEST, ord(text), 1, text, finish=finish))
+        data += completion.news()
+    data += completion.news() + completion.end({"queue_seconds": 0.5})
+    events = data.decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+    assert len({(chunk["id"], chunk["created"], chunk["object"]) for chunk in chunks}) == 1
+    last = chunks.pop() if stream_usage else {}
+    assert last.get("usage") == (
+        {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11} if stream_usage else None
+    )
+    assert all(("usage" in chunk) == stream_usage and not chunk.get("usage") for chunk in chunks)
+    for index in (0, 1):
+        mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
+        deltas = [c["delta"] for c in mine]
+        assert deltas == [
+            {"role": "assistant", "content": ""}, {"content": "x"}, {"content": "y"}, {},
+        ]  # fmt: skip
+        assert [c["finish_reason"] for c in mine] == [None, None, None, "length"]

@@ -2,9 +2,9 @@
 
     python -m dev.bench.bpe_speed --data FOLDER            parquet shards with a column `text`
 
-Each run is a process of its own, and the two take turns, so that a busy machine hurts all alike. PyPI's
-package has the same module name; uv installs it into a temporary folder. Only the training is timed: the
-texts are in memory before. The bar: ours takes at most half the time of PyPI's.
+Each run is a process of its own, and the two take turns, so that a busy machine hurts both alike.
+PyPI's package has the same module name; uv installs it into a temporary folder. Only the training is
+timed: the texts are in memory before. The bar: ours takes at most half the time of PyPI's.
 """
 
 import json
@@ -16,12 +16,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
+from nanochat.common import run_script
 from nanochat.dataset import read_texts
 from nanochat.tokenizer import SPLIT_PATTERN
 
-PYPI_PACKAGE = "rustbpe==0.1.0"
 # Run with: texts as JSON, vocabulary size, pattern. Prints the seconds.
 TRAIN = """
 import json, sys, time
@@ -35,8 +33,6 @@ print(time.perf_counter() - begin)
 
 @dataclass
 class Config:
-    """Compare the speed of two BPE trainers."""
-
     data: Path  # a folder of parquet shards
     megabytes: float = 50.0  # of text to train on
     vocab_size: int = 32768  # of the tokenizers
@@ -44,36 +40,27 @@ class Config:
     num_runs: int = 3  # of each, interleaved
 
 
-def write_texts(data: Path, megabytes: float, path: Path) -> None:
-    """Write the first `megabytes` of text as a JSON list."""
-    texts: list[str] = []
-    num_bytes = 0
-    for text in read_texts(sorted(data.glob("*.parquet"))):
-        texts.append(text)
-        num_bytes += len(text.encode())
-        if num_bytes >= megabytes * 1e6:
-            break
-    path.write_text(json.dumps(texts))
-
-
 def main(cfg: Config) -> None:
     """Print the median seconds of both trainers, and their ratio."""
+    texts, num_bytes = [], 0
+    for text in read_texts(sorted(cfg.data.glob("*.parquet"))):
+        texts.append(text)
+        num_bytes += len(text.encode())
+        if num_bytes >= cfg.megabytes * 1e6:
+            break
     threads = str(cfg.num_threads)
-    environment = {**os.environ, "RUSTBPE_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
+    ours = {**os.environ, "RUSTBPE_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
     with tempfile.TemporaryDirectory() as folder:
-        packages = f"{folder}/packages"
-        install = ["uv", "pip", "install", "-q", "--python", sys.executable, "--target", packages]
-        subprocess.run([*install, PYPI_PACKAGE], check=True)
-        texts = Path(folder, "texts.json")
-        write_texts(cfg.data, cfg.megabytes, texts)
-        command = [sys.executable, "-c", TRAIN, texts, str(cfg.vocab_size), SPLIT_PATTERN]
-        trainers = {"PyPI": {**environment, "PYTHONPATH": packages}, "ours": environment}
-        seconds: dict[str, list[float]] = {name: [] for name in trainers}
+        install = ["uv", "pip", "install", "-q", "--python", sys.executable, "--target", folder]
+        subprocess.run([*install, "rustbpe==0.1.0"], check=True)
+        path = Path(folder, "texts.json")
+        path.write_text(json.dumps(texts))
+        command = [sys.executable, "-P", "-c", TRAIN, path, str(cfg.vocab_size), SPLIT_PATTERN]
+        environments = {"PyPI": {**ours, "PYTHONPATH": folder}, "ours": ours}
+        seconds: dict[str, list[float]] = {name: [] for name in environments}
         for _ in range(cfg.num_runs):
-            for name, env in trainers.items():
-                # In the temporary folder, so that no folder named rustbpe is nearer than the package.
-                printed = subprocess.check_output(command, env=env, cwd=folder)
-                seconds[name].append(float(printed))
+            for name, env in environments.items():
+                seconds[name].append(float(subprocess.check_output(command, env=env)))
     pypi = statistics.median(seconds["PyPI"])
     for name, runs in seconds.items():
         median = statistics.median(runs)
@@ -81,4 +68,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_script(main, Config)

@@ -1,30 +1,55 @@
-"""Training speed on whatever device there is: tok/s, MFU, peak memory, and where a step's time goes.
+"""Training speed on whatever device there is: tok/s, MFU, memory, and what a small model learns.
 
     python -m dev.bench.train_speed --depth 20 --device_batch_size 32
     python -m dev.bench.train_speed --depth 24 --device_batch_size 16 --fp8 --compile yes
     python -m dev.bench.train_speed --depth 4 --max_seq_len 512 --device_batch_size 8      # laptop
+    python -m dev.bench.train_speed --data_only --max_seq_len 512 --device_batch_size 8  # no model
+    python -m dev.bench.train_speed --learning FOLDER --threads 2  # bits per byte
 
-Trains a fresh model on the corpus and with the tokenizer prepared last. A first pass times whole steps as base_train
-makes them, without waiting for the device in between; a second one waits after each part, to share the time out.
+The first three time whole steps as base_train makes them, then the parts of a step, waiting for
+the device after each. --data_only times the loader alone; the bar is 1 M tokens/s on two cores. Both
+use the corpus and the tokenizer prepared last.
+
+--learning takes a folder of parquet shards, trains a tokenizer of 4,096 on 20 M characters, and
+with base_train one model per seed: depth 4, T = 512, 300 steps of 4,096 tokens. They are scored on
+the first 96 documents of the last shard, each cut to 1,000 characters and read alone. The bar on
+our 77 MB of English is 1.86 at 1.23 M tokens. Only the seconds of training steps count.
 """
 
+import math
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Literal
 
 import torch
 
-from nanochat import fp8
-from nanochat.checkpoint import build_model
-from nanochat.common import Runtime, peak_flops, run_script, set_up, synchronize, tokenizer_dir
+from nanochat import dataset, fp8
+from nanochat.checkpoint import build_model, load_model
+from nanochat.common import (
+    Runtime,
+    peak_flops,
+    run_dir,
+    run_script,
+    set_up,
+    synchronize,
+    tokenizer_dir,
+)
 from nanochat.dataloader import TextLoader
-from nanochat.dataset import find_corpus
+from nanochat.dataset import find_corpus, read_texts
 from nanochat.scaling import depth_to_config, flops_per_token, make_optimizer, memory_bytes
 from nanochat.tokenizer import Tokenizer
-from nanochat.trainer import Guard, compile_for_training
+from nanochat.trainer import Guard, compile_for_training, read_metrics
+from scripts import base_train, tok_train
+
+LEARNING_STEPS, SCORE_EVERY = 300, 100
+SCORED_DOCUMENTS, SCORED_CHARS = 96, 1000
 
 
 @dataclass
@@ -32,12 +57,24 @@ class Config:
     depth: int = 20  # layers
     device_batch_size: int = 32  # rows of a step
     max_seq_len: int = 2048  # tokens of a row
-    num_steps: int = 20  # of each pass, after the warm-up
+    num_steps: int = 20  # of each pass; three of whole steps and one of their parts
     num_warmup: int = 5  # steps that are not counted: compilation, caches
     fp8: bool = False  # 8-bit matmuls
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on a GPU
     device_type: str = ""  # cpu, cuda or mps; empty: the best there is
     dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
+    threads: int = 0  # of torch on a CPU; 0: as many as torch takes
+    data_only: bool = False  # time the loader alone
+    learning: Path | None = None  # a folder of parquet shards: measure what is learned of them
+    seeds: int = 3  # models of --learning, which differ in their initial weights
+    plain: bool = False  # of the first-generation architecture
+
+
+def make_loader(cfg: Config, device: torch.device) -> TextLoader:
+    """A loader of the corpus prepared last."""
+    tokenizer, shards = Tokenizer.load(tokenizer_dir()), find_corpus().train
+    sizes = {"num_rows": cfg.device_batch_size, "seq_len": cfg.max_seq_len}
+    return TextLoader(tokenizer, shards, **sizes, rank=0, world_size=1, device=device)
 
 
 class Trainer:
@@ -45,10 +82,9 @@ class Trainer:
 
     def __init__(self, cfg: Config, runtime: Runtime) -> None:
         self.device = runtime.device
-        tokenizer, shards = Tokenizer.load(tokenizer_dir()), find_corpus().train
-        sizes = (cfg.device_batch_size, cfg.max_seq_len)
-        self.loader = TextLoader(tokenizer, shards, *sizes, 0, 1, self.device, None)
-        self.config = depth_to_config(cfg.depth, tokenizer.vocab_size, cfg.max_seq_len)
+        self.loader = make_loader(cfg, self.device)
+        vocab_size = Tokenizer.load(tokenizer_dir()).vocab_size
+        self.config = depth_to_config(cfg.depth, vocab_size, cfg.max_seq_len)
         self.model = model = build_model(self.config, None, runtime, seed=0)
         self.linears = fp8.enable(model.blocks) if cfg.fp8 else []
         self.optimizer = make_optimizer(model, cfg.device_batch_size * cfg.max_seq_len, 1000)
@@ -90,12 +126,11 @@ class Trainer:
         return time.perf_counter() - begin
 
 
-def main(cfg: Config) -> None:
-    """Measure and print one table."""
-    runtime = set_up(cfg.device_type, cfg.dtype)
+def time_steps(cfg: Config, runtime: Runtime) -> None:
+    """Print the speed of whole steps, the share of each part, and on a GPU the memory."""
     trainer = Trainer(cfg, runtime)
     trainer.steps(cfg.num_warmup)
-    seconds = trainer.steps(cfg.num_steps) / cfg.num_steps
+    seconds = statistics.median(trainer.steps(cfg.num_steps) for _ in range(3)) / cfg.num_steps
     trainer.steps(cfg.num_steps, wait=True)
     trainer.loader.close()
     peak, source = peak_flops(runtime)
@@ -113,6 +148,89 @@ def main(cfg: Config) -> None:
         measured = torch.cuda.max_memory_allocated(runtime.device)
         planned = memory_bytes(trainer.config, cfg.device_batch_size)["total"]
         print(f"peak memory {measured / 2**30:.1f} GiB, planned {planned / 2**30:.1f} GiB")
+
+
+def time_data(cfg: Config) -> None:
+    """Print tokens per second, and per CPU second, which other processes disturb less."""
+    loader = make_loader(cfg, torch.device("cpu"))
+    next(loader)
+    speeds = []
+    for _ in range(5):
+        count, begin, cpu_begin = 0, time.perf_counter(), time.process_time()
+        while count < 2e6:
+            count += next(loader).inputs.numel()
+        seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
+        speeds.append((count / seconds / 1e6, count / cpu_seconds / 1e6))
+    loader.close()
+    by_clock, by_cpu = (statistics.median(own) for own in zip(*speeds, strict=True))
+    print(f"{by_clock:.2f} M tokens/s, {by_cpu:.2f} M per CPU second (medians of 5 times 2 M)")
+
+
+def learn(cfg: Config, runtime: Runtime) -> None:
+    """Print the score of each seed's model at every hundredth step, then the means."""
+    dataset.main(dataset.Config(source=cfg.learning))
+    tok_train.main(tok_train.Config(4096, max_chars=20_000_000, max_doc_chars=20_000_000))
+    held_out = islice(read_texts([find_corpus().val]), SCORED_DOCUMENTS)
+    documents = [text[:SCORED_CHARS] for text in held_out]
+    lines, last = ["seed  step    tokens  seconds     bpb"], []
+    for seed in range(cfg.seeds):
+        tag = f"seed{seed}"
+        base_train.main(
+            base_train.Config(
+                depth=4,
+                max_seq_len=512,
+                total_batch_size=4096,
+                device_batch_size=8,
+                seed=seed,
+                num_iterations=LEARNING_STEPS,
+                plain=cfg.plain,
+                device_type=cfg.device_type,
+                dtype=cfg.dtype,
+                model_tag=tag,
+                log_every=SCORE_EVERY,
+                eval_tokens=4096,
+                save_every=SCORE_EVERY,
+                keep_last=-1,
+            )  # fmt: skip
+        )
+        records = {record["step"]: record for record in read_metrics(run_dir("base", tag))}
+        bpb = math.nan
+        for step in range(SCORE_EVERY, LEARNING_STEPS + 1, SCORE_EVERY):
+            model, tokenizer, _ = load_model("base", tag, step, runtime, train=True)
+            bpb = score(model, tokenizer, documents, runtime.device)
+            tokens, seconds = records[step]["tokens"], records[step]["seconds"]
+            lines.append(f"{seed:4} {step:5} {tokens:9,} {seconds:8.1f} {bpb:7.3f}")
+        last.append(bpb)
+    print("\n".join(lines))
+    print(f"mean at the end: {statistics.mean(last):.4f} (worst {max(last):.4f})")
+
+
+@torch.inference_mode()
+def score(
+    model: torch.nn.Module, tokenizer: Tokenizer, documents: list[str], device: torch.device
+) -> float:
+    """Bits per byte of documents that are each read alone."""
+    nats = 0.0
+    for ids in tokenizer.encode_batch(documents):
+        row = torch.tensor([[tokenizer.bos_id, *ids]], device=device)
+        nats += float(model(row[:, :-1], row[:, 1:], reduction="sum"))
+    return nats / math.log(2) / sum(len(document.encode()) for document in documents)
+
+
+def main(cfg: Config) -> None:
+    """Measure what is asked for."""
+    runtime = set_up(cfg.device_type, cfg.dtype)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if cfg.learning:
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["NANOCHAT_BASE_DIR"] = folder
+            learn(cfg, runtime)
+        return
+    if cfg.data_only:
+        time_data(cfg)
+    else:
+        time_steps(cfg, runtime)
 
 
 if __name__ == "__main__":

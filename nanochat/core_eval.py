@@ -55,7 +55,7 @@ from nanochat.common import (
     print0,
     progress_bar,
 )
-from nanochat.dataloader import Batch, TextLoader
+from nanochat.dataloader import Batch, Loader, TextSource
 from nanochat.dataset import numbered_jsonl
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
@@ -113,8 +113,7 @@ def text_bpb(
     The rows of all ranks fix the packing, and so the figure; `rows` are read at a time.
     """
     seq_len = model.config.sequence_len
-    where = (runtime.rank, runtime.world_size, runtime.device)
-    loader = TextLoader(tokenizer, shards, num_rows, seq_len, *where, quiet=True)
+    loader = Loader(TextSource(tokenizer, shards, quiet=True), num_rows, seq_len, runtime)
     num_steps = max(1, num_tokens // (num_rows * seq_len))
     bpb = evaluate_bpb(model, loader, tokenizer.token_bytes(), num_steps, rows)
     loader.close()

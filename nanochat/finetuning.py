@@ -30,7 +30,7 @@ from nanochat.common import (
     set_up,
 )
 from nanochat.core_eval import evaluate_bpb
-from nanochat.dataloader import ChatLoader
+from nanochat.dataloader import ChatSource, Loader
 from nanochat.gpt import GPT
 from nanochat.scaling import lr_multiplier_at, make_optimizer
 from nanochat.tokenizer import Conversation, Tokenizer
@@ -86,10 +86,8 @@ def validate(
     `shape`: rows of all ranks, tokens of a row, rows of one pass on a device.
     """
     num_rows, seq_len, rows = shape
-    where = (runtime.rank, runtime.world_size, runtime.device)
-    loader = ChatLoader(
-        conversations, tokenizer, num_rows, seq_len, *where, num_epochs=None, quiet=True
-    )
+    source = ChatSource(tokenizer, conversations, num_epochs=None, quiet=True)
+    loader = Loader(source, num_rows, seq_len, runtime)
     num_steps = max(1, eval_tokens // (num_rows * seq_len))
     bpb = evaluate_bpb(model, loader, tokenizer.token_bytes(), num_steps, rows)
     loader.close()
@@ -113,21 +111,18 @@ def finetune(
             return None
         optimizer = make_optimizer(model, cfg.total_batch_size, 1, runtime.rank, runtime.world_size)
         state = run.restore(model, optimizer)
-        where = (runtime.rank, runtime.world_size, runtime.device)
         num_epochs = None if cfg.num_iterations > 0 else cfg.num_epochs
-        loader = ChatLoader(
-            train, tokenizer, num_rows, seq_len, *where, num_epochs, state, cfg.seed
-        )
+        source = ChatSource(tokenizer, train, num_epochs, cfg.seed)
+        loader = Loader(source, num_rows, seq_len, runtime, state)
         run.at_exit.callback(loader.close)
         compiled, run.rows = compile_for_training(
             model.train(), cfg.compile, choices, seq_len, run.guard
         )
         print0(f"{len(train):,} conversations, {num_rows} rows of {seq_len} tokens a step")
         run.begin(model, tokenizer)
-        loader_state, num_cropped = (lambda: state), 0
         while True:
             if run.step > 0 and run.due(cfg.save_every):
-                run.save(model, optimizer, loader_state)
+                run.save(model, optimizer, loader.state)
             if run.due(cfg.eval_every):
                 how_much = ((num_rows, seq_len, run.rows), cfg.eval_tokens, runtime)
                 run.note(val_bpb=validate(model, tokenizer, val, *how_much))
@@ -139,11 +134,10 @@ def finetune(
             optimizer.set_multipliers(multiplier, MOMENTUM, weight_decay=0.0)
             optimizer.step()
             optimizer.zero_grad()
-            progress = batch.progress if num_epochs else (run.step + 1) / cfg.num_iterations
+            progress = loader.progress if num_epochs else (run.step + 1) / cfg.num_iterations
             run.update(loss, multiplier, progress, cfg.total_batch_size)
-            loader_state, num_cropped = batch.state, batch.num_cropped
         run.finish()
-        cropped = all_reduce_sum(torch.tensor(num_cropped, device=runtime.device)).item()
+        cropped = all_reduce_sum(torch.tensor(loader.num_cropped, device=runtime.device)).item()
         return run.results() | {
             "from": meta["name"],
             "conversations": len(train),

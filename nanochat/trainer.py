@@ -34,7 +34,7 @@ checkpoints' writer and the guard against faults. After a signal the next `save`
         loader_state = run.restore(model, optimizer)
         run.begin(model, tokenizer)
         while True:
-            if run.step > 0 and run.due(cfg.save_every): run.save(model, optimizer, batch.state)
+            if run.step > 0 and run.due(cfg.save_every): run.save(model, optimizer, loader.state)
             if run.due(cfg.eval_every): run.note(val_bpb=...)
             if run.progress >= 1: break
             batch = run.fetch(loader)
@@ -88,7 +88,7 @@ from nanochat.common import (
     tokenizer_dir,
     write_file,
 )
-from nanochat.dataloader import Batch
+from nanochat.dataloader import Batch, Loader
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import flops_per_token, memory_bytes, parameter_counts
@@ -446,7 +446,7 @@ class TrainRun:
         self.stopping = 0  # the signal on which all ranks have agreed to stop
         self.rows: int = config.get("device_batch_size", 1)  # "auto": the trainer sets it
         self.optimizer: MuonAdamW | None = None
-        self.place: Callable[[], dict[str, Any]] | None = None  # of the batch fetched last
+        self.place: Callable[[], Any] | None = None  # of the batch fetched last
         self.metrics: MetricsFile | None = None
         self.flops_per_second_at_peak = self.flops_per_token = 1.0
         self.clock = self.window_seconds = self.wait_seconds = 0.0
@@ -504,11 +504,11 @@ class TrainRun:
         self.guard.watch()
         self.clock = time.perf_counter()
 
-    def fetch(self, loader: Any) -> Batch:
+    def fetch(self, loader: Loader) -> Batch:
         """The next batch; starts the step's clock and counts the wait for data."""
         self.start_clock()
         batch = next(loader)
-        self.place = batch.state
+        self.place = loader.state
         self.wait_seconds += time.perf_counter() - self.clock
         return batch
 

@@ -19,7 +19,7 @@ from nanochat import fp8
 from nanochat.checkpoint import build_model
 from nanochat.common import Count, Derived, Positive, Rows, Tag, print0, run_script, set_up
 from nanochat.core_eval import text_bpb
-from nanochat.dataloader import TextLoader
+from nanochat.dataloader import Loader, TextSource
 from nanochat.dataset import find_corpus
 from nanochat.engine import sample_texts
 from nanochat.optim import MuonAdamW
@@ -128,18 +128,18 @@ def main(cfg: Config) -> None:
         )
         state = run.restore(model, optimizer)
         linears = fp8.enable(model.blocks) if cfg.fp8 and fp8.is_there(runtime) else []
-        where = (runtime.rank, runtime.world_size, runtime.device)
-        loader = TextLoader(tokenizer, corpus.train, num_rows, cfg.max_seq_len, *where, state)
+        source = TextSource(tokenizer, corpus.train)
+        loader = Loader(source, num_rows, cfg.max_seq_len, runtime, state)
         run.at_exit.callback(loader.close)
         compiled, run.rows = compile_for_training(
             model, cfg.compile, choices, cfg.max_seq_len, run.guard
         )
         print0(f"corpus {corpus.name}; {num_steps:,} steps of {total_batch_size:,} tokens")
         run.begin(model, tokenizer)
-        loader_state, samples = (lambda: state), []
+        samples = []
         while True:
             if run.step > 0 and run.due(cfg.save_every):
-                run.save(model, optimizer, loader_state)
+                run.save(model, optimizer, loader.state)
             if run.due(cfg.eval_every):
                 how_much = (cfg.eval_tokens, run.rows, runtime, num_rows)
                 run.note(val_bpb=text_bpb(model, tokenizer, [corpus.val], *how_much))
@@ -152,7 +152,6 @@ def main(cfg: Config) -> None:
             loss = accumulate(compiled, batch, run.rows, runtime.world_size, optimizer=optimizer)
             multiplier = update(optimizer, linears, run.step, num_steps)
             run.update(loss, multiplier, (run.step + 1) / num_steps, total_batch_size)
-            loader_state = batch.state
         run.finish()
         write_section("base_train", "Base training", vars(cfg), run.results(), samples, run.seconds)
 

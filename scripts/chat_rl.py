@@ -152,7 +152,7 @@ def policy_batch(
         targets[row, : len(ids) - 1] = torch.where(mask[1:] == 1, ids[1:], IGNORED)
         weights[row] = advantage
     num_targets = int((targets != IGNORED).sum())
-    batch = Batch(inputs.to(device), targets.to(device), num_targets, 0, 0.0, dict)
+    batch = Batch(inputs.to(device), targets.to(device), num_targets)
     return batch, weights.to(device)
 
 

@@ -25,7 +25,7 @@ def model_and_batches(num: int) -> tuple[GPT, list[Batch]]:
     for _ in range(num):
         inputs = torch.randint(0, V, (3, 16), generator=generator)
         targets = torch.randint(-1, V, (3, 16), generator=generator)
-        batches.append(Batch(inputs, targets, 48, 0, 0.0, dict))
+        batches.append(Batch(inputs, targets, 48))
     return model, batches
 
 

@@ -33,7 +33,7 @@ def new_batch() -> Batch:
     ids = torch.randint(0, 50, (4, 9), generator=generator)
     targets = ids[:, 1:].clone()
     targets[0, :5] = targets[2, 3:] = targets[3] = -1  # rows of unequal weight, one of none
-    return Batch(ids[:, :-1], targets, int((targets >= 0).sum()), 0, 0.0, dict)
+    return Batch(ids[:, :-1], targets, int((targets >= 0).sum()))
 
 
 def gradients(model: GPT) -> dict[str, torch.Tensor]:

@@ -41,7 +41,7 @@ from nanochat.common import (
     synchronize,
     tokenizer_dir,
 )
-from nanochat.dataloader import TextLoader
+from nanochat.dataloader import Loader, TextSource
 from nanochat.dataset import find_corpus, read_texts
 from nanochat.scaling import depth_to_config, flops_per_token, make_optimizer, memory_bytes
 from nanochat.tokenizer import Tokenizer
@@ -70,11 +70,11 @@ class Config:
     plain: bool = False  # of the first-generation architecture
 
 
-def make_loader(cfg: Config, device: torch.device) -> TextLoader:
+def make_loader(cfg: Config, runtime: Runtime) -> Loader:
     """A loader of the corpus prepared last."""
     tokenizer, shards = Tokenizer.load(tokenizer_dir()), find_corpus().train
-    sizes = {"num_rows": cfg.device_batch_size, "seq_len": cfg.max_seq_len}
-    return TextLoader(tokenizer, shards, **sizes, rank=0, world_size=1, device=device)
+    source = TextSource(tokenizer, shards)
+    return Loader(source, cfg.device_batch_size, cfg.max_seq_len, runtime)
 
 
 class Trainer:
@@ -82,7 +82,7 @@ class Trainer:
 
     def __init__(self, cfg: Config, runtime: Runtime) -> None:
         self.device = runtime.device
-        self.loader = make_loader(cfg, self.device)
+        self.loader = make_loader(cfg, runtime)
         vocab_size = Tokenizer.load(tokenizer_dir()).vocab_size
         self.config = depth_to_config(cfg.depth, vocab_size, cfg.max_seq_len)
         self.model = model = build_model(self.config, None, runtime, seed=0)
@@ -152,7 +152,7 @@ def time_steps(cfg: Config, runtime: Runtime) -> None:
 
 def time_data(cfg: Config) -> None:
     """Print tokens per second, and per CPU second, which other processes disturb less."""
-    loader = make_loader(cfg, torch.device("cpu"))
+    loader = make_loader(cfg, set_up("cpu"))
     next(loader)
     speeds = []
     for _ in range(5):

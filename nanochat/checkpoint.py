@@ -33,7 +33,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import Runtime, UserError, base_dir, fsync_dir, print0, run_dir, write_file
+from nanochat.common import Runtime, UserError, base_dir, fsync, print0, run_dir, write_file
 from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import StateShard
@@ -213,7 +213,7 @@ def commit(partial: Path, final: Path) -> None:
     if final.exists():
         discard(final)
     partial.rename(final)
-    fsync_dir(final.parent)
+    fsync(final.parent)
 
 
 def discard(folder: Path) -> None:

@@ -88,9 +88,9 @@ def eval_bundle_dir() -> Path:
     return base_dir() / "eval_bundle"
 
 
-def fsync_dir(folder: Path) -> None:
-    """Make the names inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Make the content of a file, or the names inside a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -112,7 +112,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     except BaseException:
         Path(beside).unlink(missing_ok=True)
         raise
-    fsync_dir(path.parent)
+    fsync(path.parent)
 
 
 T = TypeVar("T")

@@ -49,7 +49,7 @@ from nanochat.common import (
     UserError,
     all_reduce_sum,
     eval_bundle_dir,
-    fsync_dir,
+    fsync,
     gather,
     own_part,
     print0,
@@ -383,7 +383,7 @@ def download(folder: Path) -> None:
                 with archive.open("wb") as file:
                     file.writelines(blocks)
             _unpack(archive, Path(beside) / "unpacked").rename(folder)
-        fsync_dir(folder.parent)
+        fsync(folder.parent)
     except (OSError, http.client.HTTPException, *DAMAGED_ZIP) as error:
         raise UserError(f"{URL} cannot be downloaded whole ({_line(error)}); {MEND}") from error
 

@@ -1,16 +1,17 @@
-"""A hub of data sets on the loopback address: as much of one as hf_hub_download asks for, with faults on demand."""
+"""A hub of data sets on the loopback address, for snapshot_download, with faults on demand."""
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
-Fault = Literal["", "cut", "longer", "error"]  # a transfer cut in the middle, a wrong length, a 500
+Fault = Literal["", "cut", "longer", "error"]  # a transfer cut half-way, a wrong length, a 500
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `files` of the data set `repo`; `fault` says what befalls the n-th download, from 0."""
+    """Serves `files` of the data set `repo`; `fault` says what befalls the n-th download."""
 
     def __init__(
         self, repo: str, files: dict[str, bytes], fault: Callable[[int], Fault] = lambda _: ""
@@ -18,6 +19,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.repo, self.files, self.fault = repo, files, fault
         self.gets: list[tuple[str, str]] = []  # (file, range asked for)
+        self.revision = "0" * 40  # a new one when `files` change: the client keeps what it was told
         self.address = f"http://127.0.0.1:{self.server_port}"
 
     @contextmanager
@@ -38,41 +40,44 @@ class HubHandler(BaseHTTPRequestHandler):
         """Quiet."""
 
     def do_HEAD(self) -> None:
-        self.answer(body=False)
+        self.do_GET()
 
     def do_GET(self) -> None:
-        self.answer(body=True)
+        hub, path = self.server, self.path.split("?")[0]
+        name = path.rsplit("/", 1)[-1]
+        api = f"/api/datasets/{hub.repo}"
+        if path == api:
+            self.send(200, json.dumps({"id": hub.repo, "sha": hub.revision}).encode())
+        elif path == f"{api}/tree/{hub.revision}":
+            sizes = {name: len(data) for name, data in hub.files.items()}
+            tree = [{"type": "file", "path": n, "size": sizes[n], "oid": n} for n in sizes]
+            self.send(200, json.dumps(tree).encode())
+        elif path == f"/datasets/{hub.repo}/resolve/{hub.revision}/{name}" and name in hub.files:
+            self.send_file(name, hub.files[name])
+        else:
+            self.send(404)
 
-    def answer(self, body: bool) -> None:
-        hub = self.server
-        name = self.path.rsplit("/", 1)[-1]
-        data = hub.files.get(name)
-        if data is None or self.path != f"/datasets/{hub.repo}/resolve/main/{name}":
-            self.refuse(404)
-            return
-        asked = self.headers.get("Range", "")
-        fault = ""
-        if body:
+    def send_file(self, name: str, data: bytes) -> None:
+        hub, asked, fault = self.server, self.headers.get("Range", ""), ""
+        if self.command == "GET":
             fault = hub.fault(len(hub.gets))
             hub.gets.append((name, asked))
         if fault == "error":
-            self.refuse(500)
+            self.send(500)
             return
         start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
-        self.send_response(206 if asked else 200)
+        headers = {"ETag": f'"{name}"', "X-Repo-Commit": hub.revision}
         if asked:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.send_header("Content-Length", str(len(data) - start + 7 * (fault == "longer")))
-        self.send_header("ETag", f'"{name}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.end_headers()
-        if body:
-            self.wfile.write(data[start : len(data) // 2 if fault == "cut" else None])
-            self.close_connection = True
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        headers["Content-Length"] = str(len(data) - start + 7 * (fault == "longer"))
+        sent = data[start : len(data) // 2 if fault == "cut" else None]
+        self.send(206 if asked else 200, sent, headers)
+        self.close_connection = True
 
-    def refuse(self, status: int) -> None:
+    def send(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        if status == 404:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.send_header("Content-Length", "0")
+        for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
+            self.send_header(name, value)
         self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)

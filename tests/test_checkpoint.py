@@ -216,7 +216,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert checkpoint.list_steps(run) == [2, 3]
 
 
-@pytest.mark.parametrize("refusing", ["write_tensors", "write_file", "fsync_dir", "file_digest"])
+@pytest.mark.parametrize("refusing", ["write_tensors", "write_file", "fsync", "file_digest"])
 def test_a_disk_that_refuses_is_told_by_the_next_save(
     run: Path, monkeypatch: pytest.MonkeyPatch, refusing: str
 ) -> None:

@@ -1,28 +1,43 @@
-"""Corpora appear whole, are reused when complete, and are downloaded from a hub (here a local one)."""
+"""Corpora appear whole, are read back from any position, and come from a hub (here a local one)."""
 
+import json
 import os
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import primer
 from nanochat import dataset
-from nanochat.common import UserError, corpora_dir
-from nanochat.dataset import Config, PublicCorpus, find_corpus, main, read_texts
-from tests.hub import Hub
+from nanochat.common import UserError
+from nanochat.dataset import (
+    DOCUMENT_CHARS,
+    Config,
+    check_shard,
+    find_corpus,
+    hold_out,
+    is_whole,
+    list_files,
+    main,
+    read_documents,
+    read_texts,
+    write_shards,
+)
+from tests.hub import Fault, Hub
 
 
 @pytest.fixture(autouse=True)
-def base(tmp_path: Path, monkeypatch) -> Path:
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     return tmp_path / "base" / "base_data"
 
 
-def parquet(*texts: str) -> bytes:
+def parquet(*texts: str | None, **options) -> bytes:
     buffer = BytesIO()
-    pq.write_table(pa.table({"text": list(texts)}), buffer)
+    pq.write_table(pa.table({"text": list(texts)}), buffer, **options)
     return buffer.getvalue()
 
 
@@ -31,6 +46,164 @@ def folder_of(path: Path, files: dict[str, bytes]) -> Path:
     for name, data in files.items():
         (path / name).write_bytes(data)
     return path
+
+
+# Shards
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> tuple[list[Path], list[str]]:
+    """Three shards of ten documents in row groups of four, four and two."""
+    texts = [f"document {i}" for i in range(30)]
+    files = {f"{k}": parquet(*texts[10 * k : 10 * k + 10], row_group_size=4) for k in range(3)}
+    folder = folder_of(tmp_path / "many", files)
+    return [folder / name for name in files], texts
+
+
+def test_every_starting_position_gives_the_rest(many: tuple[list[Path], list[str]]):
+    paths, texts = many
+    for skip in range(32):
+        assert list(read_texts(paths, skip)) == texts[skip:]
+
+
+def test_skipped_shards_and_row_groups_are_not_decoded(many, monkeypatch: pytest.MonkeyPatch):
+    paths, texts = many
+    decoded = []
+    original = pq.ParquetFile.iter_batches
+
+    def noting(self, *args, **kwargs):
+        decoded.append(kwargs["row_groups"])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", noting)
+    assert list(islice(read_texts(paths, 18), 2)) == texts[18:20]
+    assert decoded == [[2]], "one row group: the last of the second shard"
+
+
+def test_other_columns_nulls_and_large_strings(tmp_path: Path):
+    texts = pa.array(["a", None, "ü"], pa.large_string())
+    pq.write_table(pa.table({"id": [1, 2, 3], "text": texts}), tmp_path / "x.parquet")
+    assert list(read_texts([tmp_path / "x.parquet"])) == ["a", "", "ü"]
+
+
+def test_written_shards_have_zstd_bounded_row_groups_and_validation_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def row_groups(path: Path) -> list[int]:
+        meta = pq.read_metadata(path)
+        assert meta.row_group(0).column(0).compression == "ZSTD"
+        return [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+
+    documents = [(f"{i} " + "x" * (i % 7), i % 2500 == 1) for i in range(2502)]
+    write_shards(documents, tmp_path)
+    train, val = sorted(tmp_path.iterdir())
+    assert (train.name, val.name) == ("shard_00000.parquet", "shard_00001.parquet")
+    assert row_groups(train) == [1024, 1024, 452]
+    assert list(read_texts([train])) == [text for text, is_val in documents if not is_val]
+    assert list(read_texts([val])) == [documents[1][0], documents[2501][0]]
+
+    monkeypatch.setattr(dataset, "ROW_GROUP_CHARS", 50)
+    monkeypatch.setattr(dataset, "SHARD_CHARS", 120)
+    write_shards([("y" * 30, i == 0) for i in range(8)], tmp_path)
+    files = sorted(tmp_path.iterdir())
+    assert [row_groups(file) for file in files] == [[2, 2], [2, 1], [1]]
+
+
+def test_bad_shards_are_named(tmp_path: Path):
+    texts = [f"text {i}" * 9 for i in range(1000)]
+    data = parquet(*texts, compression="zstd")
+    files = {"whole": data, "cut": data[:-100], "rot": data[:4] + b"\xff" * 396 + data[400:]}
+    folder = folder_of(tmp_path / "bad", files | {"empty": parquet()})
+    pq.write_table(pa.table({"content": ["x"]}), folder / "schema")
+    pq.write_table(pa.table({"text": [1, 2]}), folder / "numbers")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "empty")
+    cases = {
+        "cut": "no whole parquet file",
+        "missing": "no whole parquet file",
+        "schema": "no column `text` of strings .it has content: string.",
+        "numbers": "no column `text` of strings .it has text: int64.",
+        "empty": "holds no documents",
+    }
+    for name, complaint in cases.items():
+        for action in (check_shard, lambda path: list(read_texts([folder / "whole", path]))):
+            with pytest.raises(UserError, match=f"{name} .*{complaint}") as caught:
+                action(folder / name)
+            assert "\n" not in str(caught.value)
+            assert "python -m nanochat.dataset" in str(caught.value)
+        assert not is_whole(folder / name)
+    assert check_shard(folder / "whole") == 1000
+    with pytest.raises(UserError, match="rot is damaged"):
+        list(read_texts([folder / "rot"]))
+
+
+# A user's own files
+
+
+def test_a_text_file_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path: Path):
+    paragraph = "word " * 150 + "end.\n\n"
+    book = paragraph * 400
+    (tmp_path / "book.txt").write_text(book)
+    documents = list(read_documents([tmp_path / "book.txt"]))
+    assert "".join(documents) == book
+    assert max(map(len, documents)) <= DOCUMENT_CHARS
+    assert all(document.endswith("end.\n\n") for document in documents)
+    assert len(documents) <= len(book) / (DOCUMENT_CHARS - len(paragraph)) + 1
+
+
+@pytest.mark.parametrize("unit", ["line of words\n", "word ", "x", "\n", "\n\n\n", "é\n\n "])
+def test_cutting_any_text_loses_nothing(tmp_path: Path, unit: str):
+    text = "start" + unit * (3 * DOCUMENT_CHARS // len(unit) + 7) + "end"
+    (tmp_path / "a.txt").write_text(text)
+    documents = list(read_documents([tmp_path / "a.txt"]))
+    assert "".join(documents).replace("\n", "") in text.replace("\n", "")
+    assert "".join("".join(documents).split()) == "".join(text.split())
+    assert max(map(len, documents)) <= DOCUMENT_CHARS
+
+
+def test_all_kinds_in_name_order_with_numbers_as_numbers(tmp_path: Path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "part10.txt").write_text("ten")
+    (tmp_path / "part2.txt").write_bytes(b"\xef\xbb\xbftwo\r\nlines")
+    rows = [{"text": "j0"}, {"text": " "}, {"text": "half \ud800 \U0001f600", "other": 1}]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "sub" / "a.jsonl").write_text("\n".join([lines[0], "", *lines[1:]]))
+    (tmp_path / "z.parquet").write_bytes(parquet("p0", "", "p1"))
+    (tmp_path / "README.md").write_text("not a document")
+    documents = list(read_documents(list_files(tmp_path)))
+    assert documents == ["two\nlines", "ten", "j0", "half \ufffd \U0001f600", "p0", "p1"]
+    assert list_files(tmp_path / "part2.txt") == [tmp_path / "part2.txt"]
+
+
+@pytest.mark.parametrize("line", ["no JSON", "[1]", '{"body": "x"}', '{"text": 3}', "null"])
+def test_a_bad_line_is_named(tmp_path: Path, line: str):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "good"}}\n{line}\n')
+    with pytest.raises(UserError, match="a.jsonl, line 2: (not JSON|expected a JSON object)"):
+        list(read_documents([tmp_path / "a.jsonl"]))
+
+
+@pytest.mark.parametrize("name", ["latin.txt", "latin.jsonl"])
+def test_files_that_cannot_be_read_are_named(tmp_path: Path, name: str):
+    (tmp_path / name).write_bytes("été".encode("latin-1"))
+    with pytest.raises(UserError, match=f"{name}.* UTF-8"):
+        list(read_documents(list_files(tmp_path)))
+
+
+def test_hold_out_marks_one_in_twenty_and_loses_nothing():
+    texts = [str(i) for i in range(100)]
+    marked = list(hold_out(iter(texts), Path("x")))
+    assert [text for text, _ in marked] == texts
+    assert [text for text, is_val in marked if is_val] == ["1", "21", "41", "61", "81"]
+
+
+def test_hold_out_cuts_a_single_document_in_two():
+    halves = list(hold_out(iter(["one two\nthree four"]), Path("x")))
+    assert halves == [("one two\n", False), ("three four", True)]
+    for texts in ([], ["x"]):
+        with pytest.raises(UserError, match="--from=x: too little text"):
+            list(hold_out(iter(texts), Path("x")))
+
+
+# Corpora
 
 
 def test_parquet_folder_is_taken_as_it_is(tmp_path: Path, base: Path, capsys):
@@ -74,8 +247,7 @@ def test_texts_become_two_shards_at_least(tmp_path: Path):
     train = list(read_texts(corpus.train))
     assert train == [f"text {i}" for i in range(40) if i not in (1, 21)]
 
-    single = folder_of(tmp_path / "single", {"only.parquet": parquet("x", "y", "z")})
-    main(Config(source=single))
+    main(Config(source=folder_of(tmp_path / "single", {"only.parquet": parquet("x", "y", "z")})))
     corpus = find_corpus()
     assert list(read_texts(corpus.train)) == ["x", "z"]
     assert list(read_texts([corpus.val])) == ["y"]
@@ -104,20 +276,27 @@ def test_reserved_and_odd_names_are_refused(tmp_path: Path, name: str):
         main(Config(source=source, name=name))
 
 
-def test_no_corpus_says_what_to_run(tmp_path: Path, base: Path):
+def test_what_is_not_there_is_told(tmp_path: Path):
     for name in ("", "books"):
         with pytest.raises(UserError, match="run `python -m nanochat.dataset"):
             find_corpus(name)
-    main(Config(source=folder_of(tmp_path / "mine", {"a.txt": b"one two"})))
+    mine = folder_of(tmp_path / "mine", {"a.txt": b"one two"})
+    main(Config(source=mine))
     with pytest.raises(UserError, match="no corpus --data=books .*there are mine"):
         find_corpus("books")
     with pytest.raises(UserError, match="--name goes with --from"):
         main(Config(name="x"))
+    with pytest.raises(UserError, match="no such file or folder"):
+        main(Config(source=tmp_path / "typo"))
+    (mine / "a.txt").rename(mine / "a.md")
+    with pytest.raises(UserError, match="found no .parquet, .txt or .jsonl"):
+        main(Config(source=mine))
+    for num_shards in (0, -2, 6543):
+        with pytest.raises(UserError, match="climbmix has 1 to 6542 training shards"):
+            main(Config(num_shards=num_shards))
 
 
 def test_primer_corpus_holds_the_primers_documents(capsys):
-    import primer
-
     main(Config(corpus="primer", num_documents=50))
     corpus = find_corpus()
     assert corpus.name == "primer"
@@ -129,15 +308,17 @@ def test_primer_corpus_holds_the_primers_documents(capsys):
     assert len(list(read_texts(find_corpus().train))) == 20
 
 
+# A public corpus
+
 REPO = "someone/tiny-shuffle"
 SHARDS = {f"shard_{i:05d}.parquet": parquet(*(f"{i}:{k}" for k in range(5000))) for i in range(5)}
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch: pytest.MonkeyPatch):
     """A tiny public corpus on a local hub, found through HF_ENDPOINT."""
     monkeypatch.setattr(dataset, "RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(dataset, "PUBLIC", {"climbmix": PublicCorpus(REPO, 5, "CC-TEST 1.0")})
+    monkeypatch.setattr(dataset, "PUBLIC", {"climbmix": (REPO, 5, "CC-TEST 1.0")})
     with Hub(REPO, dict(SHARDS)).serving() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.address)
         yield server
@@ -149,12 +330,10 @@ def test_download_takes_the_validation_shard_and_only_what_is_missing(hub: Hub, 
     corpus = find_corpus()
     assert [path.name for path in corpus.train] == ["shard_00000.parquet", "shard_00001.parquet"]
     assert corpus.val.name == "shard_00004.parquet"
-    for path in [*corpus.train, corpus.val]:
-        assert path.read_bytes() == SHARDS[path.name]
+    shards = [*corpus.train, corpus.val]
+    assert all(path.read_bytes() == SHARDS[path.name] for path in shards)
     assert hub.gets[0][0] == "shard_00004.parquet", "first, so that it is the last of any part"
-    assert sorted(os.listdir(base / "climbmix")) == sorted(
-        p.name for p in [*corpus.train, corpus.val]
-    )
+    assert sorted(os.listdir(base / "climbmix")) == sorted(path.name for path in shards)
 
     hub.gets.clear()
     main(Config(num_shards=2))
@@ -166,10 +345,12 @@ def test_download_takes_the_validation_shard_and_only_what_is_missing(hub: Hub, 
     assert corpus.train[1].read_bytes() == SHARDS["shard_00001.parquet"]
 
 
-def test_a_broken_transfer_is_continued(hub: Hub, monkeypatch):
+def test_errors_wrong_lengths_and_broken_transfers_are_mended(hub: Hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
-    hub.fault = lambda number: "cut" if number == 0 else ""
-    main(Config(num_shards=1))
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+    faults: list[Fault] = ["cut", "", "error", "longer", "error"]
+    hub.fault = lambda number: faults[number] if number < len(faults) else ""
+    main(Config(num_shards=2, num_workers=1))
     corpus = find_corpus()
     for path in [*corpus.train, corpus.val]:
         assert path.read_bytes() == SHARDS[path.name]
@@ -178,30 +359,28 @@ def test_a_broken_transfer_is_continued(hub: Hub, monkeypatch):
         ("shard_00004.parquet", ""),
         ("shard_00004.parquet", f"bytes={half // 1000 * 1000}-"),
     ]
+    assert len(hub.gets) > len(faults), "each fault was met"
 
 
 def test_a_failed_download_is_one_line_and_keeps_what_arrived(hub: Hub, base: Path):
     del hub.files["shard_00001.parquet"]
-    with pytest.raises(UserError, match="shard_00001.parquet of someone/tiny-shuffle") as caught:
-        main(Config(num_shards=2, num_workers=1))
-    assert "\n" not in str(caught.value)
-    assert "HF_ENDPOINT" in str(caught.value)
+    hub.files["shard_00002.parquet"] = b"<html>blocked</html>"
+    where = f"{REPO} could not be downloaded from {hub.address}"
+    for num_shards in (2, 3):
+        with pytest.raises(UserError, match=f"shard_00001.parquet of {where}") as caught:
+            main(Config(num_shards=num_shards, num_workers=1))
+        assert "\n" not in str(caught.value)
+        assert "HF_ENDPOINT" in str(caught.value)
     assert not (base / "current").exists()
-    hub.files = dict(SHARDS)
+    arrived = sorted(path.name for path in (base / "climbmix").glob("*.parquet"))
+    assert arrived == ["shard_00000.parquet", "shard_00004.parquet"]
+    hub.files, hub.revision = dict(SHARDS), "1" * 40
     hub.gets.clear()
-    main(Config(num_shards=2))
-    assert [name for name, _ in hub.gets] == ["shard_00001.parquet"]
+    main(Config(num_shards=3))
+    assert sorted(name for name, _ in hub.gets) == ["shard_00001.parquet", "shard_00002.parquet"]
 
 
-def test_a_shard_that_is_no_parquet_never_lands(hub: Hub, base: Path):
-    hub.files["shard_00000.parquet"] = b"<html>blocked</html>"
-    with pytest.raises(UserError, match="shard_00000.parquet .*no whole parquet file"):
+def test_a_hub_out_of_reach_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="127.0.0.1:9 .*[Rr]efused"):
         main(Config(num_shards=1))
-    assert [path.name for path in (base / "climbmix").glob("*.parquet")] == ["shard_00004.parquet"]
-    assert corpora_dir() == base
-
-
-def test_the_number_of_shards_is_checked():
-    for num_shards in (0, -2, 6543):
-        with pytest.raises(UserError, match="climbmix has 1 to 6542 training shards"):
-            main(Config(num_shards=num_shards))

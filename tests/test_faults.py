@@ -88,7 +88,7 @@ def die_inside_a_save(number: int) -> None:
 
         return dying
 
-    for name in ("save_file", "write_file", "fsync_dir", "file_digest", "commit", "discard"):
+    for name in ("save_file", "write_file", "fsync", "file_digest", "commit", "discard"):
         setattr(checkpoint, name, before(getattr(checkpoint, name)))
 
 

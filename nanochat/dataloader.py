@@ -211,7 +211,7 @@ class Packer:
         world_size: int,
         state: dict[str, Any] | None,
     ) -> None:
-        """Raises UserError when the rows do not divide among the ranks or `state` does not match."""
+        """Raises UserError when the rows do not divide or the state is of another stream."""
         if num_rows < 1 or num_rows % world_size:
             raise UserError(
                 f"a batch of {num_rows} rows does not divide among {world_size} ranks; "
@@ -357,8 +357,10 @@ class Loader:
         Raises UserError when the rows do not divide or the state does not match.
         """
         self.device, self.world_size, self.total = runtime.device, runtime.world_size, source.total
-        ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
-        self.packer = Packer(source, num_rows, seq_len, **ranks, state=state)
+        self.packer = Packer(
+            source, num_rows, seq_len,
+            rank=runtime.rank, world_size=runtime.world_size, state=state,
+        )  # fmt: skip
         self.state: Callable[[], dict[str, Any] | None] = lambda: state
         self.num_cropped = 0
         num_finished = sum(lane["finished"] for lane in state["lanes"]) if state else 0

@@ -1,35 +1,16 @@
-"""Text to token ids and back; conversations to ids and a loss mask. The only file that spells a special token.
+"""Text to token ids and back, conversations to ids and a loss mask. Special tokens live here alone.
 
-Text to token ids and back: rustbpe trains the merges, tiktoken encodes with them.
+Byte-level BPE: rustbpe trains the merges, tiktoken encodes with them. The 256 bytes are the first
+tokens, each merge adds one, and special tokens come last; text never gives one, even where it
+spells one. A lone surrogate, which a Python string may hold, becomes the three bytes that UTF-8
+would give it, so decode(encode(text)) == text for every str. A tokenizer is one JSON file.
 
-Byte-level BPE: the 256 bytes are the first tokens, so that every text can be encoded; each merge adds one;
-special tokens come last and are never produced from text, even where a text spells one. The split pattern
-is GPT-4's, with numbers cut to at most two digits, which spends less of a small vocabulary on them. A
-tokenizer is one JSON file, hence whole or absent, with the pattern and a checksum over the tokens.
+    python -m nanochat.tokenizer --file=chats.jsonl --index=3 --tokenizer=sft/d20
 
-The choice that would surprise: a lone surrogate, which no UTF-8 text can hold but a Python string can, is
-encoded as the three bytes that UTF-8 would give it, so that decode(encode(text)) == text for every str.
+shows a conversation as the model of a run sees it.
 
-Sources: Sennrich et al. 2016 (arXiv 1508.07909); the GPT-4 pattern is `cl100k_base` of tiktoken.
-
-A conversation becomes token ids and a loss mask; the only file that spells a special token.
-
-A conversation is {"messages": [{"role": ..., "content": ...}, ...]}: an optional system message, then user
-and assistant in turns. Content is a string; an assistant's may be a list of parts, each
-{"type": "text" | "python" | "python_output", "text": ...}. It is rendered as
-
-    <|bos|> <|user_start|> question <|user_end|>
-    <|assistant_start|> text <|python_start|> code <|python_end|> <|output_start|> result <|output_end|>
-    text <|assistant_end|> ...
-
-without the spaces and line breaks shown here. The mask is 1 on what the assistant itself says (text, code,
-the marks of code, the end of its turn) and 0 on everything else: questions, and what the tool printed.
-
-The choice that would surprise: there is no system token; a system message is put before the first
-question, two line breaks between them, as a small model learns one role less.
-
-`python -m nanochat.tokenizer --file=chats.jsonl --index=3 --tokenizer=sft/d20` shows a conversation as
-the model sees it.
+Sources: Sennrich et al. 2016 (arXiv 1508.07909); the split pattern is GPT-4's (`cl100k_base` of
+tiktoken), with numbers cut to at most two digits, which takes less of a small vocabulary.
 """
 
 import base64
@@ -43,7 +24,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, NamedTuple
 
 import tiktoken
 
@@ -54,7 +35,7 @@ SPLIT_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 FILE_NAME = "tokenizer.json"
-# tiktoken's regex engine backtracks over blanks and panics (StackOverflow) at 0.1 to 1 million of them.
+# tiktoken's regex engine backtracks over blanks: its stack overflows at 0.1 to 1 million of them.
 MAX_BLANKS = 50_000
 # What tiktoken cannot take as it is: lone surrogates, very long runs of blanks.
 ODD = re.compile(rf"[\ud800-\udfff]+|(?<!\s)\s{{{MAX_BLANKS},}}")
@@ -64,7 +45,7 @@ class Tokenizer:
     """Encodes and decodes with one trained vocabulary; safe to use from many threads."""
 
     def __init__(self, tokens: Sequence[bytes], specials: Sequence[str], pattern: str) -> None:
-        """`tokens[i]` are the bytes of id i, in the order of the merges; `specials` get the ids after."""
+        """`tokens[i]` are the bytes of id i, in the order of the merges; `specials` come after."""
         self.pattern = pattern
         self.specials = {name: len(tokens) + i for i, name in enumerate(specials)}
         self.vocab_size = len(tokens) + len(specials)
@@ -77,7 +58,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, specials: Sequence[str]) -> "Tokenizer":
-        """A tokenizer of `vocab_size` ids, specials included; fewer where the texts hold no more merges."""
+        """A tokenizer of `vocab_size` ids, specials included; fewer if the texts hold no more."""
         import rustbpe  # here, so that loading a tokenizer does without the compiled extension
 
         smallest = 256 + len(specials)
@@ -86,7 +67,7 @@ class Tokenizer:
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(iter(texts), vocab_size - len(specials), pattern=SPLIT_PATTERN)
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
-        # Two merges may spell the same bytes; an id for each would leave one that decodes to nothing.
+        # Two merges may spell the same bytes; of two ids for them, one would decode to nothing.
         tokens = list(dict.fromkeys(bytes(token) for token, _ in ranks))
         return cls(tokens, specials, trainer.get_pattern())
 
@@ -128,15 +109,13 @@ class Tokenizer:
         ids, start = [], 0
         for odd in ODD.finditer(text):
             ids += self._encoding.encode_ordinary(text[start : odd.start()])
-            ids += self._encode_odd(odd[0])
             start = odd.end()
+            if odd[0].isspace():
+                for i in range(0, len(odd[0]), MAX_BLANKS):
+                    ids += self._encoding.encode_ordinary(odd[0][i : i + MAX_BLANKS])
+            else:
+                ids += [self._byte_ids[byte] for byte in odd[0].encode("utf-8", "surrogatepass")]
         return ids + self._encoding.encode_ordinary(text[start:])
-
-    def _encode_odd(self, text: str) -> list[int]:
-        if not text.isspace():
-            return [self._byte_ids[byte] for byte in text.encode("utf-8", "surrogatepass")]
-        cuts = range(0, len(text), MAX_BLANKS)
-        return [id for i in cuts for id in self._encoding.encode_ordinary(text[i : i + MAX_BLANKS])]
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 2) -> list[list[int]]:
         """The ids of each text, encoded in parallel: tiktoken works without the GIL."""
@@ -156,7 +135,7 @@ class Tokenizer:
         return self._encoding.decode_bytes(ids)
 
     def token_bytes(self) -> list[int]:
-        """For each id the number of raw bytes it stands for, 0 for specials; bits per byte needs it."""
+        """For each id the number of raw bytes it stands for, 0 for specials."""
         return [len(token) for token in self._tokens] + [0] * len(self.specials)
 
 
@@ -173,36 +152,28 @@ def _checksum(saved: dict) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-SPECIAL_TOKENS = (
-    "<|bos|>",  # starts every document and every conversation
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-    "<|assistant_end|>",
-    "<|python_start|>",  # the assistant calls the tool
-    "<|python_end|>",
-    "<|output_start|>",  # the tool answers
-    "<|output_end|>",
-)
-PART_TYPES = ("text", "python", "python_output")
-GREEN, GREY, RESET = "\033[32m", "\033[90m", "\033[0m"
-
+# {"messages": [{"role": ..., "content": ...}, ...]}: a system message if need be, then user and
+# assistant in turns. Content is a string; an assistant's may be a list of parts, each
+# {"type": one of PART_TYPES, "text": ...}.
 Conversation = dict[str, Any]
+PART_TYPES = ("text", "python", "python_output")
 
 
-@dataclass(frozen=True)
-class ChatTokens:
-    """The ids of the special tokens, in the order of SPECIAL_TOKENS."""
+class ChatTokens(NamedTuple):
+    """The ids of the special tokens."""
 
-    bos: int
+    bos: int  # starts every document and conversation
     user_start: int
     user_end: int
     assistant_start: int
     assistant_end: int
-    python_start: int
+    python_start: int  # the assistant calls a tool
     python_end: int
-    output_start: int
+    output_start: int  # the tool answers
     output_end: int
+
+
+SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in ChatTokens._fields)
 
 
 def chat_tokens(tokenizer: Tokenizer) -> ChatTokens:
@@ -214,7 +185,7 @@ def chat_tokens(tokenizer: Tokenizer) -> ChatTokens:
 
 
 def check_conversation(conversation: Conversation) -> None:
-    """Raises UserError, naming the message that is wrong, unless the conversation can be rendered."""
+    """Raises UserError, naming the message that is wrong, when it cannot be rendered."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise UserError('a conversation needs "messages": a list of at least one user message')
@@ -239,84 +210,82 @@ def _check_content(i: int, role: object, content: object) -> None:
         allowed = "a string or a list of parts" if role == "assistant" else "a string"
         raise UserError(f"message {i} (role {role!r}): content must be {allowed}")
     for k, part in enumerate(content):
-        if (
-            not isinstance(part, dict)
-            or part.get("type") not in PART_TYPES
-            or not isinstance(part.get("text"), str)
-        ):
-            raise UserError(
-                f'message {i}, part {k}: needs a "type" ({", ".join(PART_TYPES)}) and a string "text"'
-            )
-
-
-def _fold_system(messages: list[dict]) -> list[dict]:
-    """The messages without a system message: its text goes before the first question."""
-    if messages[0]["role"] != "system":
-        return messages
-    system, first, *rest = messages
-    return [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
-
-
-def _render_reply(
-    tokenizer: Tokenizer, tokens: ChatTokens, content: str | list[dict]
-) -> tuple[list[int], list[int]]:
-    """Ids and mask of one assistant turn, its start and end included."""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    ids, mask = [tokens.assistant_start], [0]
-    for part in parts:
-        piece = tokenizer.encode(part["text"])
-        if part["type"] == "python":
-            piece = [tokens.python_start, *piece, tokens.python_end]
-        elif part["type"] == "python_output":
-            piece = [tokens.output_start, *piece, tokens.output_end]
-        ids += piece
-        mask += [int(part["type"] != "python_output")] * len(piece)
-    return [*ids, tokens.assistant_end], [*mask, 1]
+        kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else ("", "")
+        if kind not in PART_TYPES or not isinstance(text, str):
+            wanted = f'a "type" ({", ".join(PART_TYPES)}) and a string "text"'
+            raise UserError(f"message {i}, part {k}: needs {wanted}")
 
 
 def render_conversation(
     tokenizer: Tokenizer, conversation: Conversation
 ) -> tuple[list[int], list[int]]:
-    """(ids, mask) of the whole conversation; mask 1 marks the tokens that the assistant is to learn.
+    """(ids, mask) of a conversation; mask 1 marks what the assistant is to learn.
 
-    Raises UserError when the conversation is malformed.
+        <|bos|> <|user_start|> question <|user_end|>
+        <|assistant_start|> text <|python_start|> code <|python_end|>
+        <|output_start|> result <|output_end|> text <|assistant_end|> ...
+
+    without the spaces and line breaks. Learned are text, code, the marks of code and the end of the
+    turn; not the questions and what the tool printed. A system message has no token of its own: it
+    stands before the first question, two line breaks between them. Raises UserError when malformed.
     """
     check_conversation(conversation)
-    tokens = chat_tokens(tokenizer)
-    ids, mask = [tokens.bos], [0]
-    for message in _fold_system(conversation["messages"]):
-        if message["role"] == "user":
-            piece = [tokens.user_start, *tokenizer.encode(message["content"]), tokens.user_end]
-            piece_mask = [0] * len(piece)
-        else:
-            piece, piece_mask = _render_reply(tokenizer, tokens, message["content"])
-        ids += piece
-        mask += piece_mask
-    return ids, mask
+    return _render(tokenizer, conversation["messages"])
 
 
 def render_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
-    """The ids after which the model is to answer: a trailing reply is dropped, a new one is opened."""
+    """The ids after which the model is to answer; a reply at the end is left out."""
     check_conversation(conversation)
     messages = conversation["messages"]
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    ids, _ = render_conversation(tokenizer, {"messages": messages})
+    ids, _ = _render(tokenizer, messages)
     return [*ids, chat_tokens(tokenizer).assistant_start]
 
 
-def render_choices(question: str, choices: Sequence[str]) -> str:
-    """A multiple-choice question as every task asks it: a line for each choice, its letter at the end.
+def _render(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
+    tokens = chat_tokens(tokenizer)
+    ids, mask, system = [tokens.bos], [0], ""
 
-    Right behind the choice, where smear hands the letter what it stands for.
+    def add(piece: list[int], learned: int) -> None:
+        ids.extend(piece)
+        mask.extend([learned] * len(piece))
+
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "system":
+            system = f"{content}\n\n"
+        elif message["role"] == "user":
+            question = tokenizer.encode(system + content)
+            add([tokens.user_start, *question, tokens.user_end], 0)
+            system = ""
+        else:
+            add([tokens.assistant_start], 0)
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            for part in parts:
+                piece = tokenizer.encode(part["text"])
+                if part["type"] == "python":
+                    piece = [tokens.python_start, *piece, tokens.python_end]
+                elif part["type"] == "python_output":
+                    piece = [tokens.output_start, *piece, tokens.output_end]
+                add(piece, int(part["type"] != "python_output"))
+            add([tokens.assistant_end], 1)
+    return ids, mask
+
+
+def render_choices(question: str, choices: Sequence[str]) -> str:
+    """A multiple-choice question as every task asks it.
+
+    The letter stands right behind its choice, so that smear hands it what it stands for.
     """
     lines = map("- {} {}".format, choices, ascii_uppercase)
     return "\n".join([question, *lines, "Answer with the letter only."])
 
 
 def visualize(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> str:
-    """The decoded conversation, green where the mask is 1; with NO_COLOR set, in square brackets there."""
-    marks = ("[", "]", "", "") if os.environ.get("NO_COLOR") else (GREEN, RESET, GREY, RESET)
+    """The decoded conversation, green where the mask is 1 (in square brackets with NO_COLOR)."""
+    colours = ("\033[32m", "\033[0m", "\033[90m", "\033[0m")  # green, grey
+    marks = ("[", "]", "", "") if os.environ.get("NO_COLOR") else colours
     text = ""
     for learned, run in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
         start, end = marks[:2] if learned else marks[2:]

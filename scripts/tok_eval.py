@@ -1,24 +1,22 @@
-"""Measure how far the tokenizer compresses several kinds of text, beside GPT-2's and GPT-4's vocabularies.
+"""Measure how far the tokenizer compresses several kinds of text, beside GPT-2's and GPT-4's.
 
-    python -m scripts.tok_eval      # the same on a laptop, one GPU or eight: it takes seconds on one CPU core
+    python -m scripts.tok_eval                              # in seconds, on one CPU core
+    TIKTOKEN_CACHE_DIR=vocabularies python -m scripts.tok_eval   # beside GPT-2 and GPT-4
 
-GPT-2 and GPT-4 are compared with where tiktoken has their vocabularies in its cache
-(`TIKTOKEN_CACHE_DIR`); nothing is downloaded. Without them, bytes and words are the yardsticks.
+tiktoken finds the vocabularies of GPT-2 and GPT-4 in TIKTOKEN_CACHE_DIR, or downloads them into it.
+Where it is not set, bytes and words are the yardsticks. The figure is bytes per token, not
+characters: a script of three bytes a letter is not to pass for poor compression.
 
-The choice that would surprise: the figure is bytes per token, not characters, so that a script of three
-bytes a letter is not taken for poor compression.
-
-reads:  tokenizer/tokenizer.json, the first documents of a training shard and of the validation shard
+reads:  tokenizer/tokenizer.json, the first documents of a training and of the validation shard
 writes: report/tok_eval.json
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
 import tiktoken
-import tiktoken.load
 
 from nanochat.common import Count, print0, run_script, tokenizer_dir
 from nanochat.dataset import find_corpus, read_texts
@@ -28,9 +26,10 @@ from nanochat.tokenizer import Tokenizer
 REFERENCES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}  # name here -> tiktoken's
 SAMPLES = {
     "English": """\
-The lighthouse keeper had two rules. The lamp must be lit before the last boat leaves the harbour, and
-nobody climbs the stairs with wet boots. On the night of the storm she broke the second rule eleven
-times, and the first one not at all. "It's only water," she told the inspector. He didn't answer.
+The lighthouse keeper had two rules. The lamp must be lit before the last boat leaves the
+harbour, and nobody climbs the stairs with wet boots. On the night of the storm she broke the
+second rule eleven times, and the first one not at all. "It's only water," she told the inspector.
+He didn't answer.
 """,
     "code": '''\
 def longest_run(values: list[int]) -> tuple[int, int]:
@@ -51,46 +50,31 @@ Check: 3 + 5 + 9 + 17 + 33 + 65 + 129 + 257 + 513 + 1025 = 2056. A car that cove
 2 h 15 min moves at 184.5 / 2.25 = 82 km/h, and \frac{7}{8} of 1,296 is 1,134.
 """,
     "languages": """\
-Der Zug nach Köln fährt heute von Gleis 7, nicht von Gleis 12. La boulangère ferme à dix-huit heures,
-sauf le jeudi. Mañana volveremos a la playa si deja de llover. Завтра в библиотеке откроют новый зал.
+Der Zug nach Köln fährt heute von Gleis 7, nicht von Gleis 12. La boulangère ferme à
+dix-huit heures, sauf le jeudi. Mañana volveremos a la playa si deja de llover.
+Завтра в библиотеке откроют новый зал.
 今天下午我们在河边看见了三只白色的鸟。夏の朝、庭に小さな猫が来ました。오늘은 바람이 불고 조금 춥습니다.
-في الصباح نشرب الشاي قرب النافذة. बच्चे स्कूल के बाद मैदान में खेलते हैं। Η θάλασσα ήταν ήσυχη χθες το βράδυ.
+في الصباح نشرب الشاي قرب النافذة.
+बच्चे स्कूल के बाद मैदान में खेलते हैं। Η θάλασσα ήταν ήσυχη χθες το βράδυ.
 """,
 }
 
 
 @dataclass
 class Config:
-    """Measure the tokenizer's compression."""
-
     data: str = ""  # name of the corpus; default: the one prepared last
     num_documents: Count = 500  # of a training shard and of the validation shard
 
 
-@contextmanager
-def no_downloads() -> Iterator[None]:
-    """Inside, tiktoken finds a vocabulary in its cache or fails at once: it has no switch for that."""
-
-    def refuse(address: str) -> bytes:
-        raise FileNotFoundError(f"{address} is not in tiktoken's cache")
-
-    original, tiktoken.load.read_file = tiktoken.load.read_file, refuse
-    try:
-        yield
-    finally:
-        tiktoken.load.read_file = original
-
-
 def find_yardsticks() -> dict[str, Callable[[str], int]]:
-    """Name -> a function that counts a text's tokens: the references at hand, else bytes and words."""
+    """Name -> a function that counts a text's tokens: the references, else bytes and words."""
     found = {}
-    for name, encoding in REFERENCES.items():
+    for name, encoding in REFERENCES.items() if os.environ.get("TIKTOKEN_CACHE_DIR") else ():
         try:
-            with no_downloads():
-                reference = tiktoken.get_encoding(encoding)
+            reference = tiktoken.get_encoding(encoding)
             found[name] = lambda text, reference=reference: len(reference.encode_ordinary(text))
-        except (OSError, ValueError):
-            print0(f"{name}'s vocabulary is not in tiktoken's cache: left out")
+        except (OSError, ValueError) as error:
+            print0(f"{name}'s vocabulary cannot be loaded: left out ({error})")
     return found or {
         "bytes": lambda text: len(text.encode()),
         "words": lambda text: len(text.split()),

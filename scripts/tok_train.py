@@ -1,16 +1,17 @@
-"""Train the tokenizer on the first characters of the corpus prepared last.
+"""Train the tokenizer on the first characters of a corpus.
 
-    python -m scripts.tok_train                                          # 2 billion characters, 32,768 ids
-    python -m scripts.tok_train --vocab_size=4096 --max_chars=20000000   # a laptop, in seconds
+    python -m scripts.tok_train                                         # 32,768 ids
+    python -m scripts.tok_train --vocab_size=4096 --max_chars=20000000  # a laptop, in seconds
 
-The work is done by CPU threads; GPUs do not matter. The choice that would surprise: of each document only the first 10,000 characters count, so that a few
-books do not decide the vocabulary of a corpus of pages.
+The work is done by CPU threads; GPUs do not matter. Of each document only the first 10,000
+characters count, so that a few books do not decide the vocabulary of a corpus of pages.
 
 reads:  base_data/NAME/shard_*.parquet (the training shards)
 writes: tokenizer/tokenizer.json, report/tok_train.json
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -22,44 +23,33 @@ from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 @dataclass
 class Config:
-    """Train the tokenizer."""
-
     vocab_size: int = 32_768  # ids in all, the special tokens included
     max_chars: Count = 2_000_000_000  # characters to train on
     max_doc_chars: Count = 10_000  # characters of one document that count
     data: str = ""  # name of the corpus; default: the one prepared last
 
 
-@dataclass
-class CountedTexts:
-    """The beginnings of documents, until `max_chars` characters in all; counts what it gives."""
-
-    texts: Iterable[str]
-    cfg: Config
-    num_documents: int = 0
-    num_chars: int = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self.texts:
-            text = text[: min(self.cfg.max_doc_chars, self.cfg.max_chars - self.num_chars)]
-            self.num_documents += 1
-            self.num_chars += len(text)
-            yield text
-            if self.num_chars >= self.cfg.max_chars:
-                return
+def beginnings(texts: Iterable[str], cfg: Config, read: Counter[str]) -> Iterator[str]:
+    """The beginnings of documents, `max_chars` characters in all; `read` counts what it gives."""
+    for text in texts:
+        text = text[: min(cfg.max_doc_chars, cfg.max_chars - read["characters"])]
+        read.update(characters=len(text), documents=1)
+        yield text
+        if read["characters"] >= cfg.max_chars:
+            return
 
 
 def main(cfg: Config) -> None:
     """Train, save, and report the size and the speed."""
-    corpus = find_corpus(cfg.data)
-    texts = CountedTexts(read_texts(corpus.train), cfg)
+    corpus, read = find_corpus(cfg.data), Counter[str]()
     print0(f"training a tokenizer of {cfg.vocab_size:,} ids on the corpus {corpus.name}")
     begin = time.perf_counter()
+    texts = beginnings(read_texts(corpus.train), cfg, read)
     tokenizer = Tokenizer.train(texts, cfg.vocab_size, SPECIAL_TOKENS)
     seconds = time.perf_counter() - begin
     tokenizer.save(tokenizer_dir())
     print0(
-        f"{texts.num_chars:,} characters of {texts.num_documents:,} documents in {seconds:.1f} s"
+        f"{read['characters']:,} characters of {read['documents']:,} documents in {seconds:.1f} s"
     )
     if tokenizer.vocab_size < cfg.vocab_size:
         print0(
@@ -69,8 +59,7 @@ def main(cfg: Config) -> None:
     results = {
         "corpus": corpus.name,
         "vocabulary": tokenizer.vocab_size,
-        "characters": texts.num_chars,
-        "documents": texts.num_documents,
+        **read,
         "mean bytes of a token": sum(lengths) / len(lengths),
         "longest token in bytes": max(lengths),
     }

@@ -1,4 +1,4 @@
-"""The loader: every token a target exactly once, the same on any number of ranks, resumable anywhere.
+"""The loader: every token a target exactly once, the same on any ranks, resumable anywhere.
 
 Two oracles: texts whose tokens are all different numbers, so that each can be counted, and
 conversations whose answers begin with a number of their own.
@@ -85,7 +85,7 @@ def chat(question: str, answer: str | list[dict]) -> dict:
 
 
 def make_chats(num: int, long_every: int = 9) -> list[dict]:
-    """Conversations whose answers begin with a three-digit number; some are far longer than a row."""
+    """Conversations whose answers begin with a three-digit number; some are longer than a row."""
     answers = ["a" * (200 if i % long_every == long_every - 1 else i * 5 % 17) for i in range(num)]
     return [chat("q" * (i * 7 % 11), f"{i:03d}" + answer) for i, answer in enumerate(answers)]
 
@@ -105,7 +105,7 @@ def take(
     num_rows: int = ROWS,
     seq_len: int = SEQ_LEN,
 ) -> tuple[list[torch.Tensor], list[dict]]:
-    """Each step's global inputs and targets (2, R, T), and the state after it as a checkpoint has it."""
+    """Each step's global inputs and targets (2, R, T), and the state that a checkpoint keeps."""
     loaders = [
         Loader(make_source(), num_rows, seq_len, on_rank(rank, world_size), state)
         for rank in range(world_size)
@@ -179,7 +179,7 @@ def test_best_fit_and_split_by_hand() -> None:
 
     # The 5 fits best, then the 3 into the 4 places left (its bos and 3 tokens).
     assert fill(1000) == [0, 500, 501, 502, 503, 504, 0, 300, 301, 302]
-    # The 4 fits; nothing into the 5 places left, so the longest gives 4 tokens; its rest is a chunk.
+    # The 4 fits; nothing into the 5 places left: the longest gives 4 tokens, its rest is a chunk.
     assert fill(1000) == [0, 400, 401, 402, 403, 0, 2000, 2001, 2002, 2003]
     assert [len(chunk) for chunk in buffer.chunks] == [12, 16]
     # The window ends with the oldest chunk, so that is split although it is not the longest.

@@ -1,13 +1,26 @@
-"""The tokenizer against a naive BPE written here, and its promises on every kind of string and file."""
+"""The tokenizer against a naive BPE written here; conversations against ids and masks by hand."""
 
 import json
 import random
+import re
 
 import pytest
 import regex
 
 from nanochat.common import UserError
-from nanochat.tokenizer import FILE_NAME, MAX_BLANKS, SPLIT_PATTERN, Tokenizer
+from nanochat.tokenizer import (
+    FILE_NAME,
+    MAX_BLANKS,
+    SPECIAL_TOKENS,
+    SPLIT_PATTERN,
+    Config,
+    Tokenizer,
+    chat_tokens,
+    main,
+    render_conversation,
+    render_prompt,
+    visualize,
+)
 
 SPECIALS = ("<|bos|>", "<|end|>")
 TEXTS = [
@@ -58,7 +71,7 @@ def test_training_and_encoding_equal_naive_bpe():
     for text in [*TEXTS, "then the hathen 99 hens'll they're café"]:
         pieces = [[bytes([b]) for b in m.encode()] for m in regex.findall(SPLIT_PATTERN, text)]
         for token in tokens[256:]:
-            # The pair behind a token is not stored, so every split of it that is two tokens is tried.
+            # The pair behind a token is not stored: every split of it into two tokens is tried.
             for cut in range(1, len(token)):
                 if token[:cut] in tokens and token[cut:] in tokens:
                     pieces = [merge(piece, (token[:cut], token[cut:])) for piece in pieces]
@@ -155,3 +168,181 @@ def test_missing_or_damaged_file_is_one_line(tokenizer: Tokenizer, tmp_path):
     path.write_bytes(b"\xff" + whole.encode())
     with pytest.raises(UserError, match="damaged"):
         Tokenizer.load(tmp_path)
+
+
+TOOL_CHAT = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "2+3?"},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "text", "text": "It is "},
+                {"type": "python", "text": "2+3"},
+                {"type": "python_output", "text": "5"},
+                {"type": "text", "text": "5."},
+            ],
+        },
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "Yes"},
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def letters() -> Tokenizer:
+    """Bytes and specials alone: every expected id can be written down by hand."""
+    return Tokenizer.train(["x"], 256 + len(SPECIAL_TOKENS), SPECIAL_TOKENS)
+
+
+def by_hand(letters: Tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """Ids and mask of a text with special tokens in it; what is in [brackets] is learned."""
+    ids, mask, learned = [], [], 0
+    for piece in re.split(r"(<\|\w+\|>|[\[\]])", text):
+        if piece in ("[", "]"):
+            learned = int(piece == "[")
+            continue
+        found = [letters.specials[piece]] if piece in SPECIAL_TOKENS else list(piece.encode())
+        ids += found
+        mask += [learned] * len(found)
+    return ids, mask
+
+
+def test_the_nine_special_tokens_in_order(letters: Tokenizer):
+    assert (
+        *("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"),
+        *("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"),
+    ) == SPECIAL_TOKENS
+    tokens = chat_tokens(letters)
+    for name in SPECIAL_TOKENS:
+        assert getattr(tokens, name.strip("<|>")) == letters.specials[name]
+    assert tokens.bos == letters.bos_id
+
+
+def test_golden_ids_and_mask_with_tool_parts(letters: Tokenizer):
+    expected = by_hand(
+        letters,
+        "<|bos|><|user_start|>Be brief.\n\n2+3?<|user_end|>"
+        "<|assistant_start|>[It is <|python_start|>2+3<|python_end|>]"
+        "<|output_start|>5<|output_end|>[5.<|assistant_end|>]"
+        "<|user_start|>Sure?<|user_end|><|assistant_start|>[Yes<|assistant_end|>]",
+    )
+    before = json.dumps(TOOL_CHAT)
+    assert render_conversation(letters, TOOL_CHAT) == expected
+    assert json.dumps(TOOL_CHAT) == before, "rendering must not change the conversation"
+
+
+def test_prompt_is_the_conversation_up_to_the_last_reply(letters: Tokenizer):
+    ids, _ = render_conversation(letters, TOOL_CHAT)
+    prompt = render_prompt(letters, TOOL_CHAT)
+    assert prompt == ids[: -len("Yes") - 1]
+    assert prompt[-1] == chat_tokens(letters).assistant_start
+    assert render_prompt(letters, {"messages": TOOL_CHAT["messages"][:-1]}) == prompt
+
+
+def test_spelled_special_tokens_stay_plain_text(letters: Tokenizer):
+    spelled = "".join(SPECIAL_TOKENS)
+    part = {"type": "python_output", "text": spelled}
+    messages = [
+        {"role": "system", "content": spelled},
+        {"role": "user", "content": spelled},
+        {"role": "assistant", "content": [part, {"type": "python", "text": spelled}]},
+    ]
+    ids, _ = render_conversation(letters, {"messages": messages})
+    tokens = chat_tokens(letters)
+    assert [i for i in ids if i >= tokens.bos] == [
+        *(tokens.bos, tokens.user_start, tokens.user_end, tokens.assistant_start),
+        *(tokens.output_start, tokens.output_end, tokens.python_start, tokens.python_end),
+        tokens.assistant_end,
+    ]
+
+
+USER = {"role": "user", "content": "hi"}
+REPLY = {"role": "assistant", "content": "ho"}
+SYSTEM = {"role": "system", "content": "be"}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[USER], [USER, REPLY], [SYSTEM, USER], [SYSTEM, USER, REPLY, USER], [USER, REPLY] * 3],
+)
+def test_good_conversations_pass(letters: Tokenizer, messages: list):
+    ids, mask = render_conversation(letters, {"messages": messages})
+    assert len(ids) == len(mask)
+    assert sum(mask) == 3 * messages.count(REPLY)  # two letters and the end of the turn
+
+
+@pytest.mark.parametrize(
+    ("conversation", "complaint"),
+    [
+        ([USER, REPLY], '"messages"'),
+        ({}, '"messages"'),
+        ({"messages": []}, "at least one user message"),
+        ({"messages": [SYSTEM]}, "message 0 is a system message"),
+        ({"messages": [REPLY]}, "message 0 .*expected 'user'"),
+        ({"messages": [SYSTEM, REPLY]}, "message 1 .*expected 'user'"),
+        ({"messages": [USER, USER]}, "message 1 .*expected 'assistant'"),
+        ({"messages": [USER, REPLY, SYSTEM]}, "message 2 has the role 'system'"),
+        ({"messages": [USER, {"role": "bot", "content": "x"}]}, "message 1 has the role 'bot'"),
+        ({"messages": [USER, {"role": "assistant"}]}, "message 1 is not an object"),
+        ({"messages": [USER, "ho"]}, "message 1 is not an object"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 0 .*a string$"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}, "message 0"),
+        ({"messages": [USER, {"role": "assistant", "content": 3}]}, "message 1 .*list of parts"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [{"type": "image", "text": ""}]}]},
+            "message 1, part 0",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": 1}]}]},
+            "message 1, part 0",
+        ),
+    ],
+)
+def test_bad_conversations_name_the_message(letters: Tokenizer, conversation, complaint: str):
+    for render in (render_conversation, render_prompt):
+        with pytest.raises(UserError, match=complaint):
+            render(letters, conversation)
+
+
+def test_a_tokenizer_without_the_specials_is_refused():
+    with pytest.raises(UserError, match="lacks <.user_start.>"):
+        chat_tokens(Tokenizer.train(["x"], 257, SPECIAL_TOKENS[:1]))
+
+
+def test_visualize_marks_what_is_learned(letters: Tokenizer, monkeypatch):
+    conversation = {"messages": [USER, {"role": "assistant", "content": "né"}]}
+    ids, mask = render_conversation(letters, conversation)
+    question = "<|bos|><|user_start|>hi<|user_end|><|assistant_start|>"
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    green = "\033[32mné<|assistant_end|>\033[0m"
+    assert visualize(letters, ids, mask) == f"\033[90m{question}\033[0m{green}"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert visualize(letters, ids, mask) == f"{question}[né<|assistant_end|>]"
+
+
+def test_command_line_shows_one_line_of_a_file(letters: Tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("NO_COLOR", "1")
+    letters.save(tmp_path / "tokenizer")
+    file = tmp_path / "chats.jsonl"
+    file.write_text("not JSON\n" + json.dumps({"messages": [USER, REPLY]}) + "\n")
+    main(Config(file=file, index=1))
+    assert capsys.readouterr().out.endswith("<|assistant_start|>[ho<|assistant_end|>]\n")
+    for index in (0, 2):
+        with pytest.raises(UserError, match=f"line {index} cannot be read"):
+            main(Config(file=file, index=index))
+
+
+def test_command_line_shows_what_a_run_of_another_tokenizer_sees(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr("nanochat.tokenizer.visualize", lambda _, ids, mask: f"{len(ids)} ids")
+    Tokenizer.train(["hi hi ho ho"], 300, SPECIAL_TOKENS).save(tmp_path / "tokenizer")
+    Tokenizer.train(["x"], 265, SPECIAL_TOKENS).save(tmp_path / "sft/d2/tokenizer")
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"messages": [USER, REPLY]}) + "\n")
+    for name, said in (("", "8 ids"), ("sft/d2", "9 ids")):
+        main(Config(file=file, tokenizer=name))
+        assert capsys.readouterr().out == said + "\n"
+    with pytest.raises(UserError, match="--tokenizer=sft/d3: no .*; name a run such as sft/d20"):
+        main(Config(file=file, tokenizer="sft/d3"))

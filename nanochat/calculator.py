@@ -14,6 +14,7 @@ import math
 import operator
 import re
 from collections.abc import Callable
+from typing import Any
 
 MAX_CHARS = 200  # of the expression; bounds the strings in it and the work of the parser as well
 MAX_NESTING = 20  # open brackets
@@ -24,7 +25,7 @@ Number = int | float
 QUOTED = r"""'[^'\\\x00-\x1f]*'|"[^"\\\x00-\x1f]*\""""
 NUMBER = r"(?:[0-9]++\.?[0-9]*+|\.[0-9]++)(?:[eE][-+]?[0-9]++)?"
 ALLOWED = re.compile(rf"(?:{QUOTED}|{NUMBER}|\.count\b|[-+*/() ])++")
-OPERATORS: dict[type[ast.AST], Callable[..., Number]] = {
+OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,

@@ -554,7 +554,7 @@ class Engine:
 
 
 def sample_texts(
-    model: GPT, tokenizer: Tokenizer, prompts: list[str], max_tokens: int = 32
+    model: GPT, tokenizer: Tokenizer, prompts: Iterable[str], max_tokens: int = 32
 ) -> list[str]:
     """How a base model goes on, greedily, after each prompt; the prompt included."""
     requests = [
@@ -563,7 +563,7 @@ def sample_texts(
     ]
     # As long as they need it: prompts may be longer than the context of a very small model.
     max_len = max(len(request.prompt) for request in requests) + max_tokens
-    engine = Engine(model, tokenizer, len(prompts), max_len, prefix_reuse=False)
+    engine = Engine(model, tokenizer, len(requests), max_len, prefix_reuse=False)
     replies = dict(engine.complete(requests))
     return [
         prompt + "".join(part["text"] for part in replies[request].parts)

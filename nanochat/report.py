@@ -327,12 +327,12 @@ def to_json(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def from_json(results: Mapping[str, Any]) -> dict[str, Any]:
     """What `to_json` was given; older sections hold the standard error of `x` as `x_stderr`."""
-    values = dict(results)
+    values: dict[str, Any] = dict(results)
     for name, value in results.items():
         if isinstance(value, dict) and value.keys() == {"value", "stderr"}:
             values[name] = Score(**value)
         elif f"{name}_stderr" in results:
-            values[name] = Score(value, values.pop(f"{name}_stderr"))
+            values[name] = Score(results[name], values.pop(f"{name}_stderr"))
     return values
 
 

@@ -173,7 +173,8 @@ def examine(cfg: Config, engine: Engine, held_out: Task) -> dict[str, float]:
     sampling = (num, cfg.max_tokens, cfg.temperature if sampled else 0.0, cfg.seed)
     result = evaluate_generate(engine, engine.tokenizer, held_out, *sampling, cfg.eval_problems)
     best = {f"pass_at_{num}": result.best_of} if sampled else {}
-    return {"accuracy": result.score.value, "accuracy_stderr": result.score.stderr, **best}
+    accuracy, stderr = result.score
+    return {"accuracy": accuracy, "accuracy_stderr": stderr or 0.0, **best}
 
 
 def summarize(groups: Sequence[Sequence[Rollout]], device: torch.device) -> dict[str, float]:

@@ -56,8 +56,9 @@ class ScriptedModel(nn.Module):
 
     def __init__(self, context: int) -> None:
         super().__init__()
-        sizes = {"n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 2}
-        self.config = GPTConfig(context, TOKENIZER.vocab_size, **sizes, smear=False)
+        self.config = GPTConfig(
+            context, TOKENIZER.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=2, smear=False
+        )
         self.compute_dtype = torch.float32
         self.one = nn.Parameter(torch.ones(1))
         self.num_prefills = 0

@@ -6,7 +6,7 @@ for stop strings, the whole text, cut at the earliest of them; for the rest, wha
 
 import json
 import random
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from pydantic import ValidationError
@@ -278,7 +278,8 @@ def test_a_stream_in_openais_shape(stream_usage: bool) -> None:
     )
     completion = Completion("m", body, TOKENIZER, num_prompt_tokens=7)
     data = completion.begin()
-    for text, finish in (("x", None), ("y", "length")):
+    ends: tuple[tuple[str, Literal["length"] | None], ...] = (("x", None), ("y", "length"))
+    for text, finish in ends:
         for choice in completion.choices:
             choice.feed(Event(REQUEST, ord(text), 1, text, finish=finish))
         data += completion.news()

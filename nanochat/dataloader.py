@@ -274,7 +274,7 @@ class Packer:
         ours: list[tuple[RowBuffer, Any]] = []
         ours_bytes = 0
         while ours_bytes < ENCODE_BYTES:
-            document = next(self.unread, None)
+            document: Any = next(self.unread, None)
             if document is None:
                 self.ended = True
                 break

@@ -262,8 +262,10 @@ class CheckpointWriter:
         def write() -> None:
             try:
                 own = {"loader": loader_state(), "generators": generators}
-                arguments = (self.run, state, weights, moments, own, self.runtime, self.group)
-                print0(f"saved {save_checkpoint(*arguments)}")
+                folder = save_checkpoint(
+                    self.run, state, weights, moments, own, self.runtime, group=self.group
+                )
+                print0(f"saved {folder}")
                 if self.runtime.is_main and self.keep_last > 0:
                     for step in list_steps(self.run)[: -self.keep_last]:
                         discard(step_dir(self.run, step))

@@ -77,19 +77,20 @@ def validate(
     model: GPT,
     tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
-    shape: tuple[int, int, int],
-    eval_tokens: int,
     runtime: Runtime,
+    eval_tokens: int,
+    num_rows: int,
+    seq_len: int,
+    device_rows: int,
 ) -> float:
     """Bits per byte of what the assistant says in the first `eval_tokens` tokens of `conversations`.
 
-    `shape`: rows of all ranks, tokens of a row, rows of one pass on a device.
+    Batches have `num_rows` rows of `seq_len` tokens over all ranks; a device takes `device_rows` at once.
     """
-    num_rows, seq_len, rows = shape
     source = ChatSource(tokenizer, conversations, num_epochs=None, quiet=True)
     loader = Loader(source, num_rows, seq_len, runtime)
     num_steps = max(1, eval_tokens // (num_rows * seq_len))
-    bpb = evaluate_bpb(model, loader, tokenizer.token_bytes(), num_steps, rows)
+    bpb = evaluate_bpb(model, loader, tokenizer.token_bytes(), num_steps, device_rows)
     loader.close()
     return bpb
 
@@ -124,8 +125,17 @@ def finetune(
             if run.step > 0 and run.due(cfg.save_every):
                 run.save(model, optimizer, loader.state)
             if run.due(cfg.eval_every):
-                how_much = ((num_rows, seq_len, run.rows), cfg.eval_tokens, runtime)
-                run.note(val_bpb=validate(model, tokenizer, val, *how_much))
+                bpb = validate(
+                    model,
+                    tokenizer,
+                    val,
+                    runtime,
+                    eval_tokens=cfg.eval_tokens,
+                    num_rows=num_rows,
+                    seq_len=seq_len,
+                    device_rows=run.rows,
+                )
+                run.note(val_bpb=bpb)
             if run.progress >= 1:
                 break
             batch = run.fetch(loader)

@@ -64,11 +64,11 @@ START = "start"  # start.json holds what `reset` noted; no stage has this name
 REPOSITORY = Path(__file__).resolve().parent.parent
 CODE_SUFFIXES = {".py", ".pyi", ".rs", ".sh", ".js", ".css", ".html", ".toml"}
 MAX_POINTS = 300
-INK, RULE, LINE = "#5c666b", "#dcdfdd", "#1f6f78"  # --ink, --rule and --line in report.css
+QUIET, LINE, TEAL = "#5c6668", "#dcd4c2", "#1b636b"  # of the variables in ui/base.css
 SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "nanochat", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"], "font.size": 10,
-    "axes.labelcolor": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "ytick.major.size": 0,
-    "axes.edgecolor": RULE, "xtick.color": RULE, "grid.color": RULE, "axes.grid": True, "axes.grid.axis": "y",
+    "axes.labelcolor": QUIET, "xtick.labelcolor": QUIET, "ytick.labelcolor": QUIET, "ytick.major.size": 0,
+    "axes.edgecolor": LINE, "xtick.color": LINE, "grid.color": LINE, "axes.grid": True, "axes.grid.axis": "y",
     "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "path.simplify": False,
 }  # fmt: skip
 # What a chart is drawn over -> (size of a unit, its name), the largest first.
@@ -138,7 +138,8 @@ def html_page(chapters: Sequence[Chapter]) -> str:
         parts += markdown.render(chapter.markdown)
         parts += f'<div class="charts">{"".join(chapter.figures.values())}</div>\n</section>\n'
     logo = (ASSETS / "logo.svg").read_text(encoding="utf-8")
-    style = (ASSETS / "report.css").read_text(encoding="utf-8")
+    sheets = (ASSETS / "base.css", ASSETS / "report.css")
+    style = "".join(sheet.read_text(encoding="utf-8") for sheet in sheets)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -244,9 +245,9 @@ def draw(curve: Curve, points: np.ndarray, name: str) -> str:
         chart = Figure(figsize=(4.4, 2.5))
         axes = chart.add_axes((0.15, 0.2, 0.82, 0.75))
         marker = "o" if len(place) <= 40 else ""  # each point, where they are few
-        axes.plot(place / size, value, marker=marker, markersize=3.5, color=LINE, gid="curve")
+        axes.plot(place / size, value, marker=marker, markersize=3.5, color=TEAL, gid="curve")
         if not np.isnan(error).any():
-            axes.vlines(place / size, value - error, value + error, colors=LINE, gid="errors")
+            axes.vlines(place / size, value - error, value + error, colors=TEAL, gid="errors")
         axes.set_xlabel(unit)
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %" if share else f"{y:,.7g}")
@@ -267,7 +268,7 @@ def embeddable(svg: str, prefix: str, label: str) -> str:
     svg = f'<svg role="img" aria-label="{label}"{svg[svg.index("<svg") + 4 :]}'
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg)  # of the root
     svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{prefix}", svg)
-    for variable, colour in (("ink", INK), ("rule", RULE), ("line", LINE)):
+    for variable, colour in (("quiet", QUIET), ("line", LINE), ("teal", TEAL)):
         svg = svg.replace(colour, f"var(--{variable})")
     return svg.strip()
 

@@ -417,14 +417,13 @@ def test_charts_are_named_and_left_out_without_metrics(page: Page) -> None:
     assert page.texts["figcaption"][0] == "Loss over tokens 1.0000"
 
 
-def test_style_sheet_has_every_variable_that_is_used() -> None:
-    style = (Path(report.__file__).parent / "ui/report.css").read_text()
+def test_style_sheets_have_every_variable_that_is_used() -> None:
+    sheets = [path.read_text() for path in (Path(report.__file__).parent / "ui").glob("*.css")]
     plots = (Path(report.__file__).parent / "report.py").read_text()
-    light, dark = (set(re.findall(r"(--\w+):", part)) for part in style.split("@media screen"))
-    used = set(re.findall(r"var\((--\w+)\)", style)) | {
+    used = set(re.findall(r"var\((--[\w-]+)\)", "".join(sheets))) | {
         f"--{name}" for name in re.findall(r'\("(\w+)", [A-Z]+\)', plots)
     }
-    assert used == light and light - dark == {"--mark"}  # amber does for both
+    assert len(sheets) == 3 and used == set(re.findall(r"(--[\w-]+):", "".join(sheets)))
 
 
 def test_chapters_without_content_are_sound() -> None:
@@ -559,7 +558,9 @@ def test_a_diverged_run_is_drawn_up_to_where_it_diverged() -> None:
 def test_colours_are_those_of_the_page_and_text_is_text() -> None:
     figure = draw_run(training(20), "x")["Loss over tokens"]
     assert not re.findall(r"(?:fill|stroke): #", figure)
-    assert {"var(--ink)", "var(--rule)", "var(--line)"} == set(re.findall(r"var\(--\w+\)", figure))
+    assert {"var(--quiet)", "var(--line)", "var(--teal)"} == set(
+        re.findall(r"var\(--\w+\)", figure)
+    )
     assert "million tokens" not in figure and ">tokens</text>" in figure
 
 

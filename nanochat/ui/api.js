@@ -1,13 +1,14 @@
-/* The server's OpenAI-compatible API, as far as the page needs it: the model's description and a streamed reply.
+/* As much of the server's OpenAI-compatible API as the page needs: the model and a streamed reply.
 
-Addresses are relative, so that the page also works behind a proxy with a path prefix. The choice that would surprise:
-a stream that ends without [DONE] is an error, since a server that dies closes its connections in good order too. */
+Addresses are relative, so that the page also works behind a proxy with a path prefix. A stream
+that ends without [DONE] is an error, since a server that dies also closes its connections in
+good order. */
 
-const NUMBERS = ["temperature", "top_k", "top_p", "max_tokens", "seed"]; // a setting left empty is the server's affair
+const NUMBERS = ["temperature", "top_k", "top_p", "max_tokens", "seed"]; // settings, may be empty
 
 export class ApiError extends Error {}
 
-/* The events of a server-sent stream: {data} or {comment}. Characters and lines may be cut anywhere between chunks. */
+/* The events of a server-sent stream: {data} or {comment}. Chunks may cut characters and lines. */
 async function* readEvents(stream) {
   const reader = stream.getReader();
   const decoder = new TextDecoder();
@@ -43,8 +44,10 @@ async function request(path, settings, options) {
   if (response.ok) return response;
   const body = await response.json().catch(() => ({}));
   const wait = response.headers.get("Retry-After");
-  const hint = response.status === 401 ? " · enter the key in the settings" : wait ? ` · try again in ${wait} s` : "";
-  throw new ApiError((body.error?.message ?? `the server answered with status ${response.status}`) + hint);
+  let message = body.error?.message ?? `the server answered with status ${response.status}`;
+  if (wait) message += ` · try again in ${wait} s`;
+  if (response.status === 401) message += " · enter the key in the settings";
+  throw new ApiError(message);
 }
 
 /* The first model: {id, context_length, ...}. */
@@ -57,10 +60,11 @@ export async function hasReport() {
   return fetch("report", { method: "HEAD" }).then((response) => response.ok, () => false);
 }
 
-/* The reply to `messages`, piece by piece: {queued}, {text}, {tool}, {finish} and last {usage, timings}. */
+/* The reply to `messages` in pieces: {queued}, {text}, {tool}, {finish}, last {usage, timings}. */
 export async function* streamReply(model, messages, settings, signal) {
-  const body = { model, messages, stream: true, stream_options: { include_usage: true } };
-  if (settings.system?.trim()) body.messages = [{ role: "system", content: settings.system }, ...messages];
+  const system = settings.system?.trim() ? [{ role: "system", content: settings.system }] : [];
+  const body = { model, messages: [...system, ...messages], stream: true };
+  body.stream_options = { include_usage: true };
   for (const name of NUMBERS) if (settings[name]) body[name] = Number(settings[name]);
   const options = { method: "POST", body: JSON.stringify(body), signal };
   const response = await request("v1/chat/completions", settings, options);

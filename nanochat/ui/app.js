@@ -1,17 +1,22 @@
-/* The chat page: what happens, and when. See view.js for looks, api.js for the server, store.js for what is kept.
+/* The chat page: what happens, and when. view.js has the looks, api.js the server, store.js the
+storage.
 
-The conversation in view is named by the address (#id), so that reload, back and a second tab do what they should.
-Replies go on being written while another conversation is in view. The choice that would surprise: the log is no live
-region, since a screen reader would read every token; the finished reply alone is announced, in its own region. */
+The address names the conversation in view (#id), so that reload, back and a second tab work. A
+reply goes on being written while another conversation is in view. The log is no live region,
+since a screen reader would read every token: only the finished reply is announced, in a region
+of its own. */
 
 import { ApiError, hasReport, loadModel, streamReply } from "./api.js";
 import { el } from "./markdown.js";
 import { Store, textOf } from "./store.js";
-import { button, copy, entersMessage, entryView, isTouch, QuestionView, ReplyView } from "./view.js";
+import { button, copy, entersMessage, entryView, isTouch } from "./view.js";
+import { QuestionView, ReplyView } from "./view.js";
 
 const TOAST_MS = 10_000;
-const page = Object.fromEntries(Array.from(document.querySelectorAll("[id]"), (element) => [element.id, element]));
-const store = new Store(() => toast("The browser's storage is full: export your conversations and delete old ones."));
+const FULL = "The browser's storage is full: export your conversations and delete old ones.";
+const named = [...document.querySelectorAll("[id]")];
+const page = Object.fromEntries(named.map((element) => [element.id, element]));
+const store = new Store(() => toast(FULL));
 const streams = new Map(); // conversation id -> AbortController of the reply being written
 let model = null; // as /v1/models describes it, once the server has answered
 let shown = null; // the conversation in view; null for one that is yet to begin
@@ -28,7 +33,8 @@ function show(conversation) {
   const messages = conversation?.messages ?? [];
   const hadFocus = page.log.contains(document.activeElement);
   const views = messages.map((message, i) => {
-    if (message.role === "user") return new QuestionView(message, (text) => resend(conversation, i, text));
+    const onEdit = (text) => resend(conversation, i, text);
+    if (message.role === "user") return new QuestionView(message, onEdit);
     const view = new ReplyView(message, () => again(conversation));
     view.update(false);
     return view;
@@ -51,7 +57,8 @@ function showState() {
   const used = shown?.messages.findLast(({ tokens }) => tokens)?.tokens ?? 0;
   const length = model?.context_length;
   page.gauge.style.width = length ? `${Math.min(100, (100 * used) / length)}%` : "0";
-  page.context.textContent = length ? `context ${used.toLocaleString("en")} of ${length.toLocaleString("en")}` : "";
+  const [part, whole] = [used, length ?? 0].map((number) => number.toLocaleString("en"));
+  page.context.textContent = length ? `context ${part} of ${whole}` : "";
   follow();
 }
 
@@ -158,9 +165,10 @@ async function importFile(file) {
 }
 
 function exportFile() {
-  const address = URL.createObjectURL(new Blob([store.exportText()], { type: "application/jsonl" }));
-  el("a", { href: address, download: `nanochat-${new Date().toISOString().slice(0, 10)}.jsonl` }).click();
-  setTimeout(() => URL.revokeObjectURL(address), 60_000); // the download is to have read it by then
+  const href = URL.createObjectURL(new Blob([store.exportText()], { type: "application/jsonl" }));
+  const today = new Date().toISOString().slice(0, 10);
+  el("a", { href, download: `nanochat-${today}.jsonl` }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 60_000); // the download has read it by then
 }
 
 function saveSettings() {
@@ -169,7 +177,9 @@ function saveSettings() {
 }
 
 function showSettings() {
-  for (const field of page.form.elements) if (field.name in store.settings) field.value = store.settings[field.name];
+  for (const field of page.form.elements) {
+    if (field.name in store.settings) field.value = store.settings[field.name];
+  }
   document.documentElement.dataset.theme = page.theme.value;
 }
 
@@ -177,13 +187,14 @@ function showSettings() {
 
 /* What the model is to see: without the questions that it never answered. */
 function history(messages) {
-  const kept = messages.filter(({ content }, i) => content.length && messages[i + 1]?.content.length !== 0);
+  const isEmpty = (message) => message?.content.length === 0;
+  const kept = messages.filter((message, i) => !isEmpty(message) && !isEmpty(messages[i + 1]));
   return kept.map(({ role, content }) => ({ role, content }));
 }
 
 async function answer(conversation) {
   const asked = history(conversation.messages);
-  const reply = { role: "assistant", content: [], note: "interrupted" }; // until it is known how it ended
+  const reply = { role: "assistant", content: [], note: "interrupted" }; // until its end is known
   const controller = new AbortController();
   conversation.messages.push(reply);
   conversation.updated = Date.now();
@@ -219,7 +230,9 @@ function take(reply, { text, tool, finish, usage, timings }, seconds) {
   if (text && last?.type === "text") last.text += text;
   else if (text) reply.content.push({ type: "text", text });
   if (tool) reply.content.push({ type: "python", text: tool.expression });
-  if (tool && tool.result !== null) reply.content.push({ type: "python_output", text: tool.result });
+  if (tool && tool.result !== null) {
+    reply.content.push({ type: "python_output", text: tool.result });
+  }
   if (finish) reply.note = finish === "length" ? "ended by the limit on tokens" : "";
   if (usage) reply.tokens = usage.total_tokens;
   if (timings) {
@@ -246,11 +259,14 @@ function fitInput() {
   page.input.style.height = `${page.input.scrollHeight}px`;
 }
 
+const stop = () => streams.get(shown?.id)?.abort();
+
 function onKey(event) {
-  const typing = event.target.closest("input, textarea, select, dialog");
-  if (event.key === "Escape" && !document.querySelector(":modal, :popover-open")) streams.get(shown?.id)?.abort();
-  else if (event.key?.toLowerCase() === "o" && event.shiftKey && (event.ctrlKey || event.metaKey)) open(null);
-  else if (event.key === "/" && !typing) page.input.focus();
+  const { key, shiftKey, ctrlKey, metaKey, target } = event;
+  const typing = target.closest("input, textarea, select, dialog");
+  if (key === "Escape" && !document.querySelector(":modal, :popover-open")) stop();
+  else if (key?.toLowerCase() === "o" && shiftKey && (ctrlKey || metaKey)) open(null);
+  else if (key === "/" && !typing) page.input.focus();
   else return;
   event.preventDefault();
 }
@@ -263,14 +279,19 @@ function onScroll() {
 }
 
 function listen() {
-  page.send.onclick = (event) => (streams.get(shown?.id) ? streams.get(shown.id).abort() : submit(event));
+  page.send.onclick = (event) => (streams.has(shown?.id) ? stop() : submit(event));
   page.input.oninput = fitInput;
-  page.input.onkeydown = (event) => void (entersMessage(event) && submit(event)); // false would cancel the key
-  page.welcome.onclick = ({ target }) => void (target.matches("button") && send(target.textContent));
+  page.input.onkeydown = (event) => {
+    if (entersMessage(event)) submit(event);
+  };
+  page.welcome.onclick = ({ target }) => {
+    if (target.matches("button")) send(target.textContent);
+  };
   page.scroller.onscroll = onScroll;
   page.latest.onclick = () => follow(true);
   page.log.onclick = ({ target }) => {
-    if (target.matches(".copy-code")) copy(target.closest("figure").querySelector("code").textContent, target);
+    const code = target.closest("figure")?.querySelector("code");
+    if (target.matches(".copy-code")) copy(code.textContent, target);
   };
   for (const name of ["new", "newSmall"]) page[name].onclick = () => open(null);
   page.export.onclick = exportFile;
@@ -291,7 +312,7 @@ function listen() {
     showSettings();
   });
   addEventListener("pagehide", () => {
-    for (const conversation of store.list()) if (streams.has(conversation.id)) store.save(conversation);
+    for (const each of store.list()) if (streams.has(each.id)) store.save(each);
   });
 }
 

@@ -1,8 +1,9 @@
 /* Markdown becomes page elements, while it is still being written.
 
-markdown-it parses, `build` makes elements of its tokens, and `sync` lays them over the page. Elements are
-made one by one and text stays text: there is no HTML that a reply could break out of, hence no sanitizer.
-Off are raw HTML, images, entities, reference links, indented code and underlined headings. */
+markdown-it parses, `build` makes elements of its tokens, and `sync` lays them over the page.
+Elements are made one by one and text stays text: there is no HTML that a reply could break out
+of, hence no sanitizer. Off: raw HTML, images, entities, reference links, indented code,
+underlined headings. */
 
 import "./vendor/markdown-it.umd.min.js";
 
@@ -39,7 +40,8 @@ const cell = ({ tag, attrs }) => el(tag, { className: attrs?.[0][1].split(":")[1
 const ELEMENTS = {
   heading_open: ({ tag }) => el(`h${Math.min(6, Number(tag[1]) + 1)}`), // the page has the h1
   ordered_list_open: ({ attrs }) => el("ol", { start: attrs?.[0][1] ?? 1 }),
-  link_open: ({ attrs: [[, href]] }) => el("a", { href, rel: "noopener noreferrer", target: "_blank" }),
+  link_open: ({ attrs }) =>
+    el("a", { href: attrs[0][1], rel: "noopener noreferrer", target: "_blank" }),
   table_open: () => el("div", { tabIndex: 0 }, el("table")).firstChild,
   th_open: cell,
   td_open: cell,
@@ -70,14 +72,14 @@ function build(parent, tokens, calls) {
   return parent;
 }
 
-/* Makes the children of `parent`, from `at` on, those of `wanted`. What is right already stays, with the
-   reader's selection. */
+/* Makes the children of `parent`, from `at` on, those of `wanted`. What is right already stays, and
+   so does the reader's selection. */
 function sync(parent, wanted, at = parent.firstChild) {
   for (const fresh of [...wanted.childNodes]) {
     const next = at?.nextSibling ?? null;
     if (!at) parent.append(fresh);
     else if (!at.isEqualNode(fresh)) {
-      if (at.nodeType === Node.TEXT_NODE && fresh.nodeType === Node.TEXT_NODE) setText(at, fresh.data);
+      if (at.nodeName === "#text" && fresh.nodeName === "#text") setText(at, fresh.data);
       else if (at.cloneNode().isEqualNode(fresh.cloneNode())) sync(at, fresh);
       else at.replaceWith(fresh);
     }
@@ -92,14 +94,14 @@ function setText(node, text) {
   node.replaceData(same, node.length - same, text.slice(same));
 }
 
-/* Shows a growing reply in `root`. A block is final once the next one has begun with a whole line, and is
-   then neither parsed nor touched again. */
+/* Shows a growing reply in `root`. A block is final once the next one has begun with a whole line:
+   it is not parsed or touched again. */
 export class MarkdownView {
   constructor(root) {
     Object.assign(this, { root, numFinal: 0, finalLength: 0 }); // in blocks, and in characters
   }
 
-  /* `parts` are those of a reply. While it is `live`, signs at its end wait for what they belong to. */
+  /* While a reply is `live`, signs at the end of its parts wait for what they belong to. */
   update(parts, live) {
     const calls = [];
     const pieces = parts.map(({ type, text }) => {

@@ -1,16 +1,19 @@
-/* Conversations and settings, kept in the browser's local storage: one entry each, so that two tabs disturb each other
-little. The server keeps nothing.
+/* Conversations and settings in the browser's local storage, an entry each, so that two tabs hardly
+disturb each other. The server keeps nothing.
 
-A conversation is {id, title, updated, messages}. Its messages have the form that nanochat trains on (a reply's content
-is a list of parts of type text, python or python_output), so that an export serves as `--custom FILE` as it is. */
+A conversation is {id, title, updated, messages}. Its messages have the form that nanochat trains
+on, where a reply's content is a list of parts of type text, python or python_output, so that an
+export serves as `--custom FILE`. */
 
 const PREFIX = "nanochat:conversation:";
 const SETTINGS = "nanochat:settings";
 const PARTS = ["text", "python", "python_output"];
-const TITLE_LENGTH = 60;
 
-export const textOf = ({ content }) =>
-  typeof content === "string" ? content : content.map(({ type, text }) => (type === "text" ? text : "")).join("");
+export const partsOf = ({ content }) =>
+  typeof content === "string" ? [{ type: "text", text: content }] : content;
+
+export const textOf = (message) =>
+  partsOf(message).map(({ type, text }) => (type === "text" ? text : "")).join("");
 
 export class Store {
   constructor(onFull) {
@@ -21,7 +24,7 @@ export class Store {
   load() {
     const keys = Object.keys(localStorage).filter((key) => key.startsWith(PREFIX));
     const conversations = keys.map((key) => JSON.parse(localStorage.getItem(key)));
-    this.conversations = new Map(conversations.map((conversation) => [conversation.id, conversation]));
+    this.conversations = new Map(conversations.map((each) => [each.id, each]));
     this.settings = JSON.parse(localStorage.getItem(SETTINGS) ?? "{}");
   }
 
@@ -62,27 +65,37 @@ export class Store {
     return this.list().map((conversation) => `${JSON.stringify(conversation)}\n`).join("");
   }
 
-  /* Adds the conversations of an export; how many were new. Throws, having added none, when one is malformed. */
+  /* Adds the conversations of an export and counts the new ones. If one is malformed, adds none,
+     and throws. */
   importText(text) {
-    const found = text.split("\n").filter((line) => line.trim()).map((line, i) => checked(JSON.parse(line), i + 1));
+    const lines = text.split("\n").filter((line) => line.trim());
+    const found = lines.map((line, i) => checked(JSON.parse(line), i + 1));
     const here = new Set([...this.conversations.values()].map((each) => JSON.stringify(each)));
     const fresh = found.filter((conversation) => !here.has(JSON.stringify(conversation)));
-    for (const conversation of fresh) {
-      this.save(this.conversations.has(conversation.id) ? { ...conversation, id: newId() } : conversation);
+    for (const each of fresh) {
+      this.save(this.conversations.has(each.id) ? { ...each, id: newId() } : each);
     }
     return fresh.length;
   }
 }
 
-const titleOf = (text) => text.replace(/\s+/g, " ").replace(new RegExp(`(?<=^.{${TITLE_LENGTH}}).+`, "u"), "…");
-const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(36)).join("");
+const titleOf = (text) => text.replace(/\s+/g, " ").replace(/(?<=^.{60}).+/u, "…");
+
+function newId() {
+  const bytes = crypto.getRandomValues(new Uint8Array(8));
+  return Array.from(bytes, (byte) => byte.toString(36)).join("");
+}
 
 /* The conversation in `value`, with what the page knows of it and nothing else. */
 function checked(value, number) {
-  const { id, title, updated, messages } = Array.isArray(value) ? { messages: value } : (value ?? {});
+  const found = Array.isArray(value) ? { messages: value } : value;
+  const { id, title, updated, messages } = found ?? {};
   const isPart = (part) => PARTS.includes(part?.type) && typeof part.text === "string";
-  const isContent = (content) => typeof content === "string" || (Array.isArray(content) && content.every(isPart));
-  const isMessage = (message) => ["user", "assistant"].includes(message?.role) && isContent(message.content);
+  const isMessage = (message) => {
+    if (!["user", "assistant"].includes(message?.role)) return false;
+    const parts = partsOf(message);
+    return Array.isArray(parts) && parts.every(isPart);
+  };
   if (!Array.isArray(messages) || !messages.length || !messages.every(isMessage)) {
     throw new Error(`conversation ${number} is not in nanochat's form`);
   }

@@ -1,15 +1,15 @@
-/* How a conversation looks: a question, a reply that grows, and an entry of the list of conversations.
-
-The choice that would surprise: a tool call stands in the sentence it belongs to. In the text that becomes Markdown it
-is one private use character. style.css hides the buttons that make no sense at the moment. */
+/* How a conversation looks: a question, a reply that grows, and an entry of the list of
+conversations; style.css hides the buttons that make no sense at the moment. */
 
 import { el, MarkdownView } from "./markdown.js";
-import { textOf } from "./store.js";
+import { partsOf, textOf } from "./store.js";
 
-export const button = (label, onclick, properties) => el("button", { type: "button", onclick, ...properties }, label);
+export const button = (label, onclick, properties) =>
+  el("button", { type: "button", onclick, ...properties }, label);
 const copyButton = (message) => button("Copy", ({ target }) => copy(textOf(message), target));
+const actionsOf = (...buttons) => el("div", { className: "actions" }, ...buttons);
 
-/* Copies a text; on a page without https, where the browser offers no clipboard, by way of a selection. */
+/* Copies a text; without https, where the browser offers no clipboard, by way of a selection. */
 export async function copy(text, pressed) {
   if (navigator.clipboard) await navigator.clipboard.writeText(text);
   else {
@@ -26,15 +26,16 @@ export async function copy(text, pressed) {
 
 export const isTouch = () => matchMedia("(pointer: coarse)").matches;
 
-/* Whether this key sends: Enter, but on a touch screen, with Shift, or inside an input method, it is a new line. */
-export const entersMessage = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing && !isTouch();
+/* Whether a key sends: Enter does, but not on a touch screen, with Shift, or in an input method. */
+export const entersMessage = ({ key, shiftKey, isComposing }) =>
+  key === "Enter" && !shiftKey && !isComposing && !isTouch();
 
 export class QuestionView {
   /* `onEdit` gets the new text. */
   constructor(message, onEdit) {
     const edit = button("Edit", () => this.edit(message.content, onEdit), { className: "change" });
     this.said = el("div", { className: "said", dir: "auto" }, message.content);
-    this.actions = el("div", { className: "actions" }, edit, copyButton(message));
+    this.actions = actionsOf(edit, copyButton(message));
     const who = el("h2", { className: "who" }, "You");
     this.element = el("article", { className: "question" }, who, this.said, this.actions);
   }
@@ -46,8 +47,8 @@ export class QuestionView {
       this.actions.firstChild.focus();
     };
     const send = () => field.value.trim() && onEdit(field.value.trim());
-    const buttons = el("div", { className: "actions" }, button("Send again", send), button("Cancel", done));
-    const form = el("div", { className: "edit" }, field, buttons);
+    const buttons = [button("Send again", send), button("Cancel", done)];
+    const form = el("div", { className: "edit" }, field, actionsOf(...buttons));
     field.onkeydown = (event) => {
       if (event.key === "Escape") done();
       else if (entersMessage(event)) send();
@@ -72,17 +73,17 @@ export class ReplyView {
     this.state = el("span", { className: "state" });
     this.reason = el("p");
     this.problem = el("div", { className: "problem", role: "alert" }, this.reason, again("Retry"));
-    const actions = el("div", { className: "actions" }, copyButton(message), again("Regenerate"), this.state);
+    const actions = actionsOf(copyButton(message), again("Regenerate"), this.state);
     const who = el("h2", { className: "who" }, "nanochat");
     this.element = el("article", { className: "reply" }, who, this.said, this.problem, actions);
   }
 
   /* Shows what the reply holds by now. */
   update(live) {
-    const { content, stats, note, error } = this.message;
+    const { stats, note, error } = this.message;
     const status = this.queued ? `queued: ${this.queued}` : "";
     this.element.classList.toggle("live", live);
-    this.markdown.update(typeof content === "string" ? [{ type: "text", text: content }] : content, live);
+    this.markdown.update(partsOf(this.message), live);
     this.state.textContent = live ? status : [note, stats].filter(Boolean).join(" · ");
     this.reason.textContent = error ?? "";
     this.problem.hidden = !error;
@@ -104,7 +105,8 @@ export function entryView({ id, title }, isShown, onRename, onDelete) {
     entry.replaceChildren(field);
     field.select();
   };
-  const actions = [button("Rename", rename, named("Rename")), button("Delete", onDelete, named("Delete"))];
-  const entry = el("li", {}, link, el("div", { className: "actions" }, ...actions));
+  const actions = { Rename: rename, Delete: onDelete };
+  const buttons = Object.entries(actions).map(([verb, act]) => button(verb, act, named(verb)));
+  const entry = el("li", {}, link, actionsOf(...buttons));
   return entry;
 }

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -259,7 +259,7 @@ class DecodeGraph:
 
 
 @dataclass(eq=False)
-class Sequence:
+class RunningRequest:
     """A request in its slot, and how far its reply has come."""
 
     request: Request
@@ -370,13 +370,13 @@ class Engine:
         self.slots.reset()
         self.waiting: deque[Request] = deque()
         self.started: list[Request] = []  # those that the last step gave a slot
-        self.sequences: list[Sequence] = []  # all but the last are prefilled
-        self.sampling: SamplingBatch | None = None  # until a sequence is prefilled or ends
+        self.running: list[RunningRequest] = []  # all but the last are prefilled
+        self.in_batch: list[Request] = []  # per slot, whom `batch` is laid out for
 
     @property
     def busy(self) -> bool:
         """True while there is something for `step` to do."""
-        return bool(self.waiting or self.sequences)
+        return bool(self.waiting or self.running)
 
     def submit(self, request: Request) -> None:
         """Queue the request. Raises UserError where it cannot fit."""
@@ -393,9 +393,9 @@ class Engine:
         """Forget the request, wherever it is: no more events, and its slot is free at once."""
         if request in self.waiting:
             self.waiting.remove(request)
-        for sequence in self.sequences.copy():
-            if sequence.request is request:
-                self._leave(sequence)
+        for each in self.running.copy():
+            if each.request is request:
+                self._leave(each)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -405,16 +405,16 @@ class Engine:
         """
         self.started = []
         self._prefill()
-        running = [sequence for sequence in self.sequences if sequence.is_prefilled]
-        if not running:
+        ready = [each for each in self.running if each.is_prefilled]
+        if not ready:
             return []
-        with self._dropping(running):
-            logits = self.slots.decode({sequence.slot: sequence.last for sequence in running})
-            sampled = self._sample(running, logits)
-            events = [sequence.append_token(sampled[sequence.slot.index]) for sequence in running]
-        for sequence, event in zip(running, events, strict=True):
+        with self._dropping(ready):
+            logits = self.slots.decode({each.slot: each.last for each in ready})
+            sampled = self._sample(ready, logits)
+            events = [each.append_token(sampled[each.slot.index]) for each in ready]
+        for each, event in zip(ready, events, strict=True):
             if event.finish:
-                self._leave(sequence)
+                self._leave(each)
         return events
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
@@ -480,73 +480,53 @@ class Engine:
                 column = [queue.popleft() if queue else filler for queue in unread.values()]
                 yield [token for token, _ in column], [mask for _, mask in column]
 
-    def generate_batch(
-        self, tokens: list[int], num_samples: int = 1, **sampling: Any
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """(results, masks): per sample the prompt (mask 0) and its continuation without stop token.
-
-        The same samples as those of `generate`, which takes the same `sampling`.
-        """
-        results = [list(tokens) for _ in range(num_samples)]
-        masks = [[0] * len(tokens) for _ in range(num_samples)]
-        ended = set[int]()
-        for column, column_masks in self.generate(tokens, num_samples, **sampling):
-            for row, (token, mask) in enumerate(zip(column, column_masks, strict=True)):
-                if token in (self.chat.assistant_end, self.chat.bos):
-                    ended.add(row)
-                if row not in ended:
-                    results[row].append(token)
-                    masks[row].append(mask)
-        return results, masks
-
     @contextmanager
-    def _dropping(self, sequences: list[Sequence]) -> Iterator[None]:
-        """Where something fails inside, it costs these sequences and no others."""
+    def _dropping(self, group: list[RunningRequest]) -> Iterator[None]:
+        """Where something fails inside, it costs these requests and no others."""
         try:
             yield
         except Exception as error:
-            for sequence in sequences:
-                self._leave(sequence, spoiled=True)
-            raise StepFailed([sequence.request for sequence in sequences]) from error
+            for each in group:
+                self._leave(each, spoiled=True)
+            raise StepFailed([each.request for each in group]) from error
 
-    def _leave(self, sequence: Sequence, spoiled: bool = False) -> None:
-        self.sequences.remove(sequence)
-        self.slots.release(sequence.slot, spoiled)
-        self.sampling = None
+    def _leave(self, leaving: RunningRequest, spoiled: bool = False) -> None:
+        self.running.remove(leaving)
+        self.slots.release(leaving.slot, spoiled)
 
     def _prefill(self) -> None:
-        """Read at most CHUNK tokens of prompts, the oldest first."""
+        """Read at most CHUNK tokens of prompts, the oldest first; who waits gets the free slots."""
         room = CHUNK
-        while sequence := self._next_to_prefill():
-            with self._dropping([sequence]):
-                num_tokens = self.slots.prefill(sequence.slot, sequence.request.prompt, room)
-            if num_tokens == 0:
-                return
-            room -= num_tokens
-            self.sampling = None
+        while True:
+            if not self.running or self.running[-1].is_prefilled:
+                if not (self.waiting and self.slots.free):
+                    return
+                slot = self.slots.allocate(self.waiting[0].prompt)
+                self.started.append(self.waiting.popleft())
+                self.running.append(
+                    RunningRequest(self.started[-1], slot, self.tokenizer, self.chat)
+                )
+            newest = self.running[-1]
+            if not newest.is_prefilled:
+                with self._dropping([newest]):
+                    num_tokens = self.slots.prefill(newest.slot, newest.request.prompt, room)
+                if num_tokens == 0:
+                    return
+                room -= num_tokens
 
-    def _next_to_prefill(self) -> Sequence | None:
-        """The oldest sequence whose prompt is not read; the oldest request, if a slot is free."""
-        while not self.sequences or self.sequences[-1].is_prefilled:
-            if not (self.waiting and self.slots.free):
-                return None
-            slot = self.slots.allocate(self.waiting[0].prompt)
-            self.started.append(self.waiting.popleft())
-            self.sequences.append(Sequence(self.started[-1], slot, self.tokenizer, self.chat))
-        return self.sequences[-1]
-
-    def _sample(self, running: list[Sequence], logits: torch.Tensor) -> list[list[list[float]]]:
+    def _sample(self, ready: list[RunningRequest], logits: torch.Tensor) -> list[list[list[float]]]:
         """Per slot [[id]], or what `with_logprobs` says if a request asks for it; one transfer."""
         requests, counts = [IDLE] * self.num_slots, [0] * self.num_slots
-        for sequence in running:
-            requests[sequence.slot.index] = sequence.request
-            counts[sequence.slot.index] = sequence.num_generated
-        if self.sampling is None:
+        for each in ready:
+            requests[each.slot.index] = each.request
+            counts[each.slot.index] = each.num_generated
+        if requests != self.in_batch:
             rows = [(r.temperature, r.top_k, r.top_p) for r in requests]
-            self.sampling = SamplingBatch(rows, logits.shape[1], self.device)
+            self.in_batch = requests
+            self.batch = SamplingBatch(rows, logits.shape[1], self.device)
         seeds = torch.tensor([request.seed & (2**63 - 1) for request in requests])
         uniform = counter_uniform(seeds, torch.tensor(counts)).to(self.device)
-        ids = sample(logits, self.sampling, uniform)
+        ids = sample(logits, self.batch, uniform)
         num_top = max(request.logprobs for request in requests)
         if num_top == 0:
             return ids[:, None, None].tolist()

@@ -431,7 +431,7 @@ async def ready(chat: Chat) -> dict[str, str]:
 async def show_metrics(chat: Chat) -> Response:
     """Prometheus's text format."""
     engines = [worker.engine for worker in chat.workers]
-    chat.metrics.running.set(sum(len(engine.sequences) for engine in engines))
+    chat.metrics.running.set(sum(len(engine.running) for engine in engines))
     chat.metrics.waiting.set(sum(len(engine.waiting) for engine in engines))
     chat.metrics.step_age.set(max(worker.step_age for worker in chat.workers))
     return Response(

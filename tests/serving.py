@@ -91,7 +91,7 @@ class ScriptedModel(nn.Module):
 
 
 class EchoModel(ScriptedModel):
-    """Answers each sequence of its engine as that says."""
+    """Answers each request of its engine as that says."""
 
     engine: "EchoEngine"
 
@@ -99,8 +99,8 @@ class EchoModel(ScriptedModel):
         if self.engine.num_failures:
             self.engine.num_failures -= 1
             raise RuntimeError("out of order")
-        [sequence] = [seq for seq in self.engine.sequences if seq.slot.index == slot]
-        return self.engine.token(sequence.request, sequence.num_generated)
+        [asked] = [each for each in self.engine.running if each.slot.index == slot]
+        return self.engine.token(asked.request, asked.num_generated)
 
 
 class EchoEngine(Engine):

@@ -81,7 +81,7 @@ def drain(engine: Engine) -> list[Event]:
 
 def check_slots(engine: Engine) -> None:
     """No slot is lost, and every one holds in the cache what it says."""
-    in_use = [sequence.slot for sequence in engine.sequences]
+    in_use = [each.slot for each in engine.running]
     assert sorted(s.index for s in [*engine.slots.free, *in_use]) == list(range(engine.num_slots))
     for slot, length in zip(engine.slots.all, engine.slots.cache.lengths.tolist(), strict=True):
         assert len(slot.cached) in (length, 0)  # 0: a failed one
@@ -219,12 +219,10 @@ def test_an_abandoned_run_leaves_the_engine_usable() -> None:
 
 
 def test_generate_gives_the_samples_of_run() -> None:
-    """In columns, whose ended rows are filled up; generate_batch gives them without the stop token."""
+    """In columns, whose ended rows are filled up."""
     engine = Engine(tiny_gpt(), TOKENIZER, num_slots=2)
-    options: dict[str, Any] = {"max_tokens": 30, "temperature": 1.2, "top_k": 20, "seed": 7}
-    columns = list(engine.generate([CHAT.bos, 5], num_samples=5, **options))
-    results, masks = engine.generate_batch([CHAT.bos, 5], num_samples=5, **options)
-    requests = [Request([CHAT.bos, 5], 30, 1.2, 20, seed=derive_seed(7, i)) for i in range(5)]
+    columns = list(engine.generate([CHAT.bos, 5], 5, max_tokens=30, temperature=1.2, seed=7))
+    requests = [Request([CHAT.bos, 5], 30, 1.2, seed=derive_seed(7, i)) for i in range(5)]
     said = collect(engine, requests)
     assert len(columns) == max(len(tokens) for tokens, _ in said)
     assert len({tokens[0] for tokens, _ in said}) > 2  # they differ from the first token on
@@ -233,8 +231,6 @@ def test_generate_gives_the_samples_of_run() -> None:
         column = [(column[row], column_masks[row]) for column, column_masks in columns]
         ended = [(CHAT.assistant_end, 0)] * (len(columns) - len(tokens))
         assert column == [*zip(tokens, own, strict=True), *ended]
-        kept = len(tokens) - (tokens[-1] in (CHAT.assistant_end, CHAT.bos))
-        assert results[row] == [CHAT.bos, 5, *tokens[:kept]] and masks[row] == [0, 0, *own[:kept]]
 
 
 def reply_to(said: Iterable[int], max_tokens: int = 50) -> tuple[list[Event], Reply]:
@@ -364,19 +360,31 @@ def test_requests_may_come_and_go_between_steps() -> None:
     reading, decoding, queued, last = (Request(words(i, 400), 50, stop={-1}) for i in range(4))
     for request in (reading, decoding, queued, last):
         engine.submit(request)
-    assert engine.step() == [] and (len(engine.sequences), len(engine.waiting)) == (1, 3)
+    assert engine.step() == [] and (len(engine.running), len(engine.waiting)) == (1, 3)
     engine.cancel(reading)
-    assert len(engine.sequences) == 0
-    assert engine.step() == [] and len(engine.sequences) == 1  # the first of two chunks
+    assert len(engine.running) == 0
+    assert engine.step() == [] and len(engine.running) == 1  # the first of two chunks
     assert [event.request for _ in range(3) for event in engine.step()] == [decoding] * 3
     engine.cancel(queued)
     engine.cancel(decoding)
-    assert (len(engine.sequences), len(engine.waiting)) == (0, 1)
+    assert (len(engine.running), len(engine.waiting)) == (0, 1)
     engine.step()
     assert [event.request for event in engine.step()] == [last]
     assert {event.request for event in drain(engine)} == {last}
     engine.cancel(last)  # too late, and harmless
     check_slots(engine)
+
+
+def test_a_prompt_that_is_running_already_is_sampled_as_asked() -> None:
+    """It is copied, not prefilled, amid steps that laid out their sampling without it."""
+    engine = Engine(tiny_gpt(), TOKENIZER, num_slots=2)
+    greedy = Request([CHAT.bos, 1], 9, temperature=0, stop={-1})
+    wild = Request([CHAT.bos, 1], 5, temperature=1.5, seed=3, stop={-1})
+    [(alone, _)] = collect(engine, [wild])
+    engine.submit(greedy)
+    engine.step()
+    engine.submit(wild)
+    assert [event.token for event in drain(engine) if event.request is wild] == alone
 
 
 def test_a_long_prompt_delays_nobody_by_more_than_a_chunk() -> None:
@@ -436,7 +444,7 @@ def test_a_failing_step_costs_only_those_in_it() -> None:
     broken.add(48)  # the second prompt, padded
     with pytest.raises(StepFailed) as lost:
         engine.step()
-    assert lost.value.requests == [second] and (len(engine.sequences), len(engine.waiting)) == (
+    assert lost.value.requests == [second] and (len(engine.running), len(engine.waiting)) == (
         1,
         1,
     )
@@ -506,7 +514,7 @@ def test_no_slot_leaks(prefix_reuse: bool) -> None:
                 assert event.finish == "stop" or open_[event.request] == event.request.max_tokens
                 del open_[event.request]
                 num_ended += 1
-        assert len(open_) == len(engine.sequences) + len(engine.waiting)
+        assert len(open_) == len(engine.running) + len(engine.waiting)
         check_slots(engine)
     assert num_ended > 50
     drain(engine)

@@ -272,7 +272,7 @@ def test_who_leaves_frees_what_he_held(stream: bool, phase: str) -> None:
         server.until(lambda: server.num_jobs() == before)
         with server.connect("x" * 200, stream=stream):
             server.until(lambda: server.num_jobs() == before + 1)
-            server.until(lambda: phase == "queue" or len(engine.sequences) == 1)
+            server.until(lambda: phase == "queue" or len(engine.running) == 1)
         server.until(lambda: len(engine.cancelled) == 1)
         left = engine.cancelled[0]
         assert TOKENIZER.decode(left.prompt).count("x") == 200
@@ -364,7 +364,7 @@ def test_a_failure_amid_a_stream_is_no_stop() -> None:
     engine.pace = 0.01
     with serving([engine]) as server:
         pool, (asked,) = background(server, 1)
-        server.until(lambda: any(sequence.num_generated > 3 for sequence in engine.sequences))
+        server.until(lambda: any(each.num_generated > 3 for each in engine.running))
         engine.num_failures = 1
         stream = asked.result()
         pool.shutdown()
@@ -392,7 +392,7 @@ def test_the_end_waits_for_answers_under_way(
     engine.pace = 0.01 if in_time else 0.05
     with serving([engine]) as server:
         pool, (asked,) = background(server, 1)
-        server.until(lambda: bool(engine.sequences))
+        server.until(lambda: bool(engine.running))
         server.server.should_exit = True  # what a first SIGTERM does
         server.until(lambda: server.client.get("/ready").status_code == 503)
         refused = server.ask("late")

@@ -52,7 +52,7 @@ def test_openai_tries_again_while_the_queue_is_full() -> None:
     engine = EchoEngine(num_slots=1)
     engine.pace = 0.03
     with serving([engine], ServerConfig(queue=0)) as server, server.connect("x" * 20):
-        server.until(lambda: bool(engine.sequences))
+        server.until(lambda: bool(engine.running))
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
             ask: dict[str, Any] = {
                 "model": "nanochat",

@@ -1,12 +1,13 @@
 """ARC: science questions of American schools, in an easy and a challenge set. Multiple choice.
 
 One row of ARC-Easy (train):
-    {"id": "ARC-Easy/train/1", "question": "Lichens are symbiotic organisms made of green algae and fungi. What
-     do the green algae supply to the fungi in this symbiotic relationship?", "choices": {"text":
-     ["carbon dioxide", "food", "protection", "water"], "label": ["A", "B", "C", "D"]}, "answerKey": "B"}
+    {"id": "ARC-Easy/train/1", "question": "Lichens are symbiotic organisms made of green algae and
+     fungi. What do the green algae supply to the fungi in this symbiotic relationship?",
+     "choices": {"text": ["carbon dioxide", "food", "protection", "water"],
+                 "label": ["A", "B", "C", "D"]}, "answerKey": "B"}
 
-Every question is asked with A, B, C, ... by position. Some rows are labelled
-1, 2, 3, 4 and some have three or five choices; `answerKey` is looked up among the row's own labels.
+Every question is asked with A, B, C, ... by position. Some rows are labelled 1, 2, 3, 4 and some
+have three or five choices; `answerKey` is looked up among the row's own labels.
 
 Source: allenai/ai2_arc on the Hugging Face hub (arXiv 1803.05457), CC BY-SA 4.0.
 """

@@ -1,7 +1,7 @@
 """What every task is: a list of conversations that can be cut, mixed, shuffled and scored.
 
-A task answers `num_examples()`, `get_example(index)` and, where it is an evaluation, `score`. Rows
-of Hugging Face data sets come from the hub or, with `NANOCHAT_DATASETS=<folder>`, from
+A task has `get_example(number)` and, where it is an evaluation, `score`. Rows of Hugging Face data
+sets come from the hub or, with `NANOCHAT_DATASETS=<folder>`, from
 `<folder>/<owner>/<name>/<config>/<split>.jsonl` or `.parquet`. They are shuffled once and for all:
 MMLU is sorted by subject, and the first hundred rows of any task should be a fair sample of it.
 """
@@ -27,15 +27,12 @@ class Task(Sequence[Conversation]):
     kind = "generate"  # "choice": the reply is one of the letters in the conversation's "letters"
     baseline = 0.0  # accuracy of guessing
 
-    def __init__(self) -> None:
-        self._indices = range(self.num_examples())
+    def __init__(self, numbers: Sequence[int]) -> None:
+        """`numbers` go to `get_example`, in this order."""
+        self._numbers = numbers
 
-    def num_examples(self) -> int:
-        """The length of the whole task, before it is sliced."""
-        raise NotImplementedError
-
-    def get_example(self, index: int) -> Conversation:
-        """Conversation `index` of the whole task."""
+    def get_example(self, number: int) -> Conversation:
+        """Conversation `number`, wherever slicing and shuffling have put it."""
         raise NotImplementedError
 
     def score(self, conversation: Conversation, reply: str) -> float:
@@ -43,7 +40,7 @@ class Task(Sequence[Conversation]):
         return float(reply.strip() == conversation["answer"])
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self._numbers)
 
     @overload
     def __getitem__(self, index: int) -> Conversation: ...
@@ -54,9 +51,9 @@ class Task(Sequence[Conversation]):
     def __getitem__(self, index: int | slice) -> "Conversation | Task":
         if isinstance(index, slice):
             part = copy.copy(self)
-            part._indices = self._indices[index]
+            part._numbers = self._numbers[index]
             return part
-        return self.get_example(self._indices[index])
+        return self.get_example(self._numbers[index])
 
 
 class TaskMixture(Task):
@@ -66,13 +63,10 @@ class TaskMixture(Task):
         self.tasks = tasks
         self._order = [(t, i) for t, task in enumerate(tasks) for i in range(len(task))]
         random.Random(seed).shuffle(self._order)
-        super().__init__()
+        super().__init__(range(len(self._order)))
 
-    def num_examples(self) -> int:
-        return len(self._order)
-
-    def get_example(self, index: int) -> Conversation:
-        task, row = self._order[index]
+    def get_example(self, number: int) -> Conversation:
+        task, row = self._order[number]
         return self.tasks[task][row]
 
 
@@ -83,10 +77,7 @@ class GeneratedTask(Task):
 
     def __init__(self, split: str) -> None:
         self.split = split
-        super().__init__()
-
-    def num_examples(self) -> int:
-        return self.num_train if self.split == "train" else self.num_test
+        super().__init__(range(self.num_train if split == "train" else self.num_test))
 
 
 class HubTask(Task):
@@ -98,24 +89,19 @@ class HubTask(Task):
     def __init__(self, split: str) -> None:
         self._label = f"{self.name} ({self.config}, {split})"
         self._rows = load_rows(self.name, self.config, split)
-        self._order = list(range(len(self._rows)))
-        random.Random(self._label).shuffle(self._order)
-        super().__init__()
+        numbers = list(range(len(self._rows)))
+        random.Random(self._label).shuffle(numbers)
+        super().__init__(numbers)
 
-    def num_examples(self) -> int:
-        return len(self._order)
-
-    def get_example(self, index: int) -> Conversation:
+    def get_example(self, number: int) -> Conversation:
         """Raises UserError, naming the row, where a field is missing or of another kind."""
-        number = self._order[index]
         try:
             conversation = self.convert(self._rows[number])
             check_conversation(conversation)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
-            raise UserError(
-                f"{self._label}, row {number} from 0: {reason}; fetch the data set again"
-            ) from error
+            where = f"{self._label}, row {number} from 0"
+            raise UserError(f"{where}: {reason}; fetch the data set again") from error
         return conversation
 
     def convert(self, row: dict[str, Any]) -> Conversation:
@@ -131,7 +117,7 @@ class ChoiceTask(HubTask):
 
     @staticmethod
     def ask(question: str, choices: Sequence[str], right: int) -> Conversation:
-        """The question with choices A, B, C, ...; `right` is the position of the right one."""
+        """The question with its choices by letter; `right` is the position of the right one."""
         if not 0 <= right < len(choices):
             raise ValueError(f"answer {right} of {len(choices)} choices")
         letters = list(ascii_uppercase[: len(choices)])
@@ -145,12 +131,12 @@ def exchange(question: str, reply: str | list[dict[str, str]]) -> list[dict[str,
 
 
 def load_rows(name: str, config: str, split: str) -> Sequence[dict[str, Any]]:
-    """The rows of a Hugging Face data set, such as `load_rows("openai/gsm8k", "main", "train")`.
+    """`load_rows("openai/gsm8k", "main", "train")` reads them from the hub or from local files.
 
     Raises UserError where the data set cannot be had or a local file is malformed.
     """
     if folder := os.environ.get("NANOCHAT_DATASETS"):
-        return _read_local(Path(folder) / name / config, split)
+        return _read_local(Path(folder, name, config), split)
     try:
         import datasets  # here, so that what needs no hub starts without it
 
@@ -159,9 +145,8 @@ def load_rows(name: str, config: str, split: str) -> Sequence[dict[str, Any]]:
     # datasets raises subclasses of FileNotFoundError and ConnectionError, ValueError for splits
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"cannot load {name} ({config}, {split}): {reason}; or set NANOCHAT_DATASETS=<folder>"
-        ) from error
+        what = f"cannot load {name} ({config}, {split}): {reason}"
+        raise UserError(f"{what}; or set NANOCHAT_DATASETS=<folder>") from error
 
 
 def _read_local(folder: Path, split: str) -> Sequence[dict[str, Any]]:

@@ -1,11 +1,10 @@
 """A user's own conversations from a .jsonl file, for midtraining and SFT (`--custom FILE`).
 
 One conversation a line, as an object or as the bare list of its messages:
-    {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Pip."}]}
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
     [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Pip."}]
 
-The whole file is checked before training starts, since a bad line 4,000
-would otherwise be met an hour later.
+The whole file is checked before training starts, or a bad line 4,000 would be met an hour later.
 """
 
 from pathlib import Path
@@ -23,13 +22,10 @@ class CustomJSON(Task):
         self._rows = [_checked(path, number, row) for number, row in numbered_jsonl(path)]
         if not self._rows:
             raise UserError(f"--custom={path}: the file holds no conversation")
-        super().__init__()
+        super().__init__(range(len(self._rows)))
 
-    def num_examples(self) -> int:
-        return len(self._rows)
-
-    def get_example(self, index: int) -> Conversation:
-        return self._rows[index]
+    def get_example(self, number: int) -> Conversation:
+        return self._rows[number]
 
 
 def _checked(path: Path, number: int, row: object) -> Conversation:

@@ -1,15 +1,13 @@
 """GSM8K: word problems of school mathematics, solved in steps, each with a call of the calculator.
 
 One row (train):
-    {"question": "Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of babysitting. How
-     much did she earn?", "answer": "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\\nWorking 50 minutes, she
-     earned 0.2 x 50 = $<<0.2*50=10>>10.\\n#### 10"}
+    {"question": "Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of
+     babysitting. How much did she earn?", "answer": "Weng earns 12/60 = $<<12/60=0.2>>0.2 per
+     minute.\\nWorking 50 minutes, she earned 0.2 x 50 = $<<0.2*50=10>>10.\\n#### 10"}
 
 `<<12/60=0.2>>` becomes a call of the tool, `12/60`, and what it printed, `0.2`; the text goes on
-behind it.
-
-What the tool is shown to print is what the row says, even where it is rounded
-or has zeros at its end ("3.50"; one mark in 34). The text behind the mark repeats it in that form.
+behind it. What the tool is shown to print is what the row says, even where it is rounded or ends in
+zeros ("3.50"; one mark in 34), since the text behind the mark repeats it in that form.
 
 Source: openai/gsm8k on the Hugging Face hub, configuration "main" (arXiv 2110.14168), MIT.
 """
@@ -43,7 +41,7 @@ class GSM8K(HubTask):
 
 
 def solution_parts(answer: str) -> list[dict[str, str]]:
-    """The solution as an assistant says it: text, calls of the tool and what it prints, text again."""
+    """The solution as an assistant says it: text, a call of the tool, its output, text again."""
     # re.split with two groups: text, expression, result, text, expression, result, ..., text
     kinds = ("text", "python", "python_output")
     pieces = [(kinds[i % 3], piece) for i, piece in enumerate(MARK.split(answer))]
@@ -51,7 +49,7 @@ def solution_parts(answer: str) -> list[dict[str, str]]:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the last `####`, or None: `"#### -$1,080.50 a year"` -> `Decimal("-1080.50")`."""
+    """The number after the last `####`: `"#### -$1,080.50 a year"` -> `Decimal("-1080.50")`."""
     _, marked, said = text.rpartition("####")
     found = FINAL.match(marked + said)
     if not found:

@@ -1,15 +1,14 @@
 """HumanEval: Python functions to complete from their signature and docstring, checked by running.
 
 One row, its docstring and checks cut short:
-    {"task_id": "HumanEval/53", "prompt": "\\n\\ndef add(x: int, y: int):\\n    \\"\\"\\"Add two numbers x and y\\n ...",
+    {"task_id": "HumanEval/53", "prompt": "\\n\\ndef add(x: int, y: int):\\n    \\"\\"\\"Add ...",
      "canonical_solution": "    return x + y\\n", "entry_point": "add",
-     "test": "\\n\\nMETADATA = {}\\n\\n\\ndef check(candidate):\\n    import random\\n\\n    assert candidate(0, 1) == 1\\n ..."}
+     "test": "\\n\\ndef check(candidate):\\n    assert candidate(0, 1) == 1\\n ..."}
 
 The reply may be the whole function or its body, in a fenced block or bare. Either way the prompt
 comes before it: it has the imports, in some rows a helper, and the function itself without a body.
-
-The checks run in a process that never sees the program, only what its
-function returns (nanochat/sandbox_child.py), so they need the prompt too; some call its helper.
+The checks run in a process that never sees the program, only what its function returns
+(nanochat/sandbox_child.py), so they need the prompt too; some call its helper.
 
 Source: openai/openai_humaneval on the Hugging Face hub (arXiv 2107.03374), MIT.
 """
@@ -42,7 +41,7 @@ class HumanEval(HubTask):
         return {"messages": exchange(question, reply), **kept}
 
     def score(self, conversation: Conversation, reply: str) -> float:
-        """1 where the program passes; may be called from many threads. Raises UserError without isolation."""
+        """1 where the program passes; thread-safe. Raises UserError without isolation."""
         prompt, name = conversation["prompt"], conversation["entry_point"]
         program = complete(prompt, name, reply)
         checks = f"{prompt}\n{conversation['test']}"
@@ -50,7 +49,7 @@ class HumanEval(HubTask):
 
 
 def complete(prompt: str, name: str, reply: str) -> str:
-    """The program that `reply` makes of `prompt`: a whole function `name` stands for the one of the prompt."""
+    """The program that `reply` makes of `prompt`: a whole function `name` replaces the prompt's."""
     blocks = FENCED.findall(reply) or [reply]
     whole = re.compile(rf"^(?:async )?def {name}\b|^{name} *=", re.MULTILINE)
     for block in blocks:

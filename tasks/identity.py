@@ -50,13 +50,10 @@ class Identity(Task):
 
     def __init__(self, facts: Path = FACTS) -> None:
         self._facts = read_facts(facts)
-        super().__init__()
+        super().__init__(range(1_000))
 
-    def num_examples(self) -> int:
-        return 1_000
-
-    def get_example(self, index: int) -> Conversation:
-        rng = random.Random(f"identity/{index}")
+    def get_example(self, number: int) -> Conversation:
+        rng = random.Random(f"identity/{number}")
         messages = []
         for questions, replies in rng.sample(TOPICS, rng.choice((1, 2, 2, 3, 3))):
             opening = "" if messages else rng.choice(OPENINGS)

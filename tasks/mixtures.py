@@ -6,6 +6,7 @@ The default mixtures are for a model that holds more, and there SFT is the narro
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from nanochat.common import UserError
@@ -32,7 +33,7 @@ from tasks.spellingbee import SpellingBee, SpellWord
 MIXTURES: dict[tuple[str, str], Callable[[], list[Task]]] = {
     ("mid", "default"): lambda: [  # 849 K rows
         SmolTalk("train"),  # 460 K
-        MMLU("auxiliary_train"),  # 100 K
+        MMLU("train"),  # 100 K
         GSM8K("train"),  # 7.5 K
         Identity(),  # 1 K, twice
         Identity(),
@@ -76,11 +77,11 @@ MIXTURES: dict[tuple[str, str], Callable[[], list[Task]]] = {
 # The six tasks of ChatCORE, in the order of the report.
 CHAT_CORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 
-# name -> the task of a split, which is "test" or, for practice, "train"
+# Name -> the task of a split, which is "test" or, for practice, "train".
 EVALUATIONS: dict[str, Callable[..., Task]] = {
-    "ARC-Easy": lambda split: ARC("ARC-Easy", split),
-    "ARC-Challenge": lambda split: ARC("ARC-Challenge", split),
-    "MMLU": lambda split: MMLU("auxiliary_train" if split == "train" else split),
+    "ARC-Easy": partial(ARC, "ARC-Easy"),
+    "ARC-Challenge": partial(ARC, "ARC-Challenge"),
+    "MMLU": MMLU,
     "GSM8K": GSM8K,
     "HumanEval": HumanEval,
     "SpellingBee": SpellingBee,
@@ -92,10 +93,7 @@ EVALUATIONS: dict[str, Callable[..., Task]] = {
 
 
 def build_mixture(stage: str, name: str, custom: Path | None = None) -> TaskMixture:
-    """The conversations of a stage (mid, sft or val), with those of a user's own file if given.
-
-    Raises UserError for a data set that cannot be had and a malformed file.
-    """
+    """The conversations of a stage (mid, sft or val), with those of a user's own file if given."""
     own = [CustomJSON(custom)] if custom else []
     return TaskMixture([*MIXTURES[stage, name](), *own])
 
@@ -103,15 +101,11 @@ def build_mixture(stage: str, name: str, custom: Path | None = None) -> TaskMixt
 def build_task(
     name: str, split: str = "test", words: Path | None = None, allow_unsafe_exec: bool = False
 ) -> Task:
-    """The evaluation task of that name; with split "train" its practice part, for RL.
-
-    `words` is for SpellingBee, `allow_unsafe_exec` for HumanEval. Raises UserError for
-    an unknown task.
-    """
+    """The evaluation of that name; SpellingBee heeds `words`, HumanEval `allow_unsafe_exec`."""
     if name not in EVALUATIONS:
         raise UserError(f"the task {name!r} is unknown; choose one of: {', '.join(EVALUATIONS)}")
-    options = {
-        "SpellingBee": {"words": words},
-        "HumanEval": {"allow_unsafe_exec": allow_unsafe_exec},
-    }
-    return EVALUATIONS[name](split, **options.get(name, {}))
+    if name == "SpellingBee":
+        return SpellingBee(split, words)
+    if name == "HumanEval":
+        return HumanEval(split, allow_unsafe_exec)
+    return EVALUATIONS[name](split)

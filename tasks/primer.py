@@ -21,8 +21,8 @@ class PrimerConversations(GeneratedTask):
 
     num_train = 30_000
 
-    def get_example(self, index: int) -> Conversation:
-        return primer.conversation(self.split, index)
+    def get_example(self, number: int) -> Conversation:
+        return primer.conversation(self.split, number)
 
 
 class PrimerQuiz(GeneratedTask):
@@ -30,8 +30,8 @@ class PrimerQuiz(GeneratedTask):
 
     quiz: str
 
-    def get_example(self, index: int) -> Conversation:
-        question = primer.quiz(self.split, self.quiz, index)
+    def get_example(self, number: int) -> Conversation:
+        question = primer.quiz(self.split, self.quiz, number)
         return {"messages": exchange(question.prompt, question.reply), **self.details(question)}
 
     def details(self, question: primer.Question) -> Conversation:

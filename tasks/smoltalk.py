@@ -1,8 +1,8 @@
 """SmolTalk: conversations on everything, written by larger models for small ones.
 
 One row in outline (a system message may come first):
-    {"messages": [{"role": "user", "content": "How do I ..."}, {"role": "assistant", "content": "You can ..."}],
-     "source": "smol-magpie-ultra"}
+    {"messages": [{"role": "user", "content": "How do I ..."},
+                  {"role": "assistant", "content": "You can ..."}], "source": "smol-magpie-ultra"}
 
 This is the "smol" selection (460 K conversations for training, 24 K for testing), not the full one
 of a million: it leaves out function calls and advanced mathematics, and its talks are shorter.

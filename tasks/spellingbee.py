@@ -16,7 +16,6 @@ import hashlib
 import random
 import re
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
 from string import ascii_lowercase
 
@@ -31,7 +30,8 @@ ASK_SPELLING = (
     "spell {word} | Which letters make the word '{word}'?"
 )
 ASK_COUNT = (
-    "How many times is the letter {letter} in '{word}'? | How many {letter} are there in '{word}'? | "
+    "How many times is the letter {letter} in '{word}'? | "
+    "How many {letter} are there in '{word}'? | "
     "Count the letter {letter} in '{word}'. | How often does {letter} appear in '{word}'? | "
     "Count the letter {letter} in '{word}' by hand, then check. | "
     "Spell '{word}', count each {letter}, and check it. | "
@@ -48,8 +48,8 @@ class SpellWord(GeneratedTask):
         self.words = words_of(split, words or WORDS)
         super().__init__(split)
 
-    def get_example(self, index: int) -> Conversation:
-        rng = random.Random(f"{self.split}/spell a word/{index}")
+    def get_example(self, number: int) -> Conversation:
+        rng = random.Random(f"{self.split}/spell a word/{number}")
         word = rng.choice(self.words)
         spelled = "-".join(word)
         question = rng.choice(ASK_SPELLING.split(" | ")).format(word=word)
@@ -62,23 +62,23 @@ class SpellWord(GeneratedTask):
 class SpellingBee(SpellWord):
     """How often a letter is in a word; most often one that is."""
 
-    def get_example(self, index: int) -> Conversation:
-        rng = random.Random(f"{self.split}/count a letter/{index}")
+    def get_example(self, number: int) -> Conversation:
+        rng = random.Random(f"{self.split}/count a letter/{number}")
         word = rng.choice(self.words)
         letter = rng.choice(word if rng.random() < 0.8 else ascii_lowercase)
-        count = word.count(letter)
-        counted = accumulate(int(each == letter) for each in word)
-        steps = zip(word, counted, strict=True)
-        tally = ", ".join(f"{each} {n}" if each == letter else each for each, n in steps)
+        count, tally = 0, []
+        for each in word:
+            count += each == letter
+            tally.append(f"{each} {count}" if each == letter else each)
         times = "1 time" if count == 1 else f"{count} times"
-        parts = (
-            ("text", f"{tally}. By hand I count {count}. I check it: "),
-            ("python", f"'{word}'.count('{letter}')"),
-            ("python_output", str(count)),
-            ("text", f"The letter {letter} appears {times} in '{word}'."),
-        )
+        by_hand = f"{', '.join(tally)}. By hand I count {count}. I check it: "
+        reply = [
+            {"type": "text", "text": by_hand},
+            {"type": "python", "text": f"'{word}'.count('{letter}')"},
+            {"type": "python_output", "text": str(count)},
+            {"type": "text", "text": f"The letter {letter} appears {times} in '{word}'."},
+        ]
         question = rng.choice(ASK_COUNT.split(" | ")).format(word=word, letter=letter)
-        reply = [{"type": kind, "text": text} for kind, text in parts]
         return {"messages": exchange(question, reply), "answer": str(count)}
 
     def score(self, conversation: Conversation, reply: str) -> float:
@@ -87,31 +87,29 @@ class SpellingBee(SpellWord):
 
 @cache
 def words_of(split: str, file: Path) -> tuple[str, ...]:
-    """The words of the split, sorted; val and test share a tenth. Raises UserError where none is left."""
+    """The words of the split, sorted; val and test share a tenth of all. UserError without any."""
     try:
         words = set(file.read_text(encoding="utf-8").lower().split())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--words={file}: {error}; give a text file of words") from error
-    words = (word for word in words if re.fullmatch("[a-z]{2,}", word))
-    own = sorted(word for word in words if held_out(word) == (split != "train"))
+    own = []
+    for word in sorted(words):
+        digest = hashlib.blake2b(f"word/{word}".encode(), digest_size=4).digest()
+        held_out = int.from_bytes(digest, "big") % 10 == 0
+        if re.fullmatch("[a-z]{2,}", word) and held_out == (split != "train"):
+            own.append(word)
     if not own:
         raise UserError(f"--words={file}: no word for {split}; give some hundreds")
     return tuple(own)
 
 
-def held_out(word: str) -> bool:
-    """True for the tenth of all words that the train split never holds."""
-    digest = hashlib.blake2b(f"word/{word}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") % 10 == 0
-
-
 def normalized(text: str) -> str:
-    """The text in lower case, without punctuation at its ends and with single spaces."""
+    """The text in lower case with single spaces and bare ends: `" A  fox. "` -> `"a fox"`."""
     return " ".join(text.lower().split()).strip(" .!?")
 
 
 def last_number(text: str) -> str | None:
-    """The last number of the text without a trailing full stop, or None: `"37 + 58 = 95."` -> `"95"`."""
+    """The last number of the text, without a full stop: `"37 + 58 = 95."` -> `"95"`."""
     numbers = re.findall(r"(?<![\d.])-?\d+(?:\.\d+)?", text)
     return numbers[-1] if numbers else None
 

@@ -66,11 +66,11 @@ TALK = {
 class Numbers(Task):
     """The conversations 0, 1, 2, ..., 9."""
 
-    def num_examples(self) -> int:
-        return 10
+    def __init__(self) -> None:
+        super().__init__(range(10))
 
-    def get_example(self, index: int) -> Conversation:
-        return {"messages": [{"role": "user", "content": str(index)}]}
+    def get_example(self, number: int) -> Conversation:
+        return {"messages": [{"role": "user", "content": str(number)}]}
 
 
 def contents(task: Task) -> list[int]:

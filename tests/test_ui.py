@@ -347,8 +347,8 @@ def test_export_and_import(chat: Chat, tmp_path: Path) -> None:
     download.value.save_as(file)
     assert re.fullmatch(r"nanochat-\d{4}-\d\d-\d\d\.jsonl", file.name)
     task = CustomJSON(file)  # nanochat can train on it as it is
-    assert task.num_examples() == 2
-    content = task.get_example(1)["messages"][1]["content"]
+    assert len(task) == 2
+    content = task[1]["messages"][1]["content"]
     assert [part["type"] for part in content] == ["text", "python", "python_output", "text"]
     exported = chat.stored()
 

@@ -7,22 +7,12 @@ one document per option: solved examples, a blank line after each, then the item
     schema             option + delimiter + continuation    lowest mean loss of the common suffix
     language_modeling  context + delimiter + continuation   right if every token is the likeliest
 
-Prefixes, suffixes and continuations are found among token ids, because the blank before a word
-belongs to its token. What an item's options share is read once, into a KV cache, and logits are
-computed for what follows only. A document longer than the context is cropped from the left, but
-`<|bos|>` stays first, and all options of an item lose equally much. The rows of a task are shuffled
-once and for all, as for the published numbers, so the first hundred are a fair sample.
+What is scored is found among token ids, because the blank before a word belongs to its token. What
+an item's options share is read once, into a KV cache. A document longer than the context loses its
+beginning, but `<|bos|>` stays first, and all options of an item lose equally much.
 
-    eval_bundle/core.yaml             label, file, kind, number of examples, delimiter of each task
-                eval_meta_data.csv    what guessing scores on it, in percent
-                eval_data/**.jsonl    its items, one a line; a row's "id" is its line
-
-Bits per byte: the nats of every target that stands for bytes, over ln 2 times those bytes, so it
-does not depend on the vocabulary. Special tokens and targets of -1 do not count.
-
-Sources: DCLM, arXiv 2406.11794; seeds, blanks and order of rows are those of the published numbers;
-data https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip. B rows, T time, M scored
-tokens, V vocabulary.
+Sources: DCLM, arXiv 2406.11794; seeds, blanks and order of rows are those of the published numbers.
+B rows, T time, M scored tokens, V vocabulary.
 """
 
 import csv
@@ -76,11 +66,11 @@ def evaluate_bpb(
     num_steps: int,
     rows: int = 1 << 30,
 ) -> float:
-    """Bits per byte over the next `num_steps` batches of every rank; infinite where they hold no
-    bytes.
+    """Bits per byte over the next `num_steps` batches of every rank, read `rows` rows at a time.
 
-    `token_bytes` has the byte length of each id, 0 for specials (`Tokenizer.token_bytes`). The
-    model is given `rows` rows at a time.
+    The nats of every target that stands for bytes, over ln 2 times those bytes, so it does not
+    depend on the vocabulary. Specials, of 0 `token_bytes`, and targets of -1 do not count; without
+    any bytes it is infinite.
     """
     device = next(model.parameters()).device
     lengths = torch.tensor(token_bytes, device=device)  # (V,)
@@ -143,19 +133,10 @@ class CoreTask:
     delimiter: str = " "
 
 
-@dataclass(frozen=True)
-class TaskResult:
-    """The outcome of one task, over all ranks."""
-
-    task: CoreTask
-    records: list[dict[str, Any]]  # per item: task, id, prediction, gold, correct, losses
-
-    @property
-    def score(self) -> Score:
-        """The accuracy."""
-        num = len(self.records)
-        accuracy = sum(record["correct"] for record in self.records) / num
-        return Score(accuracy, math.sqrt(accuracy * (1 - accuracy) / max(1, num - 1)))
+def accuracy(records: Sequence[dict[str, Any]]) -> Score:
+    """The share of items that are right."""
+    share = sum(record["correct"] for record in records) / len(records)
+    return Score(share, math.sqrt(share * (1 - share) / max(1, len(records) - 1)))
 
 
 def centered_mean(scores: Sequence[Score], baselines: Sequence[float]) -> Score:
@@ -166,11 +147,11 @@ def centered_mean(scores: Sequence[Score], baselines: Sequence[float]) -> Score:
     return Score(sum(values) / len(values), math.hypot(*errors) / len(values))
 
 
-def core_score(results: Sequence[TaskResult]) -> tuple[str, Score]:
+def core_score(tasks: Sequence[CoreTask], scores: Sequence[Score]) -> tuple[str, Score]:
     """(name, centered mean); the name is "CORE" only where all 22 tasks are there."""
-    num, total = len(results), len(CORE_TASKS)
+    num, total = len(tasks), len(CORE_TASKS)
     name = "CORE" if num == total else f"CORE ({num} of {total})"
-    return name, centered_mean([r.score for r in results], [r.task.baseline for r in results])
+    return name, centered_mean(scores, [task.baseline for task in tasks])
 
 
 class Reader(Protocol):
@@ -246,9 +227,13 @@ class Item:
     num_scored: list[int]  # per tail; at least one more stands before them
 
 
-def evaluate(reader: Reader, task: CoreTask, batch_size: int, max_items: int | None) -> TaskResult:
-    """Score the first `max_items` items (None: all), `batch_size` at once. Examples come from all
-    rows.
+def evaluate(
+    reader: Reader, task: CoreTask, batch_size: int, max_items: int | None
+) -> list[dict[str, Any]]:
+    """A record of each of the first `max_items` items (None: all), `batch_size` read at once.
+
+    Their keys are task, id, prediction, gold, correct, and losses: one per option, None for
+    infinity, which JSON does not have.
     """
     numbers = own_part(min(len(task.rows), max_items or len(task.rows)))
     items = [encode_item(reader, task, number) for number in numbers]
@@ -264,17 +249,20 @@ def evaluate(reader: Reader, task: CoreTask, batch_size: int, max_items: int | N
             else:
                 prediction, gold = losses.index(min(losses)), row["gold"]  # the first of equals
                 correct = prediction == gold
-            record = {"task": task.label, "id": row["id"], "prediction": prediction, "gold": gold}
-            nats = [loss if loss < math.inf else None for loss in losses]  # JSON has no infinity
-            records.append((item.number, record | {"correct": correct, "losses": nats}))
-    ordered = sorted(gather(records), key=lambda pair: pair[0])
-    return TaskResult(task, [record for _, record in ordered])
+            record = {
+                "task": task.label,
+                "id": row["id"],
+                "prediction": prediction,
+                "gold": gold,
+                "correct": correct,
+                "losses": [loss if loss < math.inf else None for loss in losses],
+            }
+            records.append((item.number, record))
+    return [record for _, record in sorted(gather(records), key=lambda pair: pair[0])]
 
 
 def score_items(reader: Reader, items: Sequence[Item]) -> tuple[list[list[float]], list[list[int]]]:
-    """(mean nats of every option of each item, infinite without tokens; likeliest ids for its last
-    option).
-    """
+    """(mean nats of each item's options, infinite without tokens; likeliest ids of its last)."""
     reader.start([item.prefix for item in items])
     losses: list[list[float]] = [[] for _ in items]
     likeliest: list[list[int]] = [[] for _ in items]
@@ -336,37 +324,37 @@ def num_common(rows: Sequence[list[int]]) -> int:
 
 
 def num_shared(rows: Sequence[list[int]], num_scored: Sequence[int]) -> int:
-    """How many ids to read once for all rows: one less than stand before any score, which needs its
-    logits.
-    """
+    """How many ids to read once for all: the one before a score stays out, for its logits."""
     num_before = [len(row) - num for row, num in zip(rows, num_scored, strict=True)]
     return min(num_common(rows), *num_before) - 1
 
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-INDEX, BASELINES = "core.yaml", "eval_meta_data.csv"
-MEND = "give an unpacked bundle with --eval_bundle or NANOCHAT_EVAL_BUNDLE"
+HINT = "give an unpacked bundle with --eval_bundle or NANOCHAT_EVAL_BUNDLE"
 TIMEOUT_SECONDS = 30.0  # without a byte
-SHUFFLE_SEED = 1337
+SHUFFLE_SEED = 1337  # of the published numbers; the first hundred rows are a fair sample
 DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # what reading it may raise
 # Kind of task -> the fields of its rows.
-FIELDS: dict[str, dict[str, type]] = {
-    "multiple_choice": {"query": str, "choices": list, "gold": int},
-    "schema": {"context_options": list, "continuation": str, "gold": int},
-    "language_modeling": {"context": str, "continuation": str},
+FIELDS = {
+    "multiple_choice": ("query", "choices", "gold"),
+    "schema": ("context_options", "continuation", "gold"),
+    "language_modeling": ("context", "continuation"),
 }
 
 
 def find_bundle(given: str = "") -> Path:
-    """The folder `given`, or that of NANOCHAT_EVAL_BUNDLE, or the downloaded one, downloaded if
-    need be.
+    """The folder `given`, or that of NANOCHAT_EVAL_BUNDLE, or the one that is downloaded once.
+
+    core.yaml             label, file, kind, number of examples, delimiter of each task
+    eval_meta_data.csv    what guessing scores on it, in percent
+    eval_data/**.jsonl    its items, one a line
     """
     given = given or os.environ.get("NANOCHAT_EVAL_BUNDLE", "")
     folder = Path(given).expanduser() if given else eval_bundle_dir()
     if not given and not folder.exists():
         download(folder)
-    if not (folder / INDEX).is_file():
-        raise UserError(f"there is no {INDEX} in {folder}; {MEND}")
+    if not (folder / "core.yaml").is_file():
+        raise UserError(f"there is no core.yaml in {folder}; {HINT}")
     return folder
 
 
@@ -382,86 +370,67 @@ def download(folder: Path) -> None:
                 blocks = progress_bar(iter(lambda: source.read(2**20), b""), "MiB", total)
                 with archive.open("wb") as file:
                     file.writelines(blocks)
-            _unpack(archive, Path(beside) / "unpacked").rename(folder)
+            with zipfile.ZipFile(archive) as bundle:
+                bundle.extractall(beside)  # checks each file's CRC, and none leaves the folder
+            os.sync()
+            (Path(beside) / "eval_bundle").rename(folder)
         fsync(folder.parent)
     except (OSError, http.client.HTTPException, *DAMAGED_ZIP) as error:
-        raise UserError(f"{URL} cannot be downloaded whole ({_line(error)}); {MEND}") from error
-
-
-def _unpack(archive: Path, folder: Path) -> Path:
-    """The folder with the index, below `folder`; durable, every file checked against its CRC."""
-    with zipfile.ZipFile(archive) as bundle:
-        for name in bundle.namelist():
-            if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                raise UserError(f"{URL}: its file {name!r} would leave the folder; {MEND}")
-        bundle.extractall(folder)
-    found = next(folder.rglob(INDEX), None)
-    if found is None:
-        raise UserError(f"{URL} holds no {INDEX}; {MEND}")
-    os.sync()
-    return found.parent
+        raise UserError(f"{URL} cannot be downloaded whole ({_line(error)}); {HINT}") from error
 
 
 def load_tasks(folder: Path, labels: Sequence[str] = CORE_TASKS) -> list[CoreTask]:
-    """The tasks of CORE with these labels; says which of them have no data in the bundle.
-
-    Raises UserError for an unknown label, and one that names the file and line of what is
-    malformed.
-    """
+    """The tasks of CORE with these labels; says which of them have no data in the bundle."""
     wanted = dict.fromkeys(labels)
     if unknown := sorted(set(wanted) - set(CORE_TASKS)):
         known = ", ".join(("core", "primer-choice", *CORE_TASKS))
         raise UserError(f"--tasks: {unknown[0]!r} is unknown; choose of {known}")
     index = _read_index(folder)
-    there = [label for label in wanted if label in index and index[label][0].is_file()]
-    if len(there) < len(wanted):
-        print0(f"{folder} has no data of {', '.join(sorted(set(wanted) - set(there)))}")
-    if not there:
-        raise UserError(f"{folder} has no data of any task; {MEND}")
-    tasks = (index[label] for label in there)
-    return [replace(task, rows=_read_rows(path, task)) for path, task in tasks]
+    available = [label for label in wanted if label in index and index[label][0].is_file()]
+    if len(available) < len(wanted):
+        print0(f"{folder} has no data of {', '.join(sorted(set(wanted) - set(available)))}")
+    if not available:
+        raise UserError(f"{folder} has no data of any task; {HINT}")
+    return [_read_rows(*index[label]) for label in available]
 
 
 def _read_index(folder: Path) -> dict[str, tuple[Path, CoreTask]]:
     """Label -> (the file of its rows, the task without them)."""
     index = {}
     try:
-        with (folder / BASELINES).open(encoding="utf-8", newline="") as file:
+        with (folder / "eval_meta_data.csv").open(encoding="utf-8", newline="") as file:
             table = csv.DictReader(file)
             percent = {row["Eval Task"]: float(row["Random baseline"]) for row in table}
-        for entry in yaml.safe_load((folder / INDEX).read_text(encoding="utf-8"))["icl_tasks"]:
-            label, kind, shots = entry["label"], entry["icl_task_type"], entry["num_fewshot"]
-            shots = shots[0] if isinstance(shots, list) else shots
-            if kind not in FIELDS or not 0 <= percent[label] < 100 or shots < 0:
-                raise ValueError(f"{label}: {kind}, {shots} examples, {percent[label]} %")
-            between = entry.get("continuation_delimiter", " ")
-            task = CoreTask(label, kind, (), percent[label] / 100, shots, between)
+        text = (folder / "core.yaml").read_text(encoding="utf-8")
+        for entry in yaml.safe_load(text)["icl_tasks"]:
+            label, shots = entry["label"], entry["num_fewshot"]
+            task = CoreTask(
+                label,
+                kind=entry["icl_task_type"],
+                rows=(),
+                baseline=percent[label] / 100,
+                num_fewshot=shots[0] if isinstance(shots, list) else shots,
+                delimiter=entry.get("continuation_delimiter", " "),
+            )
             index[label] = (folder / "eval_data" / entry["dataset_uri"], task)
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{INDEX} or {BASELINES} in {folder}: {_line(error)}; {MEND}") from error
+        reason = f"core.yaml or eval_meta_data.csv in {folder}: {_line(error)}"
+        raise UserError(f"{reason}; {HINT}") from error
     return index
 
 
-def _read_rows(path: Path, task: CoreTask) -> list[dict[str, Any]]:
+def _read_rows(path: Path, task: CoreTask) -> CoreTask:
+    """The task with its rows."""
     fields, rows = FIELDS[task.kind], []
     for number, row in numbered_jsonl(path):
-        if not _fits(row, fields):
+        if not isinstance(row, dict) or not row.keys() >= set(fields):
             raise UserError(f"{path}, line {number}: expected {', '.join(fields)}; mend that line")
         rows.append({field: row[field] for field in fields} | {"id": number})
     if len(rows) <= task.num_fewshot:
         few = f"{len(rows)} rows are too few for {task.num_fewshot} examples and an item"
         raise UserError(f"{path}: {few}; complete or remove it")
     random.Random(SHUFFLE_SEED).shuffle(rows)
-    return rows
-
-
-def _fits(row: Any, fields: dict[str, type]) -> bool:
-    if not isinstance(row, dict) or any(type(row.get(name)) is not fields[name] for name in fields):
-        return False
-    options = next((row[name] for name in fields if fields[name] is list), None)
-    return options is None or (
-        all(isinstance(text, str) for text in options) and 0 <= row["gold"] < len(options) > 1
-    )
+    return replace(task, rows=rows)
 
 
 def _line(error: BaseException) -> str:

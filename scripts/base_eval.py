@@ -7,9 +7,8 @@
     python -m scripts.base_eval --hf_path openai-community/gpt2        # a model of transformers
 
 reads: base/<model tag>/, the eval bundle (--eval_bundle, NANOCHAT_EVAL_BUNDLE, or downloaded once)
-writes: base/<model tag>/base_eval.jsonl (one item a line), report/base_eval.json; for a model of
-another stage
-    or of transformers <stage>/<model tag>/ or hf/<name>/base_eval.jsonl only
+writes: base/<model tag>/base_eval.jsonl (one item a line), report/base_eval.json; the record alone,
+    in <stage>/<model tag>/ or hf/<name>/, for a model of another stage or of transformers
 """
 
 import json
@@ -41,7 +40,7 @@ from nanochat.core_eval import (
     CoreTask,
     GPTReader,
     Score,
-    TaskResult,
+    accuracy,
     centered_mean,
     core_score,
     evaluate,
@@ -79,8 +78,8 @@ class HFReader:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
             model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=runtime.dtype)
         except ImportError as error:
-            mend = "run `uv pip install transformers`"
-            raise UserError(f"--hf_path={name} needs transformers ({error}); {mend}") from error
+            hint = "run `uv pip install transformers`"
+            raise UserError(f"--hf_path={name} needs transformers ({error}); {hint}") from error
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"--hf_path={name}: {reason}; name another") from error
@@ -140,32 +139,32 @@ def main(cfg: Config) -> None:
         reader = GPTReader(model, tokenizer, cfg.batch_size)
         settings = settings | {"model_tag": meta["model_tag"], "step": meta["step"]}
         folder = run_dir(cfg.source, meta["model_tag"])
-    results: list[TaskResult] = []
-    figures: dict[str, Score] = {}
+    scores: dict[str, Score] = {}
+    records: list[dict[str, Any]] = []
     lines: list[str] = []
     for task in tasks:
         try:
-            result = evaluate(reader, task, cfg.batch_size, cfg.max_per_task)
+            task_records = evaluate(reader, task, cfg.batch_size, cfg.max_per_task)
         except Exception as error:
             kind = UserError if isinstance(error, UserError) else RuntimeError
             raise kind(f"task {task.label} failed: {error}") from error
-        results.append(result)
-        figures[task.label] = result.score
-        centered = centered_mean([result.score], [task.baseline])
-        accuracy = f"{show(result.score, percent=True)} of {len(result.records)}"
-        lines.append(f"{task.label}: {accuracy}, centered {centered.value:.4f}")
+        records += task_records
+        scores[task.label] = score = accuracy(task_records)
+        centered = centered_mean([score], [task.baseline]).value
+        percent = show(score, percent=True)
+        lines.append(f"{task.label}: {percent} of {len(task_records)}, centered {centered:.4f}")
         print0(lines[-1])
-    if core := [result for result in results if result.task.label in CORE_TASKS]:
-        name, score = core_score(core)
-        figures[name] = score
+    if core := [task for task in tasks if task.label in CORE_TASKS]:
+        name, score = core_score(core, [scores[task.label] for task in core])
+        scores[name] = score
         lines.append(f"{name}: {show(score)}")
         print0(lines[-1])
     if runtime.is_main:
-        rows = [json.dumps(record) for result in results for record in result.records]
-        write_file(folder / "base_eval.jsonl", "\n".join(rows) + "\n")
+        rows = "".join(json.dumps(record) + "\n" for record in records)
+        write_file(folder / "base_eval.jsonl", rows)
     if cfg.source == "base" and not cfg.hf_path:
         samples, seconds = ["\n".join(lines)], time.perf_counter() - began
-        write_section("base_eval", "Base evaluation", settings, figures, samples, seconds)
+        write_section("base_eval", "Base evaluation", settings, scores, samples, seconds)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from nanochat import common, dataset
 from nanochat.common import run_script
@@ -108,6 +109,24 @@ def start(
         processes[-1].start()
         shared["GROUP_LEADER"] = str(processes[0].pid)
     return Group(processes, log)
+
+
+def on_two_ranks(folder: Path, function: Callable[..., None], *arguments: Any) -> None:
+    """Run `function(rank, *arguments)` on two gloo ranks, which meet in `folder`."""
+    ranks = [FORK.Process(target=join_two, args=(folder, i, function, arguments)) for i in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+
+
+def join_two(folder: Path, rank: int, function: Callable[..., None], arguments: Any) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    function(rank, *arguments)
+    dist.destroy_process_group()
 
 
 def join_group(leader: int) -> None:

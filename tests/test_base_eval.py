@@ -20,7 +20,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from scripts.base_eval import Config, HFReader, main
 from tasks.mixtures import build_task
-from tests.test_eval_bundle import write_bundle
+from tests.test_core_eval import write_bundle
 
 TOKENIZER = Tokenizer([bytes([byte]) for byte in range(256)], SPECIAL_TOKENS, SPLIT_PATTERN)
 RUNTIME = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")

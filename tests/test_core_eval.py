@@ -1,29 +1,39 @@
-"""CORE against an evaluator written from its definitions: one document at a time, all logits,
-nothing shared.
+"""CORE and bits per byte against evaluators written from their definitions; the bundle of CORE.
 
-Both see the same tasks of all three kinds, with prompts that fit and prompts that do not, on a
-model of random weights and on one that has learned some of the documents by heart.
+CORE's oracle reads one document at a time, all logits, nothing shared. Both see the same tasks of
+all three kinds, with prompts that fit and prompts that do not, on a model of random weights and on
+one that has learned some of the documents by heart.
 """
 
 import json
 import math
-import os
 import random
-from collections.abc import Iterator
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from nanochat import core_eval
-from nanochat.common import UserError
-from nanochat.core_eval import CORE_TASKS, CoreTask, GPTReader, TaskResult, core_score, evaluate
+from nanochat.common import UserError, eval_bundle_dir
+from nanochat.core_eval import (
+    CORE_TASKS,
+    CoreTask,
+    GPTReader,
+    accuracy,
+    core_score,
+    evaluate,
+    evaluate_bpb,
+    find_bundle,
+    load_tasks,
+)
+from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+from tests.launch import on_two_ranks
 
 # All bytes, and merges that take the blank before a word into its token, across the end of a
 # prompt.
@@ -191,8 +201,7 @@ def assert_same(records: list[dict[str, Any]], expected: list[dict[str, Any]]) -
 
 def all_records(model: GPT, batch_size: int) -> list[dict[str, Any]]:
     reader = GPTReader(model, TOKENIZER, batch_size)
-    results = [evaluate(reader, task, batch_size, None) for task in TASKS]
-    return [record for result in results for record in result.records]
+    return [record for task in TASKS for record in evaluate(reader, task, batch_size, None)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 32])
@@ -220,68 +229,46 @@ def test_the_comparison_means_something(expected: dict[str, list[dict[str, Any]]
     assert lengths[0] == CONTEXT and all(length < CONTEXT for length in lengths[1:])
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    for name in ("random", "memorising"):
-        model = new_model()
-        model.load_state_dict(load_file(f"{folder}/{name}.safetensors"))
-        for batch_size in (1, 32):
-            records = all_records(model, batch_size)
-            Path(f"{folder}/{name}{batch_size}{rank}.json").write_text(json.dumps(records))
-    dist.destroy_process_group()
+def run_rank(rank: int, folder: Path) -> None:
+    model = new_model()
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    records = all_records(model, batch_size=4)
+    (folder / f"{rank}.json").write_text(json.dumps(records))
 
 
 def test_two_ranks_find_what_one_does(
     models: dict[str, GPT], expected: dict[str, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    for name, model in models.items():
-        save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
-    mp.spawn(run_rank, (str(tmp_path),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
-    for name in models:
-        for batch_size in (1, 32):
-            files = [tmp_path / f"{name}{batch_size}{rank}.json" for rank in (0, 1)]
-            first, second = (json.loads(file.read_text()) for file in files)
-            assert first == second
-            assert_same(first, expected[name])
+    save_file(models["random"].state_dict(), tmp_path / "model.safetensors")
+    on_two_ranks(tmp_path, run_rank, tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert_same(first, expected["random"])
 
 
-class Listener(GPTReader):
-    """A reader that keeps the texts it is given."""
-
-    def encode(self, text: str) -> list[int]:
-        self.texts = [*getattr(self, "texts", []), text]
-        return super().encode(text)
-
-
-def documents_of(task: CoreTask, max_items: int | None = None) -> Iterator[str]:
-    model = new_model()
-    model.init_weights()
-    reader = Listener(model, TOKENIZER, 4)
-    evaluate(reader, task, 4, max_items)
-    return iter(reader.texts)
-
-
-def test_examples_are_other_rows_of_the_whole_set_solved() -> None:
-    """Lessons of other ports: examples really in the prompt, never the item, and drawn beyond the
-    items kept.
-    """
+def test_examples_are_other_rows_of_the_whole_set_solved(models: dict[str, GPT]) -> None:
+    """Lessons of other ports: never the item itself, and drawn beyond the items kept."""
+    reader, texts = GPTReader(models["random"], TOKENIZER, 4), []
+    encode = reader.encode
+    reader.encode = lambda text: texts.append(text) or encode(text)
     rows = [
         {"query": f"<{i}>", "choices": ["no", f"yes{i}"], "gold": 1, "id": i} for i in range(12)
     ]
     task = CoreTask("piqa", "multiple_choice", rows, 0.5, 10, "\nAnswer: ")
+    evaluate(reader, task, 4, None)
     drawn = set()
-    for number, document in enumerate(list(documents_of(task))[::2]):
-        *shots, own = document.split("\n\n")
-        assert own == f"<{number}>\nAnswer: no"
+    for number, document in enumerate(texts[::2]):
+        *shots, item = document.split("\n\n")
+        assert item == f"<{number}>\nAnswer: no"
         numbers = [int(shot[1 : shot.index(">")]) for shot in shots]
         assert shots == [f"<{i}>\nAnswer: yes{i}" for i in numbers]
         assert len(set(numbers)) == 10 and number not in numbers
         drawn.add(tuple(numbers))
     assert len(drawn) == 12
-    [no, yes] = documents_of(task, max_items=1)
-    assert no.count("\n\n") == yes.count("\n\n") == 10
+    first = texts[:2]
+    texts.clear()
+    evaluate(reader, task, 4, max_items=1)
+    assert texts == first
 
 
 def test_spans_are_found_among_ids(models: dict[str, GPT]) -> None:
@@ -289,18 +276,19 @@ def test_spans_are_found_among_ids(models: dict[str, GPT]) -> None:
     delimiter does.
     """
     reader = GPTReader(models["random"], TOKENIZER, 4)
-    rows = [{"context": "the sky is ", "continuation": "blue", "id": 1}]
-    rows_of, scored = core_eval.item_rows(
-        reader, CoreTask("squad", "language_modeling", rows, 0), 0
+    text = {"context": "the sky is ", "continuation": "blue", "id": 1}
+    documents, scored = core_eval.item_rows(
+        reader, CoreTask("squad", "language_modeling", [text], 0), 0
     )
-    assert scored == [1] and TOKENIZER.decode(rows_of[0][-1:]) == " blue"
-    assert TOKENIZER.decode(rows_of[0][1:]) == "the sky is blue"
-    rows = [{"query": "is ", "choices": ["blue", "sky"], "gold": 0, "id": 1}]
-    rows_of, scored = core_eval.item_rows(reader, CoreTask("piqa", "multiple_choice", rows, 0), 0)
-    assert [TOKENIZER.decode(ids[-n:]) for ids, n in zip(rows_of, scored, strict=True)] == [
-        " blue", " sky",
-    ]  # fmt: skip
-    assert all(TOKENIZER.decode(ids[1:]).startswith("is  ") for ids in rows_of)  # queries stay
+    assert scored == [1] and TOKENIZER.decode(documents[0][-1:]) == " blue"
+    assert TOKENIZER.decode(documents[0][1:]) == "the sky is blue"
+    choice = {"query": "is ", "choices": ["blue", "sky"], "gold": 0, "id": 1}
+    documents, scored = core_eval.item_rows(
+        reader, CoreTask("piqa", "multiple_choice", [choice], 0), 0
+    )
+    ends = [TOKENIZER.decode(ids[-num:]) for ids, num in zip(documents, scored, strict=True)]
+    assert ends == [" blue", " sky"]
+    assert all(TOKENIZER.decode(ids[1:]).startswith("is  ") for ids in documents)  # queries stay
 
 
 def test_options_longer_than_the_context(models: dict[str, GPT]) -> None:
@@ -314,19 +302,18 @@ def test_options_longer_than_the_context(models: dict[str, GPT]) -> None:
     texts = [TOKENIZER.decode((item.prefix + tail)[1:]) for tail in item.tails]
     assert texts == [("xyz" * 40)[-63:], "abc", "a"] and item.num_scored == [63, 3, 1]
     assert all((item.prefix + tail)[0] == TOKENIZER.bos_id for tail in item.tails)
-    [record] = evaluate(reader, task, 4, None).records
+    [record] = evaluate(reader, task, 4, None)
     assert all(loss is not None and loss < 20 for loss in record["losses"])
 
 
 def test_options_without_tokens_of_their_own(models: dict[str, GPT]) -> None:
     reader = GPTReader(models["random"], TOKENIZER, 4)
     rows = [{"query": "a", "choices": ["b", "b c"], "gold": 1, "id": 1}]
-    [record] = evaluate(reader, CoreTask("copa", "multiple_choice", rows, 0.5), 4, None).records
+    [record] = evaluate(reader, CoreTask("copa", "multiple_choice", rows, 0.5), 4, None)
     assert record["losses"][0] is None and record["prediction"] == 1 and record["correct"]
     rows = [{"context": "a", "continuation": "", "id": 1}]
-    [record] = evaluate(
-        reader, CoreTask("squad", "language_modeling", rows, 0.0, 0, ""), 4, None
-    ).records
+    task = CoreTask("squad", "language_modeling", rows, 0.0, delimiter="")
+    [record] = evaluate(reader, task, 4, None)
     assert record["losses"] == [None] and not record["correct"]
 
 
@@ -338,21 +325,235 @@ def test_a_broken_model_is_refused() -> None:
         evaluate(GPTReader(model, TOKENIZER, 4), TASKS[2], 4, None)
 
 
-def result_of(label: str, baseline: float, num_right: int, num: int) -> TaskResult:
-    records = [{"correct": i < num_right} for i in range(num)]
-    return TaskResult(CoreTask(label, "schema", [], baseline), records)
-
-
 def test_core_is_the_mean_of_centered_accuracies() -> None:
-    results = [result_of("copa", 0.5, 75, 100), result_of("squad", 0.0, 10, 100)]
+    scores = [accuracy([{"correct": i < num} for i in range(100)]) for num in (75, 10)]
     errors = [math.sqrt(0.75 * 0.25 / 99), math.sqrt(0.1 * 0.9 / 99)]
-    assert [result.score for result in results] == [
-        (0.75, pytest.approx(errors[0])),
-        (0.1, pytest.approx(errors[1])),
-    ]
-    name, score = core_score(results)
+    assert scores == [(0.75, pytest.approx(errors[0])), (0.1, pytest.approx(errors[1]))]
+    tasks = [CoreTask("copa", "schema", [], 0.5), CoreTask("squad", "schema", [], 0.0)]
+    name, score = core_score(tasks, scores)
     assert (name, score.value) == ("CORE (2 of 22)", pytest.approx((0.5 + 0.1) / 2))
     assert score.stderr == pytest.approx(math.hypot(errors[0] / 0.5, errors[1]) / 2)
-    all_of_them = [result_of(label, 0.25, 1, 1) for label in CORE_TASKS]
-    assert core_score(all_of_them) == ("CORE", (pytest.approx(1.0), 0.0))
-    assert core_score(all_of_them[1:])[0] == "CORE (21 of 22)"
+    all_of_them = [CoreTask(label, "schema", [], 0.25) for label in CORE_TASKS]
+    right = [accuracy([{"correct": True}])] * len(CORE_TASKS)
+    assert core_score(all_of_them, right) == ("CORE", (pytest.approx(1.0), 0.0))
+    assert core_score(all_of_them[1:], right[1:])[0] == "CORE (21 of 22)"
+
+
+# Bits per byte
+
+V = 40
+TOKEN_BYTES = [1 + i % 4 for i in range(V - 3)] + [0, 0, 0]  # the last three are specials
+
+
+def model_and_batches() -> tuple[GPT, list[Batch]]:
+    config = GPTConfig(sequence_len=16, vocab_size=V, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
+    model = GPT(config)
+    model.init_weights(3)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0, 0.5, generator=generator)
+    batches = []
+    for _ in range(3):
+        inputs = torch.randint(0, V, (3, 16), generator=generator)
+        targets = torch.randint(-1, V, (3, 16), generator=generator)
+        batches.append(Batch(inputs, targets, 48))
+    return model, batches
+
+
+@torch.inference_mode()
+def slow_bpb(model: GPT, batches: list[Batch]) -> float:
+    """From the full logits, one target at a time; specials and targets of -1 do not count."""
+    nats, num_bytes = 0.0, 0
+    for batch in batches:
+        probabilities = model(batch.inputs).double().log_softmax(-1)
+        for row, targets in enumerate(batch.targets.tolist()):
+            for time, target in enumerate(targets):
+                if target >= 0 and TOKEN_BYTES[target] > 0:
+                    nats -= float(probabilities[row, time, target])
+                    num_bytes += TOKEN_BYTES[target]
+    return nats / math.log(2) / num_bytes
+
+
+def test_bits_per_byte_equal_the_slow_sum() -> None:
+    model, batches = model_and_batches()
+    for num_steps, rows in ((3, 2), (2, 100)):
+        measured = evaluate_bpb(model, iter(batches), TOKEN_BYTES, num_steps, rows)
+        assert measured == pytest.approx(slow_bpb(model, batches[:num_steps]), rel=1e-5)
+    nothing = replace(batches[0], targets=torch.full_like(batches[0].targets, -1))
+    assert evaluate_bpb(model, iter([nothing]), TOKEN_BYTES, 1) == math.inf
+
+
+# The bundle: where it is found, how it is downloaded, what is read of it, and what is refused.
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "deep/copa.jsonl": [
+        {"query": f"It is {i}, so", "choices": ["it rains.", "we go."], "gold": i % 2}
+        for i in range(9)
+    ],
+    "winograd.jsonl": [
+        {"context_options": ["the cat", "the mat"], "continuation": f"is {i}.", "gold": 0}
+        for i in range(5)
+    ],
+    "lambada.jsonl": [
+        {"context": f"I have {i} and", "continuation": f"{i}", "gold": "more", "category": "x"}
+        for i in range(4)
+    ],
+}
+INDEX = """
+icl_tasks:
+- {label: copa, dataset_uri: deep/copa.jsonl, num_fewshot: [2], icl_task_type: multiple_choice}
+- {label: winograd, dataset_uri: winograd.jsonl, num_fewshot: 0, icl_task_type: schema}
+- label: lambada_openai
+  dataset_uri: lambada.jsonl
+  num_fewshot: [3]
+  icl_task_type: language_modeling
+  continuation_delimiter: "\\nAnswer: "
+- {label: squad, dataset_uri: nowhere.jsonl, num_fewshot: [0], icl_task_type: language_modeling}
+- {label: mine, dataset_uri: winograd.jsonl, num_fewshot: [0], icl_task_type: schema}
+"""
+BASELINES = """Eval Task,Task Category,Task Type,#shots,#datapoints,Random baseline
+copa,reasoning,multiple_choice,2,9,50.0
+winograd,understanding,schema,0,5,50.0
+lambada_openai,understanding,language_modeling,3,4,0
+squad,comprehension,language_modeling,0,1,0
+mine,own,schema,0,5,50
+"""
+
+
+def write_bundle(folder: Path) -> Path:
+    """A bundle with three tasks of CORE, one without its file, and one that is none of CORE."""
+    for name, rows in ROWS.items():
+        path = folder / "eval_data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "core.yaml").write_text(INDEX)
+    (folder / "eval_meta_data.csv").write_text(BASELINES)
+    return folder
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.delenv("NANOCHAT_EVAL_BUNDLE", raising=False)
+    monkeypatch.setattr(core_eval, "URL", "http://127.0.0.1:9/eval_bundle.zip")  # nobody is there
+    return tmp_path / "base"
+
+
+def test_tasks_are_read_and_missing_ones_named(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = {task.label: task for task in load_tasks(bundle)}
+    assert list(tasks) == ["copa", "lambada_openai", "winograd"]  # in the order of CORE
+    copa, lambada, winograd = tasks.values()
+    assert (copa.kind, copa.baseline, copa.num_fewshot) == ("multiple_choice", 0.5, 2)
+    assert (winograd.kind, winograd.num_fewshot, winograd.delimiter) == ("schema", 0, " ")
+    assert (lambada.delimiter, lambada.baseline) == ("\nAnswer: ", 0.0)
+    order = list(range(9))
+    random.Random(1337).shuffle(order)
+    assert copa.rows == [{**ROWS["deep/copa.jsonl"][i], "id": i + 1} for i in order]
+    assert lambada.rows[0].keys() == {"context", "continuation", "id"}
+    [line] = capsys.readouterr().out.splitlines()
+    assert set(CORE_TASKS) - set(tasks) == set(line.split(" has no data of ")[1].split(", "))
+    assert [task.label for task in load_tasks(bundle, ["winograd"])] == ["winograd"]
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="'mine' is unknown"):
+        load_tasks(bundle, ["mine"])
+    with pytest.raises(UserError, match="no data of any task"):
+        load_tasks(bundle, ["squad", "coqa"])
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("core.yaml", "icl_tasks:", "tasks:"),
+        ("core.yaml", "icl_tasks:", "icl_tasks: ["),
+        ("core.yaml", INDEX, "icl_tasks: 3"),
+        ("core.yaml", "num_fewshot: [2]", "num_fewshot: []"),
+        ("eval_meta_data.csv", "Random baseline", "Baseline"),
+        ("eval_meta_data.csv", "9,50.0", "9,half"),
+        ("eval_meta_data.csv", "copa", "coma"),
+        ("eval_data/winograd.jsonl", "", None),
+        ("eval_data/winograd.jsonl", '{"context_options"', '{"query"'),
+        ("eval_data/winograd.jsonl", "}", ""),
+        ("eval_data/winograd.jsonl", json.dumps(ROWS["winograd.jsonl"][1]), "7"),
+        ("eval_data/lambada.jsonl", json.dumps(ROWS["lambada.jsonl"][3]), ""),  # 3 rows, 3 examples
+    ],
+)
+def test_a_malformed_bundle_is_refused(bundle: Path, name: str, old: str, new: str | None) -> None:
+    text = (bundle / name).read_text()
+    (bundle / name).write_text("" if new is None else text.replace(old, new))
+    with pytest.raises(UserError) as refusal:
+        load_tasks(bundle)
+    assert "\n" not in str(refusal.value) and Path(name).name in str(refusal.value)
+
+
+def test_where_the_bundle_is_found(
+    base: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert find_bundle(str(bundle)) == bundle
+    with pytest.raises(UserError, match="--eval_bundle"):
+        find_bundle(str(tmp_path / "nowhere"))
+    monkeypatch.setenv("NANOCHAT_EVAL_BUNDLE", str(bundle))
+    assert find_bundle() == bundle
+    assert find_bundle(str(write_bundle(tmp_path / "other"))) == tmp_path / "other"
+    monkeypatch.delenv("NANOCHAT_EVAL_BUNDLE")
+    own = write_bundle(eval_bundle_dir())
+    assert find_bundle() == own
+    (eval_bundle_dir() / "core.yaml").unlink()
+    with pytest.raises(UserError, match="no core.yaml"):
+        find_bundle()
+
+
+def zip_bundle(bundle: Path, archive: Path) -> None:
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted(bundle.rglob("*.*")):
+            file.write(path, f"eval_bundle/{path.relative_to(bundle)}")
+        file.writestr("../outside.txt", "stays inside")
+
+
+def test_download_once(
+    base: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zip_bundle(bundle, tmp_path / "it.zip")
+    monkeypatch.setattr(core_eval, "URL", (tmp_path / "it.zip").as_uri())
+    folder = find_bundle()
+    assert folder == base / "eval_bundle" and len(load_tasks(folder)) == 3
+    assert [path.name for path in base.iterdir()] == ["eval_bundle"]
+    assert not list(tmp_path.rglob("outside.txt"))
+    (tmp_path / "it.zip").unlink()
+    assert find_bundle() == folder
+
+
+def damage(kind: str, archive: Path) -> None:
+    data = archive.read_bytes()
+    match kind:
+        case "cut":
+            archive.write_bytes(data[: len(data) // 2])
+        case "flipped":
+            archive.write_bytes(data[:80] + bytes(byte ^ 255 for byte in data[80:120]) + data[120:])
+        case "page":
+            archive.write_text("<html>Sign in to this network</html>")
+        case "empty":
+            zipfile.ZipFile(archive, "w").close()
+        case "no file":
+            archive.unlink()
+
+
+@pytest.mark.parametrize("kind", ["cut", "flipped", "page", "empty", "no file", "no network"])
+def test_a_failed_download_leaves_nothing(
+    base: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    archive = tmp_path / "it.zip"
+    zip_bundle(bundle, archive)
+    damage(kind, archive)
+    if kind != "no network":
+        monkeypatch.setattr(core_eval, "URL", archive.as_uri())
+    with pytest.raises(UserError, match="--eval_bundle") as refusal:
+        find_bundle()
+    assert "\n" not in str(refusal.value)
+    assert not list(base.iterdir())

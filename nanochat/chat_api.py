@@ -19,7 +19,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Annotated, Any, Literal, TypeVar
@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
+from nanochat.common import Count, Natural, Temperature
 from nanochat.engine import Event, Reply, Request
 from nanochat.sampling import derive_seed
 from nanochat.tokenizer import Tokenizer, render_prompt
@@ -36,16 +37,16 @@ INT64 = 2**63
 REFUSED = ("tools", "functions", "logit_bias", "presence_penalty", "frequency_penalty")
 
 
-@dataclass(frozen=True)
+@dataclass
 class ServerConfig:
-    """How a server behaves."""
+    """How a server behaves; the flags of scripts.chat_web."""
 
-    temperature: float = 0.6  # where a request does not say
-    top_k: int = 50  # likewise
-    max_tokens: int = 512  # likewise, as far as the context has room
-    queue: int = 64  # requests that may wait for a slot of one engine
-    cors_origin: str = ""  # a web page elsewhere that may call
-    log_conversations: bool = False
+    queue: Natural = 64  # requests that may wait for a slot, for each GPU; more are refused
+    temperature: Temperature = 0.6  # where a request does not say
+    top_k: Natural = 50  # likewise; 0: off
+    max_tokens: Count = 512  # likewise, as far as the context has room
+    cors_origin: str = ""  # a web page elsewhere that may call, such as https://example.org
+    log_conversations: bool = False  # what people write is logged only with this
 
 
 class ApiError(Exception):
@@ -172,32 +173,22 @@ def fold_messages(messages: list[Message]) -> list[dict[str, Any]]:
     if sum(len(part["text"]) for message in messages for part in message.parts) > MAX_CHARS:
         text = f"the messages have more than {MAX_CHARS} characters in all"
         raise ApiError(413, text, "request_too_large", "messages")
-    folded = []
+    folded: list[dict[str, Any]] = []
     for role, turn in groupby(messages, lambda m: "assistant" if m.role == "assistant" else "user"):
         between = ContentPart(type="text", text="\n\n")
-        parts = [part for message in turn for part in (between, *message.parts)][1:]
-        said = join_text(parts)
-        if [part["type"] for part in said] in ([], ["text"]):
-            folded.append({"role": role, "content": "".join(part["text"] for part in said)})
+        said = Reply()  # which joins neighbouring texts, as the tokenizer would read them otherwise
+        for part in [part for message in turn for part in (between, *message.parts)][1:]:
+            said.add_part(part["type"], part["text"])
+        if all(part["type"] == "text" for part in said.parts):
+            folded.append({"role": role, "content": said.text})
         elif role == "assistant":
-            folded.append({"role": role, "content": said})
+            folded.append({"role": role, "content": said.parts})
         else:
             text = "only the assistant's messages may have parts that are no text"
             raise ApiError(400, text, param="messages")
     if folded[-1]["role"] == "assistant":
         raise ApiError(400, "the last message must not be the assistant's", param="messages")
     return folded
-
-
-def join_text(parts: Iterable[ContentPart]) -> list[ContentPart]:
-    """`parts` with neighbouring texts made one, since the tokenizer would read them otherwise."""
-    joined: list[ContentPart] = []
-    for part in parts:
-        if joined and joined[-1]["type"] == part["type"] == "text":
-            joined[-1] = ContentPart(type="text", text=joined[-1]["text"] + part["text"])
-        else:
-            joined.append(part)
-    return joined
 
 
 def engine_requests(
@@ -288,7 +279,7 @@ class Choice:
     def _give_out(self, num_chars: int) -> None:
         text, self.held = self.held[:num_chars], self.held[num_chars:]
         self.num_chars += num_chars
-        self.shown.add_text(text)
+        self.shown.add_part("text", text)
         if text and self.deltas and "content" in self.deltas[-1]:
             self.deltas[-1]["content"] += text
         elif text:

@@ -80,22 +80,22 @@ class Reply:
         """Append the next token."""
         self.tokens.append(event.token)
         self.masks.append(event.mask)
-        self.add_text(event.text)
+        self.add_part("text", event.text)
         if event.tool:
             self.add_tool(*event.tool)
 
-    def add_text(self, text: str) -> None:
-        """Append to the last part if that is text, else as a new part."""
-        if text and self.parts and self.parts[-1]["type"] == "text":
+    def add_part(self, kind: str, text: str) -> None:
+        """Append a part, or to the last one where both are text."""
+        if kind == "text" and self.parts and self.parts[-1]["type"] == "text":
             self.parts[-1]["text"] += text
-        elif text:
-            self.parts.append({"type": "text", "text": text})
+        elif kind != "text" or text:
+            self.parts.append({"type": kind, "text": text})
 
     def add_tool(self, expression: str, result: str | None) -> None:
         """Append a tool call, and its result if there is one."""
-        self.parts.append({"type": "python", "text": expression})
+        self.add_part("python", expression)
         if result is not None:
-            self.parts.append({"type": "python_output", "text": result})
+            self.add_part("python_output", result)
 
 
 class Prompt(NamedTuple):

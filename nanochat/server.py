@@ -97,7 +97,7 @@ class Job:
     """One HTTP request on its way through an engine, which works on a request for each choice."""
 
     def __init__(self, requests: Sequence[Request], completion: Completion) -> None:
-        self.requests, self.completion = requests, completion
+        self.completion = completion
         self.choices = dict(zip(requests, completion.choices, strict=True))
         self.num_unread = 0  # events that the client has not been sent
         self.error: ApiError | None = None
@@ -154,7 +154,7 @@ class Job:
 
 
 class EngineWorker:
-    """An engine in a thread of its own, and the jobs that it works on.
+    """An engine in a thread of its own, and the jobs that it works on; made on the event loop.
 
     Both ways are bounded: `submit` refuses what finds no place, and a job whose reader falls too
     far behind fails. A step that fails costs the jobs that it concerns; after several in a row, or
@@ -166,13 +166,10 @@ class EngineWorker:
         self.capacity = engine.num_slots + queue
         self.state = "loading"  # then ready, at the end dead
         self.jobs: dict[Request, Job] = {}  # by what has not ended; the event loop's
-        self.inbox: SimpleQueue[tuple[Callable[[Request], None], Request] | None] = SimpleQueue()
+        self.inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # None: end
         self.step_began: float | None = None
-        self.thread = threading.Thread(target=self._live, name="engine", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread; called on the event loop."""
         self.loop = asyncio.get_running_loop()
+        self.thread = threading.Thread(target=self._live, name="engine", daemon=True)
         self.thread.start()
 
     def stop(self) -> None:
@@ -192,19 +189,19 @@ class EngineWorker:
 
     def submit(self, job: Job) -> None:
         """Take the job on. Raises ApiError when slots and queue are full."""
-        if len(self.jobs) + len(job.requests) > self.capacity:
+        if len(self.jobs) + len(job.choices) > self.capacity:
             text = "all slots and the queue are full; try again soon"
             raise ApiError(429, text, "queue_full", retry_after=1)
-        for request in job.requests:
+        for request in job.choices:
             self.jobs[request] = job
-            self.inbox.put((self.engine.submit, request))
-        self.metrics.prompt_tokens.inc(len(job.requests[0].prompt))
+            self.inbox.put(partial(self.engine.submit, request))
+        self.metrics.prompt_tokens.inc(job.completion.num_prompt_tokens)
 
     def cancel(self, requests: Iterable[Request], reason: str = "abort") -> None:
         """Forget those of `requests` that have not ended."""
         for request in requests:
             if self.jobs.pop(request, None):
-                self.inbox.put((self.engine.cancel, request))
+                self.inbox.put(partial(self.engine.cancel, request))
                 self.metrics.ended.labels(reason).inc()
 
     def fail(self, requests: Iterable[Request], error: ApiError) -> None:
@@ -213,7 +210,7 @@ class EngineWorker:
             if job := self.jobs.get(request):
                 job.error = error
                 job.news.set()
-                self.cancel(job.requests, "error")
+                self.cancel(job.choices, "error")
 
     def _deliver(
         self, started: Sequence[Request], waiting: Sequence[Request], events: Sequence[Event]
@@ -247,38 +244,33 @@ class EngineWorker:
             self.metrics.ended.labels(event.finish).inc()
         elif choice.finish:  # by a stop string, of which the engine knows nothing
             self.cancel([event.request], choice.finish)
-        if job.num_unread > MAX_UNREAD * len(job.requests):
-            self.fail(job.requests, ApiError(503, "the client reads too slowly", "slow_reader"))
+        if job.num_unread > MAX_UNREAD * len(job.choices):
+            self.fail(job.choices, ApiError(503, "the client reads too slowly", "slow_reader"))
 
     def _die(self) -> None:
         self.state = "dead"
         self.fail(list(self.jobs), ApiError(500, "the engine has stopped; see the server's log"))
 
-    # From here on: the thread.
-
-    def _tell(self, action: Callable[..., object], *arguments: object) -> None:
-        """Let the event loop do `action`."""
-        self.loop.call_soon_threadsafe(action, *arguments)
+    # From here on: the thread, which has the event loop do what concerns the jobs.
 
     def _live(self) -> None:
         try:
             if self.engine.device.type == "cuda":
                 torch.cuda.set_device(self.engine.device)
             list(self.engine.stream([Request([self.engine.chat.bos], 2)]))  # warm-up
-            self._tell(setattr, self, "state", "ready")
+            self.state = "ready"
             self._work()
         except Exception:
             log.exception("the engine's thread has ended")
-        self._tell(self._die)
+        self.loop.call_soon_threadsafe(self._die)
 
     def _work(self) -> None:
-        num_failures = 0
+        tell, num_failures = self.loop.call_soon_threadsafe, 0
         while True:
             while not self.engine.busy or not self.inbox.empty():
                 if (order := self.inbox.get()) is None:
                     return
-                action, request = order
-                action(request)
+                order()
             self.step_began = time.monotonic()
             events: list[Event] = []
             try:
@@ -289,10 +281,10 @@ class EngineWorker:
                 if num_failures == MAX_FAILURES:
                     raise
                 log.exception("the model failed")
-                self._tell(self.fail, failure.requests, ApiError(500, "the model failed"))
+                tell(self.fail, failure.requests, ApiError(500, "the model failed"))
             finally:
                 self.step_began = None
-            self._tell(self._deliver, self.engine.started, list(self.engine.waiting), events)
+            tell(self._deliver, self.engine.started, list(self.engine.waiting), events)
 
 
 class EventStream(StreamingResponse):
@@ -311,8 +303,7 @@ class ChatServer:
     """What the routes share: the workers, the metrics, the model's card."""
 
     def __init__(self, engines: Sequence[Engine], config: ServerConfig, model: str) -> None:
-        self.config, self.model, self.metrics = config, model, Metrics()
-        self.workers = [EngineWorker(engine, self.metrics, config.queue) for engine in engines]
+        self.engines, self.config, self.model, self.metrics = engines, config, model, Metrics()
         self.engine = engines[0]  # all are alike
         about = {"id": model, "object": "model", "created": int(time.time())}
         self.card = about | {"owned_by": "nanochat", "context_length": self.engine.max_len}
@@ -321,8 +312,8 @@ class ChatServer:
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Start the engines with the server, and end them with it."""
-        for worker in self.workers:
-            worker.start()
+        queue = self.config.queue
+        self.workers = [EngineWorker(engine, self.metrics, queue) for engine in self.engines]
         yield
         for worker in self.workers:
             worker.stop()
@@ -358,7 +349,6 @@ class ChatServer:
 
 
 async def chat_server(request: HttpRequest) -> ChatServer:
-    """The ChatServer of the application that got the request."""
     return request.app.state.chat
 
 
@@ -368,13 +358,11 @@ api, others = APIRouter(), APIRouter()
 
 @api.get("/models")
 async def list_models(chat: Chat) -> dict[str, Any]:
-    """The list of models."""
     return {"object": "list", "data": [chat.card]}
 
 
 @api.get("/models/{model_id:path}")
 async def show_model(model_id: str, chat: Chat) -> dict[str, Any]:
-    """The one model."""
     chat.check_model(model_id)
     return chat.card
 
@@ -393,7 +381,7 @@ async def start_job(body: ChatRequest, chat: Chat) -> AsyncIterator[Job]:
     try:
         yield job
     finally:
-        worker.cancel(job.requests)
+        worker.cancel(job.choices)
         if chat.config.log_conversations:
             said = [message.model_dump() for message in body.messages]
             replies = [choice.shown.parts for choice in completion.choices]
@@ -430,13 +418,11 @@ async def ready(chat: Chat) -> dict[str, str]:
 @others.get("/metrics")
 async def show_metrics(chat: Chat) -> Response:
     """Prometheus's text format."""
-    engines = [worker.engine for worker in chat.workers]
-    chat.metrics.running.set(sum(len(engine.running) for engine in engines))
-    chat.metrics.waiting.set(sum(len(engine.waiting) for engine in engines))
+    chat.metrics.running.set(sum(len(engine.running) for engine in chat.engines))
+    chat.metrics.waiting.set(sum(len(engine.waiting) for engine in chat.engines))
     chat.metrics.step_age.set(max(worker.step_age for worker in chat.workers))
-    return Response(
-        prometheus.generate_latest(chat.metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST
-    )
+    text = prometheus.generate_latest(chat.metrics.registry)
+    return Response(text, media_type=prometheus.CONTENT_TYPE_LATEST)
 
 
 @others.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)

@@ -13,7 +13,7 @@ writes: nothing
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import uvicorn
@@ -27,7 +27,6 @@ from nanochat.common import (
     Port,
     StepNumber,
     Tag,
-    Temperature,
     UserError,
     print0,
     run_script,
@@ -40,20 +39,14 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 
 @dataclass
-class Config:
+class Config(ServerConfig):
     source: ChatSource = "sft"  # stage
     model_tag: Tag = ""  # empty: the one written last
     step: StepNumber = None  # the newest if left out
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: open to other machines
     port: Port = 8000  # 0: any that is free
     slots: Natural = 0  # answers computed at once, on each GPU; 0: 64, on a CPU 8, or what fits
-    queue: Natural = 64  # requests that may wait for a slot, for each GPU; more are refused
     num_gpus: Count = 1  # a model on each
-    temperature: Temperature = 0.6  # where a request does not say
-    top_k: Natural = 50  # likewise; 0: off
-    max_tokens: Count = 512  # likewise, as far as the context has room
-    cors_origin: str = ""  # a web page elsewhere that may call, such as https://example.org
-    log_conversations: bool = False  # what people write is logged only with this
     device_type: str = ""  # cpu, cuda or mps; empty: the best there is
     dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
 
@@ -82,13 +75,9 @@ def main(cfg: Config) -> None:
     listener = listen(cfg.host, cfg.port)
     engines, name = load_engines(cfg)
     is_local = cfg.host in LOOPBACK | {"::1"}
-    app = create_app(
-        engines,
-        ServerConfig(**{field.name: getattr(cfg, field.name) for field in fields(ServerConfig)}),
-        model=name,
-        api_key=(api_key := os.environ.get("NANOCHAT_API_KEY", "")),
-        host_names=LOOPBACK if is_local else frozenset(),
-    )
+    api_key = os.environ.get("NANOCHAT_API_KEY", "")
+    host_names = LOOPBACK if is_local else frozenset[str]()
+    app = create_app(engines, cfg, model=name, api_key=api_key, host_names=host_names)
     if not (is_local or api_key):
         print0("open to whoever reaches this machine; set NANOCHAT_API_KEY to ask for a key")
     num_slots, max_len = engines[0].num_slots, engines[0].max_len
@@ -96,11 +85,9 @@ def main(cfg: Config) -> None:
     print0(f"{name}: {cfg.num_gpus} x {num_slots} slots of {max_len} tokens, {size:.1f} MiB each")
     host, port = listener.getsockname()[:2]
     print0(f"chat at http://{host}:{port}, API at http://{host}:{port}/v1; Ctrl-C ends")
-    config = uvicorn.Config(
-        app, access_log=False, limit_concurrency=1000, timeout_graceful_shutdown=5
-    )
+    options = {"access_log": False, "limit_concurrency": 1000, "timeout_graceful_shutdown": 5}
     with suppress(KeyboardInterrupt):  # which uvicorn raises again at its end
-        Server(config).run([listener])
+        Server(uvicorn.Config(app, **options)).run([listener])
 
 
 if __name__ == "__main__":

@@ -144,7 +144,9 @@ def test_messages_fold_into_turns() -> None:
 
 def requests_of(max_len: int = 64, **fields: Any) -> list[Any]:
     body = ChatRequest.model_validate({"messages": HELLO} | fields)
-    return engine_requests(body, TOKENIZER, max_len, ServerConfig(0.5, 40, 30))
+    return engine_requests(
+        body, TOKENIZER, max_len, ServerConfig(temperature=0.5, top_k=40, max_tokens=30)
+    )
 
 
 def test_defaults_and_what_overrides_them() -> None:

@@ -177,7 +177,11 @@ def test_every_flag_says_what_it_is(name: str) -> None:
     """In a comment on its own line: else --help shows nothing, or the heading of its group."""
     lines = (ROOT / name).read_text().splitlines()
     for node in ast.walk(tree_of(ROOT / name)):
-        if not isinstance(node, ast.ClassDef) or node.name not in ("Config", "FinetuneConfig"):
+        if not isinstance(node, ast.ClassDef) or node.name not in (
+            "Config",
+            "FinetuneConfig",
+            "ServerConfig",
+        ):
             continue
         for field in (entry for entry in node.body if isinstance(entry, ast.AnnAssign)):
             own = lines[field.lineno - 1]

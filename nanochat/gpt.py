@@ -4,19 +4,12 @@
     L blocks: x = r_i x + s_i x0;  x += attention(norm(x));  x += mlp(norm(x))
     logits = 15 tanh(head(norm(x - backout)) / 15)
 
-RMS norms have no weights, queries and keys are rotated by position and then normed, the MLP is relu
-squared, the head is untied. Four additions, each a switch of `GPTConfig`, lower the loss of a given
-number of steps: gated value embeddings (alternate layers add a per-token table to the values),
-per-layer scalars on the stream and on x0, smear (a token sees a little of the one before it, before
-any attention) and backout (part of the stream of the middle layer is taken away before the head).
-`GPTConfig.plain` turns all of them off and is the published first-generation architecture.
-
-- `GPT(config)` writes no values, so it builds on the meta device; `init_weights` does the rest.
-- Rotation is by -theta, as the published weights expect; its angles are computed anew in each call,
-  so no table can be too short for a long prompt.
-- Both queries and keys are scaled by `qk_scale` after their norm; the product is applied once, in
-  the softmax.
-- The master weights are fp32 and each layer casts its own to the compute dtype.
+RMS norms have no weights, queries and keys are rotated by position (by -theta, as the published
+weights expect) and then normed, the MLP is relu squared, the head is untied. Four additions, each a
+switch of `GPTConfig`, lower the loss of a given number of steps: gated value embeddings (alternate
+layers add a per-token table to the values), per-layer scalars on the residual stream and on x0,
+smear (a token sees a little of the one before it, before any attention) and backout (part of the
+middle layer's output is taken away before the head).
 
 Shapes: B batch, T time, C channels, H query heads, K kv heads, D head dimension, L layers, V
 vocabulary. Sources: RoPE arXiv 2104.09864; QK norm 2010.04245; relu squared 2109.08668; GQA
@@ -25,12 +18,12 @@ backout, constants: karpathy/nanochat.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from nanochat.common import UserError
 from nanochat.fp8 import QuantisedWeight, fp8_linear
@@ -54,8 +47,7 @@ class Role(NamedTuple):
     b: float = 0.0
 
 
-# Last part of a parameter's name -> its role. Values: karpathy/nanochat, tuned there at depths 12
-# to 24.
+# Last part of a parameter's name -> its role. Values: karpathy/nanochat, tuned at depths 12 to 24.
 ROLES = {
     "wte": Role("embedding", "adamw", "normal", 0.8),
     "lm_head": Role("head", "adamw", "normal", 0.001),  # logits near 0: the first loss is ln V
@@ -127,12 +119,15 @@ class GPTConfig:
         """Rows of the embedding tables and of the head."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
+    @property
+    def short_window(self) -> int:
+        """Keys that a query of a short layer sees: a quarter of the context, in steps of 128."""
+        return 128 * -(-self.sequence_len // 512)
+
     def window(self, layer: int) -> int | None:
         """How many keys a query of `layer` sees, itself included; None for all that came before."""
-        short = self.window_pattern[layer % len(self.window_pattern)] == "S"
-        if not short or layer == self.n_layer - 1:
-            return None
-        return 128 * -(-self.sequence_len // 512)  # a quarter of the context, in steps of 128
+        is_short = self.window_pattern[layer % len(self.window_pattern)] == "S"
+        return self.short_window if is_short and layer < self.n_layer - 1 else None
 
     def has_value_embedding(self, layer: int) -> bool:
         """True for every other layer, the last one included."""
@@ -140,7 +135,7 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, cast to the dtype of its input; `GPT.init_weights` writes it."""
+    """A matrix without bias: fp32 master weights, cast to the dtype of the input."""
 
     quantised: QuantisedWeight | None = None  # see nanochat.fp8.enable
 
@@ -150,14 +145,14 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Nothing: init_weights does it."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.quantised is not None and torch.is_grad_enabled():
             return fp8_linear(input, self.weight, self.quantised)
         return F.linear(input, self.weight.to(input.dtype))
 
 
 class Embedding(nn.Embedding):
-    """A table; `GPT.init_weights` writes it."""
+    """A table of one row per token."""
 
     def reset_parameters(self) -> None:
         """Nothing: init_weights does it."""
@@ -167,16 +162,9 @@ class Embedding(nn.Embedding):
 class Context:
     """What every layer of one forward call shares."""
 
-    angles: tuple[torch.Tensor, torch.Tensor]  # (cos, sin), (1 or B, T, 1, D / 2)
+    angles: tuple[Tensor, Tensor]  # (cos, sin), (1 or B, T, 1, D / 2)
     append: Append | None  # where the cache takes the tokens, if there is a cache
-    masks: dict[int, torch.Tensor] = field(default_factory=dict)  # (T, T) per window
-
-
-def window_mask(time: int, window: int, device: torch.device) -> torch.Tensor:
-    """(T, T) True where the row's query sees the column's key: the last `window` up to itself."""
-    position = torch.arange(time, device=device)
-    age = position[:, None] - position
-    return (age >= 0) & (age < window)
+    mask: Tensor | None  # (T, T) True for what a short window sees; None where it sees everything
 
 
 class Attention(nn.Module):
@@ -186,6 +174,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.window = layer, config.window(layer)
         self.head_dim = config.head_dim
+        # Queries and keys are both scaled by qk_scale after their norm; applied once, here.
         self.scale = config.qk_scale**2 / math.sqrt(config.head_dim)
         kv_channels = config.n_kv_head * config.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd)
@@ -195,9 +184,7 @@ class Attention(nn.Module):
         if config.has_value_embedding(layer):
             self.ve_gate = Linear(VE_GATE_CHANNELS, config.n_kv_head)
 
-    def forward(
-        self, x: torch.Tensor, value_embedding: torch.Tensor | None, context: "Context"
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, value_embedding: Tensor | None, context: Context) -> Tensor:
         batch, time, _ = x.shape
         q = self.c_q(x).view(batch, time, -1, self.head_dim)  # (B, T, H, D)
         k = self.c_k(x).view(batch, time, -1, self.head_dim)  # (B, T, K, D)
@@ -210,29 +197,17 @@ class Attention(nn.Module):
         if context.append is not None:
             y = context.append.attend(self.layer, (q, k, v), self.window, self.scale)
         else:
-            y = self._attend(q, k, v, context.masks)
+            mask = context.mask if self.window else None
+            y = F.scaled_dot_product_attention(
+                q.transpose(1, 2),
+                k.transpose(1, 2),
+                v.transpose(1, 2),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.scale,
+                enable_gqa=q.shape[2] != k.shape[2],
+            ).transpose(1, 2)
         return self.c_proj(y.reshape(batch, time, -1))
-
-    def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masks: dict[int, torch.Tensor]
-    ) -> torch.Tensor:
-        """(B, T, H, D) without a cache."""
-        time = q.shape[1]
-        mask = None
-        if self.window is not None and self.window < time:
-            if self.window not in masks:
-                masks[self.window] = window_mask(time, self.window, q.device)
-            mask = masks[self.window]
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-        return y.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -243,7 +218,7 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(relu_squared(self.c_fc(x)))
 
 
@@ -255,9 +230,7 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: torch.Tensor, value_embedding: torch.Tensor | None, context: Context
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, value_embedding: Tensor | None, context: Context) -> Tensor:
         x = x + self.attn(norm(x), value_embedding, context)
         return x + self.mlp(norm(x))
 
@@ -335,22 +308,22 @@ class GPT(nn.Module):
 
     def forward(
         self,
-        ids: torch.Tensor,
-        targets: torch.Tensor | None = None,
+        ids: Tensor,
+        targets: Tensor | None = None,
         reduction: str = "mean",
         cache: KVCache | None = None,
-        slots: torch.Tensor | None = None,
-        num_new: torch.Tensor | None = None,
+        slots: Tensor | None = None,
+        num_new: Tensor | None = None,
         last_only: bool = False,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """The loss of `targets` if there are any, else fp32 logits (B, T, vocab_size).
 
-        `targets` (B, T), -1 where nothing is asked; `reduction` "mean" and "sum" give a scalar,
-        "none" (B, T). With `cache`, row b appends its first num_new[b] tokens (default T) to slot
-        slots[b] (default: one row per slot, in order) and sees that slot's past; what comes after
-        them is padding, its logits mean nothing. `last_only` gives (B, 1, vocab_size): logits after
-        each row's last token. Raises ValueError, with the cache untouched, where a sequence would
-        outgrow the cache.
+        `ids` and `targets` are (B, T); a target of -1 asks for nothing. `reduction` "mean" and
+        "sum" give a scalar, "none" (B, T). With `cache`, row b appends its first num_new[b] tokens
+        (default T) to slot slots[b] (default: one row per slot, in order), both (B,), and sees that
+        slot's past; what comes after them is padding, its logits mean nothing. `last_only` gives
+        (B, 1, vocab_size): logits after each row's last token. Raises ValueError, with the cache
+        untouched, where a sequence would outgrow the cache.
         """
         batch, time = ids.shape
         append = None
@@ -375,20 +348,22 @@ class GPT(nn.Module):
         logits = self.lm_head(x)[..., : self.config.vocab_size].float()
         return self.config.softcap * torch.tanh(logits / self.config.softcap)
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """(..., C) where the residual stream begins, before smear; a KVCache keeps the newest
-        token's.
-        """
+    def embed(self, ids: Tensor) -> Tensor:
+        """(..., C) what enters the trunk, before smear; a KVCache keeps the newest token's."""
         return norm(self.wte(ids).to(self.compute_dtype))
 
-    def _trunk(self, ids: torch.Tensor, append: Append | None) -> torch.Tensor:
+    def _trunk(self, ids: Tensor, append: Append | None) -> Tensor:
         """(B, T, C) normed output of the last layer."""
         config = self.config
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+        positions, mask = torch.arange(ids.shape[1], device=ids.device)[None], None  # (1, T)
         if append is not None:
             positions = append.positions  # (B, T)
+        elif "S" in config.window_pattern and config.short_window < ids.shape[1]:
+            age = positions.T - positions  # (T, T) of the column's key, for the row's query
+            mask = (age >= 0) & (age < config.short_window)
+        # Computed anew in each call, so that no table can be too short for a long prompt.
         angles = rotary_angles(positions, config.head_dim, config.rope_base)
-        context = Context(angles, append)
+        context = Context(angles, append, mask)
         x = self.embed(ids)
         if config.smear:
             x = self._smear(x, append)
@@ -406,7 +381,7 @@ class GPT(nn.Module):
             x = x - self.backout_lambda.to(x.dtype) * middle
         return norm(x)
 
-    def _smear(self, x: torch.Tensor, append: Append | None) -> torch.Tensor:
+    def _smear(self, x: Tensor, append: Append | None) -> Tensor:
         """`x` with a gated part of the token before added; the first token has none before it."""
         first = torch.zeros_like(x[:, :1]) if append is None else append.swap_previous(x)[:, None]
         before = torch.cat((first, x[:, :-1]), dim=1)

@@ -5,23 +5,6 @@ activations, forward and again backward. Where that costs, the gradient is writt
 they take 22 % off a step of the laptop's model (dev/LOG.md). torch.compile traces through all of
 them.
 
-    norm          y = x / rms(x)
-    relu_squared  y = max(x, 0)^2
-    softcap_loss  z = x W^T, logit = c tanh(z / c), loss = log(sum_v exp(logit_v)) - logit_target
-
-softcap_loss never holds the logits of the whole batch. Rows are taken in chunks whose logits stay
-in the cache of a CPU, or in a bounded part of a GPU's memory. When one number is wanted (the usual
-case), a chunk's gradient
-
-    dz = (softmax(logit) - onehot) * (1 - tanh(z / c)^2)
-
-is worked out while its logits are at hand, and backward only multiplies by what comes from above.
-When each token's own loss is wanted, that differs by token, and backward goes through the chunks
-again.
-
-No maximum is subtracted before exp, because the softcap bounds the logits (2^17 tokens of e^15 sum
-to 4e11, far inside fp32).
-
 Shapes: B batch, T time, C channels, H heads, D head dimension; M = B T tokens, V vocabulary with
 its padding, R rows of one chunk. Sources: chunked losses of Liger Kernel (arXiv 2410.10989) and Cut
 Your Losses (arXiv 2411.09009).
@@ -31,62 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 NORM_EPS = 1.1920928955078125e-07  # epsilon of fp32: what the published weights were trained with
 # Logits held at once. CPU: 2 MiB of fp32, so that tanh and exp meet them in the second-level cache.
 # GPU: 512 MiB of fp32, so many rows that the matmuls keep their size (chosen without measuring: no
 # GPU was at hand).
-CPU_CHUNK = 2**19
-GPU_CHUNK = 2**27
-
-
-def norm(x: torch.Tensor) -> torch.Tensor:
-    """`x` scaled to a root mean square of 1 along its last dimension; fp32 inside."""
-    if not torch.is_grad_enabled():  # faster for a few tokens, and transformers' very bits
-        return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
-    return _Norm.apply(x)
-
-
-def rotary_angles(
-    positions: torch.Tensor, head_dim: int, base: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin), each (..., T, 1, D / 2) in fp32, of integer `positions` (..., T)."""
-    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    angles = positions[..., None].float() * (1 / base ** (pairs / head_dim))
-    return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """(B, T, H, D) `x` turned by minus the angles of `cos` and `sin` (..., T, 1, D / 2)."""
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1).to(x.dtype)
-
-
-def relu_squared(x: torch.Tensor) -> torch.Tensor:
-    """max(x, 0)^2."""
-    return _ReluSquared.apply(x)
-
-
-def softcap_loss(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    vocab_size: int,
-    softcap: float,
-    reduction: str = "mean",
-) -> torch.Tensor:
-    """Loss in nats: a scalar for reduction "mean" or "sum", (M,) for "none"; targets of -1 count 0.
-
-    `x` is (M, C) in the compute dtype, `weight` (V, C) the master weight; logits and loss are fp32.
-    Rows of `weight` from `vocab_size` on are padding and get no probability. The mean of no target
-    at all is 0.
-    """
-    assert reduction in ("mean", "sum", "none"), reduction
-    sum_at_once = reduction != "none" and torch.is_grad_enabled()
-    loss = _SoftcapLoss.apply(x, weight, targets, vocab_size, softcap, sum_at_once)
-    if reduction == "none":
-        return loss
-    return loss.sum() / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else loss.sum()
+CPU_CHUNK, GPU_CHUNK = 2**19, 2**27
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -94,9 +28,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def norm(x: Tensor) -> Tensor:
+    """`x` scaled to a root mean square of 1 along its last dimension; fp32 inside."""
+    if not torch.is_grad_enabled():  # faster for a few tokens, and transformers' very bits
+        return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
+    return _Norm.apply(x)
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         wide = x.to(_wide(x.dtype))
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = (length.square_() / x.shape[-1]).add_(NORM_EPS).rsqrt_()
@@ -105,72 +46,114 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
         y, scale = ctx.saved_tensors
-        along = (upstream[0] * y).mean(-1, keepdim=True, dtype=scale.dtype)
-        return (
-            torch.addcmul(upstream[0].to(scale.dtype), y, along, value=-1).mul_(scale).to(y.dtype)
-        )
+        dy = grads[0]
+        along = (dy * y).mean(-1, keepdim=True, dtype=scale.dtype)
+        return torch.addcmul(dy.to(scale.dtype), y, along, value=-1).mul_(scale).to(y.dtype)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0)^2."""
+    return _ReluSquared.apply(x)
 
 
 class _ReluSquared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         kept = x.relu()
         ctx.save_for_backward(kept)
         return kept * kept
 
     @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (kept,) = ctx.saved_tensors
-        return (upstream[0] * kept).mul_(2)
+        return (grads[0] * kept).mul_(2)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each (..., T, 1, D / 2) in fp32, of integer `positions` (..., T)."""
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    angles = positions[..., None].float() * (1 / base ** (pairs / head_dim))
+    return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B, T, H, D) `x` turned by minus the angles of `cos` and `sin` (..., T, 1, D / 2)."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1).to(x.dtype)
+
+
+def softcap_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float, reduction: str
+) -> Tensor:
+    """Loss in nats: a scalar for reduction "mean" or "sum", (M,) for "none"; targets of -1 count 0.
+
+    `x` is (M, C) in the compute dtype, `weight` (V, C) the master weight; logits and loss are fp32.
+    Rows of `weight` from `vocab_size` on are padding and get no probability. The mean of no target
+    at all is 0.
+    """
+    assert reduction in ("mean", "sum", "none"), reduction
+    sum_at_once = reduction != "none" and torch.is_grad_enabled()
+    loss = _SoftcapLoss.apply(x, weight, targets, (vocab_size, softcap), sum_at_once)
+    if reduction == "none":
+        return loss
+    return loss.sum() / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else loss.sum()
 
 
 class _SoftcapLoss(torch.autograd.Function):
-    """(M,) losses; or, with `sum_at_once`, their sum, whose gradient is known when forward ends."""
+    """(M,) losses; or, with `sum_at_once`, their sum.
+
+    The sum's gradient is worked out while the logits of a chunk are at hand; backward only
+    multiplies it by what comes from above. Where each loss is wanted, that differs by token, and
+    backward goes through the chunks again.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        vocab_size: int,
-        softcap: float,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        settings: tuple[int, float],
         sum_at_once: bool,
-    ) -> torch.Tensor:
-        ctx.settings, ctx.sum_at_once = (vocab_size, softcap), sum_at_once
+    ) -> Tensor:
+        ctx.settings, ctx.sum_at_once = settings, sum_at_once
         if not sum_at_once:
             ctx.save_for_backward(x, weight, targets)
-            return _losses(x, weight, targets, ctx.settings)[0]
+            return _losses(x, weight, targets, settings)[0]
         ones = torch.ones_like(targets, dtype=_wide(x.dtype))
-        losses, dx, dweight = _losses(x, weight, targets, ctx.settings, ones)
+        losses, dx, dweight = _losses(x, weight, targets, settings, ones)
         ctx.save_for_backward(dx, dweight)
         return losses.sum()
 
     @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.sum_at_once:
-            dx, dweight = (
-                gradient * upstream[0].to(gradient.dtype) for gradient in ctx.saved_tensors
-            )
+            dx, dweight = (gradient * grads[0].to(gradient.dtype) for gradient in ctx.saved_tensors)
         else:
             x, weight, targets = ctx.saved_tensors
-            _, dx, dweight = _losses(x, weight, targets, ctx.settings, upstream[0])
-        return dx, dweight, None, None, None, None
+            _, dx, dweight = _losses(x, weight, targets, ctx.settings, grads[0])
+        return dx, dweight, None, None, None
 
 
 def _losses(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
     settings: tuple[int, float],
-    row_scale: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """((M,) losses, gradients of sum(row_scale * losses) at x and weight, if there is one)."""
+    row_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """((M,) losses, and with a `row_scale` (M,) gradients of sum(row_scale * losses) at x, weight).
+
+    For one row, z = x W^T, logit = c tanh(z / c), loss = log(sum_v exp(logit_v)) - logit_target and
+    dz = (softmax(logit) - onehot) * (1 - tanh(z / c)^2). The logits of the whole batch are never
+    held. No maximum is subtracted before exp, because the softcap bounds the logits (2^17 tokens of
+    e^15 sum to 4e11, far inside fp32).
+    """
     vocab_size, softcap = settings
     losses = torch.zeros(len(x), dtype=_wide(x.dtype), device=x.device)
-    dx = dweight = None
+    dx = dweight = losses[:0]  # nothing, unless asked for
     if row_scale is not None:
         row_scale = row_scale.masked_fill(targets < 0, 0)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
@@ -178,38 +161,22 @@ def _losses(
     num_rows = max(1, (CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK) // len(weight))
     for begin in range(0, len(x), num_rows):
         rows = slice(begin, begin + num_rows)
-        losses[rows], tanh, exp, total = _chunk(x[rows], narrow, targets[rows], vocab_size, softcap)
-        if row_scale is not None and dx is not None and dweight is not None:
-            dz = _chunk_gradient(tanh, exp, total, targets[rows], row_scale[rows])
-            dz = dz.to(x.dtype)
-            torch.mm(dz, narrow, out=dx[rows])
-            if dweight.dtype == dz.dtype:
-                dweight.addmm_(dz.T, x[rows])
-            else:
-                dweight += dz.T @ x[rows]
+        tanh = (x[rows] @ narrow.T).to(losses.dtype).div_(softcap).tanh_()  # (R, V)
+        exp = (tanh * softcap).exp_()  # (R, V)
+        exp[:, vocab_size:] = 0
+        total = exp.sum(1)  # (R,)
+        target = targets[rows].clamp(min=0)[:, None]  # (R, 1)
+        wanted = tanh.gather(1, target).squeeze(1) * softcap  # (R,)
+        losses[rows] = (total.log() - wanted).masked_fill_(targets[rows] < 0, 0)
+        if row_scale is None:
+            continue
+        # In the memory of exp and tanh, which nothing needs any more.
+        dz = exp.mul_((row_scale[rows] / total)[:, None])  # (R, V)
+        dz.scatter_add_(1, target, -row_scale[rows, None])
+        dz = dz.mul_(tanh.square_().neg_().add_(1)).to(x.dtype)
+        torch.mm(dz, narrow, out=dx[rows])
+        if dweight.dtype == dz.dtype:
+            dweight.addmm_(dz.T, x[rows])
+        else:
+            dweight += dz.T @ x[rows]
     return losses, dx, dweight
-
-
-def _chunk(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, softcap: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """((R,) losses, tanh (R, V), exp of the logits (R, V), its row sums (R,))."""
-    tanh = (x @ weight.T).to(_wide(x.dtype)).div_(softcap).tanh_()
-    exp = (tanh * softcap).exp_()
-    exp[:, vocab_size:] = 0
-    total = exp.sum(1)
-    wanted = tanh.gather(1, targets.clamp(min=0)[:, None]).squeeze(1) * softcap
-    return (total.log() - wanted).masked_fill_(targets < 0, 0), tanh, exp, total
-
-
-def _chunk_gradient(
-    tanh: torch.Tensor,
-    exp: torch.Tensor,
-    total: torch.Tensor,
-    targets: torch.Tensor,
-    row_scale: torch.Tensor,
-) -> torch.Tensor:
-    """(R, V) gradient at z; overwrites `tanh` and `exp`, which no one needs any more."""
-    gradient = exp.mul_((row_scale / total)[:, None])
-    gradient.scatter_add_(1, targets.clamp(min=0)[:, None], -row_scale[:, None])
-    return gradient.mul_(tanh.square_().neg_().add_(1))

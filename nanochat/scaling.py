@@ -1,5 +1,4 @@
-"""From depth alone: sizes, FLOPs, memory, training tokens, batch, learning rates and their
-schedules.
+"""From depth: sizes, FLOPs, memory, training tokens, batch, learning rates and their schedules.
 
 Depth sets the width (aspect_ratio x depth, rounded up to whole heads). Tokens are a ratio times the
 parameters of blocks and head, the count that gave the steadiest scaling law. Batch, learning rates
@@ -25,7 +24,6 @@ LR_WARMUP_STEPS, LR_WARMUP_LIMIT = 40, 0.05  # steps; at most this fraction of t
 MOMENTUM_WARMUP_STEPS, MOMENTUM_WARMUP_LIMIT = 400, 0.25
 WARMDOWN = 0.65  # the last part of the run, in which the learning rate falls
 FINAL = 0.05  # of the learning rate, at the end of pretraining
-
 
 REFERENCE_BATCH = 2**19  # tokens a step at which the learning rates below were tuned
 REFERENCE_TOKENS = 12 * 110_100_912  # 12 for each parameter of blocks and head at depth 12
@@ -149,8 +147,7 @@ def batch_tokens(num_tokens: float) -> int:
 
 
 def rate_factor(total_batch_size: int, num_steps: int, by_length: float) -> float:
-    """Multiplier of a learning rate: sqrt(batch / 2^19) from batches of 2^18 on, the published
-    range.
+    """Multiplier of a learning rate: sqrt(batch / 2^19), the published rule, down to 2^18.
 
     Smaller batches keep the rate of 2^18, times (2520 / steps)^by_length in runs of fewer steps
     than the reference's 2,520. One step stands for an unknown number: a stage that starts from a
@@ -169,8 +166,10 @@ def weight_decay(total_batch_size: int, num_steps: int) -> float:
     return matrices.weight_decay * REFERENCE_STEPS / num_steps / factor
 
 
-def optimizer_groups(model: GPT, total_batch_size: int, num_steps: int) -> list[dict[str, Any]]:
-    """The model's parameter groups with their options for its width, this batch and this length."""
+def make_optimizer(
+    model: GPT, total_batch_size: int, num_steps: int, rank: int = 0, world_size: int = 1
+) -> MuonAdamW:
+    """The optimizer for `num_steps` steps, at its base rates; the schedules multiply them."""
     groups = []
     for group in model.parameter_groups():
         rates = RATES[group["name"]]
@@ -186,7 +185,7 @@ def optimizer_groups(model: GPT, total_batch_size: int, num_steps: int) -> list[
         else:
             options = {"betas": rates.betas, "eps": rates.eps, "weight_decay": rates.weight_decay}
         groups.append({**group, "lr": lr, **options})
-    return groups
+    return MuonAdamW(groups, rank, world_size)
 
 
 def warmup_fraction(step: int, num_steps: int, warmup_steps: int, limit: float) -> float:
@@ -201,12 +200,10 @@ def warmdown_fraction(progress: float, warmdown: float) -> float:
     return min(1.0, max(0.0, (progress - (1 - warmdown)) / warmdown))
 
 
-def lr_multiplier(
-    step: int, num_steps: int, warmdown: float = WARMDOWN, final: float = FINAL
-) -> float:
-    """Multiplier of `step` (from 0): linear warm-up, flat, linear warm-down to `final`."""
+def lr_multiplier(step: int, num_steps: int) -> float:
+    """Multiplier of `step` (from 0): linear warm-up, flat, linear warm-down to FINAL."""
     warm = warmup_fraction(step, num_steps, LR_WARMUP_STEPS, LR_WARMUP_LIMIT)
-    return warm * lr_multiplier_at(step / num_steps, warmdown, final)
+    return warm * lr_multiplier_at(step / num_steps, WARMDOWN, FINAL)
 
 
 def lr_multiplier_at(progress: float, warmdown: float, final: float = 0.0) -> float:
@@ -214,19 +211,12 @@ def lr_multiplier_at(progress: float, warmdown: float, final: float = 0.0) -> fl
     return 1 - (1 - final) * warmdown_fraction(progress, warmdown)
 
 
-def muon_momentum(step: int, num_steps: int, warmdown: float = WARMDOWN) -> float:
+def muon_momentum(step: int, num_steps: int) -> float:
     """Momentum of `step`: .85 -> .97 in the warm-up, .97 -> .90 in the warm-down."""
     warm = warmup_fraction(step, num_steps, MOMENTUM_WARMUP_STEPS, MOMENTUM_WARMUP_LIMIT)
-    return 0.85 + 0.12 * warm - 0.07 * warmdown_fraction(step / num_steps, warmdown)
+    return 0.85 + 0.12 * warm - 0.07 * warmdown_fraction(step / num_steps, WARMDOWN)
 
 
 def weight_decay_multiplier(progress: float) -> float:
     """Half a cosine from 1 at the start to 0 at the end."""
     return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
-
-
-def make_optimizer(
-    model: GPT, total_batch_size: int, num_steps: int, rank: int = 0, world_size: int = 1
-) -> MuonAdamW:
-    """The optimizer for `num_steps` steps, at its base rates; the schedules multiply them."""
-    return MuonAdamW(optimizer_groups(model, total_batch_size, num_steps), rank, world_size)

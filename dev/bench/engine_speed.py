@@ -1,12 +1,13 @@
-"""Speed of the engine by number of slots, with a random model: generated tokens per second, and memory traffic.
+"""Speed of the engine by number of slots, with a random model: tokens per second, memory traffic.
 
     python -m dev.bench.engine_speed
     python -m dev.bench.engine_speed --depth 20 --device cuda --slots 1 16 64
 
-The median of interleaved rounds, so that a busy machine disturbs all alike. In a round every engine generates
-num_tokens for as many requests as it has slots, each with a prompt of 32 tokens; then each answers the same
-questions of a task, as chat_eval and the rollouts of chat_rl do. GB/s is what a step must read at least (weights
-and the keys and values in view) over its time; beside it stands what a plain copy reaches here.
+The median of interleaved rounds, so that a busy machine disturbs all alike. In a round every engine
+generates num_tokens for as many requests as it has slots, each with a prompt of 32 tokens; then
+each answers the same questions of a task, as chat_eval and the rollouts of chat_rl do. GB/s is what
+a step must read at least (weights and the keys and values in view) over its time; beside it stands
+what a plain copy reaches here.
 """
 
 import random
@@ -14,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -39,6 +41,18 @@ class Config:
     num_questions: int = 16  # of the task
     num_rounds: int = 5  # interleaved
     device: str = "cpu"  # cpu or cuda
+
+
+def random_model(depth: int, device: str) -> tuple[GPT, Tokenizer]:
+    """A model with a context of 512; its tokens are the bytes and made-up words of letters."""
+    words = (bytes(word) for size in (2, 3, 4) for word in product(range(97, 123), repeat=size))
+    num_words = VOCAB - 256 - len(SPECIAL_TOKENS)
+    tokens = [*(bytes([byte]) for byte in range(256)), *islice(words, num_words)]
+    model = GPT(depth_to_config(depth, VOCAB, 512)).to(device)
+    model.init_weights()
+    if device == "cuda":
+        model.to(torch.bfloat16).set_compute_dtype(torch.bfloat16)
+    return model.eval(), Tokenizer(tokens, SPECIAL_TOKENS, SPLIT_PATTERN)
 
 
 def generate(engine: Engine, num_tokens: int, seed: int) -> int:
@@ -83,33 +97,25 @@ def step_bytes(model: GPT, num_slots: int, length: int) -> int:
 
 def main(cfg: Config) -> None:
     """Print the medians for each number of slots, and how much faster each is than the first."""
-    made_up = [number.to_bytes(3, "big") for number in range(VOCAB - 256 - len(SPECIAL_TOKENS))]
-    vocabulary = [*(bytes([byte]) for byte in range(256)), *made_up]
-    tokenizer = Tokenizer(vocabulary, SPECIAL_TOKENS, SPLIT_PATTERN)
-    model = GPT(depth_to_config(cfg.depth, VOCAB, 512)).to(cfg.device)
-    model.init_weights()
-    if cfg.device == "cuda":
-        model.to(torch.bfloat16).set_compute_dtype(torch.bfloat16)
-    engines = {n: Engine(model, tokenizer, n, prefix_reuse=False) for n in cfg.slots}
+    model, tokenizer = random_model(cfg.depth, cfg.device)
+    engines = [Engine(model, tokenizer, n, prefix_reuse=False) for n in cfg.slots]
     source, target = torch.ones(2, 2**26, device=cfg.device).unbind(0)  # 256 MiB each
-    speeds: dict[int, list[float]] = {n: [] for n in cfg.slots}
-    answers: dict[int, list[float]] = {n: [] for n in cfg.slots}
-    copies = []
-    for engine in engines.values():
+    for engine in engines:
         generate(engine, 4, seed=0)  # warm-up
+    copies, speeds, answers = [], [], []  # by round; of the last two, a list by engine
     for seed in range(cfg.num_rounds):
         copies.append(rate(copy, source, target))
-        for n, engine in engines.items():
-            speeds[n].append(rate(generate, engine, cfg.num_tokens, seed))
-            answers[n].append(rate(answer, engine, cfg.num_tokens, cfg.num_questions))
+        speeds.append([rate(generate, engine, cfg.num_tokens, seed) for engine in engines])
+        limits = (cfg.num_tokens, cfg.num_questions)
+        answers.append([rate(answer, engine, *limits) for engine in engines])
     print(f"a copy moves {statistics.median(copies) / 1e9:.1f} GB/s")
-    first, first_answers = (statistics.median(of[cfg.slots[0]]) for of in (speeds, answers))
-    for n in cfg.slots:
-        speed, answered = statistics.median(speeds[n]), statistics.median(answers[n])
-        traffic = step_bytes(model, n, PROMPT + cfg.num_tokens // 2) * speed / n / 1e9
+    speed = [statistics.median(own) for own in zip(*speeds, strict=True)]
+    answered = [statistics.median(own) for own in zip(*answers, strict=True)]
+    for i, n in enumerate(cfg.slots):
+        traffic = step_bytes(model, n, PROMPT + cfg.num_tokens // 2) * speed[i] / n / 1e9
         print(
-            f"{n:3d} slots: {speed:7.0f} tok/s ({speed / first:.2f} x), {traffic:5.1f} GB/s; "
-            f"{answered:6.2f} questions/s ({answered / first_answers:.2f} x)"
+            f"{n:3d} slots: {speed[i]:7.0f} tok/s ({speed[i] / speed[0]:.2f} x), "
+            f"{traffic:5.1f} GB/s; {answered[i]:6.2f} questions/s ({answered[i] / answered[0]:.2f} x)"
         )
 
 

@@ -1,7 +1,8 @@
-"""The server from outside, over HTTP on a loopback port: OpenAI's conformance cases, limits, leavers, failures.
+"""The server from outside, over HTTP on a loopback port: OpenAI's conformance cases and client,
+limits, leavers, failures.
 
-Oracles: the echo engine, which says back what it was asked, so every answer is known; for sampling a small random
-model, asked alone and among noisy mates.
+Oracles: the echo engine, which says back what it was asked, so every answer is known; for sampling
+a small random model, asked alone and among noisy mates.
 """
 
 import json
@@ -9,15 +10,17 @@ import logging
 import re
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from nanochat.chat_api import ServerConfig
 from nanochat.engine import Engine
-from tests.serving import CHAT, TOKENIZER, EchoEngine, Running, random_gpt, serving
+from tests.serving import CHAT, TOKENIZER, EchoEngine, Running, Stream, random_gpt, serving
 
 USAGE = {"stream_options": {"include_usage": True}}
 EMOJI = "né 汉字 👩‍👩‍👧 🏳️‍🌈"
@@ -36,9 +39,10 @@ def echo() -> Iterator[Running]:
 def test_a_whole_answer(echo: Running) -> None:
     answer = echo.ask("hello").json()
     assert answer["object"] == "chat.completion" and answer["id"].startswith("chatcmpl-")
-    (choice,) = answer["choices"]
-    assert choice["message"] == {"role": "assistant", "content": "hello", "refusal": None}
-    assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "stop", None)
+    message = {"role": "assistant", "content": "hello", "refusal": None}
+    assert answer["choices"] == [
+        {"index": 0, "finish_reason": "stop", "logprobs": None, "message": message}
+    ]
     assert answer["usage"] == {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}
 
 
@@ -152,33 +156,28 @@ def test_models(echo: Running) -> None:
 
 
 JSON = {"content-type": "application/json"}
+COMPLETIONS = "/v1/chat/completions"
+NAN = b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}'
+MANY = [{"role": "user", "content": "a"}] * 10_000
 STRANGERS: list[tuple[str, str, dict[str, Any], int, str | None]] = [
-    ("POST", "/v1/chat/completions", {"content": b'{"messages": [', "headers": JSON}, 400, None),
-    ("POST", "/v1/chat/completions", {"content": b"", "headers": JSON}, 400, None),
-    ("POST", "/v1/chat/completions", {"content": b"[" * 900_000, "headers": JSON}, 400, None),
-    ("POST", "/v1/chat/completions", {"content": b"\xff\xfe", "headers": JSON}, 400, None),
-    ("POST", "/v1/chat/completions", {"content": b"{}"}, 400, None),  # a page elsewhere can send this
-    ("POST", "/v1/chat/completions", {"json": []}, 400, None),
-    ("POST", "/v1/chat/completions", {"json": {"messages": None}}, 400, None),
-    (
-        "POST", "/v1/chat/completions",
-        {"content": b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}', "headers": JSON},
-        400, None,
-    ),
-    (
-        "POST", "/v1/chat/completions",
-        {"json": {"messages": [{"role": "user", "content": "a"}] * 10_000}}, 400, None,
-    ),
-    ("POST", "/v1/chat/completions", {"json": {"messages": "x" * 2_000_000}}, 413, "request_too_large"),
-    ("POST", "/v1/chat/completions", {"content": iter([b"x" * 60_000] * 30)}, 413, "request_too_large"),
-    ("GET", "/v1/chat/completions", {}, 405, None),
+    ("POST", COMPLETIONS, {"content": b'{"messages": [', "headers": JSON}, 400, None),
+    ("POST", COMPLETIONS, {"content": b"", "headers": JSON}, 400, None),
+    ("POST", COMPLETIONS, {"content": b"[" * 900_000, "headers": JSON}, 400, None),
+    ("POST", COMPLETIONS, {"content": b"\xff\xfe", "headers": JSON}, 400, None),
+    ("POST", COMPLETIONS, {"content": b"{}"}, 400, None),  # a page elsewhere can send this
+    ("POST", COMPLETIONS, {"json": []}, 400, None),
+    ("POST", COMPLETIONS, {"content": NAN, "headers": JSON}, 400, None),
+    ("POST", COMPLETIONS, {"json": {"messages": MANY}}, 400, None),
+    ("POST", COMPLETIONS, {"json": {"messages": "x" * 2_000_000}}, 413, "request_too_large"),
+    ("POST", COMPLETIONS, {"content": iter([b"x" * 60_000] * 30)}, 413, "request_too_large"),
+    ("GET", COMPLETIONS, {}, 405, None),
     ("DELETE", "/v1/models", {}, 405, None),
-    ("OPTIONS", "/v1/chat/completions", {}, 405, None),
+    ("OPTIONS", COMPLETIONS, {}, 405, None),
     ("GET", "/nowhere", {}, 404, None),
     ("GET", "/ui/../server.py", {}, 404, None),
     ("GET", "/docs", {}, 404, None),
     ("GET", "/v1/models/gpt-4", {}, 404, "model_not_found"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("method", "path", "sent", "status", "code"), STRANGERS)
@@ -193,6 +192,59 @@ def test_strangers_get_openais_errors(
     assert response.headers["x-content-type-options"] == "nosniff"
     if sent == {"content": b"{}"}:
         assert "content-type: application/json" in error["message"]
+
+
+# OpenAI's own client
+
+
+def client_of(server: Running) -> Any:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+
+
+def asked(content: str, **more: Any) -> dict[str, Any]:
+    return {"model": "nanochat", "messages": [{"role": "user", "content": content}]} | more
+
+
+def test_openais_client(echo: Running) -> None:
+    length = len(EMOJI.encode())
+    with client_of(echo) as client:
+        (card,) = client.models.list().data
+        assert client.models.retrieve(card.id).id == "nanochat"
+        ask = asked(EMOJI, extra_body={"top_k": 5}, seed=1, logprobs=True)
+        whole = client.chat.completions.create(**ask)
+        assert whole.choices[0].message.content == EMOJI
+        assert whole.usage.total_tokens == whole.usage.prompt_tokens + length + 1
+        assert len(whole.choices[0].logprobs.content) == length
+        chunks = list(client.chat.completions.create(**ask, **USAGE, stream=True))
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == EMOJI
+        assert chunks[-1].usage == whole.usage and chunks[-2].choices[0].finish_reason == "stop"
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**ask, max_tokens=10_000)
+        assert caught.value.code == "context_length_exceeded"
+        with pytest.raises(openai.NotFoundError, match="no model"):
+            client.models.retrieve("sft/d20")
+
+
+def test_openais_client_tries_again_while_the_queue_is_full() -> None:
+    engine = EchoEngine(num_slots=1)
+    engine.pace = 0.03
+    with serving([engine], ServerConfig(queue=0)) as server, server.connect("x" * 20):
+        server.until(lambda: bool(engine.running))
+        with client_of(server) as client:
+            with pytest.raises(openai.RateLimitError):
+                client.with_options(max_retries=0).chat.completions.create(**asked("a"))
+            answer = client.with_options(max_retries=5).chat.completions.create(**asked("a"))
+            assert answer.choices[0].message.content == "a"
+
+
+def test_openais_client_is_told_of_a_failure_amid_a_stream() -> None:
+    engine = EchoEngine()
+    engine.pace = 0.01
+    with serving([engine]) as server, client_of(server) as client:
+        stream = client.chat.completions.create(**asked("x" * 50), stream=True)
+        with pytest.raises(openai.APIError, match="the model failed"):
+            for _ in stream:
+                engine.num_failures = 1
 
 
 # Sampling, with a real model
@@ -215,33 +267,33 @@ def test_a_seed_decides_whatever_else_is_in_flight() -> None:
 # Queue, leavers, limits
 
 
-def background(server: Running, count: int, **fields: Any) -> tuple[ThreadPoolExecutor, list]:
+@contextmanager
+def background(server: Running, count: int) -> Iterator[list[Future[Stream]]]:
     """`count` questions under way in threads."""
-    pool = ThreadPoolExecutor(16)
-    return pool, [pool.submit(server.stream, f"question {i}", **fields) for i in range(count)]
+    with ThreadPoolExecutor(16) as pool:
+        yield [pool.submit(server.stream, f"question {i}") for i in range(count)]
 
 
 def test_a_full_queue_refuses_before_any_event_and_the_others_are_served_in_turn() -> None:
     engine = EchoEngine(num_slots=2)
+
+    def shown(*lines: str) -> bool:
+        metrics = server.client.get("/metrics").text
+        return all(f"nanochat_{line}\n" in metrics for line in lines)
+
     with serving([engine], ServerConfig(queue=3)) as server:
         engine.pace = 0.1
-        pool, streams = background(server, 5)
-        server.until(lambda: server.num_jobs() == 5)
-        for stream in (True, False):
-            refused = server.ask("one more", stream=stream)
-            assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
-            error = refused.json()["error"]
-            assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
-
-        def shown(*lines: str) -> bool:
-            metrics = server.client.get("/metrics").text
-            return all(f"nanochat_{line}\n" in metrics for line in lines)
-
-        server.until(lambda: shown("num_requests_running 2.0", "num_requests_waiting 3.0"))
-        assert shown('requests_refused_total{code="queue_full"} 2.0')
-        engine.pace = 0
-        said = [stream.result() for stream in streams]
-        pool.shutdown()
+        with background(server, 5) as streams:
+            server.until(lambda: server.num_jobs() == 5)
+            for stream in (True, False):
+                refused = server.ask("one more", stream=stream)
+                assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
+                error = refused.json()["error"]
+                assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
+            server.until(lambda: shown("num_requests_running 2.0", "num_requests_waiting 3.0"))
+            assert shown('requests_refused_total{code="queue_full"} 2.0')
+            engine.pace = 0
+            said = [stream.result() for stream in streams]
         assert [stream.text() for stream in said] == [f"question {i}" for i in range(5)]
         first = sorted(stream.comments[0] for stream in said if stream.comments)
         assert first == [": queued 1", ": queued 2", ": queued 3"]
@@ -253,12 +305,11 @@ def test_several_engines_share_the_load() -> None:
     with serving(engines) as server:
         for engine in engines:
             engine.go.clear()
-        pool, streams = background(server, 4)
-        server.until(lambda: all(len(worker.jobs) == 2 for worker in server.chat.workers))
-        for engine in engines:
-            engine.go.set()
-        assert [stream.result().num_done for stream in streams] == [1] * 4
-        pool.shutdown()
+        with background(server, 4) as streams:
+            server.until(lambda: all(len(worker.jobs) == 2 for worker in server.chat.workers))
+            for engine in engines:
+                engine.go.set()
+            assert [stream.result().num_done for stream in streams] == [1] * 4
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -268,16 +319,15 @@ def test_who_leaves_frees_what_he_held(stream: bool, phase: str) -> None:
     engine.pace = 0.01
     with serving([engine]) as server:
         before = int(phase == "queue")
-        pool, others = background(server, before)
-        server.until(lambda: server.num_jobs() == before)
-        with server.connect("x" * 200, stream=stream):
-            server.until(lambda: server.num_jobs() == before + 1)
-            server.until(lambda: phase == "queue" or len(engine.running) == 1)
-        server.until(lambda: len(engine.cancelled) == 1)
-        left = engine.cancelled[0]
-        assert TOKENIZER.decode(left.prompt).count("x") == 200
-        assert [other.result().num_done for other in others] == [1] * before
-        pool.shutdown()
+        with background(server, before) as others:
+            server.until(lambda: server.num_jobs() == before)
+            with server.connect("x" * 200, stream=stream):
+                server.until(lambda: server.num_jobs() == before + 1)
+                server.until(lambda: phase == "queue" or len(engine.running) == 1)
+            server.until(lambda: len(engine.cancelled) == 1)
+            left = engine.cancelled[0]
+            assert TOKENIZER.decode(left.prompt).count("x") == 200
+            assert [other.result().num_done for other in others] == [1] * before
         assert server.num_jobs() == 0 and server.ask("next").status_code == 200
 
 
@@ -332,21 +382,19 @@ def test_a_silent_stream_is_pinged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_failing_step_fails_only_what_it_computed() -> None:
     engine = EchoEngine(num_slots=2)
-    with serving([engine]) as server:
+    with serving([engine]) as server, ThreadPoolExecutor(4) as pool:
         engine.go.clear()
-        pool = ThreadPoolExecutor(4)
-        asked = []
+        answers = []
         for i in range(4):
-            asked.append(pool.submit(server.ask, f"q{i}"))
-            server.until(lambda: server.num_jobs() == len(asked))
+            answers.append(pool.submit(server.ask, f"q{i}"))
+            server.until(lambda: server.num_jobs() == len(answers))
         engine.num_failures = 1
         engine.go.set()
-        statuses = [future.result().status_code for future in asked]
+        statuses = [answer.result().status_code for answer in answers]
         assert statuses == [500, 200, 200, 200]  # the first alone had a slot by then
-        error = asked[0].result().json()["error"]
+        error = answers[0].result().json()["error"]
         assert (error["type"], error["code"]) == ("server_error", None)
         assert server.ask("again").json()["choices"][0]["message"]["content"] == "again"
-        pool.shutdown()
 
 
 def test_a_dead_engine_is_told_and_nobody_hangs() -> None:
@@ -363,11 +411,10 @@ def test_a_failure_amid_a_stream_is_no_stop() -> None:
     engine = EchoEngine()
     engine.pace = 0.01
     with serving([engine]) as server:
-        pool, (asked,) = background(server, 1)
-        server.until(lambda: any(each.num_generated > 3 for each in engine.running))
-        engine.num_failures = 1
-        stream = asked.result()
-        pool.shutdown()
+        with background(server, 1) as (failing,):
+            server.until(lambda: any(each.num_generated > 3 for each in engine.running))
+            engine.num_failures = 1
+            stream = failing.result()
         assert json.loads(stream.last)["error"]["type"] == "server_error"
         assert not stream.finish and stream.num_done == 0 and stream.text()
 
@@ -391,15 +438,14 @@ def test_the_end_waits_for_answers_under_way(
     engine = EchoEngine()
     engine.pace = 0.01 if in_time else 0.05
     with serving([engine]) as server:
-        pool, (asked,) = background(server, 1)
-        server.until(lambda: bool(engine.running))
-        server.server.should_exit = True  # what a first SIGTERM does
-        server.until(lambda: server.client.get("/ready").status_code == 503)
-        refused = server.ask("late")
-        assert refused.status_code == 503 and refused.headers["retry-after"]
-        assert refused.json()["error"]["code"] == "shutting_down"
-        stream = asked.result()
-        pool.shutdown()
+        with background(server, 1) as (under_way,):
+            server.until(lambda: bool(engine.running))
+            server.server.should_exit = True  # what a first SIGTERM does
+            server.until(lambda: server.client.get("/ready").status_code == 503)
+            refused = server.ask("late")
+            assert refused.status_code == 503 and refused.headers["retry-after"]
+            assert refused.json()["error"]["code"] == "shutting_down"
+            stream = under_way.result()
         if in_time:
             assert (stream.text(), stream.finish, stream.num_done) == ("question 0", ["stop"], 1)
         else:

@@ -1,10 +1,9 @@
-"""A checkpoint in the words of transformers: settings, names of tensors, tokenizer, chat template.
+"""What transformers reads: settings, names of tensors, tokenizer and chat template of a checkpoint.
 
 A model of the plain architecture becomes transformers' own NanoChatForCausalLM; one with additions
 keeps its names and needs nanochat/hf_modeling.py beside it. The vocabulary's rows of padding stay
 behind.
 
-What would surprise:
 - tiktoken keeps ranks, not merges, and joins any two neighbours whose bytes make a token. So every
   way to cut a token in two becomes a merge, not only the one that training took.
 - transformers takes a special token that a text spells out for that token. The chat template puts a
@@ -34,17 +33,19 @@ LETTERS = [chr(byte if byte in PRINTABLE else 256 + OTHERS.index(byte)) for byte
 GUARD = "\ufdd0"  # U+FDD0 never was a character, and never will be
 SETTINGS = {
     "sequence_len": "max_position_embeddings", "vocab_size": "vocab_size", "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
-    "softcap": "final_logit_softcapping",
+    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads", "softcap": "final_logit_softcapping",
 }  # fmt: skip
 LAYER_NAMES = {
     **{f"attn.c_{letter}": f"self_attn.{letter}_proj" for letter in "qkv"},
     **{"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"},
 }
-# Lines that name the special tokens come before it.
+# `text_files` puts lines before it that name the special tokens.
 CHAT_TEMPLATE = """
 {%- set marks = {
-  'text': ['', ''], 'python': [python_start, python_end], 'python_output': [output_start, output_end]
+  'text': ['', ''],
+  'python': [python_start, python_end],
+  'python_output': [output_start, output_end]
 } -%}
 {%- macro plain(content) -%}
   {%- for part in ([{'type': 'text', 'text': content}] if content is string else content) -%}
@@ -77,11 +78,11 @@ def is_plain(config: GPTConfig) -> bool:
 
 def plain_names(num_layers: int) -> dict[str, str]:
     """Our name of each parameter of a plain model -> transformers' name."""
-    names = {"wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
-    for i in range(num_layers):
-        for ours, theirs in LAYER_NAMES.items():
-            names[f"blocks.{i}.{ours}.weight"] = f"model.layers.{i}.{theirs}.weight"
-    return names
+    return {"wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"} | {
+        f"blocks.{i}.{ours}.weight": f"model.layers.{i}.{theirs}.weight"
+        for i in range(num_layers)
+        for ours, theirs in LAYER_NAMES.items()
+    }
 
 
 def is_vocabulary_table(name: str) -> bool:
@@ -127,15 +128,18 @@ def model_settings(config: GPTConfig) -> dict[str, Any]:
             "rms_norm_eps": NORM_EPS,
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
         }
-    auto = {"AutoConfig": "NanoChatXConfig", "AutoModelForCausalLM": "NanoChatXForCausalLM"}
-    layers = range(config.n_layer)
-    return settings | asdict(config) | {
+    layers, module = range(config.n_layer), "modeling_nanochat_x"
+    additions = {
         "model_type": "nanochat_x",
-        "architectures": [auto["AutoModelForCausalLM"]],
-        "auto_map": {kind: f"modeling_nanochat_x.{name}" for kind, name in auto.items()},
+        "architectures": ["NanoChatXForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.NanoChatXConfig",
+            "AutoModelForCausalLM": f"{module}.NanoChatXForCausalLM",
+        },
         "windows": [config.window(i) for i in layers],
         "value_layers": [config.has_value_embedding(i) for i in layers],
-    }  # fmt: skip
+    }
+    return settings | asdict(config) | additions
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:

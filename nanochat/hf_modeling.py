@@ -1,16 +1,12 @@
-"""nanochat with its additions as a model of transformers (5 or newer); `scripts.export_hf` puts
-this file into a folder.
+"""nanochat with its additions as a model of transformers; `scripts.export_hf` puts this file into a
+folder, from where `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it.
 
-    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-
-Settings and parameters have the names of nanochat.gpt, which says what each of the additions is
-for. Batches may be padded on either side when an attention mask comes with them. Nothing but torch
-and transformers is imported, as the file has to run where nanochat is not installed.
-
-What would surprise:
-- Smear looks one token back, which no cache of keys and values holds. `generate` hands that token
-  in; who calls `forward` with a cache of their own gives it as `previous_ids`.
-- The cache is to be a DynamicCache: its newest key comes last, and ages are counted from there.
+Settings and parameters have the names of nanochat.gpt, which explains the additions. Nothing but
+torch and transformers (5 or newer) is imported, so that it runs where nanochat is not installed.
+Batches may be padded on either side if an attention mask comes with them. Smear looks one token
+back, which no cache of keys and values holds: `generate` hands that token in, and a caller of
+`forward` with a cache of their own gives it as `previous_ids`. The cache is a DynamicCache: its
+newest key comes last, and ages are counted from there.
 
 Shapes: B batch, T new tokens, S tokens seen with them, C channels, H query heads, K kv heads, D
 head dimension, V vocabulary.
@@ -30,9 +26,7 @@ VE_GATE_CHANNELS, SMEAR_GATE_CHANNELS, VE_GATE_RANGE = 12, 24, 2.0
 
 
 class NanoChatXConfig(PreTrainedConfig):
-    """The settings of GPTConfig; per layer `windows` (null: all keys) and `value_layers` (whether
-    it has a table).
-    """
+    """GPTConfig; and per layer `windows` (null: all keys) and `value_layers` (has it a table?)."""
 
     model_type = "nanochat_x"
 
@@ -43,16 +37,14 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """(B, H, T, D) `x` turned by minus the (T, D / 2) angles; channel d goes with channel d + D /
-    2.
-    """
+    """(B, H, T, D) `x` turned by minus the (T, D / 2) angles; channel d pairs with d + D / 2."""
     cos, sin = angles.cos().type_as(x), angles.sin().type_as(x)
     left, right = x.chunk(2, dim=-1)
     return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1)
 
 
 def visible(age: Tensor, window: int | None, attention_mask: Tensor | None) -> Tensor:
-    """(1 or B, 1, T, S) True where a query may look at a key; `age` (T, S) is how far it lies back."""
+    """(1 or B, 1, T, S) True where a query may look at a key, `age` (T, S) tokens before it."""
     seen = ((age >= 0) & (age < (window or age.shape[1])))[None, None]
     if attention_mask is None:
         return seen
@@ -145,11 +137,9 @@ class NanoChatXForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """fp32 logits (B, T, V), or of the last `logits_to_keep` tokens; the loss where there are
-        labels.
+        """fp32 logits (B, T, V), or of the last `logits_to_keep` tokens; the loss of any labels.
 
-        `input_ids` (B, T) follow `previous_ids` (B, 1) and what the cache holds; `attention_mask`
-        is (B, S).
+        `input_ids` (B, T) follow `previous_ids` (B, 1) and the cache; `attention_mask` is (B, S).
         """
         config, head_dim = self.config, self.config.n_embd // self.config.n_head
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
@@ -193,7 +183,8 @@ class NanoChatXForCausalLM(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict:
         """As for any model, and the token before those that the cache does not hold yet."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        prepare = super().prepare_inputs_for_generation  # pyright: ignore
+        inputs = prepare(input_ids, *args, **kwargs)
         num_new = inputs["input_ids"].shape[1]
         previous = input_ids[:, -num_new - 1 : -num_new] if num_new < input_ids.shape[1] else None
         return inputs | {"previous_ids": previous}

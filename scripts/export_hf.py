@@ -1,7 +1,6 @@
-"""Export a checkpoint to a folder that transformers loads, and with it vLLM and
-lm-evaluation-harness.
+"""Export a checkpoint to a folder that transformers, vLLM and lm-evaluation-harness load.
 
-    python -m scripts.export_hf -i sft --out d20  # one process, without a GPU, on any machine
+    python -m scripts.export_hf -i sft --out d20  # one process, on any machine; needs no GPU
 
 reads: <source>/<model tag>/, report/report.json
 writes: the folder that --out names
@@ -35,10 +34,10 @@ pipeline_tag: text-generation
 ---
 # {title}
 
-A language model trained with nanochat. `AutoModelForCausalLM.from_pretrained(folder{trust})` loads it. The
-chat template takes strings and parts. What is no chat should begin with the token `bos`, which
-`AutoTokenizer.from_pretrained(folder, add_bos_token=True{trust})` sees to; outside of a chat, encode what
-strangers write with `split_special_tokens=True`.
+A language model trained with nanochat. `AutoModelForCausalLM.from_pretrained(folder{trust})` loads
+it. The chat template takes strings and parts. Text outside a chat should begin with the token `bos`
+(`AutoTokenizer.from_pretrained(folder, add_bos_token=True{trust})` adds it), and what strangers
+wrote should be encoded with `split_special_tokens=True`.
 
 {table}"""
 
@@ -73,8 +72,8 @@ def main(cfg: Config) -> None:
     partial = cfg.out.with_name(f"{cfg.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for name, content in files.items():
-        is_text = isinstance(content, str)
-        write_file(partial / name, content if is_text else json.dumps(content, indent=1) + "\n")
+        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+        write_file(partial / name, text)
     tensors = hf_export.export_weights(weights, config)
     write_tensors(partial / "model.safetensors", tensors, {"format": "pt"})
     partial.rename(cfg.out)

@@ -1,17 +1,14 @@
-"""Import a model into an ordinary run folder: a checkpoint of the first generation, or an export of
-our own.
+"""Import a first-generation checkpoint, or an export of our own, as an ordinary run.
 
-    python -m scripts.import_hf karpathy/nanochat-d32  # from the Hugging Face hub; one process, without a GPU
-    python -m scripts.import_hf FOLDER --stage base    # model_NNNNNN.pt, meta_NNNNNN.json, tokenizer.pkl
+    python -m scripts.import_hf karpathy/nanochat-d32  # from the Hugging Face hub; needs no GPU
+    python -m scripts.import_hf FOLDER --stage base    # model_*.pt, meta_*.json, tokenizer.pkl
 
-The source is not trusted: a .pt file is read with weights_only, tokenizer.pkl by an unpickler that
-knows a tiktoken Encoding and refuses any other name before it is looked up. All is checked before a
-byte is written.
+The source is not trusted: a .pt file is read with weights_only, and tokenizer.pkl by an unpickler
+that knows one name, tiktoken's Encoding, and refuses any other before it is looked up. Even the
+Encoding is a stand-in that only keeps its state, since tiktoken's own would download whatever
+encoding a pickle names. Everything is checked before a byte is written.
 
-The choice that would surprise: not even the Encoding is real. What stands in for it keeps its state
-and does nothing, where tiktoken's own would download whatever encoding a pickle names.
-
-reads: the folder or model on the hub
+reads: the folder, or the model on the hub
 writes: <stage>/<model tag>/
 """
 
@@ -73,7 +70,7 @@ class EncodingUnpickler(pickle.Unpickler):
 
 
 def trying(action: Callable[[Any], Any], argument: object, fault: str = "is refused") -> Any:
-    """What `action` makes of `argument`. Raises UserError, in one line, for whatever goes wrong."""
+    """`action(argument)`. Raises UserError, in one line, for whatever goes wrong."""
     try:
         return action(argument)
     except Exception as error:  # what a damaged file or a network can do has no end
@@ -84,14 +81,14 @@ def trying(action: Callable[[Any], Any], argument: object, fault: str = "is refu
 
 
 def find_folder(source: str) -> Path:
-    """`source` itself, or what a model on the hub was downloaded to."""
+    """`source`, or the folder that the model of that name was downloaded to."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download  # takes half a second
 
     download = partial(snapshot_download, allow_patterns=WANTED)
-    return Path(trying(download, source, "is no folder here, and not to be had on the hub"))
+    return Path(trying(download, source, "is no folder here, and cannot be downloaded"))
 
 
 def read_weights(path: Path) -> hf_export.Weights:
@@ -176,9 +173,8 @@ def main(cfg: Config) -> None:
     state = origin | {"model_config": asdict(config)}
     save_checkpoint(run, state, weights, {}, None, runtime)
     write_file(run / "result.json", json.dumps({"step": step}))  # a run that is finished
-    print0(
-        f"imported {run} at step {step}; python -m scripts.chat_cli -i {cfg.stage} -g {run.name}"
-    )
+    chat = f"python -m scripts.chat_cli -i {cfg.stage} -g {run.name}"
+    print0(f"imported {run} at step {step}; {chat}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m dev.bench.bpe_speed --data FOLDER            parquet shards with a column `text`
 
 Each run is a process of its own, and the two take turns, so that a busy machine hurts both alike.
-PyPI's package has the same module name; uv installs it into a temporary folder. Only the training is
-timed: the texts are in memory before. The bar: ours takes at most half the time of PyPI's.
+PyPI's package has the same module name; uv installs it into a temporary folder. Only the training
+is timed: the texts are in memory before. The bar: ours takes at most half the time of PyPI's.
 """
 
 import json

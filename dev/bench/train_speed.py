@@ -6,8 +6,8 @@
     python -m dev.bench.train_speed --data_only --max_seq_len 512 --device_batch_size 8  # no model
     python -m dev.bench.train_speed --learning FOLDER --threads 2  # bits per byte
 
-The first three time whole steps as base_train makes them, then the parts of a step, waiting for
-the device after each. --data_only times the loader alone; the bar is 1 M tokens/s on two cores. Both
+The first three time whole steps as base_train makes them, then the parts of a step, waiting for the
+device after each. --data_only times the loader alone; the bar is 1 M tokens/s on two cores. Both
 use the corpus and the tokenizer prepared last.
 
 --learning takes a folder of parquet shards, trains a tokenizer of 4,096 on 20 M characters, and

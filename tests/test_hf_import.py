@@ -1,6 +1,4 @@
-"""Imports: checkpoints in the first generation's layout, made here; damaged and hostile ones; our
-own exports.
-"""
+"""Imports: checkpoints in the first generation's layout; damaged, hostile ones; our own exports."""
 
 import json
 import os
@@ -56,9 +54,7 @@ def pickled(**changes: Any) -> bytes:
 
 
 def write_first_generation(folder: Path, step: int = 700, prefix: str = "", seed: int = 0) -> GPT:
-    """A checkpoint in the first generation's layout, and the model that it holds; its embedding is
-    in bf16.
-    """
+    """A first-generation checkpoint, its embedding in bf16; returns the model that it holds."""
     model = random_model(GPTConfig.plain(**SIZES), seed)
     rows, tensors = TOKENIZER.vocab_size, {}
     for name, tensor in model.state_dict().items():
@@ -199,16 +195,16 @@ def test_a_run_that_is_there_and_a_source_that_is_not(base: Path) -> None:
 def test_a_model_on_the_hub_is_downloaded_by_pattern(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = write_first_generation(base / "d2")
+    model, asked = write_first_generation(base / "d2"), {}
 
     def snapshot_download(repo_id: str, allow_patterns: list[str]) -> str:
-        assert repo_id == "someone/nanochat" and "model*" in allow_patterns
+        asked[repo_id] = allow_patterns
         return str(base / "d2")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     main(Config("someone/nanochat", stage="mid"))
-    loaded = load_model("mid", "d2", None, CPU)[0]
-    rows = TOKENIZER.vocab_size
+    assert "model*" in asked["someone/nanochat"]
+    loaded, rows = load_model("mid", "d2", None, CPU)[0], TOKENIZER.vocab_size
     assert torch.equal(loaded.lm_head.weight[:rows], model.lm_head.weight[:rows])
 
 
@@ -222,15 +218,8 @@ def test_sft_after_export_and_import_has_the_same_losses(
     state = {"stage": stage, "step": 50, "model_config": asdict(config)}
     save_checkpoint(run_dir(stage, "d2"), state, model.state_dict(), {}, None, CPU)
     export_hf.main(export_hf.Config(base / "out", source=stage))
-    talks = [
-        {
-            "messages": [
-                {"role": "user", "content": "hen " * i},
-                {"role": "assistant", "content": "hay"},
-            ]
-        }
-        for i in range(1, 40)
-    ]
+    reply = {"role": "assistant", "content": "hay"}
+    talks = [{"messages": [{"role": "user", "content": "hen " * i}, reply]} for i in range(1, 40)]
     sizes = {"total_batch_size": 256, "device_batch_size": 4, "eval_tokens": 256, "lr_scale": 1.0}
     losses = []
     for folder in ("base", "detour"):

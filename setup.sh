@@ -61,9 +61,10 @@ check_gpu() {
   case " ${*//-/_} " in *" __device_type"[=\ ]"cpu "*) return ;; esac
   command -v nvidia-smi >/dev/null || return 0
   .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && return
-  fail "torch sees no GPU though nvidia-smi is here; run \`cd $PWD && $(command -v uv) pip install" \
-    "--torch-backend=auto --reinstall-package torch $(grep -om1 '^torch==[^ ]*' requirements.lock)\`" \
-    "for a build that fits the driver, or give --device_type=cpu"
+  fail "torch sees no GPU though nvidia-smi is here; run" \
+    "\`cd $PWD && $(command -v uv) pip install --torch-backend=auto --reinstall-package torch" \
+    "$(grep -om1 '^torch==[^ ]*' requirements.lock)\` for a build that fits the driver," \
+    "or give --device_type=cpu"
 }
 
 if command -v flock >/dev/null; then
@@ -78,8 +79,9 @@ if ! .venv/bin/python -c "$in_range" 2>/dev/null; then
   uv venv --quiet --clear --relocatable --python-preference system --python '>=3.11,<3.14' .venv
 fi
 install=(uv pip install --python .venv/bin/python)
-case " $* " in *" --tests "*) locks="requirements requirements-test" ;; *) locks=requirements ;; esac
-for lock in $locks; do
+locks=(requirements)
+case " $* " in *" --tests "*) locks+=(requirements-test) ;; esac
+for lock in "${locks[@]}"; do
   once "$lock" "$(cksum "$lock.lock")" "${install[@]}" --require-hashes -r "$lock.lock"
 done
 rust=$(cksum pyproject.toml rustbpe/Cargo.toml $(find rustbpe/src -type f | sort))

@@ -64,4 +64,4 @@ stage chat_rl launch scripts.chat_rl $place $rl
 stage chat_eval_rl launch scripts.chat_eval $place -i rl -a GSM8K $examine
 [ "$node" != 0 ] || python -m nanochat.report generate
 
-printf '\n%s\n' "talk to it: python -m scripts.chat_web -g $tag, or python -m scripts.chat_cli -g $tag"
+printf '\n%s\n' "talk to it: python -m scripts.chat_web -g $tag (or scripts.chat_cli)"

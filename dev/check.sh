@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every static check, the Rust tests, and the size of the code base, in one command: bash dev/check.sh
+# Every static check, the Rust tests, and the size of the code base: bash dev/check.sh
 set -euo pipefail
 source "$(dirname "$0")/../setup.sh" --tests "$@"
 

@@ -7,8 +7,8 @@
     python -m scripts.plan --depth 24 --only shards      # one number, for scripts
 
 All of it is arithmetic on nanochat/scaling.py, the scripts' defaults and the assumptions below, of
-which `--mfu` matters most; nothing is measured and no GPU is needed. Of the depths that the money
-pays for, it is the one whose ratio is nearest to the optimum of the fitted scaling laws.
+which `--mfu` matters most; nothing is measured and no GPU is needed. `--dollars` takes the depth
+whose ratio, for that money, is nearest to the optimum of the fitted scaling laws.
 
 reads: nothing
 writes: nothing
@@ -16,8 +16,9 @@ writes: nothing
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from nanochat import scaling
 from nanochat.common import (
     PEAK_BF16_FLOPS,
     Count,
@@ -26,14 +27,6 @@ from nanochat.common import (
     UserError,
     print0,
     run_script,
-)
-from nanochat.scaling import (
-    batch_tokens,
-    depth_to_config,
-    flops_per_token,
-    memory_bytes,
-    parameter_counts,
-    training_tokens,
 )
 from scripts import base_loss, base_train, chat_eval, chat_rl, chat_sft, mid_train
 
@@ -65,8 +58,7 @@ class Config:
     only: Literal["", "shards", "depth", "ratio", "device_batch_size"] = ""  # print it alone
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Everything that follows from a Config."""
 
     depth: int
@@ -115,20 +107,20 @@ def make_plan(cfg: Config, depth: int, ratio: float) -> Plan:
     """The plan for one depth and ratio. Raises UserError for a GPU that is not known."""
     if cfg.gpu.lower() not in GPU_GIB:
         raise UserError(f"--gpu={cfg.gpu} is unknown; choose one of: {', '.join(GPU_GIB)}")
-    config = depth_to_config(depth, cfg.vocab_size, cfg.max_seq_len)
-    num_tokens = training_tokens(config, ratio)
-    batch = max(batch_tokens(num_tokens), cfg.max_seq_len * cfg.gpus)
+    config = scaling.depth_to_config(depth, cfg.vocab_size, cfg.max_seq_len)
+    num_tokens = scaling.training_tokens(config, ratio)
+    batch = max(scaling.batch_tokens(num_tokens), cfg.max_seq_len * cfg.gpus)
     room = USABLE * GPU_GIB[cfg.gpu.lower()] * 2**30
     most = batch // cfg.max_seq_len // cfg.gpus  # rows of one GPU in a step
-    sizes = [most // 2**halvings for halvings in range(most.bit_length())]
-    fitting = [n for n in sizes if memory_bytes(config, n, cfg.gpus)["total"] <= room]
-    rows = cfg.device_batch_size or (fitting[0] if fitting else 1)
-    memory = memory_bytes(config, rows, cfg.gpus)
+    sizes = (most // 2**halvings for halvings in range(most.bit_length()))
+    fitting = (n for n in sizes if scaling.memory_bytes(config, n, cfg.gpus)["total"] <= room)
+    rows = cfg.device_batch_size or next(fitting, 1)
+    memory = scaling.memory_bytes(config, rows, cfg.gpus)
     return Plan(
         depth, ratio, num_tokens, batch, rows, memory,
         fits=memory["total"] <= room,
         shards=math.ceil(1.02 * num_tokens / TOKENS_PER_SHARD) + 1,
-        hours=stage_hours(cfg, flops_per_token(config), num_tokens, batch),
+        hours=stage_hours(cfg, scaling.flops_per_token(config), num_tokens, batch),
     )  # fmt: skip
 
 
@@ -150,7 +142,7 @@ def choose(cfg: Config, budget: float) -> Plan:
 
 def describe(cfg: Config, plan: Plan) -> str:
     """The plan as a page of text."""
-    config = depth_to_config(plan.depth, cfg.vocab_size, cfg.max_seq_len)
+    config = scaling.depth_to_config(plan.depth, cfg.vocab_size, cfg.max_seq_len)
     rows = plan.device_batch_size
     checkpoint_gb = (plan.memory["weights"] + plan.memory["optimizer"] * cfg.gpus) / 1e9
     hours = plan.hours | {"total": sum(plan.hours.values())}
@@ -159,9 +151,9 @@ def describe(cfg: Config, plan: Plan) -> str:
         f"depth {plan.depth}: width {config.n_embd}, {config.n_head} heads, "
         f"context {cfg.max_seq_len}",
         *(f"  {part:<18}{count / 1e6:>12,.1f} M parameters"
-          for part, count in parameter_counts(config).items()),
+          for part, count in scaling.parameter_counts(config).items()),
         f"training: {plan.num_tokens / 1e9:.2f} B tokens (ratio {plan.ratio:g}), "
-        f"{plan.num_tokens * flops_per_token(config):.2e} FLOPs",
+        f"{plan.num_tokens * scaling.flops_per_token(config):.2e} FLOPs",
         f"  {plan.num_tokens // plan.batch:,} steps of {plan.batch:,} tokens = {cfg.gpus} GPUs x "
         f"{rows} rows x {plan.batch // (rows * cfg.max_seq_len * cfg.gpus)} micro-batches",
         f"data: {plan.shards} shards, {plan.shards * SHARD_GB:.0f} GB on disk; "

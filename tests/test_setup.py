@@ -1,7 +1,7 @@
 """setup.sh against stand-ins for uv, cargo and nvidia-smi that write down how they were called.
 
-The real installation is what `bash test.sh` begins with; here is what must hold around it: the order of the
-steps, which of them run again, where the caller ends up, and that a failure stops the caller.
+The real installation is what `bash test.sh` begins with; here is what must hold around it: the
+order of the steps, which of them run again, where the caller ends up, and that a failure stops it.
 """
 
 import shutil
@@ -49,8 +49,8 @@ class Sandbox:
         self, *arguments: str, cwd: Path | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """Run a strict script that sources setup.sh and then says where it is."""
-        quoted = " ".join(arguments)
-        script = f'set -euo pipefail\nsource "{self.repo}/setup.sh" {quoted}\necho "in $PWD, $VIRTUAL_ENV"\n'
+        setup = f'source "{self.repo}/setup.sh" {" ".join(arguments)}'
+        script = f'set -euo pipefail\n{setup}\necho "in $PWD, $VIRTUAL_ENV"\n'
         return subprocess.run(
             ["bash", "-c", script],
             cwd=cwd or self.repo,
@@ -123,10 +123,8 @@ def test_a_venv_of_another_python_is_made_anew(sandbox: Sandbox) -> None:
 
 
 def test_cargo_is_found_in_its_home_and_uv_beside_the_repository(sandbox: Sandbox) -> None:
-    for name, home in (
-        ("cargo", sandbox.bin.parent / ".cargo/bin"),
-        ("uv", sandbox.repo / ".uv/bin"),
-    ):
+    homes = {"cargo": sandbox.bin.parent / ".cargo/bin", "uv": sandbox.repo / ".uv/bin"}
+    for name, home in homes.items():
         home.mkdir(parents=True)
         shutil.move(sandbox.bin / name, home / name)
     assert sandbox.source().returncode == 0
@@ -151,9 +149,7 @@ def test_a_gpu_that_torch_does_not_see_stops_with_one_line(sandbox: Sandbox) -> 
     assert sandbox.source().returncode == 0
 
 
-@pytest.mark.skipif(
-    shutil.which("flock") is None, reason="set-up does not lock where flock is missing"
-)
+@pytest.mark.skipif(not shutil.which("flock"), reason="without flock, set-up does not lock")
 def test_two_set_ups_take_turns(sandbox: Sandbox) -> None:
     sandbox.stand_in("uv", FAKE_UV.replace('echo "uv', 'sleep 0.1; echo "uv'))
     script = f'source "{sandbox.repo}/setup.sh"'

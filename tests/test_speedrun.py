@@ -1,9 +1,9 @@
 """The tiers, killed in every stage and started again, with the same flags and with others.
 
-First with stand-ins for python and torchrun, which note how often each run was started since its folder was
-cleared. Then, as a long test, speedrun.sh itself with tiny sizes on two CPU processes, from an empty folder to
-report.md. Everything it downloads comes from a hub on this machine that breaks transfers, lies about lengths and
-fails. The oracle is the uninterrupted order of stages: each is done exactly once, and the report holds them all.
+First with stand-ins for python and torchrun, which note how often each run was started since its
+folder was cleared. Then, as a long test, speedrun.sh itself with tiny sizes on two CPU processes,
+with downloads from a hub on this machine that breaks transfers, lies about lengths and fails. The
+oracle is the uninterrupted order of stages: each is done once, and the report holds them all.
 """
 
 import json
@@ -31,9 +31,8 @@ STAGES = [
     "chat_eval_mid", "chat_sft", "chat_eval_sft", "chat_rl", "chat_eval_rl",
 ]  # fmt: skip
 FAULTS: dict[int, Fault] = {2: "error", 5: "longer", 8: "cut"}
-
 TRAINERS = {"base_train": "base", "mid_train": "mid", "chat_sft": "sft", "chat_rl": "rl"}
-# What python and torchrun do here: a trainer adds a line to its run folder, which --fresh clears first.
+# python and torchrun: a trainer adds a line to its run folder, which --fresh clears first.
 STAND_IN = r"""#!/bin/sh
 echo "$*" >>"$CALLS"
 module="" tag="" fresh="" id="" run=""
@@ -59,7 +58,10 @@ if [ "${NNODES:-1}" = 2 ] && [ -n "$id" ]; then # torchrun: both machines meet
 fi
 [ "$module" != chat_cli ] || cat >/dev/null
 [ "$module" != "${KILL_BEFORE:-none}" ] || exit 1
-case $module in base_train | mid_train) run=${module%_train} ;; chat_sft | chat_rl) run=${module#chat_} ;; esac
+case $module in
+base_train | mid_train) run=${module%_train} ;;
+chat_sft | chat_rl) run=${module#chat_} ;;
+esac
 if [ -n "$run" ]; then
   folder="$NANOCHAT_BASE_DIR/$run/$tag"
   [ -z "$fresh" ] || rm -rf "$folder"
@@ -109,7 +111,7 @@ class Tier:
         )  # fmt: skip
 
     def run(self, *arguments: str, **variables: str) -> list[str]:
-        """The stages that were run, in order; `KILL_IN` and `KILL_BEFORE` name the module that fails."""
+        """The stages that were run, in order. `KILL_IN`, `KILL_BEFORE`: the module that fails."""
         process = self.start(*arguments, **variables)
         log = process.communicate(timeout=60)[0]
         assert (process.returncode != 0) == any(name.startswith("KILL") for name in variables), log
@@ -140,7 +142,7 @@ def test_a_run_goes_on_with_every_flag_that_may_change(tier: Tier, stage: str) -
     rest = tier.run()
     assert rest[0] == stage and tier.num_starts(stage) == len(one_by_one) + 2
     assert not set(ran[:-1]) & set(rest)
-    # Finished: the trainer is asked once more, and says so; nothing else is run, and nothing deleted.
+    # Finished: the trainer is asked again, and says so; nothing else is run, nothing deleted.
     tier.add_flag(stage, "--log_every=7")
     assert tier.run() == [stage]
     assert tier.run(DEVICE_BATCH_SIZE="64") == []
@@ -217,7 +219,7 @@ def test_a_rehearsal_leaves_a_model_of_depth_2_alone(tmp_path: Path) -> None:
 
 
 def make_old_markers(tier: Tier, stages: list[str]) -> None:
-    """Give finished stages the markers of earlier versions: a random token each, on which the next one builds."""
+    """Give stages the markers of earlier versions: a random token, on which the next one builds."""
     token = ""
     for number, stage in enumerate(stages):
         marker = tier.base_dir / "done" / tier.tag / stage
@@ -273,7 +275,7 @@ def test_evaluations_and_shards_start_no_run_over(tier: Tier, old: bool) -> None
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_two_machines_run_the_same_stages(tmp_path: Path, first: int) -> None:
-    """Whichever is started first, with flags that may differ, and though machine 0 forgets what was done."""
+    """Whichever starts first, with flags that may differ, and though machine 0 starts over."""
     tier = Tier(tmp_path, "speedrun.sh")
     for arguments in ([], ["--fresh"]):
         for meeting in (tmp_path / "meetings").iterdir():
@@ -304,16 +306,12 @@ def shard(first: int) -> bytes:
 
 def write_datasets(folder: Path) -> None:
     """A few rows of every data set that the default mixtures and ChatCORE read."""
-    arc = {
-        "question": "Which is hot?",
-        "choices": {"text": ["ice", "fire"], "label": ["A", "B"]},
-        "answerKey": "B",
-    }
+    choices = {"text": ["ice", "fire"], "label": ["A", "B"]}
+    arc = {"question": "Which is hot?", "choices": choices, "answerKey": "B"}
     mmlu = {"question": "2 + 2?", "subject": "maths", "choices": ["1", "2", "3", "4"], "answer": 3}
     gsm = {"question": "What is 3 * 4?", "answer": "It is <<3*4=12>>12.\n#### 12"}
-    talk = {
-        "messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi."}]
-    }
+    user, assistant = {"role": "user"}, {"role": "assistant"}
+    talk = {"messages": [user | {"content": "Hello!"}, assistant | {"content": "Hi."}]}
     code = {
         "task_id": "HumanEval/0", "prompt": "def one():\n    return", "canonical_solution": " 1\n",
         "test": "def check(candidate):\n    assert candidate() == 1\n", "entry_point": "one",
@@ -335,16 +333,17 @@ def write_datasets(folder: Path) -> None:
 def write_bundle(folder: Path) -> None:
     """An eval_bundle of one task of each kind."""
     tasks = {
-        "copa": ("multiple_choice", {"query": "It is hot,", "choices": ["so I sweat", "so I freeze"], "gold": 0}),
-        "winograd": ("schema", {"context_options": ["The fox", "The box"], "continuation": "ran.", "gold": 0}),
-        "jeopardy": ("language_modeling", {"context": "One, two,", "continuation": "three"}),
-    }  # fmt: skip
+        "copa": {"query": "It is hot,", "choices": ["so I sweat", "so I freeze"], "gold": 0},
+        "winograd": {"context_options": ["The fox", "The box"], "continuation": "ran.", "gold": 0},
+        "jeopardy": {"context": "One, two,", "continuation": "three"},
+    }
+    kinds = {"copa": "multiple_choice", "winograd": "schema", "jeopardy": "language_modeling"}
     (folder / "eval_data").mkdir(parents=True)
     lines = ["icl_tasks:"]
-    for label, (kind, row) in tasks.items():
+    for label, row in tasks.items():
         lines += [
             f"- label: {label}", f"  dataset_uri: {label}.jsonl", "  num_fewshot: [1]",
-            f"  icl_task_type: {kind}", "  continuation_delimiter: ' '",
+            f"  icl_task_type: {kinds[label]}", "  continuation_delimiter: ' '",
         ]  # fmt: skip
         (folder / "eval_data" / f"{label}.jsonl").write_text((json.dumps(row) + "\n") * 4)
     (folder / "core.yaml").write_text("\n".join(lines) + "\n")
@@ -354,7 +353,7 @@ def write_bundle(folder: Path) -> None:
 
 @pytest.fixture
 def environment(tmp_path: Path):
-    """What speedrun.sh runs in: nothing of ours outside `tmp_path`, and a hub on the loopback address."""
+    """What speedrun.sh runs in: nothing of ours outside `tmp_path`, and a hub on this machine."""
     write_datasets(tmp_path / "datasets")
     write_bundle(tmp_path / "bundle")
     # A working folder of its own, since the report is copied there.
@@ -391,7 +390,7 @@ def left_over(environment: dict[str, str]) -> list[str]:
 
 
 def run(environment: dict[str, str], log: Path, kill_in: str = "") -> None:
-    """Run speedrun.sh to its end, or kill it and all that it started soon after the stage `kill_in` began."""
+    """Run speedrun.sh to its end, or kill it and its children soon after stage `kill_in` began."""
     with log.open("w") as file:
         process = subprocess.Popen(
             ["bash", log.parent / "nanochat" / "speedrun.sh"], env=environment, stdout=file,

@@ -7,8 +7,8 @@
     python -m dev.bench.train_speed --learning FOLDER --threads 2  # bits per byte
 
 The first three time whole steps as base_train makes them, then the parts of a step, waiting for the
-device after each. --data_only times the loader alone; the bar is 1 M tokens/s on two cores. Both
-use the corpus and the tokenizer prepared last.
+device after each. --data_only times the loader alone: at least 1 M tokens/s on two cores. Both use
+the corpus and the tokenizer prepared last.
 
 --learning takes a folder of parquet shards, trains a tokenizer of 4,096 on 20 M characters, and
 with base_train one model per seed: depth 4, T = 512, 300 steps of 4,096 tokens. They are scored on
@@ -21,8 +21,8 @@ import os
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -43,6 +43,7 @@ from nanochat.common import (
 )
 from nanochat.dataloader import Loader, TextSource
 from nanochat.dataset import find_corpus, read_texts
+from nanochat.gpt import GPTConfig
 from nanochat.scaling import depth_to_config, flops_per_token, make_optimizer, memory_bytes
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Guard, compile_for_training, read_metrics
@@ -72,81 +73,69 @@ class Config:
 
 def make_loader(cfg: Config, runtime: Runtime) -> Loader:
     """A loader of the corpus prepared last."""
-    tokenizer, shards = Tokenizer.load(tokenizer_dir()), find_corpus().train
-    source = TextSource(tokenizer, shards)
+    source = TextSource(Tokenizer.load(tokenizer_dir()), find_corpus().train)
     return Loader(source, cfg.device_batch_size, cfg.max_seq_len, runtime)
 
 
-class Trainer:
-    """A fresh model, its optimizer and its data, and the time that each part of a step took."""
-
-    def __init__(self, cfg: Config, runtime: Runtime) -> None:
-        self.device = runtime.device
-        self.loader = make_loader(cfg, runtime)
-        vocab_size = Tokenizer.load(tokenizer_dir()).vocab_size
-        self.config = depth_to_config(cfg.depth, vocab_size, cfg.max_seq_len)
-        self.model = model = build_model(self.config, None, runtime, seed=0)
-        self.linears = fp8.enable(model.blocks) if cfg.fp8 else []
-        self.optimizer = make_optimizer(model, cfg.device_batch_size * cfg.max_seq_len, 1000)
-        self.optimizer.set_multipliers(1.0, 0.95, 1.0)
-        guard = Guard(runtime)
-        self.compiled, _ = compile_for_training(
-            model, cfg.compile, [cfg.device_batch_size], cfg.max_seq_len, guard
-        )
-        self.seconds: dict[str, list[float]] = {}
-
-    @contextmanager
-    def part(self, name: str, wait: bool) -> Iterator[None]:
-        """Times what is inside, to the end of its work on the device; not unless `wait`."""
-        begin = time.perf_counter()
-        yield
-        if wait:
-            synchronize(self.device)
-            self.seconds.setdefault(name, []).append(time.perf_counter() - begin)
-
-    def step(self, wait: bool) -> None:
-        """One optimizer step."""
-        with self.part("data", wait):
-            batch = next(self.loader)
-        with self.part("forward", wait):
-            loss = self.compiled(batch.inputs, batch.targets)
-        with self.part("backward", wait):
-            loss.backward()
-        with self.part("optimizer", wait):
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            fp8.refresh(self.linears)
-
-    def steps(self, num: int, wait: bool = False) -> float:
-        """Seconds of `num` steps."""
-        begin = time.perf_counter()
-        for _ in range(num):
-            self.step(wait)
-        synchronize(self.device)
-        return time.perf_counter() - begin
+def train(cfg: Config, runtime: Runtime, config: GPTConfig, loader: Loader) -> Iterator[str]:
+    """Trains a fresh model without end; yields the name of each part of a step when it is over."""
+    model = build_model(config, None, runtime, seed=0)
+    linears = fp8.enable(model.blocks) if cfg.fp8 else []
+    optimizer = make_optimizer(model, cfg.device_batch_size * cfg.max_seq_len, 1000)
+    optimizer.set_multipliers(1.0, 0.95, 1.0)
+    compiled, _ = compile_for_training(
+        model, cfg.compile, [cfg.device_batch_size], cfg.max_seq_len, Guard(runtime)
+    )
+    while True:
+        batch = next(loader)
+        yield "data"
+        loss = compiled(batch.inputs, batch.targets)
+        yield "forward"
+        loss.backward()
+        yield "backward"
+        optimizer.step()
+        optimizer.zero_grad()
+        fp8.refresh(linears)
+        yield "optimizer"
 
 
 def time_steps(cfg: Config, runtime: Runtime) -> None:
     """Print the speed of whole steps, the share of each part, and on a GPU the memory."""
-    trainer = Trainer(cfg, runtime)
-    trainer.steps(cfg.num_warmup)
-    seconds = statistics.median(trainer.steps(cfg.num_steps) for _ in range(3)) / cfg.num_steps
-    trainer.steps(cfg.num_steps, wait=True)
-    trainer.loader.close()
+    vocab_size = Tokenizer.load(tokenizer_dir()).vocab_size
+    config = depth_to_config(cfg.depth, vocab_size, cfg.max_seq_len)
+    loader = make_loader(cfg, runtime)
+    parts = train(cfg, runtime, config, loader)
+
+    def seconds_of(num_steps: int) -> float:
+        begin = time.perf_counter()
+        for _ in islice(parts, 4 * num_steps):
+            pass
+        synchronize(runtime.device)
+        return time.perf_counter() - begin
+
+    seconds_of(cfg.num_warmup)
+    seconds = statistics.median(seconds_of(cfg.num_steps) for _ in range(3)) / cfg.num_steps
+    of_parts, begin = defaultdict(list), time.perf_counter()
+    for part in islice(parts, 4 * cfg.num_steps):
+        synchronize(runtime.device)
+        now = time.perf_counter()
+        of_parts[part].append(now - begin)
+        begin = now
+    loader.close()
     peak, source = peak_flops(runtime)
     rate = cfg.device_batch_size * cfg.max_seq_len / seconds
-    mfu = rate * flops_per_token(trainer.config) / peak
+    mfu = rate * flops_per_token(config) / peak
     print(f"{runtime.device_name}, torch {torch.__version__}, {runtime.dtype}, fp8 {cfg.fp8}")
     print(
         f"depth {cfg.depth}, {cfg.device_batch_size} x {cfg.max_seq_len}: {1000 * seconds:.1f} ms "
         f"a step, {rate:,.0f} tok/s, MFU {100 * mfu:.1f} % of {source}"
     )
-    medians = {part: statistics.median(own) for part, own in trainer.seconds.items()}
+    medians = {part: statistics.median(times) for part, times in of_parts.items()}
     total = sum(medians.values())
-    print(", ".join(f"{part} {100 * own / total:.1f} %" for part, own in medians.items()))
+    print(", ".join(f"{part} {100 * each / total:.1f} %" for part, each in medians.items()))
     if runtime.device.type == "cuda":
         measured = torch.cuda.max_memory_allocated(runtime.device)
-        planned = memory_bytes(trainer.config, cfg.device_batch_size)["total"]
+        planned = memory_bytes(config, cfg.device_batch_size)["total"]
         print(f"peak memory {measured / 2**30:.1f} GiB, planned {planned / 2**30:.1f} GiB")
 
 
@@ -175,24 +164,13 @@ def learn(cfg: Config, runtime: Runtime) -> None:
     lines, last = ["seed  step    tokens  seconds     bpb"], []
     for seed in range(cfg.seeds):
         tag = f"seed{seed}"
-        base_train.main(
-            base_train.Config(
-                depth=4,
-                max_seq_len=512,
-                total_batch_size=4096,
-                device_batch_size=8,
-                seed=seed,
-                num_iterations=LEARNING_STEPS,
-                plain=cfg.plain,
-                device_type=cfg.device_type,
-                dtype=cfg.dtype,
-                model_tag=tag,
-                log_every=SCORE_EVERY,
-                eval_tokens=4096,
-                save_every=SCORE_EVERY,
-                keep_last=-1,
-            )  # fmt: skip
-        )
+        settings = base_train.Config(
+            depth=4, max_seq_len=512, total_batch_size=4096, device_batch_size=8, seed=seed,
+            num_iterations=LEARNING_STEPS, plain=cfg.plain, model_tag=tag, eval_tokens=4096,
+            save_every=SCORE_EVERY, log_every=SCORE_EVERY, keep_last=-1,
+            device_type=cfg.device_type, dtype=cfg.dtype,
+        )  # fmt: skip
+        base_train.main(settings)
         records = {record["step"]: record for record in read_metrics(run_dir("base", tag))}
         bpb = math.nan
         for step in range(SCORE_EVERY, LEARNING_STEPS + 1, SCORE_EVERY):
@@ -226,8 +204,7 @@ def main(cfg: Config) -> None:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["NANOCHAT_BASE_DIR"] = folder
             learn(cfg, runtime)
-        return
-    if cfg.data_only:
+    elif cfg.data_only:
         time_data(cfg)
     else:
         time_steps(cfg, runtime)

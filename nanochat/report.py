@@ -1,17 +1,14 @@
-"""The report card: each stage leaves a section, and `generate` makes a report for people and
-programs.
+"""The report card: each stage leaves a section, and `generate` makes one report of them.
 
     python -m nanochat.report reset      # before a run: clear the sections, note time and machine
     python -m nanochat.report generate   # after it: write report.md, report.html and report.json
     python -m nanochat.report size       # print the size of the code base
 
 A section is one JSON file, `$NANOCHAT_BASE_DIR/report/<stage>.json`, which a stage that runs again
-replaces. The report lies beside them, and what people read in the working folder too. It lists the
-sections in pipeline order and ends with the table Metric | BASE | MID | SFT | RL. It is written
-once, as Markdown; markdown-it makes the HTML page of it, with only tables, lists and fences
-switched on, so that nothing that a model or a user wrote can act there. The page is one file that
-needs no other; its charts are SVG drawn by matplotlib from metrics.jsonl, the same bytes for the
-same numbers.
+replaces. The report lies beside them, and what people read in the working folder too. It is written
+once, as Markdown; markdown-it makes the page of it, with only tables, lists and fences switched on,
+so that nothing that a model or a user wrote can act there. The page needs no other file; matplotlib
+draws its charts from metrics.jsonl, the same bytes for the same numbers.
 """
 
 import io
@@ -66,10 +63,12 @@ CODE_SUFFIXES = {".py", ".pyi", ".rs", ".sh", ".js", ".css", ".html", ".toml"}
 MAX_POINTS = 300
 QUIET, LINE, TEAL = "#5c6668", "#dcd4c2", "#1b636b"  # of the variables in ui/base.css
 SETTINGS: dict[Any, Any] = {
-    "svg.hashsalt": "nanochat", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"], "font.size": 10,
-    "axes.labelcolor": QUIET, "xtick.labelcolor": QUIET, "ytick.labelcolor": QUIET, "ytick.major.size": 0,
-    "axes.edgecolor": LINE, "xtick.color": LINE, "grid.color": LINE, "axes.grid": True, "axes.grid.axis": "y",
-    "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "path.simplify": False,
+    "svg.hashsalt": "nanochat", "svg.fonttype": "none", "path.simplify": False,
+    "font.sans-serif": ["DejaVu Sans"], "font.size": 10,
+    "axes.labelcolor": QUIET, "xtick.labelcolor": QUIET, "ytick.labelcolor": QUIET,
+    "axes.edgecolor": LINE, "xtick.color": LINE, "grid.color": LINE, "ytick.major.size": 0,
+    "axes.grid": True, "axes.grid.axis": "y",
+    "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False,
 }  # fmt: skip
 # What a chart is drawn over -> (size of a unit, its name), the largest first.
 UNITS = {
@@ -79,10 +78,45 @@ UNITS = {
 }
 
 
+class Curve(NamedTuple):
+    """One key of metrics.jsonl over another; a share is printed in percent."""
+
+    key: str
+    over: str
+    title: str
+    share: bool = False
+
+
+CURVES = (
+    Curve("loss", "tokens", "Loss over tokens"),
+    Curve("loss", "seconds", "Loss over time"),
+    Curve("val_bpb", "tokens", "Validation bits per byte over tokens"),
+    Curve("val_bpb", "seconds", "Validation bits per byte over time"),
+    Curve("reward", "step", "Reward over steps"),
+    Curve("accuracy", "step", "Held-out accuracy over steps", share=True),
+    Curve("useful_groups", "step", "Useful groups over steps", share=True),
+    Curve("answer_tokens", "step", "Tokens of an answer over steps"),
+    Curve("lrm", "step", "Learning rate multiplier over steps"),
+    Curve("tok_per_second", "seconds", "Tokens per second over time"),
+    Curve("mfu", "seconds", "Model FLOPs utilisation over time", share=True),
+)
+
+
+class Section(NamedTuple):
+    """What one stage left, as its file holds it."""
+
+    title: str
+    time: float
+    seconds: float | None
+    git: str
+    host: str
+    settings: dict[str, Any]
+    results: dict[str, Any]  # a score is {"value": ..., "stderr": ...}
+    samples: list[str]
+
+
 class Chapter(NamedTuple):
-    """A heading and Markdown below it; `anchor` is its address in the page, which has `figures`
-    too.
-    """
+    """A heading and Markdown below it; its address in the page, and the figures that it has there."""
 
     anchor: str
     title: str
@@ -96,10 +130,15 @@ def facts(caption: str, values: Mapping[str, Any]) -> str:
     return f"{caption}:\n\n{''.join(lines)}\n"
 
 
-def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows whose first cell names the row; the others are numbers."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    lines = [f"| {' | '.join(map(cell, row))} |\n" for row in (header, rule, *rows)]
+def score_table(
+    caption: str, corner: str, names: Iterable[str], columns: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """A row for each name, with its score in every column."""
+    rows = [[corner, *columns], ["---", *["---:"] * len(columns)]]
+    for name in names:
+        percent = not name.startswith(NO_ACCURACY)
+        rows.append([name, *(show(scores.get(name), percent) for scores in columns.values())])
+    lines = [f"| {' | '.join(map(cell, row))} |\n" for row in rows]
     return f"{caption}:\n\n{''.join(lines)}\n"
 
 
@@ -170,6 +209,8 @@ def cell(text: str) -> str:
 
 def show(value: Any, percent: bool = False) -> str:
     """`0.2219 ± 0.0031`, or `85.0 % ± 1.2`; without the standard error where there is none."""
+    if isinstance(value, dict) and "stderr" in value:
+        value = Score(**value)
     value, stderr = value if isinstance(value, Score) else (value, None)
     if percent and isinstance(value, float):
         return f"{100 * value:.1f} %" + ("" if stderr is None else f" ± {100 * stderr:.1f}")
@@ -187,46 +228,20 @@ def format_value(value: Any) -> str:
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
 
 
-class Curve(NamedTuple):
-    """One key of metrics.jsonl over another; a share is printed in percent."""
-
-    key: str
-    over: str
-    title: str
-    share: bool = False
-
-
-TRAINING = (
-    Curve("loss", "tokens", "Loss over tokens"),
-    Curve("loss", "seconds", "Loss over time"),
-    Curve("val_bpb", "tokens", "Validation bits per byte over tokens"),
-    Curve("val_bpb", "seconds", "Validation bits per byte over time"),
-)
-REINFORCEMENT = (  # without the loss of a policy gradient, which measures nothing
-    Curve("reward", "step", "Reward over steps"),
-    Curve("accuracy", "step", "Held-out accuracy over steps", share=True),
-    Curve("useful_groups", "step", "Useful groups over steps", share=True),
-    Curve("answer_tokens", "step", "Tokens of an answer over steps"),
-)
-MACHINERY = (
-    Curve("lrm", "step", "Learning rate multiplier over steps"),
-    Curve("tok_per_second", "seconds", "Tokens per second over time"),
-    Curve("mfu", "seconds", "Model FLOPs utilisation over time", share=True),
-)
-
-
 def draw_run(records: Sequence[dict[str, Any]], name: str) -> dict[str, str]:
     """{title: <figure>} of all that a run's records have numbers for; `name` begins the ids."""
     reinforced = any("reward" in record for record in records)
     figures = {}
-    for curve in (*(REINFORCEMENT if reinforced else TRAINING), *MACHINERY):
-        rows = [
+    for curve in CURVES:
+        if reinforced and curve.key == "loss":  # that of a policy gradient measures nothing
+            continue
+        points = [
             [record[curve.over], record[curve.key], record.get(f"{curve.key}_stderr", np.nan)]
             for record in records
             if curve.key in record
         ]
-        if rows:
-            figures[curve.title] = draw(curve, np.array(rows, dtype=float), name)
+        if points:
+            figures[curve.title] = draw(curve, np.array(points, dtype=float), name)
     return figures
 
 
@@ -254,40 +269,15 @@ def draw(curve: Curve, points: np.ndarray, name: str) -> str:
         file = io.StringIO()
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         chart.savefig(file, format="svg", transparent=True, metadata=no_metadata)
-    ends = points[[0, -1], 1].tolist()
-    first, last = (f"{100 * y:.1f} %" if share else format_value(y) for y in ends)
+    first, last = (show(y, percent=share) for y in points[[0, -1], 1].tolist())
     label = f"{curve.title}, from {first} to {last}"
-    svg = embeddable(file.getvalue(), f"{name}-{curve.key}-{curve.over}-", label)
-    return f"<figure><figcaption>{curve.title} <b>{last}</b></figcaption>{svg}</figure>\n"
-
-
-def embeddable(svg: str, prefix: str, label: str) -> str:
-    """matplotlib's file as an element of a page: labelled, as wide as its place, in the page's
-    colours.
-    """
-    svg = f'<svg role="img" aria-label="{label}"{svg[svg.index("<svg") + 4 :]}'
-    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg)  # of the root
-    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{prefix}", svg)
+    # As an element of a page: without the XML before it, its ids its own, colours of the page.
+    svg = file.getvalue()
+    svg = f'<svg role="img" aria-label="{label}" {svg[svg.index("<svg") + 4 :].strip()}'
+    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-{curve.key}-{curve.over}-", svg)
     for variable, colour in (("quiet", QUIET), ("line", LINE), ("teal", TEAL)):
         svg = svg.replace(colour, f"var(--{variable})")
-    return svg.strip()
-
-
-class Section(NamedTuple):
-    """What one stage left."""
-
-    title: str
-    time: float
-    seconds: float | None
-    git: str
-    host: str
-    settings: dict[str, Any]
-    results: dict[str, Any]
-    samples: list[str]
-
-    def as_json(self) -> dict[str, Any]:
-        """The section as its file holds it."""
-        return self._asdict() | {"results": to_json(self.results)}
+    return f"<figure><figcaption>{curve.title} <b>{last}</b></figcaption>{svg}</figure>\n"
 
 
 def write_section(
@@ -307,6 +297,7 @@ def write_section(
     assert stage in (START, *STAGES), f"unknown stage {stage}; one of {STAGES}"
     if int(os.environ.get("RANK", 0)) != 0:
         return
+    scores = {name: s._asdict() if isinstance(s, Score) else s for name, s in results.items()}
     section = Section(
         title=title,
         time=time.time(),
@@ -314,27 +305,20 @@ def write_section(
         git=git_revision(),
         host=socket.gethostname(),
         settings=dict(settings),
-        results=dict(results),
+        results=scores,
         samples=list(samples),
     )
-    text = json.dumps(section.as_json(), indent=1, default=str)
+    text = json.dumps(section._asdict(), indent=1, default=str)
     write_file(report_dir() / f"{stage}.json", text)
 
 
-def to_json(results: Mapping[str, Any]) -> dict[str, Any]:
-    """`results` with each Score as {"value", "stderr"}."""
-    return {n: v._asdict() if isinstance(v, Score) else v for n, v in results.items()}
-
-
-def from_json(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What `to_json` was given; older sections hold the standard error of `x` as `x_stderr`."""
-    values: dict[str, Any] = dict(results)
-    for name, value in results.items():
-        if isinstance(value, dict) and value.keys() == {"value", "stderr"}:
-            values[name] = Score(**value)
-        elif f"{name}_stderr" in results:
-            values[name] = Score(results[name], values.pop(f"{name}_stderr"))
-    return values
+def with_errors(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Results as they are written today; older ones hold the standard error of `x` as `x_stderr`."""
+    scores = dict(results)
+    for name in results:
+        if f"{name}_stderr" in results:
+            scores[name] = {"value": results[name], "stderr": scores.pop(f"{name}_stderr")}
+    return scores
 
 
 def tracked_texts(suffixes: Set[str], root: Path = REPOSITORY) -> dict[Path, str]:
@@ -347,10 +331,9 @@ def tracked_texts(suffixes: Set[str], root: Path = REPOSITORY) -> dict[Path, str
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return {}
-    names = [Path(name) for name in listing.split("\0") if name]
+    names = [Path(name) for name in listing.split("\0") if Path(name).suffix in suffixes]
     own = [name for name in names if not {"tests", "vendor"} & {*name.parts}]
-    paths = [name for name in own if name.suffix in suffixes and (root / name).is_file()]
-    return {name: (root / name).read_text(encoding="utf-8") for name in paths}
+    return {name: (root / name).read_text("utf-8") for name in own if (root / name).is_file()}
 
 
 def code_size(root: Path = REPOSITORY) -> dict[str, int]:
@@ -402,31 +385,35 @@ def read_section(stage: str) -> Section | None:
         return None
     try:
         saved = json.loads(path.read_text("utf-8"), parse_constant=lambda _: None)
-        return Section(**saved | {"results": from_json(saved["results"])})
+        return Section(**saved | {"results": with_errors(saved["results"])})
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it or run its stage again") from None
 
 
 def generate() -> None:
-    """Write the report; what people read also into the working folder. Raises UserError without a
-    section.
-    """
+    """Write the report, what people read into the working folder too."""
     sections = {stage: section for stage in STAGES if (section := read_section(stage))}
     if not sections:
         raise UserError(f"no stage has reported to {report_dir()}; run `bash runcpu.sh` first")
     start = read_section(START)
     # To the end of the last stage: a report that is generated a day later says the same.
     end = max(section.time for section in sections.values())
-    summary = summarize(sections)
     report = {
         "started": start.time if start else None,
         "total_seconds": end - start.time if start else None,
         "machine": start.results if start else machine(),
         "code": code_size(),
-        "sections": {stage: section.as_json() for stage, section in sections.items()},
-        "summary": {name: to_json(results) for name, results in summary.items()},
+        "sections": {stage: section._asdict() for stage, section in sections.items()},
+        "summary": summarize(sections),
     }
-    chapters = make_chapters(report, sections, summary)
+    began = f"Started {format_time(start.time) if start else '-'}.\n\n"
+    took = f"Total wall clock time: {format_seconds(end - start.time) if start else '-'}\n\n"
+    size = facts("Size of the code base", report["code"] or {"size": None})
+    chapters = [
+        Chapter("start", "Machine and code", began + facts("Machine", report["machine"]) + size),
+        *(stage_chapter(stage, section) for stage, section in sections.items()),
+        Chapter("summary", "Summary", took + summary_table(report["summary"])),
+    ]
     texts = {"report.md": markdown_page(chapters), "report.html": html_page(chapters)}
     for name, text in texts.items():
         write_file(report_dir() / name, text)
@@ -435,30 +422,13 @@ def generate() -> None:
     print0(f"report: wrote {' and '.join(texts)} here, and with report.json to {report_dir()}")
 
 
-def make_chapters(
-    report: Mapping[str, Any],
-    sections: Mapping[str, Section],
-    summary: Mapping[str, Mapping[str, Any]],
-) -> list[Chapter]:
-    """What the report says, in its order."""
-    started, seconds = report["started"], report["total_seconds"]
-    began = f"Started {'-' if started is None else format_time(started)}.\n\n"
-    took = f"Total wall clock time: {'-' if seconds is None else format_seconds(seconds)}\n\n"
-    size = facts("Size of the code base", report["code"] or {"size": None})
-    return [
-        Chapter("start", "Machine and code", began + facts("Machine", report["machine"]) + size),
-        *(stage_chapter(stage, section) for stage, section in sections.items()),
-        Chapter("summary", "Summary", took + summary_table(summary)),
-    ]
-
-
 def stage_chapter(stage: str, section: Section) -> Chapter:
     """One stage: when and where, then results, samples, settings, and charts of its run."""
     took = f", took {format_seconds(section.seconds)}" if section.seconds is not None else ""
     text = f"{format_time(section.time)} on {section.host}, revision {section.git}{took}.\n\n"
     results = section.results
     if stage in {test for _, test in COLUMNS.values()}:
-        text += table("Results", ["Task", "Score"], score_rows(results, [results]))
+        text += score_table("Results", "Task", results, {"Score": results})
     else:
         text += facts("Results", results)
     if section.samples:
@@ -479,23 +449,12 @@ def summarize(sections: Mapping[str, Section]) -> dict[str, dict[str, Any]]:
 
 
 def summary_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """Metric | BASE | MID | SFT | RL, without CORE's tasks, unless a chat model was tested on them
-    too.
-    """
+    """Metric | BASE | MID | SFT | RL; of CORE's tasks, those that chat models were tested on too."""
     base, *chat = map(list, summary.values())
     if any(name.startswith("CORE") for name in base):
         base = [name for name in base if name.startswith(NO_ACCURACY)]
-    names = dict.fromkeys(sum(chat, base))
-    rows = score_rows(sorted(names, key=lambda n: not n.startswith(NO_ACCURACY)), summary.values())
-    return table("Metrics", ["Metric", *summary], rows)
-
-
-def score_rows(names: Iterable[str], columns: Iterable[Mapping[str, Any]]) -> list[list[str]]:
-    """A row for each name, with its score in every column."""
-    return [
-        [name, *(show(column.get(name), not name.startswith(NO_ACCURACY)) for column in columns)]
-        for name in names
-    ]
+    names = sorted(dict.fromkeys(sum(chat, base)), key=lambda n: not n.startswith(NO_ACCURACY))
+    return score_table("Metrics", "Metric", names, summary)
 
 
 def format_time(seconds: float) -> str:

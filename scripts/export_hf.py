@@ -25,7 +25,7 @@ from nanochat.common import (
     run_script,
     write_file,
 )
-from nanochat.report import from_json, summary_table
+from nanochat.report import with_errors, summary_table
 from nanochat.tokenizer import Tokenizer
 
 CARD = """---
@@ -67,7 +67,7 @@ def main(cfg: Config) -> None:
     report, table = report_dir() / "report.json", ""
     if report.is_file():
         summary = json.loads(report.read_text())["summary"]
-        table = summary_table({name: from_json(scores) for name, scores in summary.items()})
+        table = summary_table({name: with_errors(scores) for name, scores in summary.items()})
     files["README.md"] = CARD.format(title=title, trust=trust, table=table)
     partial = cfg.out.with_name(f"{cfg.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

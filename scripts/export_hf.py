@@ -25,7 +25,7 @@ from nanochat.common import (
     run_script,
     write_file,
 )
-from nanochat.report import with_errors, summary_table
+from nanochat.report import summary_table, with_errors
 from nanochat.tokenizer import Tokenizer
 
 CARD = """---

@@ -1,7 +1,7 @@
 """For the tests of the chat page: a server that gives the page and scripted replies.
 
-A reply is a list of steps (bytes to send, an Event to wait for, or KILL to drop the connection), or the
-number of an error. The server asks for no more than any OpenAI-compatible one would.
+A reply is a list of steps (bytes to send, an Event to wait for, or KILL to drop the connection), or
+the number of an error. The server asks for no more than any OpenAI-compatible one would.
 """
 
 import json
@@ -46,7 +46,7 @@ def reply(*texts: str) -> list[bytes]:
 
 
 class FakeServer(ThreadingHTTPServer):
-    """Serves the page and, one by one, the replies in `replies`; `asked` holds what it was asked."""
+    """Serves the page and, one by one, `replies`; `asked` holds what it was asked."""
 
     daemon_threads = True
 

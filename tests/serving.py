@@ -1,7 +1,8 @@
 """What the tests of the server share: an engine that echoes, and a server on a loopback port.
 
 `EchoEngine` is the real engine around a model that says the last user message back, one byte and so
-one token per step, or what `scripts` holds for that message. It can be held, slowed and made to fail.
+one token per step, or what `scripts` holds for that message. It can be held, slowed and made to
+fail.
 """
 
 import json
@@ -52,7 +53,7 @@ def save_chat_model(base: Path, monkeypatch: pytest.MonkeyPatch, context: int = 
 
 
 class ScriptedModel(nn.Module):
-    """Says for certain the token that `next_token` gives it for a slot and the newest token there."""
+    """Says for certain what `next_token` gives it for a slot and the newest token there."""
 
     def __init__(self, context: int) -> None:
         super().__init__()
@@ -211,7 +212,8 @@ def serving(
 ) -> Iterator[Running]:
     """A server for `engines` on a free loopback port, in a thread, until the block ends.
 
-    The block begins once the engines are warm, unless `loaded` is False. `options` are create_app's.
+    The block begins once the engines are warm, unless `loaded` is False. `options` are
+    create_app's.
     """
     app = create_app(engines, config or ServerConfig(), **options)
     server = Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))

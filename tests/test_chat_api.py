@@ -205,7 +205,8 @@ def test_stop_strings_cut_where_the_whole_text_would_be_cut() -> None:
         stops = ["".join(rng.choices("ab", k=rng.randint(1, 6))) for _ in range(rng.randint(0, 4))]
         choice = Choice(TOKENIZER, stops)
         said = spoken(follow(choice, text))
-        # The first stop to be complete decides; of those complete at once, the one that begins first.
+        # The first stop to be complete decides; of those complete at once, the one that begins
+        # first.
         ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
         assert said == (text[: min(ends)[1]] if ends else text), (text, stops)
         num_stopped += bool(ends)
@@ -238,7 +239,9 @@ def test_tool_calls_are_deltas_of_their_own() -> None:
 
 
 def test_logprobs_come_with_their_text() -> None:
-    """A token's entry waits as long as its text, be it for a stop string or for the rest of a character."""
+    """A token's entry waits as long as its text, be it for a stop string or for the rest of a
+    character.
+    """
     choice = Choice(TOKENIZER, ["END"], top_logprobs=2)
     shown = []
     for token, text in [

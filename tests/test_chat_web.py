@@ -1,4 +1,6 @@
-"""The web server's script: its mistakes told, and a whole life from the command line to SIGTERM amid a stream."""
+"""The web server's script: its mistakes told, and a whole life from the command line to SIGTERM
+amid a stream.
+"""
 
 import json
 import re

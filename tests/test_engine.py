@@ -1,7 +1,7 @@
-"""The engine: cached equals full, batched equals alone, prefixes read once, tools, limits, cancelling, failures.
+"""The engine: cached equals full, batched equals alone, prefixes are read once, tools, failures.
 
-Oracles: the model's own full forward pass without a cache; a request run by itself; and a scripted model
-whose next token is a table of its last one, so that a whole generation is known beforehand.
+Oracles: the model's own full forward pass without a cache; a request run by itself; and a scripted
+model whose next token is a table of its last one, so that a whole generation is known beforehand.
 """
 
 import random
@@ -44,7 +44,9 @@ class TableModel(ScriptedModel):
 
 
 def scripted(said: list[int], num_slots: int = 2) -> tuple[Engine, TableModel]:
-    """An engine that answers the prompt [bos] with `said` (each token at most once) and ends its turn."""
+    """An engine that answers the prompt [bos] with `said` (each token at most once) and ends its
+    turn.
+    """
     model = TableModel(dict(zip([CHAT.bos, *said], said, strict=False)))
     return Engine(cast(Any, model), TOKENIZER, num_slots, prefix_reuse=False), model
 
@@ -89,7 +91,7 @@ def check_slots(engine: Engine) -> None:
 
 @torch.inference_mode()
 def worst_logit(engine: Engine, model: GPT, request: Request) -> float:
-    """The largest difference, over its tokens, of the engine's logits to the full forward pass's."""
+    """The largest difference of the engine's logits to the full forward pass's, over its tokens."""
     engine.submit(request)
     ids, worst = list(request.prompt), 0.0
     finish = None
@@ -113,28 +115,39 @@ def test_cached_equals_the_full_forward(length: int) -> None:
     assert engine.slots.num_prefilled == length
 
 
+def say(
+    engine: Engine, one: Request, others: list[Request], random_: random.Random
+) -> list[tuple[int, int, list[float]]]:
+    """(token, mask, logits) of each step of `one`, while all requests come at random moments."""
+    engine.reset()
+    queue, ids, said = [one, *others], list(one.prompt), []
+    random_.shuffle(queue)
+    while queue or engine.busy:
+        for _ in range(random_.randint(1, 8)):
+            if queue:
+                engine.submit(queue.pop())
+        for event in engine.step():
+            if event.request is one:
+                slot = next(slot for slot in engine.slots.all if slot.cached == ids)
+                said.append((event.token, event.mask, engine.slots.logits[slot.index].tolist()))
+                ids.append(event.token)
+    return said
+
+
 def check_mixes(num_mixes: int) -> None:
-    """Whatever 15 mates do, and whenever they come, a request says what it says alone."""
+    """Whatever 15 mates do, and whenever they come, a request says what it says alone, to the bit
+    of the logits.
+    """
     random_ = random.Random(1)
     engine = Engine(tiny_gpt(), TOKENIZER, num_slots=16, max_len=80, prefix_reuse=False)
     watched = [random_request(random_) for _ in range(6)]
-    alone = [collect(engine, [request])[0] for request in watched]
-    assert len({tuple(tokens) for tokens, _ in alone}) > 2
+    alone = [say(engine, request, [], random_) for request in watched]
+    assert len({tuple(token for token, *_ in said) for said in alone}) > 2
     for mix in range(num_mixes):
         one = watched[mix % len(watched)]
         mates = [random_request(random_) for _ in range(15)]
         mates[0].prompt = one.prompt  # one reading for both
-        queue: list[Request] = [one, *mates]
-        random_.shuffle(queue)
-        engine.reset()
-        events: list[Event] = []
-        while queue or engine.busy:
-            for _ in range(random_.randint(1, 8)):
-                if queue:
-                    engine.submit(queue.pop())
-            events += engine.step()
-        said = [(event.token, event.mask) for event in events if event.request is one]
-        assert said == list(zip(*alone[mix % len(watched)], strict=True))
+        assert say(engine, one, mates, random_) == alone[mix % len(watched)]
 
 
 def test_batched_equals_alone() -> None:
@@ -144,26 +157,6 @@ def test_batched_equals_alone() -> None:
 @pytest.mark.long
 def test_batched_equals_alone_in_a_thousand_mixes() -> None:
     check_mixes(1000)
-
-
-def test_logits_do_not_see_batch_mates() -> None:
-    """To the bit: the logits of a slot, alone and among mates that come, go and differ in length."""
-    engine = Engine(tiny_gpt(), TOKENIZER, num_slots=4, prefix_reuse=False)
-    prompt = [CHAT.bos, *range(30)]
-    random_ = random.Random(2)
-
-    def trace(mates: list[Request]) -> list[torch.Tensor]:
-        request = Request(prompt, 8, temperature=0)
-        seen = []
-        for said, _, _ in engine.run([request, *mates]):
-            if said is request:
-                seen.append(engine.slots.logits[0].clone())
-        return seen
-
-    alone = trace([])
-    for _ in range(3):
-        mixed = trace([random_request(random_, 200) for _ in range(9)])
-        assert all(torch.equal(a, b) for a, b in zip(alone, mixed, strict=True))
 
 
 @pytest.mark.parametrize("prefix_reuse", [False, True])
@@ -246,35 +239,39 @@ def reply_to(said: Iterable[int], max_tokens: int = 50) -> tuple[list[Event], Re
 CALL = [CHAT.python_start, *b"34*2", CHAT.python_end]
 RESULT = [CHAT.output_start, *b"68", CHAT.output_end]
 NO_CALL = [CHAT.python_start, *b"8/0", CHAT.python_end]
-USED = {"type": "python", "text": "34*2"}, {"type": "python_output", "text": "68"}
+MADE_UP = [CHAT.python_start, *b"1", CHAT.output_start, *b"2", CHAT.output_end, 65]
+END = CHAT.assistant_end
+A = ("text", "A")
+USED = [("python", "34*2"), ("python_output", "68")]
+TOOLS = {
+    "answered": ([65, *CALL], 50, [65, *CALL, *RESULT, END], 4, [A, *USED]),
+    "cut in the result": ([65, *CALL], 9, [65, *CALL, *RESULT[:2]], 2, [A, *USED]),
+    "cut in the call": (CALL, 4, CALL[:4], 0, [("python", "34*")]),
+    "no value": (NO_CALL, 50, [*NO_CALL, END], 0, [("python", "8/0")]),
+    "never opened": ([CHAT.python_end, 65], 50, [CHAT.python_end, 65, END], 0, [A]),
+    "made-up result": (MADE_UP, 7, [*MADE_UP, END], 0, [("python", "1"), A]),
+}
 
 
 @pytest.mark.parametrize(
-    ("said", "max_tokens", "expected", "num_forced", "parts"),
-    [
-        ([65, *CALL], 50, [65, *CALL, *RESULT, CHAT.assistant_end], 4, [{"type": "text", "text": "A"}, *USED]),
-        ([65, *CALL], 9, [65, *CALL, *RESULT[:2]], 2, [{"type": "text", "text": "A"}, *USED]),
-        (CALL, 4, CALL[:4], 0, [{"type": "python", "text": "34*"}]),
-        (NO_CALL, 50, [*NO_CALL, CHAT.assistant_end], 0, [{"type": "python", "text": "8/0"}]),
-        ([CHAT.python_end, 65], 50, [CHAT.python_end, 65, CHAT.assistant_end], 0, [{"type": "text", "text": "A"}]),
-        ([CHAT.python_start, *b"1", CHAT.output_start, *b"2", CHAT.output_end, 65], 7,
-         [CHAT.python_start, *b"1", CHAT.output_start, *b"2", CHAT.output_end, 65, CHAT.assistant_end], 0,
-         [{"type": "python", "text": "1"}, {"type": "text", "text": "A"}]),
-    ],
-    ids=["answered", "cut in the result", "cut in the call", "no value", "never opened", "made-up result"],
-)  # fmt: skip
+    ("said", "max_tokens", "expected", "num_forced", "parts"), TOOLS.values(), ids=TOOLS
+)
 def test_tool_calls(
-    said: list[int], max_tokens: int, expected: list[int], num_forced: int, parts: list[Any]
+    said: list[int],
+    max_tokens: int,
+    expected: list[int],
+    num_forced: int,
+    parts: list[tuple[str, str]],
 ) -> None:
     """What the tool says is forced and counted, and neither it nor the call is text."""
     events, reply = reply_to(said, max_tokens)
-    assert reply.tokens == expected and reply.parts == parts
-    forced = [event.token for event in events if event.mask == 0]
-    assert forced == RESULT[:num_forced]
+    assert reply.tokens == expected
+    assert reply.parts == [{"type": kind, "text": text} for kind, text in parts]
+    assert [event.token for event in events if event.mask == 0] == RESULT[:num_forced]
     assert reply.text == "".join(event.text for event in events) == "A" * (65 in expected)
-    [tool] = [event.tool for event in events if event.tool] or [None]
-    texts = [part["text"] for part in parts if part["type"] != "text"]
-    assert tool == (None if not texts else (texts[0], "68" if len(texts) == 2 else None))
+    texts = [text for kind, text in parts if kind != "text"]
+    tools = [event.tool for event in events if event.tool]
+    assert tools == ([] if not texts else [(texts[0], "68" if len(texts) == 2 else None)])
 
 
 def test_text_comes_in_whole_characters() -> None:
@@ -288,7 +285,9 @@ def test_text_comes_in_whole_characters() -> None:
 
 
 def test_a_next_turn_does_not_read_its_history_again() -> None:
-    """Turns of two conversations in turn, longer than the window; each turn reads what is new, and one token."""
+    """Turns of two conversations in turn, longer than the window; each turn reads what is new, and
+    one token.
+    """
     model = tiny_gpt()
     engine = Engine(model, TOKENIZER, num_slots=2)
     histories = [[CHAT.bos, *words(seed, 150)] for seed in range(2)]
@@ -300,16 +299,13 @@ def test_a_next_turn_does_not_read_its_history_again() -> None:
             held = next(s.cached for s in engine.slots.all if s.cached[: len(history)] == history)
             fresh = len(history) if turn == 0 else 1 + 20
             assert engine.slots.num_prefilled - before == fresh
-            history[:] = [
-                *held,
-                7,
-                *words(turn, 20),
-            ]  # 7 instead of the last token, which is not fed
+            # 7 instead of the last token, which is not fed.
+            history[:] = [*held, 7, *words(turn, 20)]
     check_slots(engine)
 
 
 def test_where_a_shared_beginning_comes_from() -> None:
-    """From a slot in use, from a free one that keeps its own, and not from a few tokens in common."""
+    """From a slot in use or a free one that keeps its own; not from a few tokens in common."""
     model = tiny_gpt()
     engine = Engine(model, TOKENIZER, num_slots=4)
     system = words(1, 100)
@@ -322,9 +318,8 @@ def test_where_a_shared_beginning_comes_from() -> None:
     drain(engine)
     [kept] = [slot for slot in engine.slots.all if slot.cached[:300] == long.prompt]
     held = list(kept.cached)
-    assert (
-        worst_logit(engine, model, Request([*system, 9], 5)) < 1e-4
-    )  # a copy: too little to overwrite it
+    # A copy: too little is shared to overwrite it.
+    assert worst_logit(engine, model, Request([*system, 9], 5)) < 1e-4
     assert kept.cached == held and engine.slots.num_prefilled == 304
     assert worst_logit(engine, model, Request([*system[:10], 9], 5)) < 1e-4  # read anew
     assert engine.slots.num_prefilled == 304 + 11
@@ -355,7 +350,9 @@ def test_copies_of_a_prompt_are_exact_and_without_reuse_nothing_else_is_copied()
 
 
 def test_requests_may_come_and_go_between_steps() -> None:
-    """Cancelled in the queue, while its prompt is read, while it decodes: its slot is free for the next step."""
+    """Cancelled in the queue, while its prompt is read, while it decodes: its slot is free for the
+    next step.
+    """
     engine = Engine(tiny_gpt(), TOKENIZER, num_slots=1)
     reading, decoding, queued, last = (Request(words(i, 400), 50, stop={-1}) for i in range(4))
     for request in (reading, decoding, queued, last):
@@ -425,7 +422,7 @@ def test_logprobs_are_those_of_the_full_forward() -> None:
 
 
 def test_a_failing_step_costs_only_those_in_it() -> None:
-    """A prompt that cannot be read costs its request; a decode that fails, those that were running."""
+    """A prompt that cannot be read costs its request; a failed decode, those that were running."""
     model = tiny_gpt()
     engine = Engine(model, TOKENIZER, num_slots=2)
     forward, broken = model.forward, set[int]()
@@ -492,7 +489,9 @@ def test_ctrl_c_within_a_step_does_not_spoil_the_next_turn(counted: bool) -> Non
 
 @pytest.mark.parametrize("prefix_reuse", [False, True])
 def test_no_slot_leaks(prefix_reuse: bool) -> None:
-    """A thousand steps of arrivals, departures and ends at random; what ends has said all it had to."""
+    """A thousand steps of arrivals, departures and ends at random; what ends has said all it had
+    to.
+    """
     random_ = random.Random(7)
     engine = Engine(tiny_gpt(), TOKENIZER, 4, max_len=120, prefix_reuse=prefix_reuse)
     open_: dict[Request, int] = {}

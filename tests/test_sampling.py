@@ -4,6 +4,7 @@ The oracles are the softmax itself (frequencies) and naive Python versions of to
 """
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +25,8 @@ def draw(
     n = len(logits)
     if uniform is None:
         uniform = counter_uniform(torch.arange(n), torch.zeros(n, dtype=torch.int64))
-    return sample(
-        logits, SamplingBatch([(temperature, top_k, top_p)] * n, logits.shape[1]), uniform
-    )
+    batch = SamplingBatch([(temperature, top_k, top_p)] * n, logits.shape[1])
+    return sample(logits, batch, uniform)
 
 
 def random_logits(rows: int, seed: int = 0, vocab_size: int = V) -> torch.Tensor:
@@ -35,9 +35,7 @@ def random_logits(rows: int, seed: int = 0, vocab_size: int = V) -> torch.Tensor
 
 def test_uniform_is_uniform() -> None:
     seeds, positions = torch.arange(-200, 200), torch.arange(500)
-    grid = torch.stack(
-        [counter_uniform(seeds, torch.full_like(seeds, p)) for p in positions.tolist()]
-    )
+    grid = torch.stack([counter_uniform(seeds, p.expand_as(seeds)) for p in positions])
     assert float(grid.min()) >= 0 and float(grid.max()) < 1
     for values in (grid.flatten(), grid[:, 7], grid[3], grid[1:, 0] - grid[:-1, 0] + 1):
         expected = 0.5 if values.max() < 1 else 1.0
@@ -107,19 +105,13 @@ def test_ends_of_the_interval_never_pick_the_impossible() -> None:
 
 
 def test_rows_do_not_see_their_mates() -> None:
-    """A row's id is the same among mates with any other settings and logits, ties and NaN included."""
+    """Whatever the settings and logits of its mates, ties and NaN included, a row's id is the same."""
     random_ = random.Random(1)
     own = random_logits(1, seed=9, vocab_size=500).bfloat16().float()  # bf16: many ties
     for trial in range(60):
         mine = (0.9, random_.choice([0, 30]), random_.choice([1.0, 0.8]))
-        rows = [
-            (
-                random_.choice([0.0, 0.5, 1.0, 3.0]),
-                random_.choice([0, 1, 40, 499]),
-                random_.choice([1.0, 0.9, 0.5]),
-            )
-            for _ in range(8)
-        ]
+        choices = ([0.0, 0.5, 1.0, 3.0], [0, 1, 40, 499], [1.0, 0.9, 0.5])
+        rows: list[Any] = [tuple(map(random_.choice, choices)) for _ in range(8)]
         place, at = trial % 4, trial / 60
         rows[place] = mine
         uniform = torch.tensor([random_.random() for _ in rows])
@@ -137,8 +129,7 @@ def test_logprobs_are_the_log_softmax() -> None:
     told = with_logprobs(ids, logits, 5).tolist()
     expected = logits.softmax(1).log()
     for row, pairs in enumerate(told):
-        assert pairs[0][0] == ids[row] and [id for id, _ in pairs[1:]] == (
-            expected[row].argsort(descending=True)[:5].tolist()
-        )
+        likeliest = expected[row].argsort(descending=True)[:5].tolist()
+        assert [id for id, _ in pairs] == [ids[row], *likeliest]
         for id, logprob in pairs:
             assert logprob == pytest.approx(float(expected[row, int(id)]), abs=1e-5)

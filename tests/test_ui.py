@@ -1,7 +1,8 @@
-"""The chat page in a headless browser, against a server of scripted replies: what a person does and sees.
+"""The chat page in a headless browser, against a server of scripted replies: what a person does and
+sees.
 
-Every test ends with three checks: no error in the script, no violation of the content security policy, and
-no request to anywhere but the loopback address.
+Every test ends with three checks: no error in the script, no violation of the content security
+policy, and no request to anywhere but the loopback address.
 """
 
 import json
@@ -491,7 +492,7 @@ def test_phone(desk: Chat) -> None:
 
 
 def test_axe_finds_no_violation(desk: Chat, pytestconfig: pytest.Config) -> None:
-    """In four states of the page, wide and narrow, light and dark (where only colours can differ)."""
+    """In four states of the page, wide and narrow, light and dark (only colours can differ)."""
     folder = pytestconfig.cache.mkdir("axe")  # pyright: ignore[reportOptionalMemberAccess]
     archive = folder / "axe-core-4.14.1.tgz"
     if (
@@ -597,7 +598,9 @@ def test_markdown_whole_and_growing(chat: Chat) -> None:
 
 
 def test_no_text_becomes_markup_that_acts(chat: Chat) -> None:
-    """Of any text only plain elements are made, and links to the web and to mail; all else is shown."""
+    """Of any text only plain elements are made, and links to the web and to mail; all else is
+    shown.
+    """
     evil, run = "//evil.example/x", "<script>alert(1)</script>"
     texts = [
         f"<img src={evil} onerror=alert(1)>", run, f"<script src={evil}></script>", "<svg onload=alert(1)>",

@@ -2,12 +2,9 @@
 
 `evaluate_choice` looks at the one position after the prompt: the letter with the highest logit is
 the answer, and only the letters that the row offers compete. `evaluate_generate` lets the engine
-answer, with all items and all samples of the task in flight at once, and the task scores what was
-said. Rank r of n takes the items r, r + n, r + 2n, ...; sums are added up and every rank gets the
-same result.
-
-The choice that would surprise: what the task scores is the text that the model says, not its tool
-calls nor what the tool printed; the records keep all of it.
+answer, with all items and all samples of the task in flight at once, and the task scores the text
+that the model says; tool calls and what the tool printed are only recorded. Rank r of n takes the
+items r, r + n, r + 2n, ..., and every rank gets the same result.
 
 B rows, T time, V vocabulary.
 """
@@ -17,16 +14,17 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
 
-from nanochat.common import UserError, all_reduce_sum, gather, own_part, progress_bar
+from nanochat.common import gather, own_part, progress_bar
 from nanochat.core_eval import Score, padded
 from nanochat.engine import Engine, Reply, Request
 from nanochat.gpt import GPT
 from nanochat.sampling import derive_seed
-from nanochat.tokenizer import Conversation, Tokenizer, render_prompt
+from nanochat.tokenizer import Conversation, render_prompt
 
 
 class EvalTask(Protocol):
@@ -42,19 +40,15 @@ class EvalResult:
     """The outcome over all ranks."""
 
     score: Score  # mean over items, of several samples per item over them too (pass@1)
-    num: int  # items
     best_of: float  # mean over items of the best sample's score (pass@k for k samples)
     records: list[dict[str, Any]]  # per item: index, scores, the replies, the whole conversation
 
 
 def evaluate_choice(
-    model: GPT,
-    tokenizer: Tokenizer,
-    task: EvalTask,
-    batch_size: int = 32,
-    max_problems: int | None = None,
+    engine: Engine, task: EvalTask, batch_size: int = 32, max_problems: int | None = None
 ) -> EvalResult:
     """Score the offered letter with the highest logit right after the prompt, for every item."""
+    model, tokenizer = engine.model, engine.tokenizer
     rows = [(index, task[index]) for index in _own_items(task, max_problems)]
     prompts = [_fit(render_prompt(tokenizer, row), model.config.sequence_len) for _, row in rows]
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
@@ -69,7 +63,7 @@ def evaluate_choice(
             assert all(len(id) == 1 for id in ids), f"a letter of {letters} is not one token"
             letter = letters[int(row_logits[[id[0] for id in ids]].argmax())]
             records.append(_record(task, index, conversation, [letter], [letter]))
-    return _reduce(records, next(model.parameters()).device)
+    return _result(records)
 
 
 @torch.inference_mode()
@@ -89,7 +83,6 @@ def next_logits(model: GPT, prompts: Sequence[list[int]]) -> torch.Tensor:
 
 def evaluate_generate(
     engine: Engine,
-    tokenizer: Tokenizer,
     task: EvalTask,
     num_samples: int = 1,
     max_tokens: int = 512,
@@ -97,8 +90,7 @@ def evaluate_generate(
     seed: int = 0,
     max_problems: int | None = None,
 ) -> EvalResult:
-    """Let the model answer every item `num_samples` times, all in flight at once, and score what it
-    says.
+    """Let the model answer every item `num_samples` times, and score what it says.
 
     At most half the context is kept for the reply; a prompt longer than the rest loses its
     beginning.
@@ -107,10 +99,10 @@ def evaluate_generate(
     max_tokens = min(max_tokens, engine.max_len // 2)
     asked: dict[Request, tuple[int, int]] = {}
     for index, conversation in items.items():
-        prompt = _fit(render_prompt(tokenizer, conversation), engine.max_len - max_tokens)
+        prompt = _fit(render_prompt(engine.tokenizer, conversation), engine.max_len - max_tokens)
         for k in range(num_samples):
-            own = derive_seed(seed, index, k)
-            asked[Request(prompt, max_tokens, temperature, seed=own)] = (index, k)
+            request = Request(prompt, max_tokens, temperature, seed=derive_seed(seed, index, k))
+            asked[request] = (index, k)
     replies: dict[tuple[int, int], Reply] = {}
     for request, reply in progress_bar(engine.complete(asked), "reply", len(asked)):
         replies[asked[request]] = reply
@@ -123,15 +115,12 @@ def evaluate_generate(
     # In threads, because scoring a program means to wait for it.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         records = list(progress_bar(pool.map(judge, items), "score", len(items)))
-    return _reduce(records, engine.device)
+    return _result(records)
 
 
 def _own_items(task: EvalTask, max_problems: int | None) -> range:
     """The items of this rank."""
-    num = len(task) if max_problems is None else min(len(task), max_problems)
-    if num < 1:
-        raise UserError("there is nothing to evaluate; use --max_problems of at least 1")
-    return own_part(num)
+    return own_part(len(task) if max_problems is None else min(len(task), max_problems))
 
 
 def _fit(prompt: list[int], max_len: int) -> list[int]:
@@ -140,31 +129,21 @@ def _fit(prompt: list[int], max_len: int) -> list[int]:
 
 
 def _record(
-    task: EvalTask, index: int, conversation: Conversation, said: Sequence[str], replies: Sequence
+    task: EvalTask, index: int, conversation: Conversation, texts: Sequence[str], replies: Sequence
 ) -> dict[str, Any]:
-    """What is kept of one item; `said` is what the task scores of each reply."""
-    scores = [float(task.score(conversation, text)) for text in said]
-    return {
-        "index": index,
-        "scores": scores,
-        "replies": list(replies),
-        "conversation": conversation,
-    }
+    """What is kept of one item; `texts` are what the task scores of each reply."""
+    scores = [float(task.score(conversation, text)) for text in texts]
+    return {"index": index, "scores": scores, "replies": replies, "conversation": conversation}
 
 
-def _reduce(records: list[dict[str, Any]], device: torch.device) -> EvalResult:
-    """The result over the items of all ranks; the records of all of them, in order of the items."""
-    means = [sum(record["scores"]) / len(record["scores"]) for record in records]
-    best = [max(record["scores"]) for record in records]
-    values = [float(len(means)), sum(means), sum(mean**2 for mean in means), sum(best)]
-    exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
-    sums = all_reduce_sum(torch.tensor(values, dtype=exact, device=device))
-    count, total, squares, total_best = sums.tolist()
-    accuracy = total / count
-    spread = max(0.0, squares / count - accuracy**2)
+def _result(records: list[dict[str, Any]]) -> EvalResult:
+    """The result over the items of all ranks, in their order."""
+    records = sorted(gather(records), key=lambda record: record["index"])
+    means = [fmean(record["scores"]) for record in records]
+    accuracy = fmean(means)
+    spread = fmean((mean - accuracy) ** 2 for mean in means)
     return EvalResult(
-        score=Score(accuracy, math.sqrt(spread / max(count - 1, 1))),
-        num=int(count),
-        best_of=total_best / count,
-        records=sorted(gather(records), key=lambda record: record["index"]),
+        score=Score(accuracy, math.sqrt(spread / max(len(means) - 1, 1))),
+        best_of=fmean(max(record["scores"]) for record in records),
+        records=records,
     )

@@ -1,16 +1,14 @@
-"""Evaluate a chat model: accuracy with its standard error on every task, and a record of every
-reply.
+"""Evaluate a chat model: its accuracy on every task, and a record of every reply.
 
     python -m scripts.chat_eval -i sft                                          # one GPU, ChatCORE
     torchrun --nproc_per_node=8 -m scripts.chat_eval -i sft                     # eight
     python -m scripts.chat_eval -i rl -a 'ARC-Easy|GSM8K' --max_problems 50
     python -m scripts.chat_eval -i rl -a 'primer-choice|primer-exact'           # laptop
 
-Choices are read off the logits of their letters; everything else is generated, all replies of a
-task in flight at once. With --num_samples above 1 the accuracy is the mean over the samples
-(pass@1), and the share of problems that any sample solves is given beside it (pass@k). ChatCORE is
-the mean of the six tasks' accuracies once chance is taken out of them: 0 is guessing, 1 is
-everything right.
+Choices are read off the logits of their letters; everything else is generated. With --num_samples
+above 1 the accuracy is the mean over the samples (pass@1), and the share of problems that any
+sample solves is given beside it (pass@k). ChatCORE is the mean of the six tasks' accuracies once
+guessing is taken out of them: 0 is guessing, 1 is everything right.
 
 reads: <source>/<model tag>/, the tasks' data sets
 writes: <source>/<model tag>/chat_eval_<task>.jsonl, report/chat_eval_<source>.json
@@ -67,8 +65,8 @@ class Config:
     dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
-def choose_tasks(cfg: Config) -> tuple[dict[str, Task], str]:
-    """(the tasks asked for, why HumanEval is not among them where nothing isolates it)."""
+def choose_tasks(cfg: Config) -> tuple[dict[str, Task], str | None]:
+    """(the tasks asked for, why HumanEval is left out where nothing isolates its programs)."""
     names = cfg.tasks.split("|") if cfg.tasks else list(CHAT_CORE)
     reason = None if cfg.allow_unsafe_exec or "HumanEval" not in names else isolation()
     if reason:
@@ -77,22 +75,15 @@ def choose_tasks(cfg: Config) -> tuple[dict[str, Task], str]:
         name: build_task(name, words=cfg.words, allow_unsafe_exec=cfg.allow_unsafe_exec)
         for name in names
     }
-    return tasks, reason or ""
+    return tasks, reason
 
 
 def evaluate(cfg: Config, engine: Engine, task: Task) -> EvalResult:
     """The result of one task, of whichever kind it is."""
     if task.kind == "choice":
-        return evaluate_choice(
-            engine.model,
-            engine.tokenizer,
-            task,
-            batch_size=cfg.batch_size,
-            max_problems=cfg.max_problems,
-        )
+        return evaluate_choice(engine, task, cfg.batch_size, cfg.max_problems)
     return evaluate_generate(
         engine,
-        engine.tokenizer,
         task,
         num_samples=cfg.num_samples,
         max_tokens=cfg.max_tokens,
@@ -108,8 +99,8 @@ def chat_core(tasks: dict[str, Task], scores: dict[str, Score]) -> dict[str, Sco
     if len(names) < len(CHAT_CORE) - 1:
         return {}
     label = "ChatCORE" if len(names) == len(CHAT_CORE) else f"ChatCORE ({len(names)} of 6)"
-    chosen = [scores[name] for name in names]
-    return {label: centered_mean(chosen, [tasks[name].baseline for name in names])}
+    baselines = [tasks[name].baseline for name in names]
+    return {label: centered_mean([scores[name] for name in names], baselines)}
 
 
 def sample_of(record: dict[str, Any]) -> str:
@@ -124,8 +115,8 @@ def sample_of(record: dict[str, Any]) -> str:
 
 def main(cfg: Config) -> None:
     """Evaluate the tasks one after the other; keep every reply; report."""
-    begin = time.perf_counter()
-    if cfg.num_samples < 1 or (cfg.num_samples > 1 and cfg.temperature <= 0):
+    began = time.perf_counter()
+    if cfg.num_samples > 1 and cfg.temperature <= 0:
         raise UserError("--num_samples above 1 needs a --temperature above 0; at 0 all are alike")
     tasks, reason = choose_tasks(cfg)
     runtime = set_up(cfg.device_type, cfg.dtype)
@@ -140,21 +131,21 @@ def main(cfg: Config) -> None:
     for name, task in tasks.items():
         result = evaluate(cfg, engine, task)
         results[name] = result.score
-        line = f"{name}: {show(result.score, percent=True)} of {result.num}"
+        line = f"{name}: {show(result.score, percent=True)} of {len(result.records)}"
         if task.kind != "choice" and cfg.num_samples > 1:
             results[f"{name} pass@{cfg.num_samples}"] = result.best_of
-            line += f", pass@{cfg.num_samples} {100 * result.best_of:.1f} %"
+            line += f", pass@{cfg.num_samples} {show(result.best_of, percent=True)}"
         print0(f"{line} (guessing: {100 * task.baseline:.0f} %)")
         samples += [sample_of(record) for record in result.records[:2]]
         if runtime.is_main:
             rows = [json.dumps({"step": meta["step"], **record}) for record in result.records]
             write_file(run / f"chat_eval_{name}.jsonl", "\n".join(rows) + "\n")
-    for name, score in (core := chat_core(tasks, results)).items():
+    for name, score in chat_core(tasks, results).items():
         print0(f"{name}: {show(score)}")
+        results[name] = score
     title = f"Chat evaluation of {cfg.source.upper()}"
     settings = vars(cfg) | {"model_tag": meta["model_tag"], "step": meta["step"]}
-    seconds = time.perf_counter() - begin
-    results |= core
+    seconds = time.perf_counter() - began
     write_section(f"chat_eval_{cfg.source}", title, settings, results, samples, seconds)
 
 

@@ -171,7 +171,7 @@ def examine(cfg: Config, engine: Engine, held_out: Task) -> dict[str, float]:
     """Accuracy on the held-out problems; of several sampled answers the mean, with pass@k beside it."""
     num, sampled = cfg.eval_samples, cfg.eval_samples > 1
     sampling = (num, cfg.max_tokens, cfg.temperature if sampled else 0.0, cfg.seed)
-    result = evaluate_generate(engine, engine.tokenizer, held_out, *sampling, cfg.eval_problems)
+    result = evaluate_generate(engine, held_out, *sampling, cfg.eval_problems)
     best = {f"pass_at_{num}": result.best_of} if sampled else {}
     accuracy, stderr = result.score
     return {"accuracy": accuracy, "accuracy_stderr": stderr or 0.0, **best}

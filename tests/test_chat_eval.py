@@ -55,11 +55,10 @@ def test_two_tasks_are_recorded_and_reported(run: Path, capsys: pytest.CaptureFi
     [
         Config("mid", "no-such-task"),
         Config("mid", num_samples=3),
-        Config("mid", "primer-choice", max_problems=0, device_type="cpu"),
         Config("rl", "primer-choice", device_type="cpu"),
         Config("mid", "primer-choice", model_tag="d99", device_type="cpu"),
     ],
-    ids=["task", "samples", "problems", "stage", "tag"],
+    ids=["task", "samples", "stage", "tag"],
 )
 def test_refusals_leave_nothing_behind(run: Path, config: Config) -> None:
     with pytest.raises(UserError) as refusal:

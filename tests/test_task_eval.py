@@ -3,15 +3,14 @@
 Oracles: the full logits of one prompt at a time; and a model that was trained on the answers.
 """
 
-import multiprocessing
+import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.task_eval import evaluate_choice, evaluate_generate
@@ -23,6 +22,7 @@ from nanochat.tokenizer import (
     render_conversation,
     render_prompt,
 )
+from tests.launch import on_two_ranks
 
 TOKENIZER = Tokenizer([bytes([byte]) for byte in range(256)], SPECIAL_TOKENS, SPLIT_PATTERN)
 
@@ -102,24 +102,20 @@ def slow_letter(model: GPT, conversation: Conversation) -> str:
 @pytest.mark.parametrize(("batch_size", "context"), [(1, 64), (5, 64), (64, 12)])
 def test_choice_equals_one_at_a_time(batch_size: int, context: int) -> None:
     model, task = random_model(context), Letters(20)
-    result = evaluate_choice(model, TOKENIZER, task, batch_size)
+    result = evaluate_choice(Engine(model, TOKENIZER, num_slots=1), task, batch_size)
     letters = [slow_letter(model, task[i]) for i in range(20)]
     scores = [task.score(task[i], letter) for i, letter in enumerate(letters)]
     assert [record["replies"] for record in result.records] == [[letter] for letter in letters]
     assert [record["index"] for record in result.records] == list(range(20))
-    assert result.num == 20 and result.score.value == pytest.approx(sum(scores) / 20)
+    assert result.score.value == pytest.approx(sum(scores) / 20)
     assert result.score.stderr == pytest.approx(statistics.stdev(scores) / 20**0.5)
 
 
 def test_generate_scores_what_is_said_after_the_tool() -> None:
     model, task = random_model(), Sums(4)
     train(model, [task[i] for i in range(4)], num_steps=120)
-    result = evaluate_generate(
-        Engine(model, TOKENIZER, num_slots=3), TOKENIZER, task, max_tokens=20
-    )
-    assert (
-        result.score.value == result.best_of == 1 and result.score.stderr == 0 and result.num == 4
-    )
+    result = evaluate_generate(Engine(model, TOKENIZER, num_slots=3), task, max_tokens=20)
+    assert result.score == (1, 0) and result.best_of == 1 and len(result.records) == 4
     assert result.records[2]["replies"] == [task[2]["messages"][1]["content"]]
     assert result.records[2]["conversation"] == task[2]
 
@@ -134,49 +130,35 @@ class Luck(Letters):
 def test_several_samples_per_item() -> None:
     engine = Engine(random_model(), TOKENIZER, num_slots=8)
     options: dict[str, Any] = {"num_samples": 5, "max_tokens": 6, "temperature": 1.0}
-    result = evaluate_generate(engine, TOKENIZER, Luck(6), **options, seed=1)
+    result = evaluate_generate(engine, Luck(6), **options, seed=1)
     scores = [record["scores"] for record in result.records]
     assert all(len(own) == 5 for own in scores)
     assert result.score.value == pytest.approx(statistics.mean(map(statistics.mean, scores)))
     assert result.best_of == pytest.approx(statistics.mean(map(max, scores)))
     replies = [record["replies"] for record in result.records]
-    again = evaluate_generate(engine, TOKENIZER, Luck(6), **options, seed=1)
-    other = evaluate_generate(engine, TOKENIZER, Luck(6), **options, seed=2)
+    again = evaluate_generate(engine, Luck(6), **options, seed=1)
+    other = evaluate_generate(engine, Luck(6), **options, seed=2)
     assert [record["replies"] for record in again.records] == replies
     assert [record["replies"] for record in other.records] != replies
 
 
-def test_prompts_longer_than_the_context_and_no_items() -> None:
+def test_prompts_longer_than_the_context() -> None:
     engine = Engine(random_model(context=16), TOKENIZER, num_slots=2)
-    assert evaluate_generate(engine, TOKENIZER, Letters(4), max_tokens=50).num == 4
-    assert evaluate_generate(engine, TOKENIZER, Letters(4), max_problems=3).num == 3
-    with pytest.raises(UserError):
-        evaluate_generate(engine, TOKENIZER, Letters(4), max_problems=0)
+    assert len(evaluate_generate(engine, Letters(4), max_tokens=50).records) == 4
+    assert len(evaluate_generate(engine, Letters(4), max_problems=3).records) == 3
 
 
-def evaluate_on_rank(rank: int, world_size: int, address: str, results: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
-    result = evaluate_choice(random_model(), TOKENIZER, Letters(7), batch_size=2)
-    results.put(
-        (result.score.value, result.score.stderr, [record["replies"] for record in result.records])
-    )
-    dist.destroy_process_group()
+def outcome() -> list[Any]:
+    engine = Engine(random_model(), TOKENIZER, num_slots=1)
+    result = evaluate_choice(engine, Letters(7), batch_size=2)
+    return [*result.score, [record["replies"] for record in result.records]]
 
 
-@pytest.mark.slow
-def test_two_ranks_find_what_one_does(tmp_path: Any) -> None:
-    one = evaluate_choice(random_model(), TOKENIZER, Letters(7), batch_size=2)
-    context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    arguments = (2, f"file://{tmp_path}/meet", results)
-    ranks = [context.Process(target=evaluate_on_rank, args=(rank, *arguments)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-        assert process.exitcode == 0
-    for _ in range(2):
-        accuracy, stderr, replies = results.get()
-        assert (accuracy, stderr) == pytest.approx((one.score.value, one.score.stderr))
-        assert replies == [record["replies"] for record in one.records]
+def evaluate_on_rank(rank: int, folder: Path) -> None:
+    (folder / f"{rank}.json").write_text(json.dumps(outcome()))
+
+
+def test_two_ranks_find_what_one_does(tmp_path: Path) -> None:
+    on_two_ranks(tmp_path, evaluate_on_rank, tmp_path)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == outcome()

@@ -69,7 +69,7 @@ def answer(engine: Engine, num_tokens: int, num_questions: int) -> int:
     """A generative evaluation; how many questions it asked."""
     task = PrimerArithmetic("test")
     limits = {"max_tokens": num_tokens, "max_problems": num_questions}
-    return evaluate_generate(engine, engine.tokenizer, task, temperature=1.0, **limits).num
+    return len(evaluate_generate(engine, task, temperature=1.0, **limits).records)
 
 
 def copy(source: torch.Tensor, target: torch.Tensor) -> int:

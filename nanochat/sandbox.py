@@ -1,17 +1,16 @@
-"""Run a model-written program, and the checks on it, in fresh processes that can reach as little as
-possible.
+"""Run a model-written program, and the checks on it, in processes that can reach almost nothing.
 
 On Linux each of the two runs in a bubblewrap of its own: no network, no other process in sight,
 nothing of the file system but the system and Python's installation, both read-only, an empty
 environment and a small /tmp. Everywhere they have limits on time, memory, processes, open files and
-the size of files, and are killed with their groups at the deadline. What they say to each other,
-and why a program cannot talk its way past the checks, stands in sandbox_child.py.
+the size of files, and are killed with their groups at the deadline. Without bubblewrap these limits
+are all there is, and keep nobody from reading files. What the two say to each other, and why a
+program cannot talk its way past the checks, stands in sandbox_child.py.
 
-Root gets no new user namespace, as every other user does, but becomes a random user inside. The
+Root gets no new user namespace, as every other user does, but becomes a random user inside: the
 kernel does not limit the number of root's processes, whatever the namespace.
 
-This isolates as well as the kernel does, and without bubblewrap not at all: limits keep nobody from
-reading files. Sources: bwrap(1), 0.7 or newer; namespaces(7); setrlimit(2).
+Sources: bwrap(1), 0.7 or newer; namespaces(7); setrlimit(2).
 """
 
 import os
@@ -24,7 +23,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -37,25 +35,15 @@ SCRATCH_BYTES = 1 << 24  # of /tmp; counts as the machine's memory, not as the p
 MAX_SAID = 1 << 16  # bytes of what the checks say at their end; a pipe holds no more
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a program."""
-
-    passed: bool
-    reason: str  # why it did not pass; empty where it did
-
-
 @cache
 def isolation() -> str | None:
-    """None where programs can be isolated on this machine, else why not; found out once, by doing
-    it.
-    """
+    """Why programs cannot be isolated on this machine, found out by doing it; None: they can."""
     if not shutil.which("bwrap"):
         return "there is no bubblewrap; on Linux run `apt-get install bubblewrap`"
     if Path(os.path.expanduser("~")).is_relative_to(PREFIX):
         return f"Python's installation, {PREFIX}, has your files in it; use another Python"
-    outcome = _run("def f(): return 1", "f", "def check(f): assert f() == 1", 60.0, isolated=True)
-    return None if outcome.passed else f"bubblewrap does not work here ({outcome.reason})"
+    reason = _run("def f(): return 1", "f", "def check(f): assert f() == 1", 60.0, isolated=True)
+    return f"bubblewrap does not work here ({reason})" if reason else None
 
 
 def run_program(
@@ -64,9 +52,8 @@ def run_program(
     checks: str,
     seconds: float = 5.0,
     allow_unsafe: bool = False,
-) -> Outcome:
-    """Passed, if the function `check` of `checks` returns when given the function `name` of
-    `program`.
+) -> str:
+    """Why the function `name` of `program` does not pass; "" if `check` of `checks` returns for it.
 
     Both are source code; `seconds` is for all of it, the start of Python included. Many threads may
     call this at once. Raises UserError where programs cannot be isolated, unless `allow_unsafe`.
@@ -77,7 +64,7 @@ def run_program(
     return _run(program, name, checks, seconds, isolated=not missing)
 
 
-def _run(program: str, name: str, checks: str, seconds: float, isolated: bool) -> Outcome:
+def _run(program: str, name: str, checks: str, seconds: float, isolated: bool) -> str:
     arguments = (name, int(seconds) + 1, isolated)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ExitStack() as stack:
         wire = socket.socketpair()
@@ -89,11 +76,11 @@ def _run(program: str, name: str, checks: str, seconds: float, isolated: bool) -
         try:
             status = judge.wait(seconds)
         except subprocess.TimeoutExpired:
-            return Outcome(False, f"no verdict within {seconds:g} s")
+            return f"no verdict within {seconds:g} s"
         assert judge.stderr is not None
-        said = os.read(judge.stderr.fileno(), MAX_SAID).decode(errors="replace").split("\n")
-    reason = [f"status {status}", *filter(None, said)][-1]  # a traceback's last line
-    return Outcome(status == 0, reason if status else "")
+        lines = os.read(judge.stderr.fileno(), MAX_SAID).decode(errors="replace").split("\n")
+    reason = [f"status {status}", *filter(None, lines)][-1]  # a traceback's last line
+    return reason if status else ""
 
 
 @contextmanager

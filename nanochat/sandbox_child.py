@@ -1,5 +1,4 @@
-"""What runs inside the sandbox: a model-written program at one end of a wire, the checks on it at
-the other.
+"""What runs inside the sandbox: a program at one end of a wire, the checks on it at the other.
 
 Two processes, each in a sandbox of its own, started by nanochat/sandbox.py as
 
@@ -10,9 +9,9 @@ function to `check` of checks.py and ends with status 0 only where it returns. O
 Python literals in ASCII, one a line: `((2,), {})` is a call, `(True, 4)` its value, `(False,
 'ValueError: ...')` its exception.
 
-The program and its checks share no interpreter. What the program does to
-`assert`, to `__eq__`, to its output or to itself stays at its end; the checks see numbers, text and
-containers of both, so a program passes them by returning the right values and in no other way.
+The program and its checks share no interpreter. What the program does to `assert`, to `__eq__`, to
+its output or to itself stays at its end; the checks see numbers, text and containers of both, so a
+program passes them by returning the right values and in no other way.
 """
 
 import ast

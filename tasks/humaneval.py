@@ -45,7 +45,8 @@ class HumanEval(HubTask):
         prompt, name = conversation["prompt"], conversation["entry_point"]
         program = complete(prompt, name, reply)
         checks = f"{prompt}\n{conversation['test']}"
-        return float(run_program(program, name, checks, allow_unsafe=self.allow_unsafe_exec).passed)
+        reason = run_program(program, name, checks, allow_unsafe=self.allow_unsafe_exec)
+        return float(not reason)
 
 
 def complete(prompt: str, name: str, reply: str) -> str:

@@ -22,7 +22,7 @@ import pytest
 
 from nanochat import sandbox
 from nanochat.common import UserError
-from nanochat.sandbox import Outcome, isolation, run_program
+from nanochat.sandbox import isolation, run_program
 
 MARK = f"f_{time.time_ns()}"  # the function's name; the command lines of all processes show it
 SHORT = 1.0  # seconds, for what only the deadline ends
@@ -135,7 +135,8 @@ CHEATS = {
             frame = sys._getframe()
             while frame := frame.f_back:
                 for each in frame.f_code.co_consts:
-                    if isinstance(each, tuple) and len(each) == 3: return dict(zip((2, 3, 10), each))[x]
+                    if isinstance(each, tuple) and len(each) == 3:
+                        return dict(zip((2, 3, 10), each))[x]
         """,
         "AssertionError",
     ),
@@ -217,7 +218,7 @@ ESCAPES = {
     "changes the interpreter": "open(os.__file__, 'a')",
     "reads the checks": "open('checks.py').read()",
     "takes 10 GB": "bytearray(10 << 30)",
-    "starts a hundred threads": "[threading.Thread(target=time.sleep, args=(9,), daemon=True).start() for _ in range(100)]",
+    "starts a hundred threads": "[threading.Timer(9, print).start() for _ in range(100)]",
     "fills the disk": "[open(f'/tmp/{i}', 'wb').write(bytes(1 << 20)) for i in range(100)]",
     "writes one big file": "open('/tmp/big', 'wb').write(bytes(100 << 20))",
     "opens a thousand files": "[os.dup(2) for _ in range(1000)]",
@@ -237,16 +238,18 @@ STRAY = """
         if os.fork() == 0:
             os.setsid()
             if os.fork() == 0:
-                os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(600)', '$f'])
+                wait = 'import time; time.sleep(600)'
+                os.execv(sys.executable, [sys.executable, '-c', wait, '$f'])
             time.sleep(600)
         return x * x
     """
+LATE = "no verdict within 1 s"
 TABLE = {
     **{name: (program, SQUARES, LONG, reason) for name, (program, reason) in CHEATS.items()},
-    **{name: (program, SQUARES, SHORT, "no verdict within 1 s") for name, program in ENDLESS.items()},
-    **{name: (Template(REACH).safe_substitute(action=act), BLOCKED, LONG, "") for name, act in ESCAPES.items()},
+    **{name: (program, SQUARES, SHORT, LATE) for name, program in ENDLESS.items()},
+    **{name: (REACH.replace("$action", act), BLOCKED, LONG, "") for name, act in ESCAPES.items()},
     "leaves a child in a session of its own": (STRAY, SQUARES, LONG, ""),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -267,34 +270,34 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, obje
         assert os.listdir(folder) == ["secret"] and secret.read_text() == "planted"
 
 
-def run(name: str, outside: dict[str, object], allow_unsafe: bool = False) -> tuple[Outcome, float]:
-    """(outcome, seconds that it took beyond its limit)"""
+def run(name: str, outside: dict[str, object], allow_unsafe: bool = False) -> tuple[str, float]:
+    """(why it did not pass, seconds that it took beyond its limit)"""
     program, checks, seconds, _ = TABLE[name]
     program = Template(dedent(program)).substitute(outside)
     begin = time.monotonic()
-    outcome = run_program(program, MARK, checks, seconds, allow_unsafe=allow_unsafe)
-    return outcome, time.monotonic() - begin - seconds
+    reason = run_program(program, MARK, checks, seconds, allow_unsafe=allow_unsafe)
+    return reason, time.monotonic() - begin - seconds
 
 
 @pytest.fixture(scope="module")
-def outcomes(outside: dict[str, object]) -> dict[str, tuple[Outcome, float]]:
+def outcomes(outside: dict[str, object]) -> dict[str, tuple[str, float]]:
     """All hostile programs, four at a time."""
-    if reason := isolation():
-        pytest.skip(reason)
+    if missing := isolation():
+        pytest.skip(missing)
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(4) as pool:
         patch.setenv("PLANTED", "secret")
         return dict(zip(TABLE, pool.map(lambda name: run(name, outside), TABLE), strict=True))
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_a_hostile_program_is_held(name: str, outcomes: dict[str, tuple[Outcome, float]]) -> None:
-    outcome, late = outcomes[name]
+def test_a_hostile_program_is_held(name: str, outcomes: dict[str, tuple[str, float]]) -> None:
+    reason, late = outcomes[name]
     wanted = TABLE[name][-1]
-    assert outcome.reason.startswith(wanted) and outcome.passed == (not wanted), outcome
+    assert reason.startswith(wanted) and bool(reason) == bool(wanted), reason
     assert late < 5.0  # measured: 0.1 s; a busy machine takes its time to end a process
 
 
-def test_no_process_is_left(outcomes: dict[str, tuple[Outcome, float]]) -> None:
+def test_no_process_is_left(outcomes: dict[str, tuple[str, float]]) -> None:
     """The kernel ends the processes of a namespace shortly after it was told to."""
 
     def left() -> list[str]:
@@ -318,19 +321,17 @@ def test_the_escapes_work_where_nothing_holds_them(
     """
     monkeypatch.setattr(sandbox, "isolation", lambda: "there is none")
     monkeypatch.setenv("PLANTED", "secret")
-    reaching = [
+    for name in (
         "reads a secret",
         "connects out",
         "connects to an abstract socket",
         "reads the checks",
-    ]
-    for name in reaching:
+    ):
         with pytest.raises(UserError, match="there is none; --allow_unsafe_exec"):
             run(name, outside)
-        outcome, _ = run(name, outside, allow_unsafe=True)
-        assert outcome == Outcome(False, "AssertionError"), name
-    assert run("takes 10 GB", outside, allow_unsafe=True)[0].passed  # the limits hold everywhere
-    assert run("reads the environment", outside, allow_unsafe=True)[0].passed
+        assert run(name, outside, allow_unsafe=True)[0] == "AssertionError", name
+    assert run("takes 10 GB", outside, allow_unsafe=True)[0] == ""  # the limits hold everywhere
+    assert run("reads the environment", outside, allow_unsafe=True)[0] == ""
 
 
 def test_the_cheats_work_on_checks_that_share_their_interpreter(outside: dict[str, object]) -> None:
@@ -377,7 +378,7 @@ def check(given):
     assert given("back", deep=deep) == deep
     assert globals()["given"] is given
 """
-    assert run_program(VALUES, "given", checks, LONG, allow_unsafe=True) == Outcome(True, "")
+    assert run_program(VALUES, "given", checks, LONG, allow_unsafe=True) == ""
 
 
 def test_an_exception_comes_back_as_one() -> None:
@@ -390,12 +391,12 @@ def check(unlucky):
     else:
         assert False
 """
-    assert run_program(VALUES, "unlucky", checks, LONG, allow_unsafe=True) == Outcome(True, "")
+    assert run_program(VALUES, "unlucky", checks, LONG, allow_unsafe=True) == ""
     once = "def check(f): f()"
-    outcome = run_program(VALUES, "unlucky", once, LONG, allow_unsafe=True)
-    assert outcome == Outcome(False, "RuntimeError: KeyError: 'lost'")
-    outcome = run_program(VALUES, "missing", once, LONG, allow_unsafe=True)
-    assert not outcome.passed and "has no attribute 'missing'" in outcome.reason
+    reason = run_program(VALUES, "unlucky", once, LONG, allow_unsafe=True)
+    assert reason == "RuntimeError: KeyError: 'lost'"
+    reason = run_program(VALUES, "missing", once, LONG, allow_unsafe=True)
+    assert "has no attribute 'missing'" in reason
 
 
 def test_why_there_is_no_isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

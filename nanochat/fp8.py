@@ -5,8 +5,8 @@ tensor has one scale, its largest magnitude over the format's. Weights are quant
 optimizer step (`refresh`), in both layouts that the matmuls want, so that micro-batches share them.
 Master weights stay fp32, results are bf16.
 
-Only training goes through here. Evaluation and sampling keep bf16, so that what is measured
-is the model that is saved.
+Only training goes through here: evaluation and sampling keep bf16, so that what is measured is the
+model that is saved.
 
 Source: FP8 formats, arXiv 2209.05433; `torch._scaled_mm` wants the second matrix column by column.
 Shapes: M tokens, K inputs, N outputs, all multiples of 16.
@@ -38,25 +38,11 @@ def multiply(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tenso
 
 @dataclass
 class QuantisedWeight:
-    """A weight in both layouts, refreshed in place: a compiled model sees the new values."""
+    """A weight in both layouts, rewritten in place: a compiled model sees the new values."""
 
     rows: Tensor  # (N, K) e4m3
     columns: Tensor  # (K, N) e4m3
     scale: Tensor  # () fp32
-
-    @classmethod
-    def like(cls, weight: Tensor) -> "QuantisedWeight":
-        """The quantised form of `weight` (N, K), not yet filled."""
-        rows = torch.empty_like(weight, dtype=E4M3)
-        return cls(rows, rows.t().contiguous(), torch.ones((), device=weight.device))
-
-    @torch.no_grad()
-    def refresh(self, weight: Tensor) -> None:
-        """Take over the values that the optimizer has just written."""
-        rows, scale = quantise(weight, E4M3)
-        self.rows.copy_(rows)
-        self.columns.copy_(rows.t())
-        self.scale.copy_(scale)
 
 
 class _Linear(torch.autograd.Function):
@@ -92,21 +78,28 @@ def is_there(runtime: Runtime) -> bool:
     return there
 
 
-def fits(weight: Tensor) -> bool:
+def is_eligible(weight: Tensor) -> bool:
     """True for a matrix that is large enough to gain and whose sides the hardware takes."""
     return weight.ndim == 2 and min(weight.shape) >= 128 and not any(n % 16 for n in weight.shape)
 
 
 def enable(model: nn.Module) -> list[Any]:
     """Let the large linear layers of `model` train in 8-bit floats; returns them, for `refresh`."""
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and fits(m.weight)]
+    linears: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    linears = [linear for linear in linears if is_eligible(linear.weight)]
     for linear in linears:
-        linear.quantised = QuantisedWeight.like(linear.weight)  # pyright: ignore
+        rows = torch.empty_like(linear.weight, dtype=E4M3)
+        scale = torch.ones((), device=rows.device)
+        linear.quantised = QuantisedWeight(rows, rows.t().contiguous(), scale)
     refresh(linears)
     return linears
 
 
+@torch.no_grad()
 def refresh(linears: Iterable[Any]) -> None:
     """Quantise the weights of these layers anew; call it after each optimizer step."""
     for linear in linears:
-        linear.quantised.refresh(linear.weight)
+        rows, scale = quantise(linear.weight, E4M3)
+        linear.quantised.rows.copy_(rows)
+        linear.quantised.columns.copy_(rows.t())
+        linear.quantised.scale.copy_(scale)

@@ -1,5 +1,4 @@
-"""The chat page in a headless browser, against a server of scripted replies: what a person does and
-sees.
+"""The chat page in a headless browser, against a server of scripted replies.
 
 Every test ends with three checks: no error in the script, no violation of the content security
 policy, and no request to anywhere but the loopback address.
@@ -39,10 +38,10 @@ CUT_REPLIES = """(() => {
   };
 })()"""
 RICH = (
-    "# Title\n\nText with **emphasis**, `code`, [a link](https://example.org) and\na second line.\n\n"
-    "1. one\n   - nested\n2. two\n\n> quote\n\n```python\nprint('a very long line of code, so long that "
-    "a phone cannot show it', 1, 2, 3, 4, 5)\n```\n\n| a long column title | another long column title "
-    "| and a third |\n| --- | :-: | --: |\n| 1 | 2 | 3 |\n\n---\n\n" + "unbroken" * 30
+    "# Title\n\nText with **emphasis**, `code`, [a link](https://example.org) and\na second line."
+    "\n\n1. one\n   - nested\n2. two\n\n> quote\n\n```python\nprint('a very long line of code, so "
+    "long that a phone cannot show it', 1, 2, 3, 4, 5)\n```\n\n| a long column title | another long "
+    "column title | and a third |\n| --- | :-: | --: |\n| 1 | 2 | 3 |\n\n---\n\n" + "unbroken" * 30
 )
 
 
@@ -495,10 +494,8 @@ def test_axe_finds_no_violation(desk: Chat, pytestconfig: pytest.Config) -> None
     """In four states of the page, wide and narrow, light and dark (only colours can differ)."""
     folder = pytestconfig.cache.mkdir("axe")  # pyright: ignore[reportOptionalMemberAccess]
     archive = folder / "axe-core-4.14.1.tgz"
-    if (
-        not archive.exists()
-        and subprocess.run(["npm", "pack", "axe-core@4.14.1"], cwd=folder).returncode
-    ):
+    fetch = ["npm", "pack", "axe-core@4.14.1"]
+    if not archive.exists() and subprocess.run(fetch, cwd=folder).returncode:
         pytest.skip("npm could not fetch axe-core")
     with tarfile.open(archive) as files:
         axe = files.extractfile("package/axe.min.js").read().decode()  # pyright: ignore
@@ -554,8 +551,8 @@ CASES = {
     "a\n===\n\n    b &lt; [c]\n\n[c]: http://d.e": "<p>a<br>===</p><p>b &amp;lt; [c]</p><p>[c]: http://d.e</p>",
 }  # fmt: skip
 GROWING = (
-    "# Title\n\nSome *text* that **grows** with `code` and [a link](http://a.b) in\nit.\n\n- c\n- d\n  1. e"
-    "\n\n```py\nx = `1`\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |\n\n> f\n> g"
+    "# Title\n\nSome *text* that **grows** with `code` and [a link](http://a.b) in\nit.\n\n- c\n- d"
+    "\n  1. e\n\n```py\nx = `1`\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |\n\n> f\n> g"
 )
 PLAIN = {
     "p", "h2", "h3", "h4", "h5", "h6", "em", "strong", "ul", "ol start", "li", "blockquote", "hr", "br",

@@ -10,17 +10,13 @@ export class ApiError extends Error {}
 
 /* The events of a server-sent stream: {data} or {comment}. Chunks may cut characters and lines. */
 async function* readEvents(stream) {
-  const reader = stream.getReader();
-  const decoder = new TextDecoder();
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let [carry, data] = ["", []];
   try {
-    for (let done = false; !done; ) {
-      const chunk = await reader.read();
-      done = chunk.done;
-      carry += decoder.decode(chunk.value, { stream: !done });
-      const lines = carry.split("\n");
+    for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
+      const lines = (carry + chunk.value).split(/\r?\n/);
       carry = lines.pop();
-      for (const line of lines.map((each) => each.replace(/\r$/, ""))) {
+      for (const line of lines) {
         if (line.startsWith(":")) yield { comment: line.slice(1).trim() };
         else if (line.startsWith("data:")) data.push(line.slice(5).trimStart());
         else if (line === "" && data.length) yield { data: data.splice(0).join("\n") };

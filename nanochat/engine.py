@@ -13,7 +13,7 @@ N slots, V vocabulary, C channels, P length of a padded chunk.
 
 import codecs
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -417,7 +417,7 @@ class Engine:
                 self._leave(each)
         return events
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
+    def stream(self, requests: Iterable[Request]) -> Generator[Event]:
         """Yield the events of the requests as they come, those of the stop tokens included.
 
         Raises UserError, before any work, for a request that cannot fit.

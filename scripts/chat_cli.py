@@ -16,9 +16,9 @@ writes: chat_history, what was typed; what /save names
 import json
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,16 +99,11 @@ def answer(engine: Engine, cfg: Config, messages: list[dict[str, Any]], question
     prompt = fit_window(engine.tokenizer, messages, room, cfg.source == "base")
     seed = derive_seed(cfg.seed, len(messages), *prompt)
     request = Request(prompt, max_tokens, cfg.temperature, cfg.top_k, cfg.top_p, seed)
-    reply, pressed = Reply(), list[int]()
-    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
-    try:
-        for event in engine.stream([request]):
+    reply = Reply()
+    with suppress(KeyboardInterrupt), closing(engine.stream([request])) as events:
+        for event in events:
             reply.add(event)
             show(event)
-            if pressed:  # looked at between two tokens, so that none is torn apart
-                break
-    finally:
-        signal.signal(signal.SIGINT, before)
     print(flush=True)
     messages.append({"role": "assistant", "content": reply.parts})
 

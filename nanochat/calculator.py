@@ -4,9 +4,6 @@ An expression passes three gates: its length, a regular expression that lets thr
 text, the operators and `.count`, and a limit on nesting. Then Python's own parser builds a syntax
 tree, and a walk over it computes the value. Python itself never evaluates anything, there are no
 names to reach, and no signal or timer is involved, so it works in any thread.
-
-The value is always Python's, but a whole number prints without its `.0` (8/2 prints 4): a small
-model has enough to learn without two spellings of four.
 """
 
 import ast
@@ -39,6 +36,8 @@ def calculate(expression: str) -> str | None:
     """What the tool prints for `expression`; None where it is not allowed or has no finite value.
 
     Never raises. `calculate("12 * (3 + 4)")` is "84"; `calculate("'banana'.count('a')")` is "3".
+    The value is Python's, but a whole number prints without its `.0` (8/2 prints 4): a small model
+    has enough to learn without two spellings of four.
     """
     text = expression[: MAX_CHARS + 1].strip(" ")
     if len(expression) > MAX_CHARS or not ALLOWED.fullmatch(text) or not _brackets_fit(text):
@@ -83,7 +82,8 @@ def _value(node: ast.expr) -> Number:
 
 def _bounded(number: Number) -> Number:
     """`number` itself; raises ValueError for too many digits, infinity and not-a-number."""
-    is_fit = abs(number) < 10**MAX_DIGITS if isinstance(number, int) else math.isfinite(number)
-    if not is_fit:
-        raise ValueError
-    return number
+    if isinstance(number, float) and math.isfinite(number):
+        return number
+    if isinstance(number, int) and abs(number) < 10**MAX_DIGITS:
+        return number
+    raise ValueError

@@ -147,11 +147,13 @@ def centered_mean(scores: Sequence[Score], baselines: Sequence[float]) -> Score:
     return Score(sum(values) / len(values), math.hypot(*errors) / len(values))
 
 
-def core_score(tasks: Sequence[CoreTask], scores: Sequence[Score]) -> tuple[str, Score]:
-    """(name, centered mean); the name is "CORE" only where all 22 tasks are there."""
-    num, total = len(tasks), len(CORE_TASKS)
-    name = "CORE" if num == total else f"CORE ({num} of {total})"
-    return name, centered_mean(scores, [task.baseline for task in tasks])
+def centered_score(
+    name: str, total: int, scores: Sequence[Score], baselines: Sequence[float]
+) -> tuple[str, Score]:
+    """(name, centered mean); the name says how many of `total` tasks there are, unless all."""
+    num = len(scores)
+    label = name if num == total else f"{name} ({num} of {total})"
+    return label, centered_mean(scores, baselines)
 
 
 class Reader(Protocol):
@@ -271,41 +273,43 @@ def score_items(reader: Reader, items: Sequence[Item]) -> tuple[list[list[float]
         tails = [items[slot].tails[k] for slot in slots]
         for slot, tail, logits in zip(slots, tails, reader.logits(slots, tails), strict=True):
             begin = len(tail) - items[slot].num_scored[k]
-            own = logits[begin - 1 : len(tail) - 1].float()  # (M, V)
-            if not own.isfinite().all():
+            scored = logits[begin - 1 : len(tail) - 1].float()  # (M, V)
+            if not scored.isfinite().all():
                 raise UserError("the model's logits are not numbers; choose another --step")
-            targets = torch.tensor(tail[begin:], dtype=torch.int64, device=own.device)  # (M,)
-            loss = F.cross_entropy(own, targets)
-            losses[slot].append(float(loss) if len(own) else math.inf)
-            likeliest[slot] = own.argmax(-1).tolist()
+            targets = torch.tensor(tail[begin:], dtype=torch.int64, device=scored.device)  # (M,)
+            loss = F.cross_entropy(scored, targets)
+            losses[slot].append(float(loss) if len(scored) else math.inf)
+            likeliest[slot] = scored.argmax(-1).tolist()
     return losses, likeliest
 
 
 def encode_item(reader: Reader, task: CoreTask, number: int) -> Item:
     """One item with its examples, cropped to what the model can read."""
-    rows, num_scored = item_rows(reader, task, number)
-    cut = min(max(map(len, rows)) - reader.max_len, num_shared(rows, num_scored))
-    cuts = [max(0, cut, len(row) - reader.max_len) for row in rows]
-    rows = [row[:1] + row[1 + cut :] for row, cut in zip(rows, cuts, strict=True)]
-    num_scored = [min(num, len(row) - 1) for num, row in zip(num_scored, rows, strict=True)]
-    begin = num_shared(rows, num_scored)
-    return Item(number, rows[0][:begin], [row[begin:] for row in rows], num_scored)
+    documents, num_scored = item_documents(reader, task, number)
+    cut = min(max(map(len, documents)) - reader.max_len, num_shared(documents, num_scored))
+    cuts = [max(0, cut, len(ids) - reader.max_len) for ids in documents]
+    documents = [ids[:1] + ids[1 + cut :] for ids, cut in zip(documents, cuts, strict=True)]
+    num_scored = [min(num, len(ids) - 1) for num, ids in zip(num_scored, documents, strict=True)]
+    begin = num_shared(documents, num_scored)
+    return Item(number, documents[0][:begin], [ids[begin:] for ids in documents], num_scored)
 
 
-def item_rows(reader: Reader, task: CoreTask, number: int) -> tuple[list[list[int]], list[int]]:
+def item_documents(
+    reader: Reader, task: CoreTask, number: int
+) -> tuple[list[list[int]], list[int]]:
     """(ids of each option's whole document, how many at its end are scored)."""
     drawn = random.Random(SHOT_SEED + number).sample(range(len(task.rows) - 1), task.num_fewshot)
     shots = [task.rows[other + (other >= number)] for other in drawn]  # any row but the item's
     solved = [task.delimiter.join(options(task, row)[row.get("gold", 0)]) for row in shots]
     before = "".join(f"{text}\n\n" for text in solved)
     pairs = options(task, task.rows[number])
-    rows = [reader.encode(before + task.delimiter.join(pair)) for pair in pairs]
+    documents = [reader.encode(before + task.delimiter.join(pair)) for pair in pairs]
     if task.kind == "schema":
-        return rows, [num_common([row[::-1] for row in rows])] * len(rows)
-    alike = rows
+        return documents, [num_common([ids[::-1] for ids in documents])] * len(documents)
+    alike = documents
     if task.kind == "language_modeling":
-        alike = [rows[0], reader.encode((before + pairs[0][0] + task.delimiter).rstrip())]
-    return rows, [len(row) - num_common(alike) for row in rows]
+        alike = [documents[0], reader.encode((before + pairs[0][0] + task.delimiter).rstrip())]
+    return documents, [len(ids) - num_common(alike) for ids in documents]
 
 
 def options(task: CoreTask, row: dict[str, Any]) -> list[tuple[str, str]]:
@@ -317,16 +321,16 @@ def options(task: CoreTask, row: dict[str, Any]) -> list[tuple[str, str]]:
     return [(row["context"].strip(), row["continuation"])]
 
 
-def num_common(rows: Sequence[list[int]]) -> int:
-    """How many ids all rows begin with."""
-    alike = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+def num_common(sequences: Sequence[list[int]]) -> int:
+    """How many ids all sequences begin with."""
+    alike = takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False))
     return sum(1 for _ in alike)
 
 
-def num_shared(rows: Sequence[list[int]], num_scored: Sequence[int]) -> int:
+def num_shared(documents: Sequence[list[int]], num_scored: Sequence[int]) -> int:
     """How many ids to read once for all: the one before a score stays out, for its logits."""
-    num_before = [len(row) - num for row, num in zip(rows, num_scored, strict=True)]
-    return min(num_common(rows), *num_before) - 1
+    num_before = [len(ids) - num for ids, num in zip(documents, num_scored, strict=True)]
+    return min(num_common(documents), *num_before) - 1
 
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"

@@ -4,8 +4,9 @@ On Linux each of the two runs in a bubblewrap of its own: no network, no other p
 nothing of the file system but the system and Python's installation, both read-only, an empty
 environment and a small /tmp. Everywhere they have limits on time, memory, processes, open files and
 the size of files, and are killed with their groups at the deadline. Without bubblewrap these limits
-are all there is, and keep nobody from reading files. What the two say to each other, and why a
-program cannot talk its way past the checks, stands in sandbox_child.py.
+are all there is, and keep nobody from reading files; with it the isolation is the kernel's. What
+the two say to each other, and why a program cannot talk its way past the checks, stands in
+sandbox_child.py.
 
 Root gets no new user namespace, as every other user does, but becomes a random user inside: the
 kernel does not limit the number of root's processes, whatever the namespace.

@@ -42,7 +42,7 @@ from nanochat.core_eval import (
     Score,
     accuracy,
     centered_mean,
-    core_score,
+    centered_score,
     evaluate,
     find_bundle,
     load_tasks,
@@ -155,7 +155,9 @@ def main(cfg: Config) -> None:
         lines.append(f"{task.label}: {percent} of {len(task_records)}, centered {centered:.4f}")
         print0(lines[-1])
     if core := [task for task in tasks if task.label in CORE_TASKS]:
-        name, score = core_score(core, [scores[task.label] for task in core])
+        accuracies = [scores[task.label] for task in core]
+        baselines = [task.baseline for task in core]
+        name, score = centered_score("CORE", len(CORE_TASKS), accuracies, baselines)
         scores[name] = score
         lines.append(f"{name}: {show(score)}")
         print0(lines[-1])

@@ -36,7 +36,7 @@ from nanochat.common import (
     set_up,
     write_file,
 )
-from nanochat.core_eval import Score, centered_mean
+from nanochat.core_eval import Score, centered_score
 from nanochat.engine import Engine
 from nanochat.report import show, write_section
 from nanochat.sandbox import isolation
@@ -98,9 +98,8 @@ def chat_core(tasks: dict[str, Task], scores: dict[str, Score]) -> dict[str, Sco
     names = [name for name in CHAT_CORE if name in tasks]
     if len(names) < len(CHAT_CORE) - 1:
         return {}
-    label = "ChatCORE" if len(names) == len(CHAT_CORE) else f"ChatCORE ({len(names)} of 6)"
-    baselines = [tasks[name].baseline for name in names]
-    return {label: centered_mean([scores[name] for name in names], baselines)}
+    chosen, baselines = [scores[name] for name in names], [tasks[name].baseline for name in names]
+    return dict([centered_score("ChatCORE", len(CHAT_CORE), chosen, baselines)])
 
 
 def sample_of(record: dict[str, Any]) -> str:

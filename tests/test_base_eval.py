@@ -1,6 +1,4 @@
-"""The examination of a base model: what it writes and reports, what it refuses, and models of
-transformers.
-"""
+"""base_eval: what it writes and reports, what it refuses, and models of transformers."""
 
 import json
 import math
@@ -15,7 +13,7 @@ import torch
 from nanochat import core_eval
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import Runtime, UserError, report_dir, run_dir
-from nanochat.core_eval import CoreTask, evaluate, item_rows, load_tasks
+from nanochat.core_eval import CoreTask, evaluate, item_documents, load_tasks
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from scripts.base_eval import Config, HFReader, main
@@ -89,9 +87,8 @@ def test_one_item_of_some_tasks_and_the_quiz_of_the_primer(bundle: str) -> None:
     assert [record["gold"] for record in records] == [row["gold"] for row in quiz]
     results = json.loads((report_dir() / "base_eval.json").read_text())["results"]
     assert results.keys() == {"primer-choice"}
-    assert results["primer-choice"]["value"] == sum(record["correct"] for record in records) / len(
-        quiz
-    )
+    right = [record["correct"] for record in records]
+    assert results["primer-choice"]["value"] == sum(right) / len(quiz)
 
 
 REFUSED = {
@@ -141,9 +138,9 @@ def save_hf_model(folder: Path, bos: str | None) -> None:
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: i for i, letter in enumerate([*letters, "<s>", "</s>"])}
-    fast = Fast(models.BPE(vocab=vocab, merges=[]))
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    fast.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    fast: Any = Fast(models.BPE(vocab=vocab, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token=bos, eos_token="</s>")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(3)
@@ -166,7 +163,7 @@ def test_a_model_of_transformers(bundle: str, tmp_path: Path, bos: str | None, f
     assert len(records) == len(numbered)
     for record, (task, number) in zip(records, numbered, strict=True):
         losses = []
-        rows, num_scored = item_rows(reader, task, number)
+        rows, num_scored = item_documents(reader, task, number)
         cut = max(0, max(map(len, rows)) - 96)
         for row, num in zip(rows, num_scored, strict=True):
             assert row[0] == first

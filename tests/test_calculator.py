@@ -1,6 +1,6 @@
 """The calculator: right where Python's arithmetic is, refuses everything else, fast, in any thread.
 
-The oracle is Python itself: `eval`, without names, of expressions that these tests make up themselves.
+The oracle is Python itself: `eval`, without names, of expressions that these tests make up.
 """
 
 import random
@@ -11,9 +11,10 @@ import pytest
 
 from nanochat.calculator import MAX_DIGITS, calculate
 
+NUM_MADE_UP = 20_000
 HOSTILE = [
-    "", "()", "9**9**9", "9**9", "7//2", "7%2", "1<<9999", "True", "None", "1j", "1e999", "1e308*10",
-    "1e308*10-1e308*10", "1/0", "0/0", "9" * (MAX_DIGITS + 1), "9" * MAX_DIGITS + "*9", "0777",
+    "", "()", "9**9**9", "9**9", "7//2", "7%2", "1<<9999", "True", "None", "1j", "1e999",
+    "1e308*10", "1e308*10-1e308*10", "1/0", "0/0", "9" * (MAX_DIGITS + 1),
     "1_000", "1,000", "1 2", "1 if 2 else 3", "1if 2else 3", "1\n+1", "1\x00", "\ufeff1", "１+１",
     "(" * 21 + "1" + ")" * 21, "(" * 199, "((((((((((1", ")(", "1" + "+1" * 100, "-" * 200 + "1",
     "1()", "1(2)", "(1).count('1')", "'a'", "'a'*9", "'a'+'b'", "'a'.upper()", "'a'.count",
@@ -81,10 +82,11 @@ def mutated(random_: random.Random) -> str:
     return "".join(text)
 
 
-def check_many(num: int) -> None:
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")  # of the oracle's own parsing
+def test_many_expressions_against_python() -> None:
     random_ = random.Random(20)
     num_right = 0
-    for i in range(num):
+    for i in range(NUM_MADE_UP):
         text = [lambda r: sum_of(r, 3), noise, mutated][i % 3](random_)
         begin = time.thread_time()
         result = calculate(text)
@@ -102,18 +104,7 @@ def check_many(num: int) -> None:
             except ZeroDivisionError:
                 refused = True
             assert refused, text
-    assert num_right > num / 4
-
-
-@pytest.mark.filterwarnings("ignore::SyntaxWarning")  # of the oracle's own parsing
-def test_many_expressions_against_python() -> None:
-    check_many(6_000)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::SyntaxWarning")
-def test_100_000_expressions_against_python() -> None:
-    check_many(100_000)
+    assert num_right > NUM_MADE_UP / 4
 
 
 def test_any_thread() -> None:

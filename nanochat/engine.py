@@ -176,13 +176,13 @@ class SlotPool:
         if padded > room:
             return 0
         ids = torch.tensor([chunk + [0] * (padded - len(chunk))], device=self.device)  # (1, P)
-        where = {"slots": torch.tensor([slot.index]), "num_new": torch.tensor([len(chunk)])}
-        logits = self.model(ids, cache=self.cache, last_only=True, **where)  # (1, 1, V)
+        slots, num_new = torch.tensor([slot.index]), torch.tensor([len(chunk)])
+        logits = self.model(ids, cache=self.cache, slots=slots, num_new=num_new, last_only=True)
         slot.cached += chunk
         self.num_prefilled += len(chunk)
         if len(slot.cached) == len(prompt):
             previous = self.cache.previous[slot.index].clone()
-            slot.prompt = Prompt(slot.cached.copy(), logits[0, 0], previous)
+            slot.prompt = Prompt(slot.cached.copy(), logits[0, 0], previous)  # of (1, 1, V)
         return padded
 
     def decode(self, newest: dict[Slot, int | None]) -> torch.Tensor:
@@ -371,7 +371,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.started: list[Request] = []  # those that the last step gave a slot
         self.running: list[RunningRequest] = []  # all but the last are prefilled
-        self.in_batch: list[Request] = []  # per slot, whom `batch` is laid out for
+        self.in_batch: list[Request] = []  # by slot, the requests that `batch` is laid out for
 
     @property
     def busy(self) -> bool:

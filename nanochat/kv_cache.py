@@ -132,9 +132,8 @@ class Append:
     slots: list[int]  # per row, its slot
     starts: list[int]  # per row, how many tokens its slot held before
     num_new: list[int]  # per row, how many of the T tokens are real; the rest is right padding
-    masks: dict[Any, Any] = field(
-        default_factory=dict
-    )  # per window, made by the first layer that has it
+    # Per window, made by the first layer that has it.
+    masks: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
     def positions(self) -> torch.Tensor:

@@ -19,7 +19,7 @@ import statistics
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import httpx
 import torch
@@ -47,20 +47,18 @@ class Config:
     seed: int = 0  # of the requests
 
 
-@dataclass
 class Seen:
     """What the clients of one server saw, in all rounds so far."""
 
-    first: list[float] = field(default_factory=list)  # seconds to the first token
-    between: list[float] = field(default_factory=list)  # seconds between two chunks
-    health: list[float] = field(default_factory=list)  # seconds that /health took
-    speeds: list[float] = field(default_factory=list)  # tokens per second, by round
-    ends: Counter[str] = field(default_factory=Counter)
+    def __init__(self) -> None:
+        # Seconds to the first token, between two chunks, and that /health took.
+        self.times: dict[str, list[float]] = {"first token": [], "between": [], "/health": []}
+        self.speeds: list[float] = []  # tokens per second, by round
+        self.ends = Counter[str]()
 
     def report(self, name: str) -> None:
         print(f"{name}: {statistics.median(self.speeds):.0f} tok/s (median of {len(self.speeds)})")
-        times = {"first token": self.first, "between": self.between, "/health": self.health}
-        for label, seconds in times.items():
+        for label, seconds in self.times.items():
             if len(seconds) > 1:
                 cuts = statistics.quantiles(seconds, n=100, method="inclusive")
                 shown = ", ".join(f"p{p} {1000 * cuts[p - 1]:.1f}" for p in (50, 95, 99))
@@ -81,7 +79,7 @@ async def ask(http: httpx.AsyncClient, cfg: Config, rng: random.Random, seen: Se
     body = {"messages": [{"role": "user", "content": content}], "stream": True}
     body |= {"max_tokens": rng.randint(*cfg.max_tokens), "stream_options": {"include_usage": True}}
     patience = rng.uniform(0, 3) if rng.random() < cfg.leave else None
-    end, last, num_tokens, times = "lost", time.perf_counter(), 0, seen.first
+    end, last, num_tokens, label = "lost", time.perf_counter(), 0, "first token"
     try:
         async with (
             asyncio.timeout(patience),
@@ -91,8 +89,8 @@ async def ask(http: httpx.AsyncClient, cfg: Config, rng: random.Random, seen: Se
                 end = f"refused with {response.status_code}"
             async for line in response.aiter_lines():
                 if '"delta":{"content"' in line:
-                    times.append(time.perf_counter() - last)
-                    times, last = seen.between, time.perf_counter()
+                    seen.times[label].append(time.perf_counter() - last)
+                    label, last = "between", time.perf_counter()
                 elif '"completion_tokens"' in line:
                     num_tokens = json.loads(line[len("data: ") :])["usage"]["completion_tokens"]
                 elif "[DONE]" in line:
@@ -112,7 +110,7 @@ async def watch_health(http: httpx.AsyncClient, seen: Seen) -> None:
     while True:
         begin = time.perf_counter()
         (await http.get("/health")).raise_for_status()
-        seen.health.append(time.perf_counter() - begin)
+        seen.times["/health"].append(time.perf_counter() - begin)
         await asyncio.sleep(0.1)
 
 

@@ -43,8 +43,13 @@ pub fn count_pieces<E: From<Error>>(
         drop(sender);
         let mut total = Pieces::default();
         for worker in workers {
-            let pieces = worker.join().expect("a counting thread panicked")?;
-            total = add(total, pieces);
+            let mut pieces = worker.join().expect("a counting thread panicked")?;
+            if pieces.len() > total.len() {
+                std::mem::swap(&mut pieces, &mut total); // to walk through the smaller table
+            }
+            for (piece, count) in pieces {
+                *total.entry(piece).or_default() += count;
+            }
         }
         Ok(total)
     })
@@ -53,17 +58,11 @@ pub fn count_pieces<E: From<Error>>(
 /// Counts batches into one table until the queue closes.
 fn count_batches(
     splitter: &Splitter,
-    batches: &Mutex<Receiver<Vec<String>>>,
+    queue: &Mutex<Receiver<Vec<String>>>,
 ) -> Result<Pieces, Error> {
     let mut pieces = Pieces::default();
-    loop {
-        let received = batches
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .recv();
-        let Ok(batch) = received else {
-            return Ok(pieces);
-        };
+    let next_batch = || queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+    while let Ok(batch) = next_batch() {
         for text in &batch {
             splitter.for_each_piece(text, |piece| match pieces.get_mut(piece) {
                 Some(count) => *count += 1,
@@ -73,17 +72,5 @@ fn count_batches(
             })?;
         }
     }
-}
-
-/// The sum of two tables.
-fn add(left: Pieces, right: Pieces) -> Pieces {
-    let (mut large, small) = if left.len() < right.len() {
-        (right, left)
-    } else {
-        (left, right)
-    };
-    for (piece, count) in small {
-        *large.entry(piece).or_default() += count;
-    }
-    large
+    Ok(pieces)
 }

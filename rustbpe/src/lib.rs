@@ -6,7 +6,7 @@
 //!    from one piece into the next.
 //! 2. [`count`] counts the unique pieces on several threads. From here on the text itself is not
 //!    needed, so memory is bounded by the unique pieces.
-//! 3. [`word`] lays the unique pieces end to end as token ids, at first one per byte.
+//! 3. `word` lays the unique pieces end to end as token ids, at first one per byte.
 //! 4. [`train`] joins the most frequent pair of neighbours into a new token, over and over.
 //!
 //! ```
@@ -32,7 +32,7 @@ pub mod count;
 mod python;
 pub mod split;
 pub mod train;
-pub mod word;
+mod word;
 
 use std::fmt;
 

@@ -56,13 +56,14 @@ impl Tokenizer {
                 "vocab_size must be at least {NUM_BYTES}, one token per byte; it is {vocab_size}"
             )));
         }
-        let splitter = Splitter::new(pattern.unwrap_or(DEFAULT_PATTERN))?;
-        let threads = num_threads()?;
+        let pattern = pattern.unwrap_or(DEFAULT_PATTERN);
+        let splitter = Splitter::new(pattern)?;
+        let num_threads = num_threads()?;
         let py = iterator.py();
         let iterator = iterator.try_iter()?.unbind();
         let mut num_texts = 0;
         let merges = py.detach(|| {
-            let pieces = count_pieces(&splitter, threads, || {
+            let pieces = count_pieces(&splitter, num_threads, || {
                 Python::attach(|py| next_batch(iterator.bind(py), &mut num_texts))
             })?;
             if pieces.is_empty() {
@@ -72,7 +73,7 @@ impl Tokenizer {
             }
             Ok(train(&pieces, vocab_size as usize - NUM_BYTES as usize)?)
         })?;
-        self.pattern = splitter.pattern().to_string();
+        self.pattern = pattern.to_string();
         self.tokens = token_bytes(&merges);
         Ok(())
     }
@@ -115,9 +116,10 @@ fn next_batch(
             break;
         };
         let Ok(text) = item.cast::<PyString>() else {
-            let kind = item.get_type().name()?;
-            let message = format!("text {num_texts} of the iterator must be a str, not {kind}");
-            return Err(PyTypeError::new_err(message));
+            return Err(PyTypeError::new_err(format!(
+                "text {num_texts} of the iterator must be a str, not {}",
+                item.get_type().name()?
+            )));
         };
         *num_texts += 1;
         batch.push(text.to_str()?.to_string());
@@ -126,7 +128,6 @@ fn next_batch(
     Ok((!batch.is_empty()).then_some(batch))
 }
 
-/// The module's initialisation.
 #[pymodule]
 fn rustbpe(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Tokenizer>()

@@ -5,7 +5,9 @@
 //! compare the two. The scanner reads the Unicode classes out of the engine's own tables, so they
 //! cannot disagree about a character that a newer Unicode version adds.
 
-use std::sync::OnceLock;
+use std::sync::LazyLock;
+
+use regex_syntax::hir::{self, HirKind};
 
 use crate::Error;
 
@@ -22,41 +24,26 @@ pub const DEFAULT_PATTERN: &str = concat!(
 
 /// Splits by one pattern. Cheap to clone; give each thread its own, as the engine locks its caches.
 #[derive(Clone, Debug)]
-pub struct Splitter {
-    pattern: String,
-    engine: Engine,
-}
-
-#[derive(Clone, Debug)]
-enum Engine {
-    Scanner(&'static [Class]),
+pub enum Splitter {
+    /// The default pattern, by the scanner.
+    Scanner,
+    /// Any pattern, by the engine.
     Regex(Box<fancy_regex::Regex>),
 }
 
 impl Splitter {
     /// The fastest splitter for `pattern`.
     pub fn new(pattern: &str) -> Result<Self, Error> {
-        if pattern != DEFAULT_PATTERN {
-            return Self::with_regex(pattern);
+        if pattern == DEFAULT_PATTERN {
+            return Ok(Self::Scanner);
         }
-        Ok(Self {
-            pattern: pattern.to_string(),
-            engine: Engine::Scanner(classes()),
-        })
+        Self::with_regex(pattern)
     }
 
     /// A splitter that always uses the regex engine: what the scanner is tested against.
     pub fn with_regex(pattern: &str) -> Result<Self, Error> {
         let regex = fancy_regex::Regex::new(pattern).map_err(bad_pattern)?;
-        Ok(Self {
-            pattern: pattern.to_string(),
-            engine: Engine::Regex(Box::new(regex)),
-        })
-    }
-
-    /// The pattern as it was given.
-    pub fn pattern(&self) -> &str {
-        &self.pattern
+        Ok(Self::Regex(Box::new(regex)))
     }
 
     /// Calls `each` on the pieces of `text` in order. What the pattern does not match belongs to no
@@ -66,9 +53,12 @@ impl Splitter {
         text: &'t str,
         mut each: impl FnMut(&'t str),
     ) -> Result<(), Error> {
-        match &self.engine {
-            Engine::Scanner(classes) => {
-                let scanner = Scanner { text, classes };
+        match self {
+            Self::Scanner => {
+                let scanner = Scanner {
+                    text,
+                    classes: &CLASSES,
+                };
                 let mut start = 0;
                 while start < text.len() {
                     let end = scanner.piece_end(start);
@@ -76,7 +66,7 @@ impl Splitter {
                     start = end;
                 }
             }
-            Engine::Regex(regex) => {
+            Self::Regex(regex) => {
                 for found in regex.find_iter(text) {
                     let piece = found.map_err(bad_pattern)?.as_str();
                     if !piece.is_empty() {
@@ -106,29 +96,24 @@ enum Class {
 }
 
 /// The class of every character, 1.1 MB, of which a text touches only its own scripts.
-fn classes() -> &'static [Class] {
-    static CLASSES: OnceLock<Vec<Class>> = OnceLock::new();
-    CLASSES.get_or_init(|| {
-        let mut classes = vec![Class::Symbol; char::MAX as usize + 1];
-        for (pattern, class) in [
-            (r"\p{L}", Class::Letter),
-            (r"\p{N}", Class::Number),
-            (r"\s", Class::Space),
-            (r"[\r\n]", Class::LineEnd),
-        ] {
-            let parsed = regex_syntax::parse(pattern).expect("a class of regex-syntax");
-            let regex_syntax::hir::HirKind::Class(regex_syntax::hir::Class::Unicode(set)) =
-                parsed.kind()
-            else {
-                unreachable!("{pattern} is a Unicode class");
-            };
-            for range in set.ranges() {
-                classes[range.start() as usize..=range.end() as usize].fill(class);
-            }
+static CLASSES: LazyLock<Vec<Class>> = LazyLock::new(|| {
+    let mut classes = vec![Class::Symbol; char::MAX as usize + 1];
+    for (pattern, class) in [
+        (r"\p{L}", Class::Letter),
+        (r"\p{N}", Class::Number),
+        (r"\s", Class::Space),
+        (r"[\r\n]", Class::LineEnd),
+    ] {
+        let parsed = regex_syntax::parse(pattern).expect("a class of regex-syntax");
+        let HirKind::Class(hir::Class::Unicode(set)) = parsed.kind() else {
+            unreachable!("{pattern} is a Unicode class");
+        };
+        for range in set.ranges() {
+            classes[range.start() as usize..=range.end() as usize].fill(class);
         }
-        classes
-    })
-}
+    }
+    classes
+});
 
 /// Walks one text by the default pattern.
 struct Scanner<'t> {

@@ -18,6 +18,7 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::mem::take;
 
 use rustc_hash::FxHashMap;
 
@@ -85,7 +86,7 @@ impl Side {
         let by_token = &mut self.by_token;
         self.seen
             .drain(..)
-            .map(|token| (token, std::mem::take(&mut by_token[token as usize])))
+            .map(|token| (token, take(&mut by_token[token as usize])))
     }
 }
 
@@ -176,10 +177,7 @@ impl Trainer {
             }
         }
 
-        let (mut before, mut after) = (
-            std::mem::take(&mut self.before),
-            std::mem::take(&mut self.after),
-        );
+        let (mut before, mut after) = (take(&mut self.before), take(&mut self.after));
         for (neighbour, occurrences) in before.drain() {
             self.lower_count((neighbour, left), occurrences.count);
             self.add_pair((neighbour, token), occurrences);

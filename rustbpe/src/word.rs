@@ -23,18 +23,15 @@ const INNER: u32 = u32::MAX - 1;
 /// Where a token starts, and the word it belongs to.
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
-    /// Index of the token's first cell.
-    pub cell: u32,
-    /// Index of the word, for its count.
-    pub word: u32,
+    cell: u32, // the token's first
+    word: u32, // index of the word, for its count
 }
 
 /// All words of a text, each once.
-#[derive(Debug)]
 pub struct Words {
     cells: Vec<u32>,
-    counts: Vec<u64>,
-    token_lengths: Vec<u32>,
+    counts: Vec<u64>,        // of the words
+    token_lengths: Vec<u32>, // in bytes
 }
 
 impl Words {
@@ -65,10 +62,8 @@ impl Words {
 
     /// The place of the token `before` that ends where the token at `place` starts.
     pub fn place_before(&self, place: Place, before: u32) -> Place {
-        Place {
-            cell: place.cell - self.token_lengths[before as usize],
-            word: place.word,
-        }
+        let cell = place.cell - self.token_lengths[before as usize];
+        Place { cell, ..place }
     }
 
     /// Calls `each` on every pair of neighbours and its place; only before the first merge.
@@ -78,13 +73,10 @@ impl Words {
             match (pair[0], pair[1]) {
                 (SEPARATOR, _) => word += 1,
                 (_, SEPARATOR) => {}
-                (left, right) => each(
-                    (left, right),
-                    Place {
-                        cell: cell as u32,
-                        word,
-                    },
-                ),
+                (left, right) => {
+                    let cell = cell as u32;
+                    each((left, right), Place { cell, word });
+                }
             }
         }
     }

@@ -141,7 +141,9 @@ proptest! {
         }
     }
 
-    /// No two merges make the same bytes, so the ranks are a bijection, which tiktoken demands.
+    /// No two merges make the same bytes, so the ranks are a bijection, which tiktoken demands:
+    /// whatever stands between two token boundaries is merged as it would be alone, so bytes that
+    /// have a token never again stand there as two.
     #[test]
     fn tokens_are_unique(texts in texts()) {
         let tokens = token_bytes(&train(&counted(&texts, 1, 8), 150).unwrap());

@@ -52,6 +52,7 @@ SHARD_CHARS = 64_000_000  # some 20 MB a file once compressed
 DOCUMENT_CHARS = 10_000  # a .txt file is cut into documents of at most so many characters
 VALIDATION_EVERY = 20  # one document of so many is for validation: a passage or more of each book
 SOURCE_FILE = "source.json"  # what a corpus was made from, to see whether it is up to date
+MEND_SHARD = "mend or remove it, then run `python -m nanochat.dataset` again"
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,17 @@ def check_shard(path: Path) -> int:
 
     Raises UserError naming a file that is cut short, empty, or without a string column `text`.
     """
-    mend = "mend or remove it, then run `python -m nanochat.dataset` again"
     try:
         with pq.ParquetFile(path) as file:
             schema, num_documents = file.schema_arrow, file.metadata.num_rows
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no whole parquet file; {mend}") from error
+        raise UserError(f"{path} is no whole parquet file; {MEND_SHARD}") from error
     kinds = dict(zip(schema.names, schema.types, strict=True))
     if kinds.get("text") not in (pa.string(), pa.large_string()):
         columns = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
-        raise UserError(f"{path} has no column `text` of strings (it has {columns}); {mend}")
+        raise UserError(f"{path} has no column `text` of strings (it has {columns}); {MEND_SHARD}")
     if num_documents == 0:
-        raise UserError(f"{path} holds no documents; {mend}")
+        raise UserError(f"{path} holds no documents; {MEND_SHARD}")
     return num_documents
 
 
@@ -129,8 +129,7 @@ def read_texts(shards: Sequence[Path], skip: int = 0) -> Iterator[str]:
                         yield from islice(_read_row_group(file, group), skip, None)
                     skip = max(0, skip - num_rows)
         except (OSError, ValueError) as error:
-            mend = "remove it, then run `python -m nanochat.dataset` again"
-            raise UserError(f"{path} is damaged ({error}); {mend}") from error
+            raise UserError(f"{path} is damaged ({error}); {MEND_SHARD}") from error
 
 
 def _read_row_group(file: pq.ParquetFile, group: int) -> Iterator[str]:
@@ -142,23 +141,23 @@ class ShardWriter:
     """Writes documents to one parquet file, a row group at a time."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.num_chars, self.flushed_chars = path, 0, 0
-        self.texts: list[str] = []  # of the next row group
         self.file = pq.ParquetWriter(path, SCHEMA, compression="zstd")
+        self.num_chars = self.group_chars = 0
+        self.texts: list[str] = []  # of the next row group
 
     def add(self, text: str) -> None:
         """Append one document."""
         self.texts.append(text)
         self.num_chars += len(text)
-        group_chars = self.num_chars - self.flushed_chars
-        if len(self.texts) == ROW_GROUP_DOCUMENTS or group_chars >= ROW_GROUP_CHARS:
+        self.group_chars += len(text)
+        if len(self.texts) == ROW_GROUP_DOCUMENTS or self.group_chars >= ROW_GROUP_CHARS:
             self.flush()
 
     def flush(self) -> None:
         """Write what has been added since the last time as a row group."""
         if self.texts:
             self.file.write_table(pa.table({"text": self.texts}, SCHEMA))
-        self.texts, self.flushed_chars = [], self.num_chars
+        self.texts, self.group_chars = [], 0
 
     def close(self) -> None:
         """Finish the file."""
@@ -168,18 +167,19 @@ class ShardWriter:
 
 def write_shards(documents: Iterable[tuple[str, bool]], folder: Path) -> None:
     """Write (text, is it for validation) into shards; the validation documents make up the last."""
-    val = ShardWriter(folder / "val.parquet")
-    train = [ShardWriter(folder / shard_name(0))]
+    val, train = ShardWriter(folder / "val"), ShardWriter(folder / shard_name(0))
+    num_train = 1
     try:
         for text, is_val in documents:
-            if train[-1].num_chars >= SHARD_CHARS and not is_val:
-                train[-1].close()
-                train.append(ShardWriter(folder / shard_name(len(train))))
-            (val if is_val else train[-1]).add(text)
+            if train.num_chars >= SHARD_CHARS and not is_val:
+                train.close()
+                train = ShardWriter(folder / shard_name(num_train))
+                num_train += 1
+            (val if is_val else train).add(text)
     finally:
-        train[-1].close()
+        train.close()
         val.close()
-    val.path.rename(folder / shard_name(len(train)))
+    (folder / "val").rename(folder / shard_name(num_train))
 
 
 def build_corpus(name: str, source: dict[str, Any], build: Callable[[Path], None]) -> None:
@@ -211,8 +211,8 @@ def write_primer(num_documents: int) -> None:
     files = sorted(path for path in Path(primer.__file__).parent.iterdir() if path.is_file())
     book = b"".join(file.read_bytes() for file in files)
     source = {"num_documents": num_documents, "primer": hashlib.sha256(book).hexdigest()}
-    train = ((primer.document("train", i), False) for i in range(num_documents))
     num_val = max(1, num_documents // VALIDATION_EVERY)
+    train = ((primer.document("train", i), False) for i in range(num_documents))
     val = ((primer.document("val", i), True) for i in range(num_val))
     build_corpus("primer", source, lambda folder: write_shards(chain(train, val), folder))
 
@@ -236,11 +236,11 @@ def import_folder(path: Path, name: str = "") -> str:
         if len(parquet) < 2:
             write_shards(hold_out(read_documents(files), path), folder)
             return
-        for target, file in zip(map(shard_name, range(len(parquet))), parquet, strict=True):
+        for i, file in enumerate(parquet):
             try:
-                os.link(file, folder / target)
+                os.link(file, folder / shard_name(i))
             except OSError:  # another file system, or not allowed on a file of somebody else
-                shutil.copyfile(file, folder / target)
+                shutil.copyfile(file, folder / shard_name(i))
 
     build_corpus(name, source, build)
     return name

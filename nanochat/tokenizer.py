@@ -65,11 +65,9 @@ class Tokenizer:
         if vocab_size < smallest:
             raise UserError(f"--vocab_size={vocab_size} is too small; use at least {smallest}")
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(iter(texts), vocab_size - len(specials), pattern=SPLIT_PATTERN)
-        ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
-        # Two merges may spell the same bytes; of two ids for them, one would decode to nothing.
-        tokens = list(dict.fromkeys(bytes(token) for token, _ in ranks))
-        return cls(tokens, specials, trainer.get_pattern())
+        trainer.train_from_iterator(texts, vocab_size - len(specials), pattern=SPLIT_PATTERN)
+        tokens = [token for token, _ in trainer.get_mergeable_ranks()]
+        return cls(tokens, specials, SPLIT_PATTERN)
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -104,8 +102,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of ordinary text; a special token that it spells out stays plain text."""
-        if len(text) < MAX_BLANKS and _is_utf8(text):
-            return self._encoding.encode_ordinary(text)
+        try:
+            text.encode()
+            if len(text) < MAX_BLANKS:
+                return self._encoding.encode_ordinary(text)
+        except UnicodeEncodeError:
+            pass  # lone surrogates
         ids, start = [], 0
         for odd in ODD.finditer(text):
             ids += self._encoding.encode_ordinary(text[start : odd.start()])
@@ -137,14 +139,6 @@ class Tokenizer:
     def token_bytes(self) -> list[int]:
         """For each id the number of raw bytes it stands for, 0 for specials."""
         return [len(token) for token in self._tokens] + [0] * len(self.specials)
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _checksum(saved: dict) -> str:
@@ -264,11 +258,12 @@ def _render(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             for part in parts:
                 piece = tokenizer.encode(part["text"])
-                if part["type"] == "python":
-                    piece = [tokens.python_start, *piece, tokens.python_end]
-                elif part["type"] == "python_output":
-                    piece = [tokens.output_start, *piece, tokens.output_end]
-                add(piece, int(part["type"] != "python_output"))
+                if part["type"] == "text":
+                    add(piece, 1)
+                elif part["type"] == "python":
+                    add([tokens.python_start, *piece, tokens.python_end], 1)
+                else:
+                    add([tokens.output_start, *piece, tokens.output_end], 0)
             add([tokens.assistant_end], 1)
     return ids, mask
 
@@ -284,12 +279,12 @@ def render_choices(question: str, choices: Sequence[str]) -> str:
 
 def visualize(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> str:
     """The decoded conversation, green where the mask is 1 (in square brackets with NO_COLOR)."""
-    colours = ("\033[32m", "\033[0m", "\033[90m", "\033[0m")  # green, grey
-    marks = ("[", "]", "", "") if os.environ.get("NO_COLOR") else colours
+    forms = ("\033[90m{}\033[0m", "\033[32m{}\033[0m")  # grey, green
+    if os.environ.get("NO_COLOR"):
+        forms = ("{}", "[{}]")
     text = ""
     for learned, run in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
-        start, end = marks[:2] if learned else marks[2:]
-        text += start + tokenizer.decode([id for id, _ in run]) + end
+        text += forms[learned].format(tokenizer.decode([id for id, _ in run]))
     return text
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer against a naive BPE written here; conversations against ids and masks by hand."""
+"""The tokenizer against a naive BPE; conversations against ids and masks written by hand."""
 
 import json
 import random
@@ -21,6 +21,7 @@ from nanochat.tokenizer import (
     render_prompt,
     visualize,
 )
+from tests.test_rustbpe import naive_train, replace
 
 SPECIALS = ("<|bos|>", "<|end|>")
 TEXTS = [
@@ -35,47 +36,19 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(TEXTS, 350, SPECIALS)
 
 
-def naive_merges(texts: list[str], num_merges: int) -> list[bytes]:
-    """The oracle: recount every pair after each merge; ties go to the smaller pair of ids."""
-    pieces = [
-        [bytes([b]) for b in m.encode()] for t in texts for m in regex.findall(SPLIT_PATTERN, t)
-    ]
-    tokens = [bytes([b]) for b in range(256)]
-    for _ in range(num_merges):
-        counts: dict[tuple[bytes, bytes], int] = {}
-        for piece in pieces:
-            for pair in zip(piece, piece[1:], strict=False):
-                counts[pair] = counts.get(pair, 0) + 1
-        best = min(counts, key=lambda p: (-counts[p], tokens.index(p[0]), tokens.index(p[1])))
-        tokens.append(best[0] + best[1])
-        pieces = [merge(piece, best) for piece in pieces]
-    return tokens
-
-
-def merge(piece: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
-    merged, i = [], 0
-    while i < len(piece):
-        if tuple(piece[i : i + 2]) == pair:
-            merged.append(pair[0] + pair[1])
-            i += 2
-        else:
-            merged.append(piece[i])
-            i += 1
-    return merged
-
-
 def test_training_and_encoding_equal_naive_bpe():
     tokenizer = Tokenizer.train(TEXTS, 300 + len(SPECIALS), SPECIALS)
-    tokens = naive_merges(TEXTS, 44)
+    tokens, _ = naive_train(TEXTS, 300)
     assert [tokenizer.decode_bytes([i]) for i in range(300)] == tokens
     for text in [*TEXTS, "then the hathen 99 hens'll they're café"]:
-        pieces = [[bytes([b]) for b in m.encode()] for m in regex.findall(SPLIT_PATTERN, text)]
-        for token in tokens[256:]:
+        pieces = [[*piece.encode()] for piece in regex.findall(SPLIT_PATTERN, text)]
+        for id, token in enumerate(tokens[256:], start=256):
             # The pair behind a token is not stored: every split of it into two tokens is tried.
             for cut in range(1, len(token)):
                 if token[:cut] in tokens and token[cut:] in tokens:
-                    pieces = [merge(piece, (token[:cut], token[cut:])) for piece in pieces]
-        assert tokenizer.encode(text) == [tokens.index(t) for piece in pieces for t in piece]
+                    pair = tokens.index(token[:cut]), tokens.index(token[cut:])
+                    pieces = [replace(piece, pair, id) for piece in pieces]
+        assert tokenizer.encode(text) == [id for piece in pieces for id in piece]
 
 
 def test_numbers_are_cut_to_two_digits():
@@ -170,19 +143,17 @@ def test_missing_or_damaged_file_is_one_line(tokenizer: Tokenizer, tmp_path):
         Tokenizer.load(tmp_path)
 
 
+TOOL_PARTS = [
+    {"type": "text", "text": "It is "},
+    {"type": "python", "text": "2+3"},
+    {"type": "python_output", "text": "5"},
+    {"type": "text", "text": "5."},
+]
 TOOL_CHAT = {
     "messages": [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "2+3?"},
-        {
-            "role": "assistant",
-            "content": [
-                {"type": "text", "text": "It is "},
-                {"type": "python", "text": "2+3"},
-                {"type": "python_output", "text": "5"},
-                {"type": "text", "text": "5."},
-            ],
-        },
+        {"role": "assistant", "content": TOOL_PARTS},
         {"role": "user", "content": "Sure?"},
         {"role": "assistant", "content": "Yes"},
     ]
@@ -195,8 +166,21 @@ def letters() -> Tokenizer:
     return Tokenizer.train(["x"], 256 + len(SPECIAL_TOKENS), SPECIAL_TOKENS)
 
 
-def by_hand(letters: Tokenizer, text: str) -> tuple[list[int], list[int]]:
-    """Ids and mask of a text with special tokens in it; what is in [brackets] is learned."""
+def test_the_nine_special_tokens_in_order(letters: Tokenizer):
+    names = "bos user_start user_end assistant_start assistant_end python_start python_end"
+    names = [*names.split(), "output_start", "output_end"]
+    assert [f"<|{name}|>" for name in names] == list(SPECIAL_TOKENS)
+    assert chat_tokens(letters) == tuple(range(256, 265))
+    assert chat_tokens(letters).bos == letters.bos_id
+
+
+def test_golden_ids_and_mask_with_tool_parts(letters: Tokenizer):
+    text = (  # what is in [brackets] is learned
+        "<|bos|><|user_start|>Be brief.\n\n2+3?<|user_end|>"
+        "<|assistant_start|>[It is <|python_start|>2+3<|python_end|>]"
+        "<|output_start|>5<|output_end|>[5.<|assistant_end|>]"
+        "<|user_start|>Sure?<|user_end|><|assistant_start|>[Yes<|assistant_end|>]"
+    )
     ids, mask, learned = [], [], 0
     for piece in re.split(r"(<\|\w+\|>|[\[\]])", text):
         if piece in ("[", "]"):
@@ -205,30 +189,8 @@ def by_hand(letters: Tokenizer, text: str) -> tuple[list[int], list[int]]:
         found = [letters.specials[piece]] if piece in SPECIAL_TOKENS else list(piece.encode())
         ids += found
         mask += [learned] * len(found)
-    return ids, mask
-
-
-def test_the_nine_special_tokens_in_order(letters: Tokenizer):
-    assert (
-        *("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"),
-        *("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"),
-    ) == SPECIAL_TOKENS
-    tokens = chat_tokens(letters)
-    for name in SPECIAL_TOKENS:
-        assert getattr(tokens, name.strip("<|>")) == letters.specials[name]
-    assert tokens.bos == letters.bos_id
-
-
-def test_golden_ids_and_mask_with_tool_parts(letters: Tokenizer):
-    expected = by_hand(
-        letters,
-        "<|bos|><|user_start|>Be brief.\n\n2+3?<|user_end|>"
-        "<|assistant_start|>[It is <|python_start|>2+3<|python_end|>]"
-        "<|output_start|>5<|output_end|>[5.<|assistant_end|>]"
-        "<|user_start|>Sure?<|user_end|><|assistant_start|>[Yes<|assistant_end|>]",
-    )
     before = json.dumps(TOOL_CHAT)
-    assert render_conversation(letters, TOOL_CHAT) == expected
+    assert render_conversation(letters, TOOL_CHAT) == (ids, mask)
     assert json.dumps(TOOL_CHAT) == before, "rendering must not change the conversation"
 
 
@@ -263,16 +225,6 @@ SYSTEM = {"role": "system", "content": "be"}
 
 
 @pytest.mark.parametrize(
-    "messages",
-    [[USER], [USER, REPLY], [SYSTEM, USER], [SYSTEM, USER, REPLY, USER], [USER, REPLY] * 3],
-)
-def test_good_conversations_pass(letters: Tokenizer, messages: list):
-    ids, mask = render_conversation(letters, {"messages": messages})
-    assert len(ids) == len(mask)
-    assert sum(mask) == 3 * messages.count(REPLY)  # two letters and the end of the turn
-
-
-@pytest.mark.parametrize(
     ("conversation", "complaint"),
     [
         ([USER, REPLY], '"messages"'),
@@ -287,16 +239,10 @@ def test_good_conversations_pass(letters: Tokenizer, messages: list):
         ({"messages": [USER, {"role": "assistant"}]}, "message 1 is not an object"),
         ({"messages": [USER, "ho"]}, "message 1 is not an object"),
         ({"messages": [{"role": "user", "content": None}]}, "message 0 .*a string$"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}, "message 0"),
-        ({"messages": [USER, {"role": "assistant", "content": 3}]}, "message 1 .*list of parts"),
-        (
-            {"messages": [USER, {"role": "assistant", "content": [{"type": "image", "text": ""}]}]},
-            "message 1, part 0",
-        ),
-        (
-            {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": 1}]}]},
-            "message 1, part 0",
-        ),
+        ({"messages": [USER | {"content": [{"type": "text", "text": "x"}]}]}, "message 0"),
+        ({"messages": [USER, REPLY | {"content": 3}]}, "message 1 .*list of parts"),
+        ({"messages": [USER, REPLY | {"content": [{"type": "image", "text": ""}]}]}, "1, part 0"),
+        ({"messages": [USER, REPLY | {"content": [{"type": "text", "text": 1}]}]}, "1, part 0"),
     ],
 )
 def test_bad_conversations_name_the_message(letters: Tokenizer, conversation, complaint: str):
@@ -321,28 +267,20 @@ def test_visualize_marks_what_is_learned(letters: Tokenizer, monkeypatch):
     assert visualize(letters, ids, mask) == f"{question}[né<|assistant_end|>]"
 
 
-def test_command_line_shows_one_line_of_a_file(letters: Tokenizer, tmp_path, monkeypatch, capsys):
+def test_command_line_shows_one_line_as_the_model_of_a_run_sees_it(
+    letters: Tokenizer, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setenv("NO_COLOR", "1")
-    letters.save(tmp_path / "tokenizer")
+    letters.save(tmp_path / "sft/d2/tokenizer")
     file = tmp_path / "chats.jsonl"
     file.write_text("not JSON\n" + json.dumps({"messages": [USER, REPLY]}) + "\n")
-    main(Config(file=file, index=1))
+    with pytest.raises(UserError, match="no tokenizer in"):
+        main(Config(file=file, index=1))
+    main(Config(file=file, index=1, tokenizer="sft/d2"))
     assert capsys.readouterr().out.endswith("<|assistant_start|>[ho<|assistant_end|>]\n")
     for index in (0, 2):
         with pytest.raises(UserError, match=f"line {index} cannot be read"):
-            main(Config(file=file, index=index))
-
-
-def test_command_line_shows_what_a_run_of_another_tokenizer_sees(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr("nanochat.tokenizer.visualize", lambda _, ids, mask: f"{len(ids)} ids")
-    Tokenizer.train(["hi hi ho ho"], 300, SPECIAL_TOKENS).save(tmp_path / "tokenizer")
-    Tokenizer.train(["x"], 265, SPECIAL_TOKENS).save(tmp_path / "sft/d2/tokenizer")
-    file = tmp_path / "chats.jsonl"
-    file.write_text(json.dumps({"messages": [USER, REPLY]}) + "\n")
-    for name, said in (("", "8 ids"), ("sft/d2", "9 ids")):
-        main(Config(file=file, tokenizer=name))
-        assert capsys.readouterr().out == said + "\n"
+            main(Config(file=file, index=index, tokenizer="sft/d2"))
     with pytest.raises(UserError, match="--tokenizer=sft/d3: no .*; name a run such as sft/d20"):
         main(Config(file=file, tokenizer="sft/d3"))

@@ -4,7 +4,7 @@ The map, in pipeline order. A module imports only from modules above it, and `da
 the package `primer`, the embedded world. `tasks` import from all of these, `scripts` from both.
 tests/test_layout.py reads this list and holds the order.
 
-    common         folders, whole-file writes, user errors; device, ranks, seeds; how a script starts
+    common         folders, whole-file writes, user errors; device, ranks; how a script starts
     tokenizer      text <-> ids; conversation -> ids and loss mask; alone spells special tokens
     dataset        corpora of parquet shards: download, import a folder, write the primer, read
     dataloader     documents or conversations -> packed (B, T) batches, the same on 1 or N ranks

@@ -55,9 +55,8 @@ class Dice(random.Random):
 
     def __init__(self, split: str, kind: str, index: int) -> None:
         """Seeded with the name of the item, which random.Random hashes the same everywhere."""
-        assert split in ("train", "val", "test"), (
-            split
-        )  # val and test share what is kept from train
+        # val and test share what is kept from train
+        assert split in ("train", "val", "test"), split
         super().__init__(f"{split}/{kind}/{index}")
         self.split = split
 

@@ -42,7 +42,6 @@ from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 Model = tuple[GPTConfig, hf_export.Weights, Tokenizer, int]  # the last is the step
-WANTED = ["model*", "meta_*.json", "tokenizer*", "config.json"]  # of a model on the hub
 
 
 @dataclass
@@ -87,12 +86,13 @@ def find_folder(source: str) -> Path:
         return folder
     from huggingface_hub import snapshot_download  # takes half a second
 
-    download = partial(snapshot_download, allow_patterns=WANTED)
+    wanted = ["model*", "meta_*.json", "tokenizer*", "config.json"]
+    download = partial(snapshot_download, allow_patterns=wanted)
     return Path(trying(download, source, "is no folder here, and cannot be downloaded"))
 
 
 def read_weights(path: Path) -> hf_export.Weights:
-    """Our name -> tensor, of model_NNNNNN.pt."""
+    """Our name -> tensor, from model_NNNNNN.pt."""
     weights = {}
     for name, tensor in torch.load(path, "cpu", weights_only=True, mmap=True).items():
         name = name.removeprefix("_orig_mod.").removeprefix("transformer.")
@@ -101,7 +101,7 @@ def read_weights(path: Path) -> hf_export.Weights:
 
 
 def read_meta(path: Path) -> GPTConfig:
-    """The architecture that meta_NNNNNN.json tells."""
+    """The architecture in meta_NNNNNN.json."""
     sizes = json.loads(path.read_text())["model_config"]
     if {name: type(size) for name, size in sizes.items()} != dict.fromkeys(SIZES, int):
         raise ValueError(f"its model_config is not a whole number for each of {', '.join(SIZES)}")
@@ -109,7 +109,7 @@ def read_meta(path: Path) -> GPTConfig:
 
 
 def make_tokenizer(ranks: dict[bytes, int], specials: dict[str, int], pattern: str) -> Tokenizer:
-    """The tokenizer of these ids, if it is one that chats can be written in."""
+    """The tokenizer of these ids. Raises ValueError unless it has nanochat's special tokens."""
     tokens, names = sorted(ranks, key=ranks.__getitem__), sorted(specials, key=specials.__getitem__)
     ids = [*(ranks[token] for token in tokens), *(specials[name] for name in names)]
     if ids != list(range(len(ids))) or tuple(names) != SPECIAL_TOKENS:
@@ -118,7 +118,6 @@ def make_tokenizer(ranks: dict[bytes, int], specials: dict[str, int], pattern: s
 
 
 def read_pickle(path: Path) -> Tokenizer:
-    """tokenizer.pkl."""
     with path.open("rb") as file:
         state = EncodingUnpickler(file).load().state
     return make_tokenizer(state["mergeable_ranks"], state["special_tokens"], state["pat_str"])

@@ -39,8 +39,8 @@ from scripts.export_hf import Config, main
 CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
 CORPUS = [
     "The hen sat on the hay; the hat is on the hen. It's 12345 o'clock, isn't it? We'll see.\n" * 4,
-    "naïve café, Straße, Ελλάδα, Привет, мир! 日本語のテキスト 你好，世界 안녕하세요 مرحبا بالعالم नमस्ते"
-    * 3,
+    "naïve café, Straße, Ελλάδα, Привет, мир! 日本語のテキスト 你好，世界 안녕하세요 "
+    "مرحبا بالعالم नमस्ते" * 3,
     "def f(x):\n    return x**2 + 3*x\n\n\nprint(f(10), f(2024))\n" * 3 + "👩‍🚀🚀👨‍👩‍👧‍👦 🇳🇴",
 ]
 # 500 is no multiple of 64, so there are rows of padding.

@@ -15,14 +15,16 @@ from tasks.humaneval import HumanEval, complete
 
 ROW = {  # of openai/openai_humaneval, MIT
     "task_id": "HumanEval/53",
-    "prompt": '\n\ndef add(x: int, y: int):\n    """Add two numbers x and y\n    >>> add(2, 3)\n    5\n'
-    '    >>> add(5, 7)\n    12\n    """\n',
+    "prompt": '\n\ndef add(x: int, y: int):\n    """Add two numbers x and y\n'
+    '    >>> add(2, 3)\n    5\n    >>> add(5, 7)\n    12\n    """\n',
     "entry_point": "add",
     "canonical_solution": "    return x + y\n",
     "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    import random\n\n"
-    "    assert candidate(0, 1) == 1\n    assert candidate(1, 0) == 1\n    assert candidate(2, 3) == 5\n"
-    "    assert candidate(5, 7) == 12\n    assert candidate(7, 5) == 12\n\n    for i in range(100):\n"
-    "        x, y = random.randint(0, 1000), random.randint(0, 1000)\n        assert candidate(x, y) == x + y\n\n",
+    "    assert candidate(0, 1) == 1\n    assert candidate(1, 0) == 1\n"
+    "    assert candidate(2, 3) == 5\n    assert candidate(5, 7) == 12\n"
+    "    assert candidate(7, 5) == 12\n\n    for i in range(100):\n"
+    "        x, y = random.randint(0, 1000), random.randint(0, 1000)\n"
+    "        assert candidate(x, y) == x + y\n\n",
 }
 # Like HumanEval/32: an import and a helper in the prompt, which the program and the checks use.
 HELPED = {
@@ -31,7 +33,8 @@ HELPED = {
     'def quarter(x):\n    """A fourth of x, rounded down twice."""\n',
     "entry_point": "quarter",
     "canonical_solution": "    return half(half(x))\n",
-    "test": "def check(candidate):\n    for x in range(9):\n        assert candidate(x) == half(half(x))\n",
+    "test": "def check(candidate):\n    for x in range(9):\n"
+    "        assert candidate(x) == half(half(x))\n",
 }
 
 

@@ -1,4 +1,4 @@
-"""From text to a chat answer at depth 2: every stage, through the command lines that a user types."""
+"""From text to a chat answer at depth 2: every stage, by the command lines that a user types."""
 
 import json
 import os
@@ -11,10 +11,8 @@ import pytest
 from nanochat.trainer import read_metrics
 
 SIZES = "--device_type=cpu --model_tag=tiny"
-BASE = "--depth=2 --aspect_ratio=16 --head_dim=16 --max_seq_len=128 --window_pattern=SL --num_iterations=20"
-BATCH = (
-    "--total_batch_size=512 --device_batch_size=4 --eval_every=10 --eval_tokens=512 --log_every=5"
-)
+BASE = "--depth=2 --aspect_ratio=16 --head_dim=16 --max_seq_len=128 --num_iterations=20"
+BATCH = "--total_batch_size=512 --device_batch_size=4 --eval_every=10 --eval_tokens=512"
 CHAT = f"{SIZES} {BATCH} --mixture=primer --num_iterations=10 --max-seq-len=128"
 STAGES = {
     "corpus": "nanochat.dataset --corpus=primer --num-documents=400",
@@ -25,9 +23,11 @@ STAGES = {
     "base eval": f"scripts.base_eval {SIZES} -a primer-choice --max_per_task=8",
     "mid": f"scripts.mid_train {CHAT}",
     "sft": f"scripts.chat_sft {CHAT}",
-    "rl": f"scripts.chat_rl {SIZES} --num_steps=2 --questions_per_step=2 --num_samples=2 --max_tokens=16 "
-    "--num_slots=4 --eval_every=1 --eval_problems=4 --task=primer-arithmetic --eval_samples=1",
-    "chat eval": f"scripts.chat_eval {SIZES} -i rl -a primer-choice|primer-arithmetic --max_problems=4 --max_tokens=16",
+    "rl": f"scripts.chat_rl {SIZES} --num_steps=2 --questions_per_step=2 --num_samples=2 "
+    "--max_tokens=16 --num_slots=4 --eval_every=1 --eval_problems=4 --task=primer-arithmetic "
+    "--eval_samples=1",
+    "chat eval": f"scripts.chat_eval {SIZES} -i rl -a primer-choice|primer-arithmetic "
+    "--max_problems=4 --max_tokens=16",
     "report": "nanochat.report generate",
 }
 

@@ -105,7 +105,7 @@ def test_ends_of_the_interval_never_pick_the_impossible() -> None:
 
 
 def test_rows_do_not_see_their_mates() -> None:
-    """Whatever the settings and logits of its mates, ties and NaN included, a row's id is the same."""
+    """Whatever the settings and logits of its mates, NaN included, a row's id is the same."""
     random_ = random.Random(1)
     own = random_logits(1, seed=9, vocab_size=500).bfloat16().float()  # bf16: many ties
     for trial in range(60):

@@ -91,7 +91,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def write_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteRows:
-    """Writes the rows of a split such as "openai/gsm8k/main/train" where NANOCHAT_DATASETS points."""
+    """Writes the rows of a split such as "openai/gsm8k/main/train" into NANOCHAT_DATASETS."""
     monkeypatch.setenv("NANOCHAT_DATASETS", str(tmp_path))
 
     def write(split: str, rows: list) -> None:

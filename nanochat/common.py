@@ -1,29 +1,13 @@
-"""Ground that every file stands on: folders, whole-file writes, user errors, device and ranks, command lines.
+"""The ground that all stands on: folders, files, errors, device and ranks, command lines.
 
-Where each artifact lives, how a file appears whole or not at all, and how a user's mistake is told.
+All artifacts lie under `$NANOCHAT_BASE_DIR` (default `~/.cache/nanochat`); nothing else joins these
+names. A written file is fsynced, renamed into place, and its *folder* fsynced: a rename is durable
+only once the directory entry is. `set_up` is a script's first call; under torchrun it joins one
+process group (nccl on GPUs, gloo on CPUs). A CPU computes in fp32, even one with bf16 matrix
+instructions: a small model's step is bound by what lies between its matmuls (dev/LOG.md).
 
-Everything that nanochat makes lies under one folder, `$NANOCHAT_BASE_DIR` (default `~/.cache/nanochat`):
-corpora, the tokenizer, one folder per training run, the report. Nothing else in the code base joins
-these names.
-
-The choice that would surprise: a written file is fsynced, renamed into place, and then its *folder* is
-fsynced too, since a rename is only durable once the directory entry is (PostgreSQL calls the same
-sequence `durable_rename`).
-
-What a run stands on: device, compute dtype, ranks, seeds, and the code's revision.
-
-`set_up` is the first call of every script. Under torchrun it joins one flat process group (nccl on GPUs, gloo on
-CPUs); started plainly it is one rank of one.
-
-The choice that would surprise: a CPU computes in fp32, even one with bf16 matrix instructions. Its matmuls would
-be faster, but a small model's step is bound by what lies between them (dev/LOG.md); `--dtype=bfloat16` is there.
-
-Peak figures: vendor data sheets, dense (no sparsity). A device that is not listed is measured with a matmul.
-
-The command line of a script: the flags that several share, what their values may be, and `run_script`.
-
-A script's flags are the fields of its `Config`; tyro reads them, and each field's comment is its line in --help. What
-a value may be stands in its type (`Count`, `Share`, ...), and is checked before anything begins.
+A script's flags are the fields of its `Config`, and each field's comment is its line in --help;
+what a value may be stands in its type (`Count`, `Share`, ...) and is checked before anything begins.
 """
 
 import ctypes
@@ -51,11 +35,33 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
+T = TypeVar("T")
 FOLDER_NAME = r"\w[\w.-]*"  # what a corpus and a run may be called: it leads nowhere else
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
+# Words of the device name -> dense bf16 peak in FLOP/s (vendor data sheets, no sparsity).
+PEAK_BF16_FLOPS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "GH200": 990e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
 
 
 class UserError(ValueError):
-    """What a user caused and can mend: one line that says what is wrong and which command mends it."""
+    """What a user caused and can mend: one line that says what is wrong and what mends it."""
 
 
 def base_dir() -> Path:
@@ -115,32 +121,6 @@ def write_file(path: Path, content: str | bytes) -> None:
     fsync(path.parent)
 
 
-T = TypeVar("T")
-
-# Words of the device name -> dense bf16 peak in FLOP/s (vendor data sheets).
-PEAK_BF16_FLOPS = {
-    "GB200": 2.5e15,
-    "B200": 2.25e15,
-    "GH200": 990e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-}
-CHECKOUT = Path(__file__).resolve().parent
-PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
 @dataclass(frozen=True)
 class Runtime:
     """What a script needs to know of the machine; made once by `set_up`."""
@@ -161,8 +141,9 @@ class Runtime:
 def git_revision() -> str:
     """The revision of the checkout, `-dirty` when it was changed, `unknown` outside one."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    checkout = Path(__file__).parent
     try:
-        found = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+        found = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
         return found.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -180,74 +161,45 @@ def progress_bar(parts: Iterable[T], unit: str, total: int | None = None) -> Ite
     return tqdm(parts, unit=unit, total=total, disable=hidden, leave=False)
 
 
-def choose_device(device_type: str) -> str:
-    """`device_type` itself, or the best one present when it is empty.
+def set_up(device_type: str = "", dtype: str = "auto", seed: int = 0) -> Runtime:
+    """Choose device and dtype, join the process group when torchrun started us, and seed.
 
+    Empty `device_type`: the best there is. `dtype` auto: what trains fastest without loss scaling.
     Raises UserError for a device that is not there.
     """
-    present = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if not device_type:
-        return next(name for name, there in present.items() if there)
-    if device_type not in present:
-        raise UserError(
-            f"--device_type={device_type} is unknown; choose one of {', '.join(present)}"
-        )
-    if not present[device_type]:
-        raise UserError(
-            f"--device_type={device_type}: torch sees no such device; use --device_type=cpu"
-        )
-    return device_type
-
-
-def choose_dtype(device: torch.device, dtype: str) -> torch.dtype:
-    """The dtype named, or the one that trains fastest on `device` without loss scaling."""
-    if dtype != "auto":
-        if dtype not in DTYPES:
-            raise UserError(f"--dtype={dtype} is unknown; choose auto, {' or '.join(DTYPES)}")
-        return DTYPES[dtype]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float32
-    return torch.float32
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's and torch's generators; streams that matter (data, sampling) carry seeds of their own."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def set_up(device_type: str = "", dtype: str = "auto", seed: int = 0) -> Runtime:
-    """Choose the device, join the process group when torchrun started us, and seed.
-
-    Raises UserError for an unknown or missing device.
-    """
-    kind = choose_device(device_type)
+    backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
+    kind = device_type or next(name for name in backends if backends[name].is_available())
+    if not backends[kind].is_available():
+        raise UserError(f"--device_type={kind}: torch sees no such device; use --device_type=cpu")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = (
-        torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
-        if kind == "cuda"
-        else torch.device(kind)
-    )
+    device, name = torch.device(kind), kind
     if kind == "cuda":
+        device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
+        name = torch.cuda.get_device_name(device)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+    if dtype == "auto":
+        fast = kind == "cuda" and torch.cuda.get_device_capability()[0] >= 8
+        dtype = "bfloat16" if fast else "float32"
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        # Torchrun gives each rank a session of its own: when it is killed, they would go on and hold the run.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        direct = (
-            os.getsid(0) == os.getpid()
-        )  # or it started a script that started us, and leads the session
-        if direct and "torch" not in Path(f"/proc/{os.getppid()}/cmdline").read_text():
-            sys.exit("torchrun died while this rank was starting")
+        die_with_torchrun()
     if world_size > 1 and not dist.is_initialized():
         join_ranks("nccl" if kind == "cuda" else "gloo")
-    seed_everything(seed)
-    name = torch.cuda.get_device_name(device) if kind == "cuda" else kind
-    return Runtime(device, choose_dtype(device, dtype), rank, world_size, name)
+    random.seed(seed)
+    torch.manual_seed(seed)
+    return Runtime(device, DTYPES[dtype], rank, world_size, name)
+
+
+def die_with_torchrun() -> None:
+    """Let the kernel kill this rank when torchrun dies, which it would outlive and hold the run.
+
+    Torchrun gives each rank a session of its own, so no signal to its group reaches them.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # It may have died already. (The child of a script that torchrun started cannot tell.)
+    leads_session = os.getsid(0) == os.getpid()
+    if leads_session and "torch" not in Path(f"/proc/{os.getppid()}/cmdline").read_text():
+        sys.exit("torchrun died while this rank was starting")
 
 
 def join_ranks(backend: str) -> None:
@@ -255,13 +207,13 @@ def join_ranks(backend: str) -> None:
     timeout = timedelta(seconds=dist_timeout())
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
-        # On one machine torchrun keeps the store over a restart, with the addresses of the ranks that died.
+        # On one machine torchrun keeps the store over a restart, with addresses of ranks that died.
         store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def dist_timeout() -> float:
-    """Seconds that a rank waits for another one before it takes it for dead; `NANOCHAT_TIMEOUT`, default 900."""
+    """Seconds after which a rank takes another one for dead; `NANOCHAT_TIMEOUT`, default 900."""
     return float(os.environ.get("NANOCHAT_TIMEOUT") or 900)
 
 
@@ -313,19 +265,15 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def measure_flops(
-    device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.5
-) -> float:
-    """FLOP/s of a square matmul on this device: the yardstick where no data sheet is known.
-
-    The fastest of many, so that a busy machine does not make the peak look low.
-    """
-    left, right = torch.randn(2, size, size, device=device, dtype=dtype).unbind(0)
-    start, best = time.perf_counter(), float("inf")
-    while time.perf_counter() - start < seconds:
+def measure_flops(runtime: Runtime) -> float:
+    """FLOP/s of a matmul on this device: the fastest in half a second, since it may be busy."""
+    size, best = 1024, float("inf")
+    left, right = torch.randn(2, size, size, device=runtime.device, dtype=runtime.dtype)
+    start = time.perf_counter()
+    while time.perf_counter() - start < 0.5:
         begin = time.perf_counter()
         torch.mm(left, right)
-        synchronize(device)
+        synchronize(runtime.device)
         best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best
 
@@ -337,18 +285,18 @@ def peak_flops(runtime: Runtime) -> tuple[float, str]:
         if re.search(rf"\b{name}\b(?! (Laptop|D)\b)", runtime.device_name):
             return flops, f"{name} dense bf16 data sheet"
     dtype = str(runtime.dtype).removeprefix("torch.")
-    return measure_flops(
-        runtime.device, runtime.dtype
-    ), f"{dtype} matmul measured on this {runtime.device_name}"
+    return measure_flops(runtime), f"{dtype} matmul measured on this {runtime.device_name}"
 
 
-# Flags that choose a checkpoint, and their short names.
-Source = Annotated[str, tyro.conf.arg(aliases=["-i"])]
+# Types of flags: what a value may be, and short names of those that choose a checkpoint.
+Source = Annotated[Literal["base", "mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
 ChatSource = Annotated[Literal["mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
 TagName = Annotated[str, Field(pattern=rf"^({FOLDER_NAME})?$")]
 Tag = Annotated[TagName, tyro.conf.arg(aliases=["-g"])]
 StepNumber = Annotated[int | None, tyro.conf.arg(aliases=["-s"])]
 
+DeviceType = Annotated[str, Field(pattern="^(cpu|cuda|mps)?$")]
+Dtype = Annotated[str, Field(pattern="^(auto|float32|bfloat16)$")]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Derived = Literal[-1] | Count  # -1: it follows from other flags
@@ -362,13 +310,11 @@ Temperature = Annotated[float, Field(ge=0, le=100)]
 # What is wrong with the machine or a path, and not with the program.
 MACHINE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
 
-Config = TypeVar("Config")
 
+def run_script(main: Callable[[T], None], config: type[T]) -> None:
+    """Run `main` on the parsed command line; --help begins with the script's docstring.
 
-def run_script(main: Callable[[Config], None], config: type[Config]) -> None:
-    """Run `main` on the parsed command line; what a user can mend becomes one line on stderr and exit code 1.
-
-    --help begins with what the script's docstring says.
+    What a user can mend becomes one line on stderr and exit code 1.
     """
     parsed = tyro.cli(config, description=main.__globals__["__doc__"])
     try:
@@ -379,9 +325,8 @@ def run_script(main: Callable[[Config], None], config: type[Config]) -> None:
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
             raise
-        sys.exit(
-            f"error: {error.filename or 'a file'}: {error.strerror}; make room or choose another path"
-        )
+        path = error.filename or "a file"
+        sys.exit(f"error: {path}: {error.strerror}; make room or choose another path")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,10 +1,8 @@
 """Train a model on conversations: what midtraining and supervised finetuning share.
 
-The two stages differ in where the weights come from, what they read and how large their steps are; their scripts
-say that. How a step is made is said once, here.
-
-The choice that would surprise: the learning rate follows the share of the conversations that is packed, not a
-number of steps, because how many rows the conversations fill is only known once they are packed.
+The two stages differ in where the weights come from, what they read, and how large their steps
+are; their scripts say that. The learning rate follows the share of the conversations that is
+packed, not a number of steps: how many rows they fill is only known once they are packed.
 """
 
 from collections.abc import Sequence
@@ -18,6 +16,8 @@ from nanochat.checkpoint import load_model
 from nanochat.common import (
     Count,
     Derived,
+    DeviceType,
+    Dtype,
     Positive,
     Rows,
     Runtime,
@@ -30,11 +30,11 @@ from nanochat.common import (
     set_up,
 )
 from nanochat.core_eval import evaluate_bpb
-from nanochat.dataloader import ChatSource, Loader
+from nanochat.dataloader import IGNORED, ChatSource, Loader
 from nanochat.gpt import GPT
 from nanochat.scaling import lr_multiplier_at, make_optimizer
 from nanochat.tokenizer import Conversation, Tokenizer
-from nanochat.trainer import TrainRun, accumulate, batch_rows, compile_for_training, row_choices
+from nanochat.trainer import Run, batch_rows, compile_for_training, row_choices
 
 MOMENTUM = 0.95  # of Muon; constant, since a stage starts from a trained model
 
@@ -59,8 +59,8 @@ class FinetuneConfig:
     lr_scale: Positive = 1.0  # times the learning rates of pretraining
     warmdown: Share = 0.2  # last part of the run, in which the learning rate falls to 0
     # machine
-    device_type: str = ""  # cpu, cuda or mps; empty: the best there is
-    dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best there is
+    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on a GPU
     seed: int = 0  # of the order of the conversations
     # the run
@@ -83,9 +83,10 @@ def validate(
     seq_len: int,
     device_rows: int,
 ) -> float:
-    """Bits per byte of what the assistant says in the first `eval_tokens` tokens of `conversations`.
+    """Bits per byte of what the assistant says in the first tokens of `conversations`.
 
-    Batches have `num_rows` rows of `seq_len` tokens over all ranks; a device takes `device_rows` at once.
+    Batches have `num_rows` rows of `seq_len` tokens over all ranks; a device takes `device_rows`
+    at once.
     """
     source = ChatSource(tokenizer, conversations, num_epochs=None, quiet=True)
     loader = Loader(source, num_rows, seq_len, runtime)
@@ -98,7 +99,10 @@ def validate(
 def finetune(
     stage: str, cfg: FinetuneConfig, train: Sequence[Conversation], val: Sequence[Conversation]
 ) -> dict[str, Any] | None:
-    """Train `stage` on `train` from the checkpoint that `cfg` names; returns the results, None if done before."""
+    """Train `stage` on `train` from the checkpoint that `cfg` names.
+
+    Returns the results, None if the run was finished before.
+    """
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
     model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime, train=True)
     print0(f"{stage} from {meta['name']}")
@@ -107,24 +111,27 @@ def finetune(
     num_rows = batch_rows(cfg.total_batch_size, seq_len)
     choices = row_choices(num_rows, cfg.device_batch_size, seq_len, model.config, runtime)
 
-    with TrainRun(stage, meta["model_tag"], settings, runtime) as run:
-        if run.finished:
+    with Run(stage, meta["model_tag"], settings, runtime) as run:
+        if run.is_finished:
             return None
         optimizer = make_optimizer(model, cfg.total_batch_size, 1, runtime.rank, runtime.world_size)
-        state = run.restore(model, optimizer)
+        resumed_state = run.restore(model, optimizer)
         num_epochs = None if cfg.num_iterations > 0 else cfg.num_epochs
         source = ChatSource(tokenizer, train, num_epochs, cfg.seed)
-        loader = Loader(source, num_rows, seq_len, runtime, state)
+        loader = Loader(source, num_rows, seq_len, runtime, resumed_state)
         run.at_exit.callback(loader.close)
-        compiled, run.rows = compile_for_training(
-            model.train(), cfg.compile, choices, seq_len, run.guard
+        compiled, rows = compile_for_training(
+            model.train(), cfg.compile, choices, seq_len, runtime.device
         )
         print0(f"{len(train):,} conversations, {num_rows} rows of {seq_len} tokens a step")
-        run.begin(model, tokenizer)
+        meter = run.start(model, tokenizer, rows)
         while True:
-            if run.step > 0 and run.due(cfg.save_every):
-                run.save(model, optimizer, loader.state)
-            if run.due(cfg.eval_every):
+            if run.should_stop():
+                run.save(model, optimizer, meter, loader)
+                run.stop()
+            if run.is_due(cfg.save_every):
+                run.save(model, optimizer, meter, loader)
+            if run.is_due(cfg.eval_every):
                 bpb = validate(
                     model,
                     tokenizer,
@@ -133,22 +140,34 @@ def finetune(
                     eval_tokens=cfg.eval_tokens,
                     num_rows=num_rows,
                     seq_len=seq_len,
-                    device_rows=run.rows,
+                    device_rows=rows,
                 )
-                run.note(val_bpb=bpb)
+                meter.note(val_bpb=bpb)
             if run.progress >= 1:
                 break
-            batch = run.fetch(loader)
-            loss = accumulate(compiled, batch, run.rows, runtime.world_size, optimizer=optimizer)
+            batch = meter.fetch(loader)
+            num_targets = all_reduce_sum((batch.targets != IGNORED).sum()).clamp(min=1)
+            micro_batches = list(
+                zip(batch.inputs.split(rows), batch.targets.split(rows), strict=True)
+            )
+            loss = torch.zeros((), device=runtime.device)
+            for i, (inputs, targets) in enumerate(micro_batches, start=1):
+                part = compiled(inputs, targets, reduction="sum") / num_targets
+                if i == len(micro_batches):
+                    optimizer.reduce_on_next_backward()
+                (part * runtime.world_size).backward()
+                loss += part.detach()
             multiplier = cfg.lr_scale * lr_multiplier_at(run.progress, cfg.warmdown)
             optimizer.set_multipliers(multiplier, MOMENTUM, weight_decay=0.0)
-            optimizer.step()
+            finite = optimizer.step()
             optimizer.zero_grad()
-            progress = loader.progress if num_epochs else (run.step + 1) / cfg.num_iterations
-            run.update(loss, multiplier, progress, cfg.total_batch_size)
-        run.finish()
+            run.advance(loader.progress if num_epochs else (run.step + 1) / cfg.num_iterations)
+            loss = all_reduce_sum(loss)
+            meter.log_step(loss, multiplier, cfg.total_batch_size, finite, loader)
+        results = meter.finish()
+        run.finish(results)
         cropped = all_reduce_sum(torch.tensor(loader.num_cropped, device=runtime.device)).item()
-        return run.results() | {
+        return results | {
             "from": meta["name"],
             "conversations": len(train),
             "cropped": cropped,

@@ -196,7 +196,6 @@ class MuonAdamW:
                 num_shards = world_size if params[0].numel() >= SMALL else 1
                 self.buckets.append(Bucket(group, names, params, num_shards, rank % num_shards))
         self.num_steps = torch.zeros((), device=self.buckets[0].params[0].device)  # updates made
-        self.finite: Tensor | None = None  # what the last step returned
         if world_size > 1:
             for bucket in self.buckets:
                 for param in bucket.params:
@@ -273,7 +272,7 @@ class MuonAdamW:
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.world_size > 1:
             dist.all_reduce(norm)  # the sum is finite where the norm of every rank's rows is
-        self.finite = finite = norm.isfinite()
+        finite = norm.isfinite()
         self.num_steps += finite
         gathers = []
         for bucket, gradient in zip(self.buckets, gradients, strict=True):

@@ -23,6 +23,8 @@ import tyro
 from nanochat.checkpoint import load_model
 from nanochat.common import (
     Count,
+    DeviceType,
+    Dtype,
     Runtime,
     Source,
     StepNumber,
@@ -64,8 +66,8 @@ class Config:
     eval_bundle: str = ""  # folder with core.yaml; empty: downloaded once
     max_per_task: Count | None = None  # items of each task; all if left out
     batch_size: Count = 32  # items that the model reads at once
-    device_type: str = ""  # cpu, cuda or mps; empty: the best there is
-    dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best there is
+    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
 class HFReader:

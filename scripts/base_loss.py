@@ -12,7 +12,17 @@ writes: report/base_loss.json
 from dataclasses import dataclass
 
 from nanochat.checkpoint import load_model
-from nanochat.common import Count, Source, StepNumber, Tag, print0, run_script, set_up
+from nanochat.common import (
+    Count,
+    DeviceType,
+    Dtype,
+    Source,
+    StepNumber,
+    Tag,
+    print0,
+    run_script,
+    set_up,
+)
 from nanochat.core_eval import text_bpb
 from nanochat.dataset import find_corpus
 from nanochat.engine import sample_texts
@@ -36,8 +46,8 @@ class Config:
     data: str = ""  # corpus; empty: the one it was trained on, if known, or prepared last
     eval_tokens: Count = 10_485_760  # tokens of each of the two measurements
     device_batch_size: Count = 32  # rows read at a time on one device
-    device_type: str = ""  # cpu, cuda or mps; empty: the best there is
-    dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best there is
+    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
 def packed_rows(eval_tokens: int, seq_len: int, world_size: int) -> int:

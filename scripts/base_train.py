@@ -1,28 +1,45 @@
 """Pretrain a base model: documents in, a model that continues them out.
 
-Depth is the one dial: width, heads, tokens, batch, learning rates and decay follow from it (nanochat/scaling.py).
-Killed at any instant and started again with the same command, the run goes on from its last checkpoint.
+Depth is the one dial: width, heads, tokens, batch, learning rates and decay follow from it
+(nanochat/scaling.py). Killed at any instant and started again with the same command, the run goes
+on from its last checkpoint.
 
-    python -m scripts.base_train --depth 12                                         # one GPU
-    torchrun --nproc_per_node=8 -m scripts.base_train --depth 20                    # eight
-    python -m scripts.base_train --depth 4 --max_seq_len 512 --total_batch_size 4096 --num_iterations 300  # laptop
+    python -m scripts.base_train --depth 12                         # one GPU
+    torchrun --nproc_per_node=8 -m scripts.base_train --depth 20    # eight
+    python -m scripts.base_train --depth 4 --max_seq_len 512 \\
+        --total_batch_size 4096 --num_iterations 300                # laptop
 
 reads: base_data/<corpus>/, tokenizer/
-writes: base/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), report/base_train.json
+writes: base/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json),
+    report/base_train.json
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+import torch
 
 from nanochat import fp8
-from nanochat.checkpoint import build_model
-from nanochat.common import Count, Derived, Positive, Rows, Tag, print0, run_script, set_up
+from nanochat.checkpoint import build_model, list_steps
+from nanochat.common import (
+    Count,
+    Derived,
+    DeviceType,
+    Dtype,
+    Positive,
+    Rows,
+    Tag,
+    all_reduce_sum,
+    print0,
+    run_dir,
+    run_script,
+    set_up,
+    tokenizer_dir,
+)
 from nanochat.core_eval import text_bpb
-from nanochat.dataloader import Loader, TextSource
+from nanochat.dataloader import IGNORED, Loader, TextSource
 from nanochat.dataset import find_corpus
 from nanochat.engine import sample_texts
-from nanochat.optim import MuonAdamW
 from nanochat.report import write_section
 from nanochat.scaling import (
     batch_tokens,
@@ -33,14 +50,8 @@ from nanochat.scaling import (
     training_tokens,
     weight_decay_multiplier,
 )
-from nanochat.trainer import (
-    TrainRun,
-    accumulate,
-    batch_rows,
-    compile_for_training,
-    load_tokenizer,
-    row_choices,
-)
+from nanochat.tokenizer import Tokenizer
+from nanochat.trainer import Run, batch_rows, compile_for_training, row_choices, starts_over
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -66,8 +77,8 @@ class Config:
     device_batch_size: Rows = 32  # rows per micro-batch; auto: what fits
     # data and machine
     data: str = ""  # corpus; empty: the one prepared last
-    device_type: str = ""  # cpu, cuda or mps; empty: the best there is
-    dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best there is
+    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
     fp8: bool = False  # matmuls of the blocks in 8-bit floats, on GPUs that have them
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on a GPU
     seed: int = 0  # of the initial weights
@@ -92,22 +103,18 @@ def plan_steps(cfg: Config, num_tokens: int) -> tuple[int, int]:
     return total, max(1, num_steps)
 
 
-def update(optimizer: MuonAdamW, linears: Sequence[Any], step: int, num_steps: int) -> float:
-    """Make the update of `step`, and the 8-bit copies of `linears` anew; the learning rate multiplier."""
-    multiplier, progress = lr_multiplier(step, num_steps), step / num_steps
-    momentum, decay = muon_momentum(step, num_steps), weight_decay_multiplier(progress)
-    optimizer.set_multipliers(multiplier, momentum, decay)
-    optimizer.step()
-    optimizer.zero_grad()
-    fp8.refresh(linears)
-    return multiplier
+def load_tokenizer(cfg: Config, tag: str) -> Tokenizer:
+    """The tokenizer that the run was begun with, or for a new run the one trained last."""
+    run = run_dir("base", tag)
+    begun = list_steps(run) and not starts_over(cfg.fresh)
+    return Tokenizer.load(run / "tokenizer" if begun else tokenizer_dir())
 
 
 def main(cfg: Config) -> None:
     """Train, or go on training, one base model."""
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
     tag = cfg.model_tag or f"d{cfg.depth}"
-    corpus, tokenizer = find_corpus(cfg.data), load_tokenizer("base", tag, cfg.fresh)
+    corpus, tokenizer = find_corpus(cfg.data), load_tokenizer(cfg, tag)
     config = depth_to_config(
         cfg.depth, tokenizer.vocab_size, cfg.max_seq_len,
         cfg.aspect_ratio, cfg.head_dim, cfg.window_pattern, cfg.plain,
@@ -119,41 +126,76 @@ def main(cfg: Config) -> None:
     choices = row_choices(num_rows, cfg.device_batch_size, cfg.max_seq_len, config, runtime)
 
     settings = vars(cfg) | {"corpus": corpus.name}
-    with TrainRun("base", tag, settings, runtime) as run:
-        if run.finished:
+    with Run("base", tag, settings, runtime) as run:
+        if run.is_finished:
             return
         model = build_model(config, None, runtime, cfg.seed)
         optimizer = make_optimizer(
             model, total_batch_size, num_steps, runtime.rank, runtime.world_size
         )
-        state = run.restore(model, optimizer)
+        resumed_state = run.restore(model, optimizer)
         linears = fp8.enable(model.blocks) if cfg.fp8 and fp8.is_there(runtime) else []
         source = TextSource(tokenizer, corpus.train)
-        loader = Loader(source, num_rows, cfg.max_seq_len, runtime, state)
+        loader = Loader(source, num_rows, cfg.max_seq_len, runtime, resumed_state)
         run.at_exit.callback(loader.close)
-        compiled, run.rows = compile_for_training(
-            model, cfg.compile, choices, cfg.max_seq_len, run.guard
+        compiled, rows = compile_for_training(
+            model, cfg.compile, choices, cfg.max_seq_len, runtime.device
         )
         print0(f"corpus {corpus.name}; {num_steps:,} steps of {total_batch_size:,} tokens")
-        run.begin(model, tokenizer)
-        samples = []
+        meter = run.start(model, tokenizer, rows)
+        samples: list[str] = []
         while True:
-            if run.step > 0 and run.due(cfg.save_every):
-                run.save(model, optimizer, loader.state)
-            if run.due(cfg.eval_every):
-                how_much = (cfg.eval_tokens, run.rows, runtime, num_rows)
-                run.note(val_bpb=text_bpb(model, tokenizer, [corpus.val], *how_much))
-            if run.step > 0 and run.due(cfg.sample_every):
+            if run.should_stop():  # SIGTERM or SIGINT has reached a rank
+                run.save(model, optimizer, meter, loader)
+                run.stop()
+            if run.is_due(cfg.save_every):
+                run.save(model, optimizer, meter, loader)
+            if run.is_due(cfg.eval_every):
+                bpb = text_bpb(
+                    model,
+                    tokenizer,
+                    [corpus.val],
+                    num_tokens=cfg.eval_tokens,
+                    rows=rows,
+                    runtime=runtime,
+                    num_rows=num_rows,
+                )
+                meter.note(val_bpb=bpb)
+            if run.step > 0 and run.is_due(cfg.sample_every):
                 samples = sample_texts(model, tokenizer, SAMPLE_PROMPTS)
                 print0("\n".join(samples))
-            if run.progress >= 1:
+            if run.step == num_steps:
                 break
-            batch = run.fetch(loader)
-            loss = accumulate(compiled, batch, run.rows, runtime.world_size, optimizer=optimizer)
-            multiplier = update(optimizer, linears, run.step, num_steps)
-            run.update(loss, multiplier, (run.step + 1) / num_steps, total_batch_size)
-        run.finish()
-        write_section("base_train", "Base training", vars(cfg), run.results(), samples, run.seconds)
+
+            # Gradients add up over the micro-batches. What is summed is divided by the targets of
+            # all ranks: neither the number of micro-batches nor that of ranks changes the mean.
+            batch = meter.fetch(loader)
+            micro_batches = list(
+                zip(batch.inputs.split(rows), batch.targets.split(rows), strict=True)
+            )
+            num_targets = all_reduce_sum((batch.targets != IGNORED).sum())
+            loss = torch.zeros((), device=runtime.device)
+            for i, (inputs, targets) in enumerate(micro_batches, start=1):
+                part = compiled(inputs, targets, reduction="sum") / num_targets
+                if i == len(micro_batches):
+                    optimizer.reduce_on_next_backward()  # average the gradients over the ranks
+                (part * runtime.world_size).backward()  # the average of ranks is to be their sum
+                loss += part.detach()
+
+            multiplier = lr_multiplier(run.step, num_steps)
+            momentum = muon_momentum(run.step, num_steps)
+            decay = weight_decay_multiplier(run.step / num_steps)
+            optimizer.set_multipliers(multiplier, momentum, decay)
+            finite = optimizer.step()  # changes nothing if a gradient has a NaN or an infinity
+            optimizer.zero_grad()
+            fp8.refresh(linears)
+
+            run.advance((run.step + 1) / num_steps)
+            loss = all_reduce_sum(loss)
+            meter.log_step(loss, multiplier, total_batch_size, finite, loader)
+        results = meter.finish()
+        run.finish(results)
+        write_section("base_train", "Base training", vars(cfg), results, samples, meter.seconds)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ import tyro
 from nanochat.checkpoint import load_model
 from nanochat.common import (
     Count,
+    DeviceType,
+    Dtype,
     Natural,
     Share,
     Source,
@@ -64,8 +66,8 @@ class Config:
     top_p: Share = 1.0  # and among the likeliest that hold this share; 1: off
     max_tokens: Count = 512  # of one answer; at most half the context
     seed: int = 0  # of the sampling
-    device_type: str = ""  # cpu, cuda or mps; empty: the best there is
-    dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best there is
+    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
 def fit_window(

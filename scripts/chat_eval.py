@@ -26,6 +26,8 @@ from nanochat.checkpoint import load_model
 from nanochat.common import (
     ChatSource,
     Count,
+    DeviceType,
+    Dtype,
     StepNumber,
     Tag,
     Temperature,
@@ -61,8 +63,8 @@ class Config:
     seed: int = 0  # of the sampling
     words: Path | None = None  # SpellingBee: a file of words; tasks/spellingbee.txt if left out
     allow_unsafe_exec: bool = False  # HumanEval: run programs even where nothing isolates them
-    device_type: str = ""  # cpu, cuda or mps; empty: the best there is
-    dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best there is
+    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
 def choose_tasks(cfg: Config) -> tuple[dict[str, Task], str | None]:

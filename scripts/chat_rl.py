@@ -1,18 +1,20 @@
-"""Reinforce a chat model on problems with a checkable answer: it answers, and right answers become likelier.
+"""Train a chat model with reinforcement learning: it answers, and right answers become likelier.
 
-Each step asks `questions_per_step` questions, samples a group of answers to each, and makes one policy-gradient
-step. Answers are sampled at temperature 1 from the full distribution, the one whose
-log-probabilities the gradient uses.
+Each step asks `questions_per_step` questions, samples a group of answers to each, and makes one
+policy-gradient step. The advantage of an answer is its reward minus the mean of its group; a group
+whose answers all earned the same teaches nothing. Answers are sampled at temperature 1 from the
+full distribution, the one whose log-probabilities the gradient uses.
 
-    python -m scripts.chat_rl                                          # one GPU
-    torchrun --nproc_per_node=8 -m scripts.chat_rl                     # eight
-    python -m scripts.chat_rl --task primer-exact --num_steps 20 --max_tokens 64 --eval_samples 1  # laptop
+    python -m scripts.chat_rl                                # one GPU
+    torchrun --nproc_per_node=8 -m scripts.chat_rl           # eight
+    python -m scripts.chat_rl --task primer-exact --num_steps 20 --max_tokens 64 \\
+        --eval_samples 1                                     # laptop
 
 reads: sft/<model tag>/, the task's data set
 writes: rl/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), report/chat_rl.json
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,8 @@ import torch
 from nanochat.checkpoint import load_model
 from nanochat.common import (
     Count,
+    DeviceType,
+    Dtype,
     Positive,
     Runtime,
     Source,
@@ -30,19 +34,21 @@ from nanochat.common import (
     run_script,
     set_up,
 )
-from nanochat.dataloader import IGNORED, Batch
+from nanochat.dataloader import IGNORED
 from nanochat.engine import Engine, Request
+from nanochat.gpt import GPT
 from nanochat.report import write_section
 from nanochat.sampling import derive_seed
 from nanochat.scaling import lr_multiplier_at, make_optimizer
-from nanochat.task_eval import EvalTask, evaluate_generate
-from nanochat.tokenizer import Conversation, render_prompt
-from nanochat.trainer import TrainRun, accumulate
+from nanochat.task_eval import evaluate_generate
+from nanochat.tokenizer import render_prompt
+from nanochat.trainer import Run
 from tasks.common import Task
 from tasks.mixtures import build_task
 
 MOMENTUM = 0.95  # of Muon; constant, since the stage starts from a trained model
 BATCH_TOKENS = 2**18  # learning rates are those of batches up to this size (nanochat/scaling.py)
+ROUND_UP = 32  # rows are padded to a multiple of this many tokens, so that few shapes occur
 
 
 @dataclass
@@ -63,8 +69,8 @@ class Config:
     device_batch_size: Count = 32  # rows per micro-batch on one device
     lr_scale: Positive = 0.05  # times the learning rates of pretraining; falls linearly to 0
     # machine
-    device_type: str = ""  # cpu, cuda or mps; empty: the best there is
-    dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best there is
+    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
     seed: int = 0  # of the questions' order and the samples
     # the run
     run: str = "dummy"  # wandb name; dummy: no wandb
@@ -76,9 +82,6 @@ class Config:
     save_every: int = 50  # steps between checkpoints; <= 0: at the end alone
 
 
-ROUND_UP = 32  # rows are padded to a multiple of this many tokens, so that few shapes occur
-
-
 @dataclass(frozen=True)
 class Rollout:
     """One sampled answer: the whole sequence, which tokens the model chose, and what it earned."""
@@ -86,41 +89,32 @@ class Rollout:
     ids: list[int]
     mask: list[int]  # 1 where the model sampled the token
     reward: float
-    text: str  # what was said, tool calls left out
+    text: str  # the answer without its tool calls
 
 
 def roll_out(
-    engine: Engine,
-    questions: Mapping[int, Conversation],
-    task: EvalTask,
-    num_samples: int,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
+    cfg: Config, engine: Engine, task: Task, step: int, runtime: Runtime
 ) -> list[list[Rollout]]:
-    """A group of `num_samples` rollouts for each question (number -> question), in order.
+    """This rank's groups of answers to the questions of `step`.
 
-    `seed` and the question's number fix every one of them, whichever rank makes it.
+    The seed and a question's number fix its answers, whichever rank samples them.
     """
+    numbers = range(step * cfg.questions_per_step, (step + 1) * cfg.questions_per_step)
+    numbers = numbers[runtime.rank :: runtime.world_size]
+    questions = {number: task[number % len(task)] for number in numbers}
     asked: dict[Request, int] = {}
     for number, question in questions.items():
         prompt = render_prompt(engine.tokenizer, question)
-        for k in range(num_samples):
-            own = derive_seed(seed, number, k)
-            asked[Request(prompt, max_tokens, temperature, seed=own)] = number
+        for k in range(cfg.num_samples):
+            seed = derive_seed(cfg.seed, number, k)
+            asked[Request(prompt, cfg.max_tokens, cfg.temperature, seed=seed)] = number
     groups: dict[int, list[Rollout]] = {number: [] for number in questions}
     for request, reply in engine.complete(asked):
         number = asked[request]
         reward = task.score(questions[number], reply.text)
-        sampled = [0] * len(request.prompt) + reply.masks
-        groups[number].append(Rollout(request.prompt + reply.tokens, sampled, reward, reply.text))
+        mask = [0] * len(request.prompt) + reply.masks
+        groups[number].append(Rollout(request.prompt + reply.tokens, mask, reward, reply.text))
     return list(groups.values())
-
-
-def advantages(rewards: Sequence[float]) -> list[float]:
-    """Each reward minus the group's mean: [1, 0, 0, 1] -> [.5, -.5, -.5, .5]."""
-    mean = sum(rewards) / len(rewards)
-    return [reward - mean for reward in rewards]
 
 
 def is_useful(group: Sequence[Rollout]) -> bool:
@@ -129,111 +123,122 @@ def is_useful(group: Sequence[Rollout]) -> bool:
 
 
 def policy_batch(
-    groups: Sequence[Sequence[Rollout]], pad_id: int, device: torch.device
-) -> tuple[Batch, torch.Tensor]:
-    """(rows of all useful groups, advantage of each target (R, T)); one row of padding where no group is.
-
-    Multiplied by these weights, the losses of the targets sum to the policy gradient's loss.
-    """
-    rows = [
-        (rollout, advantage)
-        for group in groups
-        if is_useful(group)
-        for rollout, advantage in zip(group, advantages([r.reward for r in group]), strict=True)
-    ]
+    groups: Sequence[Sequence[Rollout]], pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(inputs (R, T), targets (R, T), advantages (R, 1)) of the useful groups, or a padding row."""
+    rows: list[tuple[Rollout, float]] = []
+    for group in filter(is_useful, groups):
+        mean = sum(rollout.reward for rollout in group) / len(group)
+        rows += [(rollout, rollout.reward - mean) for rollout in group]
     longest = max((len(rollout.ids) for rollout, _ in rows), default=2) - 1
     time = -(-longest // ROUND_UP) * ROUND_UP
     inputs = torch.full((max(1, len(rows)), time), pad_id)
     targets = torch.full_like(inputs, IGNORED)
-    weights = torch.zeros(inputs.shape)
+    advantages = torch.zeros(len(inputs), 1)
     for row, (rollout, advantage) in enumerate(rows):
         ids, mask = torch.tensor(rollout.ids), torch.tensor(rollout.mask)
         inputs[row, : len(ids) - 1] = ids[:-1]
         targets[row, : len(ids) - 1] = torch.where(mask[1:] == 1, ids[1:], IGNORED)
-        weights[row] = advantage
-    num_targets = int((targets != IGNORED).sum())
-    batch = Batch(inputs.to(device), targets.to(device), num_targets)
-    return batch, weights.to(device)
+        advantages[row] = advantage
+    return inputs, targets, advantages
 
 
-def ask(
-    cfg: Config, engine: Engine, task: Task, step: int, runtime: Runtime
-) -> list[list[Rollout]]:
-    """This rank's groups of answers to the questions of `step`; the seed and the step fix them."""
-    numbers = range(step * cfg.questions_per_step, (step + 1) * cfg.questions_per_step)
-    own = numbers[runtime.rank :: runtime.world_size]
-    questions = {number: task[number % len(task)] for number in own}
-    sampling = (cfg.num_samples, cfg.max_tokens, cfg.temperature, cfg.seed)
-    return roll_out(engine, questions, task, *sampling)
+def backward(
+    model: GPT, groups: Sequence[Sequence[Rollout]], num_rows: int, pad_id: int, runtime: Runtime
+) -> torch.Tensor:
+    """Add up the policy gradient, `num_rows` rows at a time; returns the loss over all ranks ().
+
+    The loss is the sum over sampled tokens of advantage x -log p(token), divided by their number.
+    """
+    batch = [tensor.to(runtime.device) for tensor in policy_batch(groups, pad_id)]
+    num_targets = all_reduce_sum((batch[1] != IGNORED).sum())
+    loss = torch.zeros((), device=runtime.device)
+    splits = [tensor.split(num_rows) for tensor in batch]
+    for inputs, targets, advantages in zip(*splits, strict=True):
+        nats = model(inputs, targets, reduction="none")  # (R, T)
+        part = (nats * advantages).sum() / num_targets
+        (part * runtime.world_size).backward()  # the optimizer averages over the ranks
+        loss += part.detach()
+    return all_reduce_sum(loss)
 
 
-def examine(cfg: Config, engine: Engine, held_out: Task) -> dict[str, float]:
-    """Accuracy on the held-out problems; of several sampled answers the mean, with pass@k beside it."""
+def evaluate(cfg: Config, engine: Engine, held_out: Task) -> dict[str, float]:
+    """Accuracy on the held-out problems: of several answers the mean, with pass@k beside it."""
     num, sampled = cfg.eval_samples, cfg.eval_samples > 1
-    sampling = (num, cfg.max_tokens, cfg.temperature if sampled else 0.0, cfg.seed)
-    result = evaluate_generate(engine, held_out, *sampling, cfg.eval_problems)
+    result = evaluate_generate(
+        engine,
+        held_out,
+        num_samples=num,
+        max_tokens=cfg.max_tokens,
+        temperature=cfg.temperature if sampled else 0.0,
+        seed=cfg.seed,
+        max_problems=cfg.eval_problems,
+    )
     best = {f"pass_at_{num}": result.best_of} if sampled else {}
     accuracy, stderr = result.score
     return {"accuracy": accuracy, "accuracy_stderr": stderr or 0.0, **best}
 
 
-def summarize(groups: Sequence[Sequence[Rollout]], device: torch.device) -> dict[str, float]:
-    """Mean reward, share of useful groups, mean and total answer length over the groups of all ranks."""
+def summarize(groups: Sequence[Sequence[Rollout]], device: torch.device) -> tuple[dict, int]:
+    """(mean reward, share of useful groups, mean length; tokens sampled) over all ranks."""
     rollouts = [rollout for group in groups for rollout in group]
     rewards, lengths = sum(r.reward for r in rollouts), sum(sum(r.mask) for r in rollouts)
     useful = sum(is_useful(group) for group in groups)
     sums = torch.tensor([len(rollouts), len(groups), rewards, useful, lengths], device=device)
     num_rollouts, num_groups, rewards, useful, lengths = all_reduce_sum(sums.float()).tolist()
-    return {
+    figures = {
         "reward": rewards / num_rollouts,
         "useful_groups": useful / num_groups,
         "answer_tokens": lengths / num_rollouts,
-        "sampled_tokens": lengths,
     }
+    return figures, int(lengths)
 
 
 def main(cfg: Config) -> None:
-    """Reinforce, or go on reinforcing, one model."""
+    """Train, or go on training, one model."""
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
     model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime, train=True)
     print0(f"rl from {meta['name']}")
     task, held_out = build_task(cfg.task, "train"), build_task(cfg.task, "test")
     settings = vars(cfg) | {"weights": meta["weights"]}
-    with TrainRun("rl", meta["model_tag"], settings, runtime) as run:
-        if run.finished:
+    with Run("rl", meta["model_tag"], settings, runtime) as run:
+        if run.is_finished:
             return
         optimizer = make_optimizer(model, BATCH_TOKENS, 1, runtime.rank, runtime.world_size)
         run.restore(model, optimizer)
         engine = Engine(model, tokenizer, cfg.num_slots, prefix_reuse=False)
-        run.begin(model, tokenizer)
+        meter = run.start(model, tokenizer, cfg.device_batch_size)
         while True:
-            if run.step > 0 and run.due(cfg.save_every):
-                run.save(model, optimizer, None)
-            if run.due(cfg.eval_every):
-                run.note(**examine(cfg, engine, held_out))
-            if run.progress >= 1:
+            if run.should_stop():
+                run.save(model, optimizer, meter)
+                run.stop()
+            if run.is_due(cfg.save_every):
+                run.save(model, optimizer, meter)
+            if run.is_due(cfg.eval_every):
+                meter.note(**evaluate(cfg, engine, held_out))
+            if run.step == cfg.num_steps:
                 break
-            run.start_clock()
-            groups = ask(cfg, engine, task, run.step, runtime)
-            figures = summarize(groups, runtime.device)
-            loss, multiplier = torch.zeros(()), cfg.lr_scale * lr_multiplier_at(run.progress, 1.0)
-            batch, weights = policy_batch(groups, tokenizer.bos_id, runtime.device)
+
+            meter.start_step()
+            groups = roll_out(cfg, engine, task, run.step, runtime)
+            figures, num_tokens = summarize(groups, runtime.device)
+            loss, finite = torch.zeros(()), None
+            multiplier = cfg.lr_scale * lr_multiplier_at(run.progress, 1.0)
             if figures["useful_groups"] > 0:
-                loss = accumulate(model, batch, cfg.device_batch_size, runtime.world_size, weights)
+                loss = backward(model, groups, cfg.device_batch_size, tokenizer.bos_id, runtime)
                 optimizer.set_multipliers(multiplier, MOMENTUM, weight_decay=0.0)
-                optimizer.step()
+                finite = optimizer.step()
                 optimizer.zero_grad()
-            run.update(
-                loss, multiplier, (run.step + 1) / cfg.num_steps, int(figures.pop("sampled_tokens"))
-            )
-            run.note(**figures)
-            said = [f"reward {r.reward:g}: {r.text}" for group in groups[:2] for r in group[:2]]
-            run.record["samples"] = said
-        run.finish()
-        results = run.results() | {"from": meta["name"]}
+            run.advance((run.step + 1) / cfg.num_steps)
+            meter.log_step(loss, multiplier, num_tokens, finite)
+            samples = [f"reward {r.reward:g}: {r.text}" for group in groups[:2] for r in group[:2]]
+            meter.note(**figures, samples=samples)
+        results = meter.finish()
+        run.finish(results)
         samples = results.pop("samples")
+        results |= {"from": meta["name"]}
         title = "Reinforcement learning"
-        write_section("chat_rl", title, vars(cfg), results, samples, run.seconds)
+        write_section("chat_rl", title, vars(cfg), results, samples, meter.seconds)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Finetune on chosen conversations (SFT): the midtrained model learns to answer well.
 
-    python -m scripts.chat_sft                                        # one GPU
-    torchrun --nproc_per_node=8 -m scripts.chat_sft                   # eight
-    python -m scripts.chat_sft --mixture primer --total_batch_size 4096 --device_batch_size 16  # laptop
+    python -m scripts.chat_sft                                                # one GPU
+    torchrun --nproc_per_node=8 -m scripts.chat_sft                           # eight
+    python -m scripts.chat_sft --mixture primer --total_batch_size 4096       # laptop
 
 reads: mid/<model tag>/, the mixture's data sets
 writes: sft/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), report/chat_sft.json

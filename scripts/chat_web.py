@@ -23,6 +23,8 @@ from nanochat.checkpoint import load_model
 from nanochat.common import (
     ChatSource,
     Count,
+    DeviceType,
+    Dtype,
     Natural,
     Port,
     StepNumber,
@@ -47,8 +49,8 @@ class Config(ServerConfig):
     port: Port = 8000  # 0: any that is free
     slots: Natural = 0  # answers computed at once, on each GPU; 0: 64, on a CPU 8, or what fits
     num_gpus: Count = 1  # a model on each
-    device_type: str = ""  # cpu, cuda or mps; empty: the best there is
-    dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best there is
+    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
 def load_engines(cfg: Config) -> tuple[list[Engine], str]:

@@ -1,8 +1,8 @@
 """Midtrain: a base model learns the form of conversations, tools and multiple choice.
 
-    python -m scripts.mid_train                                        # one GPU
-    torchrun --nproc_per_node=8 -m scripts.mid_train                   # eight
-    python -m scripts.mid_train --mixture primer --total_batch_size 4096 --device_batch_size 16  # laptop
+    python -m scripts.mid_train                                                # one GPU
+    torchrun --nproc_per_node=8 -m scripts.mid_train                           # eight
+    python -m scripts.mid_train --mixture primer --total_batch_size 4096       # laptop
 
 reads: base/<model tag>/, the mixture's data sets
 writes: mid/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), report/mid_train.json

@@ -25,7 +25,8 @@ import torch.distributed as dist
 
 from nanochat import common, dataset
 from nanochat.common import run_script
-from nanochat.trainer import TrainRun
+from nanochat.dataloader import Batch, Loader
+from nanochat.trainer import Meter
 from scripts import base_train, chat_rl, chat_sft, mid_train, tok_train
 
 SCRIPTS = {
@@ -172,20 +173,20 @@ def in_float64() -> None:
 
 def note_batches() -> None:
     """Each rank writes the hash of every row that it is given, and ends before step $STOP_AT."""
-    fetch = TrainRun.fetch
+    fetch = Meter.fetch
     path = Path(os.environ["NANOCHAT_BASE_DIR"]) / f"rows_{os.environ['RANK']}.jsonl"
 
-    def noting(run: TrainRun, loader: Any) -> Any:
-        if run.step == int(os.environ.get("STOP_AT", -1)):
+    def noting(self: Meter, loader: Loader) -> Batch:
+        if self.run.step == int(os.environ.get("STOP_AT", -1)):
             raise SystemExit
-        batch = fetch(run, loader)
+        batch = fetch(self, loader)
         pairs = zip(batch.inputs.numpy(), batch.targets.numpy(), strict=True)
         rows = [hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest() for x, y in pairs]
         with path.open("a") as file:
-            file.write(json.dumps([run.step, rows]) + "\n")
+            file.write(json.dumps([self.run.step, rows]) + "\n")
         return batch
 
-    TrainRun.fetch = noting  # pyright: ignore[reportAttributeAccessIssue]
+    Meter.fetch = noting
 
 
 if __name__ == "__main__":  # under torchrun

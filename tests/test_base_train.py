@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from nanochat import dataset
 from nanochat.checkpoint import list_steps
 from nanochat.common import UserError, run_dir
-from nanochat.trainer import TrainRun, read_metrics
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat.trainer import Run, read_metrics
 from scripts import base_train, tok_train
 
 TINY = base_train.Config(
@@ -29,14 +30,14 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process dies before the update of `step` is counted."""
-    update = TrainRun.update
+    advance = Run.advance
 
-    def dying(run: TrainRun, *arguments: object) -> None:
+    def dying(run: Run, progress: float) -> None:
         if run.step == step:
             raise KeyboardInterrupt
-        update(run, *arguments)  # pyright: ignore[reportArgumentType]
+        advance(run, progress)
 
-    monkeypatch.setattr(TrainRun, "update", dying)
+    monkeypatch.setattr(Run, "advance", dying)
 
 
 @pytest.mark.parametrize("stops", [[1], [3, 5], [8]])
@@ -93,3 +94,16 @@ def test_what_is_missing_is_told_before_anything_is_written(
     with pytest.raises(UserError, match="python -m scripts.tok_train"):
         base_train.main(TINY)
     assert not (tmp_path / "new" / "base").exists()
+
+
+def test_a_run_keeps_its_tokenizer_when_torchrun_repeats_a_fresh_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    tokenizers = [Tokenizer.train(["the hen the hen"], size, SPECIAL_TOKENS) for size in (266, 267)]
+    tokenizers[0].save(tmp_path / "base/d2/tokenizer")
+    (tmp_path / "base/d2/step_000001").mkdir()
+    tokenizers[1].save(tmp_path / "tokenizer")  # trained since, for another run
+    for restarts, fresh, size in (("0", False, 266), ("0", True, 267), ("1", True, 266)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        assert base_train.load_tokenizer(replace(TINY, fresh=fresh), "d2").vocab_size == size

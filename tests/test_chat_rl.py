@@ -1,21 +1,14 @@
-"""nanochat.rollouts: advantages, masks, useless groups, and the gradient against its definition."""
+"""scripts.chat_rl: advantages, masks, useless groups, and the gradient against its definition."""
 
-import pytest
 import torch
 
 from nanochat.checkpoint import build_model
 from nanochat.common import Runtime
 from nanochat.gpt import GPTConfig
-from nanochat.trainer import accumulate
 from scripts import chat_rl
 from scripts.chat_rl import Rollout
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
-
-
-def test_advantages_sum_to_zero() -> None:
-    assert chat_rl.advantages([1, 0, 0, 1]) == [0.5, -0.5, -0.5, 0.5]
-    assert sum(chat_rl.advantages([0.2, 0.9, 0.4])) == pytest.approx(0)
 
 
 # A prompt of two tokens; in the first answer the tool forced tokens 8 and 9.
@@ -27,18 +20,18 @@ USELESS = [Rollout([1, 6, 7], [0, 1, 1], 1.0, ""), Rollout([1, 6], [0, 1], 1.0, 
 
 
 def test_only_sampled_tokens_of_useful_groups_are_targets() -> None:
-    batch, weights = chat_rl.policy_batch([USELESS, GROUP], 0, CPU.device)
-    assert batch.inputs.shape == (2, 32)
-    assert batch.inputs[0, :6].tolist() == [1, 2, 3, 8, 9, 0]
-    assert batch.targets[0, :6].tolist() == [-1, 3, -1, -1, 4, -1]
-    assert batch.targets[1, :3].tolist() == [-1, 5, -1]
-    assert batch.num_targets == 3 == int((batch.targets >= 0).sum())
-    assert weights[:, 0].tolist() == [0.5, -0.5]
+    inputs, targets, advantages = chat_rl.policy_batch([USELESS, GROUP], pad_id=0)
+    assert inputs.shape == targets.shape == (2, 32)
+    assert inputs[0, :6].tolist() == [1, 2, 3, 8, 9, 0]
+    assert targets[0, :6].tolist() == [-1, 3, -1, -1, 4, -1]
+    assert targets[1, :3].tolist() == [-1, 5, -1]
+    assert int((targets >= 0).sum()) == 3
+    assert advantages.tolist() == [[0.5], [-0.5]]
 
 
 def test_a_step_without_a_useful_group_has_no_targets() -> None:
-    batch, _ = chat_rl.policy_batch([USELESS], 0, CPU.device)
-    assert batch.num_targets == 0 and batch.inputs.shape == (1, 32)
+    inputs, targets, _ = chat_rl.policy_batch([USELESS], pad_id=0)
+    assert inputs.shape == (1, 32) and (targets == -1).all()
 
 
 def test_gradient_is_that_of_the_definition() -> None:
@@ -56,8 +49,7 @@ def test_gradient_is_that_of_the_definition() -> None:
     expected.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    batch, weights = chat_rl.policy_batch([GROUP], 0, CPU.device)
-    loss = accumulate(model, batch, 1, 1, weights)
+    loss = chat_rl.backward(model, [GROUP], num_rows=1, pad_id=0, runtime=CPU)
     torch.testing.assert_close(loss, expected.detach())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)

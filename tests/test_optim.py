@@ -154,10 +154,9 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(bad: float, index: int) -
     for param in parameters(groups):
         param.grad = torch.ones_like(param)
     parameters(groups)[index].grad.view(-1)[0] = bad  # pyright: ignore[reportOptionalMemberAccess]
-    optimizer.step()
-    assert optimizer.finite is not None and not optimizer.finite
+    assert not optimizer.step()
     train(optimizer, range(2, 3))
-    assert optimizer.finite and optimizer.num_steps == 3
+    assert optimizer.num_steps == 3
     for mine, other in zip(parameters(straight), parameters(groups), strict=True):
         assert torch.equal(mine, other)
 
@@ -217,8 +216,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     train(optimizer, range(3), scale=2 * (rank + 1) / (world_size + 1))
     for param in parameters(groups):
         param.grad = torch.full_like(param, math.nan if rank == 1 else 1.0)
-    optimizer.step()
-    assert optimizer.finite is not None and not optimizer.finite
+    assert not optimizer.step()
     weights = [param.detach() for param in parameters(groups)]
     shards = {key: tuple(shard) for key, shard in optimizer.export_state().items()}
     events = reduce_during_backward(rank, world_size)

@@ -428,3 +428,22 @@ def test_from_nothing_to_a_report_though_killed_in_every_stage(
     again = tmp_path / "again.log"
     run(environment, again)
     assert again.read_text().count("done before") == len(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("runcpu.sh --help", 0, "bash runcpu.sh --from FOLDER"),
+        ("runcpu.sh --from", 2, "error: --from needs a folder\n"),
+        ("runcpu.sh --fresh --from=", 2, "error: --from needs a folder\n"),
+        ("runcpu.sh --from=/nowhere", 2, "error: --from /nowhere is no folder\n"),
+        ("runcpu.sh --form", 2, "error: unknown option --form;"),
+        ("speedrun.sh --frehs", 2, "error: unknown option --frehs; the only one is --fresh"),
+        ("run1000.sh 8", 2, "error: unknown option 8; the only one is --fresh"),
+    ],
+)  # fmt: skip
+def test_the_shell_scripts_know_their_options(command: str, code: int, said: str) -> None:
+    done = subprocess.run(
+        ["bash", *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == code and said in done.stdout + done.stderr

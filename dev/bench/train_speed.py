@@ -33,6 +33,8 @@ import torch
 from nanochat import dataset, fp8
 from nanochat.checkpoint import build_model, load_model
 from nanochat.common import (
+    DeviceType,
+    Dtype,
     Runtime,
     peak_flops,
     run_dir,
@@ -46,7 +48,7 @@ from nanochat.dataset import find_corpus, read_texts
 from nanochat.gpt import GPTConfig
 from nanochat.scaling import depth_to_config, flops_per_token, make_optimizer, memory_bytes
 from nanochat.tokenizer import Tokenizer
-from nanochat.trainer import Guard, compile_for_training, read_metrics
+from nanochat.trainer import compile_for_training, read_metrics
 from scripts import base_train, tok_train
 
 LEARNING_STEPS, SCORE_EVERY = 300, 100
@@ -62,8 +64,8 @@ class Config:
     num_warmup: int = 5  # steps that are not counted: compilation, caches
     fp8: bool = False  # 8-bit matmuls
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on a GPU
-    device_type: str = ""  # cpu, cuda or mps; empty: the best there is
-    dtype: str = "auto"  # of the matmuls: auto, float32 or bfloat16
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best there is
+    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
     threads: int = 0  # of torch on a CPU; 0: as many as torch takes
     data_only: bool = False  # time the loader alone
     learning: Path | None = None  # a folder of parquet shards: measure what is learned of them
@@ -84,7 +86,7 @@ def train(cfg: Config, runtime: Runtime, config: GPTConfig, loader: Loader) -> I
     optimizer = make_optimizer(model, cfg.device_batch_size * cfg.max_seq_len, 1000)
     optimizer.set_multipliers(1.0, 0.95, 1.0)
     compiled, _ = compile_for_training(
-        model, cfg.compile, [cfg.device_batch_size], cfg.max_seq_len, Guard(runtime)
+        model, cfg.compile, [cfg.device_batch_size], cfg.max_seq_len, runtime.device
     )
     while True:
         batch = next(loader)

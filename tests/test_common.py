@@ -1,17 +1,19 @@
-"""nanochat.flags: --help says what a script does; what a user can mend is one line, and is said before work begins."""
+"""nanochat.common: --help says what a script does; what a user can mend is one line, before work begins."""
 
 import errno
 import importlib
-import subprocess
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from nanochat.common import UserError, run_script
+from nanochat import common
+from nanochat.common import Runtime, UserError, run_script, set_up
+from tests import launch
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("[a-z]*.py"))
+SCRIPTS = sorted(path.stem for path in (Path(__file__).parents[1] / "scripts").glob("[a-z]*.py"))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, command: str, fault: Exception | None = None) -> object:
@@ -47,25 +49,26 @@ def test_help_says_what_the_script_does(
     assert script.__doc__.split("\n")[0] in said
 
 
-def test_a_user_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(monkeypatch, "base_loss --step=7", UserError("no step 7")) == "error: no step 7"
+LEAST_ONE = "Input should be greater than or equal to 1"
 
 
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("base_train --depth=0", "--depth=0: Input should be greater than or equal to 1"),
-        ("base_train --num_iterations 0", "--num_iterations=0: Input should be greater than or equal to 1"),
+        ("base_train --depth=0", f"--depth=0: {LEAST_ONE}"),
+        ("base_train --num_iterations 0", f"--num_iterations=0: {LEAST_ONE}"),
         ("base_train --target_param_data_ratio=inf", "--target_param_data_ratio=inf: Input should be a finite number"),
-        ("base_train --device_batch_size=-2", "--device_batch_size=-2: Input should be greater than or equal to 1"),
+        ("base_train --device_batch_size=-2", f"--device_batch_size=-2: {LEAST_ONE}"),
+        ("base_train --device_type=tpu", "--device_type=tpu: String should match pattern '^(cpu|cuda|mps)?$'"),
+        ("base_train --dtype=fp16", "--dtype=fp16: String should match pattern '^(auto|float32|bfloat16)$'"),
         ("base_train --model_tag=../x", r"--model_tag=../x: String should match pattern '^(\w[\w.-]*)?$'"),
-        ("base_eval --batch_size=0", "--batch_size=0: Input should be greater than or equal to 1"),
+        ("base_eval --batch_size=0", f"--batch_size=0: {LEAST_ONE}"),
         ("mid_train --warmdown=1.5", "--warmdown=1.5: Input should be less than or equal to 1"),
         ("chat_sft --lr_scale=0", "--lr_scale=0.0: Input should be greater than 0"),
         ("chat_cli --temperature=nan", "--temperature=nan: Input should be less than or equal to 100"),
         ("chat_cli --top_k=-1", "--top_k=-1: Input should be greater than or equal to 0"),
         ("chat_web --port=99999", "--port=99999: Input should be less than or equal to 65535"),
-        ("chat_eval --max_problems=-1", "--max_problems=-1: Input should be greater than or equal to 1"),
+        ("chat_eval --max_problems=-1", f"--max_problems=-1: {LEAST_ONE}"),
         ("plan --mfu=0", "--mfu=0.0: Input should be greater than 0"),
     ],
 )  # fmt: skip
@@ -84,7 +87,8 @@ def test_values_that_can_be_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     assert vars(run(monkeypatch, "chat_eval -i rl"))["max_problems"] is None
 
 
-def test_what_the_machine_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_user_or_the_machine_caused_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "base_loss --step=7", UserError("no step 7")) == "error: no step 7"
     full = OSError(errno.ENOSPC, "No space left on device", "/a/b")
     said = "error: /a/b: No space left on device; make room or choose another path"
     assert run(monkeypatch, "tok_train", full) == said
@@ -92,20 +96,41 @@ def test_what_the_machine_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         run(monkeypatch, "tok_train", OSError(errno.EBADF, "Bad file descriptor"))
 
 
+def be_a_rank(log: Path, leads_session: bool) -> None:
+    """What torchrun starts, in a session of its own unless a script is between them."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    if leads_session:
+        os.setsid()
+    os.environ["TORCHELASTIC_RUN_ID"] = "none"
+    set_up("cpu")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells that a parent died")
+@pytest.mark.parametrize("leads_session", [True, False])
+def test_a_rank_whose_torchrun_died_does_not_start(tmp_path: Path, leads_session: bool) -> None:
+    rank = launch.FORK.Process(target=be_a_rank, args=(tmp_path / "log", leads_session))
+    rank.start()  # its parent is the server that forks it, and no torchrun
+    rank.join(60)
+    died = (tmp_path / "log").read_text() == "torchrun died while this rank was starting\n"
+    assert (rank.exitcode, died) == (leads_session, leads_session)
+
+
 @pytest.mark.parametrize(
-    ("command", "code", "said"),
+    ("device", "sheet"),
     [
-        ("runcpu.sh --help", 0, "bash runcpu.sh --from FOLDER"),
-        ("runcpu.sh --from", 2, "error: --from needs a folder\n"),
-        ("runcpu.sh --fresh --from=", 2, "error: --from needs a folder\n"),
-        ("runcpu.sh --from=/nowhere", 2, "error: --from /nowhere is no folder\n"),
-        ("runcpu.sh --form", 2, "error: unknown option --form;"),
-        ("speedrun.sh --frehs", 2, "error: unknown option --frehs; the only one is --fresh"),
-        ("run1000.sh 8", 2, "error: unknown option 8; the only one is --fresh"),
+        ("NVIDIA L4", "L4"), ("NVIDIA L40", "L40"), ("NVIDIA L40S", "L40S"), ("NVIDIA A10G", "A10G"),
+        ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A100 80GB PCIe", "A100"), ("NVIDIA A10", ""),
+        ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA H200", "H200"),
+        ("NVIDIA GH200 480GB", "GH200"), ("NVIDIA GB200", "GB200"), ("NVIDIA B200", "B200"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("NVIDIA GeForce RTX 4090 D", ""),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", ""), ("NVIDIA GeForce RTX 5090 Laptop GPU", ""),
     ],
 )  # fmt: skip
-def test_the_shell_scripts_know_their_options(command: str, code: int, said: str) -> None:
-    done = subprocess.run(
-        ["bash", *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=20
-    )
-    assert done.returncode == code and said in done.stdout + done.stderr
+def test_a_peak_is_that_of_the_very_gpu(
+    device: str, sheet: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "measure_flops", lambda _: 1.0)
+    peak, source = common.peak_flops(Runtime(torch.device("cpu"), torch.bfloat16, 0, 1, device))
+    measured = f"bfloat16 matmul measured on this {device}"
+    assert source == (f"{sheet} dense bf16 data sheet" if sheet else measured)
+    assert peak == (common.PEAK_BF16_FLOPS[sheet] if sheet else 1.0)

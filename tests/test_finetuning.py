@@ -1,0 +1,36 @@
+"""nanochat.finetuning: the loss is the mean over the targets of the whole batch, in any split."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nanochat.common import run_dir
+from nanochat.finetuning import FinetuneConfig, finetune
+from nanochat.tokenizer import Conversation
+from nanochat.trainer import read_metrics
+from tests.serving import save_chat_model
+
+CFG = FinetuneConfig(
+    source="sft", num_iterations=3, total_batch_size=256, eval_every=-1, eval_tokens=256,
+    device_type="cpu", fresh=True, save_every=-1,
+)  # fmt: skip
+
+
+def conversation(question: str, reply: str) -> Conversation:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    return {"messages": messages}
+
+
+def test_micro_batches_with_unequal_targets_are_one_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_chat_model(tmp_path, monkeypatch)
+    talk = [conversation("?" * (60 - n), "ab" * (n // 2)) for n in range(4, 60, 4)]
+    curves = []
+    for rows in (4, 2, 1):
+        finetune("mid", replace(CFG, device_batch_size=rows), talk, talk)
+        curves.append([record["loss"] for record in read_metrics(run_dir("mid", "d2"))[1:]])
+    assert len(set(curves[0])) == 3
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-5)

@@ -1,0 +1,515 @@
+"""nanochat.trainer: killed, stopped, frozen, fed with NaNs, short of disk or memory, a run ends well or goes on."""
+
+import gc
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat import checkpoint, trainer
+from nanochat.checkpoint import build_model, list_steps, open_checkpoint
+from nanochat.common import Runtime, UserError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import Bucket, MuonAdamW
+from nanochat.scaling import make_optimizer
+from nanochat.trainer import Meter, Run, read_metrics, row_choices
+from tests import launch
+
+CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
+CONFIG = GPTConfig(sequence_len=64, vocab_size=64, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
+EVERY = 5
+FLAGS = (
+    "--depth=1 --aspect_ratio=32 --head_dim=16 --max_seq_len=64 --total_batch_size=256 "
+    f"--eval_every=-1 --eval_tokens=256 --sample_every=-1 --save_every={EVERY} --log_every=1 "
+    "--device_type=cpu"
+)
+
+
+# --- micro-batches
+
+
+@pytest.mark.parametrize(("device_batch_size", "expected"), [(8, 8), (16, 8), (4, 4), (1, 1)])
+def test_rows_per_micro_batch(device_batch_size: int, expected: int) -> None:
+    assert row_choices(8, device_batch_size, 64, CONFIG, CPU) == [expected]
+
+
+def test_sizes_that_do_not_divide_name_the_nearest() -> None:
+    with pytest.raises(UserError, match="--device_batch_size=4 or --device_batch_size=6"):
+        row_choices(12, 5, 64, CONFIG, CPU)
+    five = Runtime(CPU.device, CPU.dtype, 0, 5, "cpu")
+    with pytest.raises(UserError, match="does not divide among 5 ranks"):
+        row_choices(12, 4, 64, CONFIG, five)
+    with pytest.raises(UserError, match="use 512 or 1024"):
+        trainer.batch_rows(1000, 512)
+    with pytest.raises(UserError, match="use 512"):
+        trainer.batch_rows(100, 512)
+
+
+def test_auto_takes_the_first_micro_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert row_choices(96, "auto", 64, CONFIG, CPU) == [48]  # 96 rows are above CPU_TOKENS
+    assert row_choices(96, "auto", 10**6, CONFIG, CPU) == [1]
+    tried = []
+
+    def forward(
+        _: GPT, ids: torch.Tensor, targets: torch.Tensor, reduction: str = ""
+    ) -> torch.Tensor:
+        tried.append(len(ids))
+        if len(ids) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ids.sum() * torch.ones((), requires_grad=True)
+
+    model = build_model(CONFIG, None, CPU)
+    monkeypatch.setattr(GPT, "forward", forward)
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+    _, rows = trainer.compile_for_training(model, "yes", [12, 6, 4, 3], 64, CPU.device)
+    assert rows == 4 and tried == [12, 6, 4]
+    with pytest.raises(UserError, match="--device_batch_size=6; try --device_batch_size=3"):
+        trainer.compile_for_training(model, "yes", [12, 6], 64, CPU.device)
+
+
+# --- the run folder
+
+
+class NoTokenizer:
+    def save(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    return {"fresh": False, "run": "dummy", "log_every": 1, "seed": 0, **changes}
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def start(run: Run, model: GPT, rows: int = 4) -> Meter:
+    return run.start(model, NoTokenizer(), rows)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_run_folder_belongs_to_one_process(empty: Path) -> None:
+    with (
+        Run("base", "d1", settings(), CPU),
+        pytest.raises(UserError, match=f"being trained in by process {os.getpid()}"),
+    ):
+        Run("base", "d1", settings(), CPU)
+    with Run("base", "d1", settings(), CPU) as run:
+        assert not run.is_finished
+
+
+def test_records_line_and_resume(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three steps, a save after the second: the file is cut back, and has each step once."""
+    model = build_model(CONFIG, None, CPU)
+    optimizer = make_optimizer(model, 32, 4)
+
+    def step(run: Run, meter: Meter) -> None:
+        meter.start_step()
+        run.advance((run.step + 1) / 4)
+        meter.log_step(torch.tensor(1.5), lr_multiplier=0.5, num_tokens=32)
+
+    with Run("base", "d1", settings(), CPU) as run:
+        meter = start(run, model)
+        assert gc.get_freeze_count() > 0
+        meter.note(val_bpb=3.0)
+        step(run, meter)
+        step(run, meter)
+        run.save(model, optimizer, meter)
+        meter.note(val_bpb=2.0)
+        step(run, meter)
+    assert gc.get_freeze_count() == 0
+    assert "step 00003/00004 (75.0%) | loss 1.5000 | lrm 0.500" in capsys.readouterr().out
+    assert [record["step"] for record in read_metrics(run.folder)] == [0, 1, 2]
+    with pytest.raises(UserError, match=r"--seed was 0, is 1.*--fresh"):
+        Run("base", "d1", settings(seed=1), CPU)
+    # What does not change the weights may differ.
+    with Run("base", "d1", settings(log_every=2), CPU) as run:
+        meter = start(run, model)
+        assert (run.step, meter.tokens) == (2, 64)
+        meter.note(val_bpb=2.0)
+        step(run, meter)
+        step(run, meter)
+        run.finish(meter.finish())
+    records = read_metrics(run.folder)
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
+    assert records[0]["val_bpb"] == 3.0 and records[2]["val_bpb"] == 2.0
+    names = {"step", "tokens", "seconds", "loss", "lrm", "tok_per_second", "mfu"}
+    assert names <= records[4].keys()
+    with Run("base", "d1", settings(), CPU) as run:
+        assert run.is_finished
+    (run.folder / ".fresh").touch()  # stages.sh asks for --fresh as long as it is there
+    with Run("base", "d1", settings(fresh=True), CPU) as run:
+        assert not run.is_finished and run.step == 0 and not (run.folder / ".fresh").exists()
+
+
+SAVED = {"seed": 0, "num_slots": 64, "weights": "a1", "corpus": "primer", "data": "", "gone": 7}
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"num_slots": 32, "eval_problems": 9, "eval_samples": 1}, None),
+        ({"source": "mid", "model_tag": "d2", "step": 300}, None),  # the same weights
+        ({"data": "primer"}, None),  # the same corpus, by its name
+        ({"corpus": "mine"}, r"--data was primer, is mine\)"),  # the one prepared last is another
+        ({"weights": "b2"}, "the model that it starts from was a1, is b2"),
+        ({"seed": 1, "came": 2}, r"\(--seed was 0, is 1\); use those, or --fresh"),
+        ({"came": 2}, None),
+    ],
+)
+def test_settings_that_a_run_may_go_on_with(now: dict[str, Any], said: str | None) -> None:
+    settings = {name: value for name, value in SAVED.items() if name != "gone"} | now
+    with pytest.raises(UserError, match=said) if said else nullcontext():
+        trainer.check_settings(Path("d2"), SAVED, settings)
+
+
+def test_out_of_memory_names_the_flag_and_a_value(empty: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"--device_batch_size=12; try --device_batch_size=6$"),
+        Run("base", "d1", settings(), CPU) as run,
+    ):
+        start(run, build_model(CONFIG, None, CPU), rows=12)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    for rows in (0, 1):
+        assert "smaller --depth" in str(trainer.out_of_memory(rows))
+
+
+# --- whole runs, on ranks that can be killed
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        launch.prepare()
+    return folder
+
+
+@pytest.fixture
+def base_dir(prepared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "base_dir"))
+
+
+def flags(steps: int, *more: str) -> list[str]:
+    return [*FLAGS.split(), f"--num_iterations={steps}", *more]
+
+
+def run_of(base_dir: Path) -> Path:
+    return base_dir / "base" / "d1"
+
+
+def end_state(base_dir: Path, stage: str = "base") -> dict[str, Any]:
+    """All that must not differ: every byte of the last checkpoint but times, and the loss curve."""
+    run = base_dir / stage / "d1"
+    folder = checkpoint.step_dir(run, list_steps(run)[-1])
+    names = [path.name for path in folder.iterdir() if path.name[:5] in ("model", "optim", "rank_")]
+    curve = [(r["step"], r["tokens"], r.get("loss"), r.get("val_bpb")) for r in read_metrics(run)]
+    return {name: (folder / name).read_bytes() for name in names} | {"curve": curve}
+
+
+def finish(base_dir: Path, flags: list[str], world_size: int, script: str = "base_train") -> str:
+    """Run to the end; returns what was printed."""
+    group = launch.start(base_dir, script, flags, world_size)
+    assert group.wait() == [0] * world_size, group.log.read_text()
+    return group.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    prepared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], dict[str, Any]]:
+    """number of steps -> the end state of a run of two ranks that nobody interrupted."""
+    found: dict[int, dict[str, Any]] = {}
+
+    def run(steps: int) -> dict[str, Any]:
+        if steps not in found:
+            folder = tmp_path_factory.mktemp("whole") / "base_dir"
+            finish(Path(shutil.copytree(prepared, folder)), flags(steps), 2)
+            found[steps] = end_state(folder)
+        return found[steps]
+
+    return run
+
+
+# --- killed
+
+
+def die_inside_a_save(number: int) -> None:
+    """SIGKILL for all ranks at the `number`-th thing that a save does to the disk."""
+    calls = 0
+
+    def before(function: Callable[..., Any]) -> Callable[..., Any]:
+        def dying(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                os.killpg(0, signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return dying
+
+    for name in ("save_file", "write_file", "fsync", "file_digest", "commit", "discard"):
+        setattr(checkpoint, name, before(getattr(checkpoint, name)))
+
+
+def steps_in(said: str) -> list[int]:
+    return [int(line[5:10]) for line in said.splitlines() if line.startswith("step ")]
+
+
+def kill(
+    base_dir: Path, script: str, flags: list[str], draw: random.Random, inside: bool
+) -> str | None:
+    """What a run of two ranks printed until it was killed; None if it was finished before."""
+    meddle = partial(die_inside_a_save, draw.randint(1, 30)) if inside else None
+    group = launch.start(base_dir, script, flags, 2, meddle)
+    if not inside:
+        steps = int(next(flag for flag in flags if "num_" in flag).split("=")[1])
+        text = f"step {draw.randint(1, steps - 2):05d}/" if draw.random() < 0.9 else ""
+        group.wait_for(text)
+        time.sleep(draw.uniform(0, 0.1))
+        group.signal(signal.SIGKILL)
+    return group.log.read_text() if any(group.wait()) else None
+
+
+def kill_and_finish(
+    source: Path, base_dir: Path, script: str, flags: list[str], draw: random.Random, inside: bool
+) -> None:
+    """Kill a run once, at a random instant or inside a save; start it again until it is finished."""
+    printed = None
+    while printed is None:
+        shutil.rmtree(base_dir, ignore_errors=True)
+        shutil.copytree(source, base_dir)
+        printed = kill(base_dir, script, flags, draw, inside)
+    said = finish(base_dir, flags, 2, script)
+    begun = int(said.split(" at step ")[1].split("\n")[0]) if "resuming" in said else 0
+    # A save that was still being written when all died is lost, the one before it never is.
+    assert begun >= (max(steps_in(printed), default=0) // EVERY - 1) * EVERY, said
+    assert not [*base_dir.glob("*/d1/*.partial"), *base_dir.glob("*/d1/*.deleted")]
+
+
+@pytest.mark.parametrize(
+    ("num_kills", "steps"), [(2, 12), pytest.param(50, 60, marks=pytest.mark.long)]
+)
+def test_killed_at_any_instant(
+    prepared: Path, tmp_path: Path, uninterrupted: Callable, num_kills: int, steps: int
+) -> None:
+    draw = random.Random(0)
+    for number in range(num_kills):
+        folder = tmp_path / f"killed_{number}"
+        inside = number % 2 == 0
+        kill_and_finish(prepared, folder, "base_train", flags(steps), draw, inside)
+        assert end_state(folder) == uninterrupted(steps), number
+        shutil.rmtree(folder)
+
+
+CHAT = (
+    f"--source=base --device_type=cpu --save_every={EVERY} --log_every=1 --eval_every=-1 "
+    "--device_batch_size=4"
+)
+PACKED = (
+    f"{CHAT} --mixture=primer --num_iterations=20 --total_batch_size=256 --max_seq_len=64 "
+    "--eval_tokens=256"
+)
+STAGES = {
+    "mid_train": ("mid", PACKED),
+    "chat_sft": ("sft", PACKED),
+    "chat_rl": (
+        "rl",
+        f"{CHAT} --task=primer-exact --num_steps=20 --questions_per_step=2 --num_samples=4 "
+        "--max_tokens=8 --num_slots=4 --eval_problems=4 --eval_samples=1",
+    ),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", STAGES)
+def test_every_stage_killed_at_five_instants(prepared: Path, tmp_path: Path, script: str) -> None:
+    stage, text = STAGES[script]
+    folder = Path(shutil.copytree(prepared, tmp_path / "base_dir"))
+    finish(folder, [*flags(6), "--max_seq_len=128"], 1)
+    whole = Path(shutil.copytree(folder, tmp_path / "whole"))
+    finish(whole, text.split(), 2, script)
+    draw = random.Random(0)
+    for number in range(5):
+        killed = tmp_path / f"killed_{number}"
+        kill_and_finish(folder, killed, script, text.split(), draw, inside=number % 2 == 0)
+        assert end_state(killed, stage) == end_state(whole, stage), number
+
+
+# --- stopped
+
+
+def stop(base_dir: Path, steps: int, number: int, at_step: int) -> None:
+    """A signal to all ranks, as torchrun sends it: the run is saved, and exits."""
+    group = launch.start(base_dir, "base_train", flags(steps), 2)
+    group.wait_for(f"step {at_step:05d}/")
+    group.signal(number)
+    codes = group.wait()
+    said = group.log.read_text()
+    assert codes in ([128 + number] * 2, [0, 0]), said
+    if codes[0]:
+        assert list_steps(run_of(base_dir))[-1] == max(steps_in(said)), said
+        assert f"{signal.Signals(number).name}: saving" in said and "the same command" in said
+
+
+@pytest.mark.parametrize(
+    ("steps", "stops"), [(12, 2), pytest.param(60, 20, marks=pytest.mark.long)]
+)
+def test_stopped_by_a_signal(
+    base_dir: Path, uninterrupted: Callable, steps: int, stops: int
+) -> None:
+    for i in range(stops):
+        at_step = 1 + i * (steps - 4) // stops
+        stop(base_dir, steps, signal.SIGINT if i % 4 == 1 else signal.SIGTERM, at_step)
+    finish(base_dir, flags(steps), 2)
+    assert end_state(base_dir) == uninterrupted(steps)
+
+
+def slow_steps() -> None:
+    """Steps of ten seconds, so that a signal finds the run inside one."""
+    step = MuonAdamW.step
+
+    def slow(self: MuonAdamW) -> torch.Tensor:
+        finite = step(self)
+        trainer.print0("inside a step")
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            time.sleep(0.05)
+        return finite
+
+    MuonAdamW.step = slow
+
+
+def test_a_second_signal_exits_at_once(base_dir: Path) -> None:
+    group = launch.start(base_dir, "base_train", flags(9), 1, slow_steps)
+    group.wait_for("inside a step")
+    begin = time.monotonic()
+    group.signal(signal.SIGTERM)
+    group.signal(signal.SIGTERM)  # passed on twice: still the first one
+    group.wait_for("SIGTERM: saving after this step")
+    time.sleep(1.2)
+    assert group.processes[0].is_alive()
+    group.signal(signal.SIGTERM)
+    assert group.wait() == [143] and time.monotonic() - begin < 9
+    assert list_steps(run_of(base_dir)) == []
+
+
+def test_a_frozen_rank_ends_the_job_with_its_stacks(base_dir: Path) -> None:
+    group = launch.start(base_dir, "base_train", flags(2000), 2, None, {"NANOCHAT_TIMEOUT": "3"})
+    group.wait_for("/step_000005\n")
+    group.signal(signal.SIGSTOP, rank=1)
+    group.processes[0].join(60)
+    assert group.processes[0].exitcode not in (0, None)
+    group.wait(0)
+    said = group.log.read_text()
+    assert "Timeout (0:00:03)!" in said and "most recent call first" in said
+    assert list_steps(run_of(base_dir)) == [5]
+
+
+# --- not finite
+
+
+def poison(*steps: int) -> None:
+    """On the last rank the gradients of these steps (from 0) have a NaN in them."""
+    start_reduction, last = MuonAdamW.start_reduction, os.environ["RANK"] == "1"
+    calls = itertools.count()  # one for each bucket of a step
+
+    def poisoned(self: MuonAdamW, bucket: Bucket) -> None:
+        gradient = bucket.params[0].grad
+        step = next(calls) // len(self.buckets)
+        if last and step in steps and bucket.stacked and gradient is not None:
+            gradient.view(-1)[0] = float("nan")
+        start_reduction(self, bucket)
+
+    MuonAdamW.start_reduction = poisoned
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(base_dir: Path) -> None:
+    group = launch.start(base_dir, "base_train", flags(8), 2, partial(poison, 2, 3, 5))
+    assert group.wait() == [0, 0], group.log.read_text()
+    assert "| 3 steps skipped, not finite" in group.log.read_text().split("step 00008/")[1]
+    losses = [record["loss"] for record in read_metrics(run_of(base_dir))[1:]]
+    assert all(loss == loss for loss in losses) and losses[7] < losses[0]
+
+
+def test_three_in_a_row_stop_the_run(base_dir: Path) -> None:
+    few_lines = flags(12, "--log_every=4")
+    group = launch.start(base_dir, "base_train", few_lines, 2, partial(poison, 4, 5, 6))
+    assert group.wait() == [1, 1]
+    said = group.log.read_text()
+    assert "not finite in 3 steps in a row, up to step 7" in said and "by document" in said
+    assert said.count("error:") == 2 and "Traceback" not in said
+    run = run_of(base_dir)
+    assert list_steps(run) == [5]
+    weights = open_checkpoint(run, 5).load_weights(torch.device("cpu"))
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+# --- disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill_after_a_save(disk: Path) -> None:
+    """Once a checkpoint is on the disk, leave 300 KB on it, of which the next takes more."""
+    commit = checkpoint.commit
+
+    def committing(partial: Path, final: Path) -> None:
+        commit(partial, final)
+        free = os.statvfs(disk)
+        (disk / "ballast").write_bytes(b"x" * (free.f_bavail * free.f_frsize - 300_000))
+
+    checkpoint.commit = committing
+
+
+def test_a_full_or_read_only_disk_leaves_the_old_checkpoint(
+    prepared: Path, small_disk: Path
+) -> None:
+    base_dir = Path(shutil.copytree(prepared, small_disk / "base_dir"))
+    log = small_disk.parent / "log"  # not on that disk
+    log.mkdir()
+
+    def start(world_size: int, meddle: Callable[[], None] | None = None) -> launch.Group:
+        steps, where = flags(2 * EVERY, "--keep_last=0"), {"NANOCHAT_BASE_DIR": str(base_dir)}
+        return launch.start(log, "base_train", steps, world_size, meddle, where)
+
+    group = start(2, partial(fill_after_a_save, small_disk))
+    assert group.wait(30) == [1, 1], group.log.read_text()
+    said = group.log.read_text()
+    assert "cannot save: [Errno 28] No space left" in said and "Traceback" not in said, said
+    run = run_of(base_dir)
+    assert list_steps(run) == [EVERY] and not list(run.glob("*.partial"))
+    open_checkpoint(run, EVERY)
+
+    (small_disk / "ballast").unlink()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    group = start(1)
+    assert group.wait() == [1]
+    said = group.log.read_text()
+    assert said.count("\n") == 1 and "cannot write" in said and "Read-only file system" in said
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    group = start(1)
+    assert group.wait() == [0], group.log.read_text()

@@ -1,19 +1,16 @@
-"""Save and load what a run needs to go on: weights, optimizer state, place in the data, loop state.
+"""Save and load what a run needs to go on: weights, optimizer state, place in the data.
 
-    base/d4/step_000300/model.safetensors             weights by parameter name, fp32; other tools can read it
-                        optimizer_00000.safetensors   one per rank, keyed "<parameter>.<moment>": a range of the
-                                                      flattened moment; the header has its shape and beginning
-                        rank_00000.json               one per rank: its lanes of the data, its random generators
-                        state.json                    step, tokens, seconds, configs, figures
-                        manifest.json                 every file's size and sha256, written last
+    base/d4/step_000300/
+        model.safetensors            weights by parameter name, fp32
+        optimizer_00000.safetensors  one per rank, keyed "<parameter>.<kind of state>": a range of
+                                     the flattened whole; the header has its shape and beginning
+        rank_00000.json              one per rank: its lanes of the data, its random generators
+        state.json                   step, tokens, seconds, configs, figures
+        manifest.json                every file's size and sha256, written last
 
-A checkpoint is written into `step_000300.partial`, fsynced, and renamed when it is complete, so a folder
-with the final name is whole. It is verified against its manifest before anything is read from it; a damaged
-one is named, and a resuming run falls back to the one before. `CheckpointWriter` writes in the background, from
-a copy in host memory; its threads agree over the ranks in a process group of their own.
-
-The choice that would surprise: no torch.save anywhere. Its files are pickles, which run code when loaded; so
-are the metadata of torch.distributed.checkpoint.
+A checkpoint is written into `step_000300.partial`, fsynced, and renamed when it is complete, so a
+folder with the final name is whole. It is verified against its manifest before anything is read. No
+torch.save or torch.distributed.checkpoint: they pickle, and a pickle runs code when loaded.
 """
 
 import hashlib
@@ -33,7 +30,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import Runtime, UserError, base_dir, fsync, print0, run_dir, write_file
+from nanochat.common import Runtime, UserError, base_dir, fsync, print0, write_file
 from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import StateShard
@@ -61,7 +58,7 @@ class Checkpoint:
         return load_file(self.folder / "model.safetensors", device=str(device))
 
     def open_optimizer(self) -> Callable[[str, int, int], torch.Tensor]:
-        """read(key, first, last) -> these elements of a flattened moment, whichever ranks saved them.
+        """read(key, first, last) -> these elements of a flattened state, whichever ranks saved them.
 
         It raises UserError where they are not all there.
         """
@@ -81,24 +78,25 @@ class Checkpoint:
                     place = end
             if place < last:
                 raise UserError(
-                    f"{self.folder} lacks elements {place} to {last} of {key}; use --fresh to start over"
+                    f"{self.folder} lacks elements {place} to {last} of {key}; "
+                    "use --fresh to start over"
                 )
             return torch.cat(found)
 
         return read
 
     def load_loader_state(self, rank: int, world_size: int) -> dict[str, Any] | None:
-        """The place in the data, joined from the parts of all ranks; None for a stage without a loader."""
+        """The place in the data, from the parts of all ranks; None for a stage without a loader."""
         ranks = [json.loads(path.read_text()) for path in sorted(self.folder.glob("rank_*.json"))]
         parts = [saved["loader"] for saved in ranks if saved["loader"]]
         if not parts:
             return None
-        # Among as many ranks as before each knows how far it had dealt: nothing differs from going straight on.
-        own = parts[rank] if len(parts) == world_size else {}
-        return merge_states(parts) | {key: own[key] for key in own if key != "lanes"}
+        # With as many ranks as before, each knows how far it had dealt, as if it had gone straight on.
+        mine = parts[rank] if len(parts) == world_size else {}
+        return merge_states(parts) | {key: mine[key] for key in mine if key != "lanes"}
 
     def restore_generators(self, rank: int) -> None:
-        """Set the random generators to what they were; those of a rank that was not there stay as seeded."""
+        """Set the random generators to what they were; a rank that is new keeps its seeds."""
         path = self.folder / f"rank_{rank:05d}.json"
         states = json.loads(path.read_text())["generators"] if path.exists() else {}
         if "python" in states:
@@ -110,7 +108,7 @@ class Checkpoint:
 
 
 def export_generators() -> dict[str, Any]:
-    """The states of this process's random generators as JSON: Python's, torch's, and the GPU's if there is one."""
+    """The states of this process's random generators, as JSON: Python's, torch's and the GPU's."""
     states = {"python": random.getstate(), "torch": torch.get_rng_state().tolist()}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state().tolist()
@@ -123,7 +121,7 @@ def step_dir(run: Path, step: int) -> Path:
 
 
 def list_steps(run: Path) -> list[int]:
-    """Steps of the complete checkpoints in `run`, ascending; anything else in the folder is passed over."""
+    """Steps of the complete checkpoints in `run`, ascending."""
     if not run.is_dir():
         return []
     found = (STEP_NAME.fullmatch(entry.name) for entry in run.iterdir() if entry.is_dir())
@@ -165,14 +163,14 @@ def save_checkpoint(
     state: dict[str, Any],
     weights: dict[str, torch.Tensor],
     moments: dict[str, StateShard],
-    own: dict[str, Any] | None,
+    rank_state: dict[str, Any] | None,
     runtime: Runtime,
     group: Any = None,
 ) -> Path:
-    """Write the checkpoint of `state["step"]`; every rank of `group` calls this and writes its own part.
+    """Write the checkpoint of `state["step"]`; every rank of `group` writes its part.
 
-    `own` is what else this rank alone knows: {"loader", "generators"}. Returns the folder, which exists whole or
-    not at all. Raises UserError, on every rank, when the disk refuses.
+    `rank_state` is what else this rank alone knows: {"loader", "generators"}. Returns the folder,
+    which exists whole or not at all. Raises UserError, on every rank, when the disk refuses.
     """
     final = step_dir(run, state["step"])
     partial = final.with_suffix(".partial")
@@ -187,8 +185,8 @@ def save_checkpoint(
         values = {name: part.values for name, part in moments.items()}
         path = partial / f"optimizer_{runtime.rank:05d}.safetensors"
         write_tensors(path, values, {"parts": json.dumps(parts)})
-        if own is not None:
-            write_file(partial / f"rank_{runtime.rank:05d}.json", json.dumps(own))
+        if rank_state is not None:
+            write_file(partial / f"rank_{runtime.rank:05d}.json", json.dumps(rank_state))
         if runtime.is_main:
             write_tensors(partial / "model.safetensors", weights, {"format": "pt"})
             write_file(partial / "state.json", json.dumps(state, indent=1))
@@ -230,7 +228,7 @@ def clear_strays(run: Path) -> None:
 
 
 class CheckpointWriter:
-    """Saves checkpoints in the background; every rank has one. The next save, and `wait`, wait for the last."""
+    """Saves checkpoints in the background, on every rank; the next save waits for the last."""
 
     def __init__(self, run: Path, keep_last: int, runtime: Runtime) -> None:
         """`keep_last` newest checkpoints are kept; <= 0: all."""
@@ -247,7 +245,10 @@ class CheckpointWriter:
         moments: dict[str, StateShard],
         loader_state: Callable[[], dict[str, Any] | None],
     ) -> None:
-        """Copy everything to host memory, and write it while training goes on. Raises what `wait` raises."""
+        """Copy everything to host memory, and write it while training goes on.
+
+        Raises what `wait` raises.
+        """
         self.wait()
         weights = weights if self.runtime.is_main else {}
         weights = {name: self._copy(name, tensor) for name, tensor in weights.items()}
@@ -261,9 +262,9 @@ class CheckpointWriter:
 
         def write() -> None:
             try:
-                own = {"loader": loader_state(), "generators": generators}
+                rank_state = {"loader": loader_state(), "generators": generators}
                 folder = save_checkpoint(
-                    self.run, state, weights, moments, own, self.runtime, group=self.group
+                    self.run, state, weights, moments, rank_state, self.runtime, group=self.group
                 )
                 print0(f"saved {folder}")
                 if self.runtime.is_main and self.keep_last > 0:
@@ -283,7 +284,10 @@ class CheckpointWriter:
         return self.host[name].copy_(tensor.detach(), non_blocking=True)
 
     def wait(self) -> None:
-        """Wait until the last save is on disk. Raises what went wrong, UserError where the disk refused."""
+        """Wait until the last save is on disk.
+
+        Raises what went wrong with it: UserError where the disk refused.
+        """
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -320,22 +324,34 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
     return None
 
 
-def choose_tag(stage: str, model_tag: str) -> str:
-    """`model_tag`, or the tag of the stage's run that was written last when it is empty.
+def find_checkpoint(
+    stage: str, model_tag: str = "", step: int | None = None
+) -> tuple[Path, Checkpoint]:
+    """(run folder, checkpoint) of a stage: by default of the run saved last, and its newest step.
 
-    Raises UserError when there is no such run.
+    Raises UserError when the stage, the tag or the step is not there, or the checkpoint is damaged.
     """
     stage_dir = base_dir() / stage
     runs = [run for run in stage_dir.iterdir() if list_steps(run)] if stage_dir.is_dir() else []
-    mend = f"run `python -m scripts.{STAGE_SCRIPTS[stage]}`"
+    remedy = f"run `python -m scripts.{STAGE_SCRIPTS[stage]}`"
     if not runs:
-        raise UserError(f"no checkpoint in {stage_dir}; {mend}")
-    if model_tag and model_tag not in {run.name for run in runs}:
+        raise UserError(f"no checkpoint in {stage_dir}; {remedy}")
+    run = stage_dir / model_tag if model_tag else max(runs, key=saved_at)
+    if run not in runs:
         known = ", ".join(sorted(run.name for run in runs))
         raise UserError(
-            f"no model tag {model_tag} in {stage_dir} (there: {known}); choose one or {mend}"
+            f"no model tag {model_tag} in {stage_dir} (there: {known}); choose one or {remedy}"
         )
-    return model_tag or max(runs, key=saved_at).name
+    steps = list_steps(run)
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise UserError(f"no step {step} in {run}; there are {', '.join(map(str, steps))}")
+    try:
+        return run, open_checkpoint(run, step)
+    except UserError as error:
+        others = [other for other in steps if other != step]
+        remedy = f"use --step={others[-1]}" if others else f"{remedy[:-1]} --fresh`"
+        raise UserError(f"{error}; {remedy}") from error
 
 
 def saved_at(run: Path) -> float:
@@ -343,38 +359,12 @@ def saved_at(run: Path) -> float:
     return max((file.stat().st_mtime for file in run.glob("step_*/manifest.json")), default=0.0)
 
 
-def find_checkpoint(
-    stage: str, model_tag: str = "", step: int | None = None
-) -> tuple[Path, Checkpoint]:
-    """(run folder, checkpoint) of a stage; the newest step unless one is named.
-
-    Raises UserError when the stage, the tag or the step is not there, or the checkpoint is damaged.
-    """
-    if stage not in STAGE_SCRIPTS:
-        raise UserError(f"--source={stage} is unknown; choose one of {', '.join(STAGE_SCRIPTS)}")
-    run = run_dir(stage, choose_tag(stage, model_tag))
-    steps = list_steps(run)
-    if step is not None and step not in steps:
-        raise UserError(f"no step {step} in {run}; there are {', '.join(map(str, steps))}")
-    try:
-        return run, open_checkpoint(run, steps[-1] if step is None else step)
-    except UserError as error:
-        others = [str(other) for other in steps if other != (steps[-1] if step is None else step)]
-        mend = (
-            f"use --step={others[-1]}"
-            if others
-            else f"run `python -m scripts.{STAGE_SCRIPTS[stage]} --fresh`"
-        )
-        raise UserError(f"{error}; {mend}") from error
-
-
 def build_model(
     config: GPTConfig, weights: dict[str, torch.Tensor] | None, runtime: Runtime, seed: int = 0
 ) -> GPT:
-    """A model on the runtime's device with the weights given, or freshly initialised from `seed`."""
-    with (
-        runtime.device
-    ):  # by way of the meta device torch would import its compiler, seconds at each start
+    """A model on the runtime's device with these weights, or freshly initialised from `seed`."""
+    # Not by way of the meta device: there torch would import its compiler, seconds at each start.
+    with runtime.device:
         model = GPT(config)
     if weights is None:
         model.init_weights(seed)
@@ -387,9 +377,9 @@ def build_model(
 def load_model(
     source: str, model_tag: str, step: int | None, runtime: Runtime, train: bool = False
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """(model, the tokenizer of its run, the checkpoint's state with "name", "model_tag" and "weights").
+    """(model, the tokenizer of its run, the checkpoint's state + "name", "model_tag", "weights").
 
-    To `train` it has fp32 master weights; else each is in the dtype that the layers would cast it to at every call.
+    To `train` it has fp32 master weights; else they are in the dtype that the layers compute in.
     Raises UserError when there is no such checkpoint or it is damaged.
     """
     run, checkpoint = find_checkpoint(source, model_tag, step)

@@ -147,8 +147,6 @@ def test_saving_again_replaces_a_partial_folder(run: Path) -> None:
 def test_what_is_not_there_is_told_with_its_mend(run: Path) -> None:
     with pytest.raises(UserError, match="run `python -m scripts.base_train`"):
         checkpoint.find_checkpoint("base")
-    with pytest.raises(UserError, match="--source=basis is unknown"):
-        checkpoint.find_checkpoint("basis")
     save(run, 10, new_model())
     with pytest.raises(UserError, match=r"no model tag d9 .*there: d2"):
         checkpoint.find_checkpoint("base", "d9")

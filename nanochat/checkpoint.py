@@ -58,7 +58,7 @@ class Checkpoint:
         return load_file(self.folder / "model.safetensors", device=str(device))
 
     def open_optimizer(self) -> Callable[[str, int, int], torch.Tensor]:
-        """read(key, first, last) -> these elements of a flattened state, whichever ranks saved them.
+        """read(key, first, last) -> these elements of a flattened state, of whichever ranks.
 
         It raises UserError where they are not all there.
         """
@@ -91,7 +91,7 @@ class Checkpoint:
         parts = [saved["loader"] for saved in ranks if saved["loader"]]
         if not parts:
             return None
-        # With as many ranks as before, each knows how far it had dealt, as if it had gone straight on.
+        # As many ranks as before know how far each had dealt, as if they had gone straight on.
         mine = parts[rank] if len(parts) == world_size else {}
         return merge_states(parts) | {key: mine[key] for key in mine if key != "lanes"}
 

@@ -7,7 +7,7 @@ process group (nccl on GPUs, gloo on CPUs). A CPU computes in fp32, even one wit
 instructions: a small model's step is bound by what lies between its matmuls (dev/LOG.md).
 
 A script's flags are the fields of its `Config`, and each field's comment is its line in --help;
-what a value may be stands in its type (`Count`, `Share`, ...) and is checked before anything begins.
+what a value may be stands in its type (`Count`, `Share`, ...), and is checked first of all.
 """
 
 import ctypes

@@ -21,7 +21,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -237,16 +237,6 @@ def read_metrics(folder: Path, last: float = float("inf")) -> list[dict[str, Any
     return records
 
 
-@dataclass
-class Window:
-    """The steps since the last console line."""
-
-    num_steps: int = 0
-    num_tokens: int = 0
-    seconds: float = 0.0
-    wait_seconds: float = 0.0  # for data
-
-
 class Meter:
     """Times the steps of a run and tells of them: console line, metrics.jsonl, wandb.
 
@@ -265,7 +255,9 @@ class Meter:
         # (step, was its gradient finite?, what gives the loader's state after its batch)
         self.unread: list[tuple[int, Tensor, Callable[[], Any]]] = []
         self.pending: list[dict[str, Any]] = []  # complete records that are not on disk
-        self.window, self.clock = Window(), 0.0
+        self.clock = 0.0  # when the step began
+        self.line_start = (run.step, self.tokens, self.seconds)  # of what the next line is about
+        self.wait_seconds = 0.0  # for data, since then
         self.path = run.folder / "metrics.jsonl" if run.runtime.is_main else None
         self.wandb = None
         if self.path is not None:
@@ -288,7 +280,7 @@ class Meter:
         """The next batch, with which a step begins; counts the wait for data."""
         self.start_step()
         batch = next(loader)
-        self.window.wait_seconds += time.perf_counter() - self.clock
+        self.wait_seconds += time.perf_counter() - self.clock
         return batch
 
     def log_step(
@@ -304,7 +296,7 @@ class Meter:
         loss () and finite (), False where the gradient had a NaN or infinity, stay on the device
         until a line is due. Raises UserError after MAX_BAD_STEPS such steps in a row.
         """
-        run, window = self.run, self.window
+        run = self.run
         self.pending.append(self.record)
         if finite is not None:
             self.unread.append((run.step, finite, loader.state if loader else lambda: None))
@@ -312,11 +304,10 @@ class Meter:
         if line_due:
             loss = torch.tensor(loss.item())  # the one wait for the device
             self.check_gradients()
-        elapsed = time.perf_counter() - self.clock
-        self.tokens, self.seconds = self.tokens + num_tokens, self.seconds + elapsed
-        window.num_steps, window.num_tokens = window.num_steps + 1, window.num_tokens + num_tokens
-        window.seconds += elapsed
-        tok_per_second = window.num_tokens / max(window.seconds, 1e-9)
+        self.tokens += num_tokens
+        self.seconds += time.perf_counter() - self.clock
+        _, tokens, seconds = self.line_start
+        tok_per_second = (self.tokens - tokens) / max(self.seconds - seconds, 1e-9)
         self.record = {
             "step": run.step, "tokens": self.tokens, "seconds": self.seconds, "loss": loss,
             "lrm": lr_multiplier, "tok_per_second": tok_per_second,
@@ -325,7 +316,7 @@ class Meter:
         if line_due:
             self.print_line()
             self.flush()
-            self.window = Window()
+            self.line_start, self.wait_seconds = (run.step, self.tokens, self.seconds), 0.0
 
     def check_gradients(self) -> None:
         """Read which steps were not finite, which waits for the device; three in a row raise."""
@@ -347,15 +338,16 @@ class Meter:
 
     def print_line(self) -> None:
         """One parseable line about the steps since the last one."""
-        run, record, window = self.run, self.record, self.window
+        run, record = self.run, self.record
+        seconds = self.seconds - self.line_start[2]
         seconds_left = self.seconds * (1 - run.progress) / max(run.progress, 1e-9)
         num_steps = max(run.step, round(run.step / max(run.progress, 1e-9)))
-        wait = window.wait_seconds / max(window.seconds, 1e-9)
+        wait = self.wait_seconds / max(seconds, 1e-9)
         parts = [
             f"step {run.step:05d}/{num_steps:05d} ({100 * run.progress:.1f}%)",
             f"loss {float(record['loss']):.4f}",
             f"lrm {record['lrm']:.3f}",
-            f"{1000 * window.seconds / window.num_steps:.0f} ms",
+            f"{1000 * seconds / (run.step - self.line_start[0]):.0f} ms",
             f"{record['tok_per_second']:,.0f} tok/s",
             f"mfu {100 * record['mfu']:.1f}%",
             f"data {100 * wait:.1f}%",

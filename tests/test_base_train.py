@@ -1,4 +1,4 @@
-"""scripts.base_train: stopped at any step and started again, a run ends as if it had never stopped."""
+"""scripts.base_train: stopped at any step and started again, a run ends as if it had not been."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +14,9 @@ from nanochat.trainer import Run, read_metrics
 from scripts import base_train, tok_train
 
 TINY = base_train.Config(
-    depth=2, aspect_ratio=16, head_dim=16, max_seq_len=32, total_batch_size=256, device_batch_size=4,
-    num_iterations=9, eval_every=4, eval_tokens=256, sample_every=-1, save_every=3, log_every=2, device_type="cpu",
+    depth=2, aspect_ratio=16, head_dim=16, max_seq_len=32, total_batch_size=256,
+    device_batch_size=4, num_iterations=9, eval_every=4, eval_tokens=256, sample_every=-1,
+    save_every=3, log_every=2, device_type="cpu",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""nanochat.common: --help says what a script does; what a user can mend is one line, before work begins."""
+"""nanochat.common: --help, and what a user can mend: one line, before work begins."""
 
 import errno
 import importlib

@@ -1,4 +1,4 @@
-"""nanochat.optim against torch's AdamW, the singular value decomposition, formulas and more ranks."""
+"""nanochat.optim against torch's AdamW, singular values, formulas, and more ranks."""
 
 import math
 import os
@@ -176,7 +176,7 @@ def test_missing_gradient_is_named() -> None:
 
 
 def reduce_during_backward(rank: int, world_size: int) -> list[str]:
-    """Arrivals of gradients and reductions in two backward passes, of which the second is the last."""
+    """Arrivals of gradients and reductions in two backward passes, the second a step's last."""
     groups, events = make_groups(), []
 
     class Observed(MuonAdamW):

@@ -1,4 +1,4 @@
-"""From text to a chat answer at depth 2: every stage, by the command lines that a user types."""
+"""From text to a chat answer at depth 2: every stage, as a user types it."""
 
 import json
 import os
@@ -11,8 +11,13 @@ import pytest
 from nanochat.trainer import read_metrics
 
 SIZES = "--device_type=cpu --model_tag=tiny"
-BASE = "--depth=2 --aspect_ratio=16 --head_dim=16 --max_seq_len=128 --num_iterations=20"
-BATCH = "--total_batch_size=512 --device_batch_size=4 --eval_every=10 --eval_tokens=512"
+BASE = (
+    "--depth=2 --aspect_ratio=16 --head_dim=16 --max_seq_len=128 --window_pattern=SL "
+    "--num_iterations=20"
+)
+BATCH = (
+    "--total_batch_size=512 --device_batch_size=4 --eval_every=10 --eval_tokens=512 --log_every=5"
+)
 CHAT = f"{SIZES} {BATCH} --mixture=primer --num_iterations=10 --max-seq-len=128"
 STAGES = {
     "corpus": "nanochat.dataset --corpus=primer --num-documents=400",
@@ -69,10 +74,8 @@ def test_from_text_to_a_chat_answer(tmp_path: Path) -> None:
         folder = tmp_path / "base_dir" / stage / "tiny"
         steps = [record["step"] for record in read_metrics(folder)]
         assert steps == list(range(len(steps))) and (folder / "result.json").exists()
-    losses = [
-        record["loss"] for record in read_metrics(tmp_path / "base_dir" / "base" / "tiny")[1:]
-    ]
-    assert losses[-1] < losses[0] - 1
+    records = read_metrics(tmp_path / "base_dir" / "base" / "tiny")
+    assert records[-1]["loss"] < records[1]["loss"] - 1
 
     report = (tmp_path / "report.md").read_text()
     assert "| Metric | BASE | MID | SFT | RL |" in report
@@ -91,19 +94,14 @@ def test_from_text_to_a_chat_answer(tmp_path: Path) -> None:
         "scripts.chat_cli -i rl -g tiny --device_type=cpu --max_tokens=12",
         typed="Hello\nWho are you?\n",
     )
-    assert (
-        talk.returncode == 0
-        and talk.stdout.count("You: ") == 2
-        and talk.stdout.count("Model: ") == 2
-    )
+    assert talk.returncode == 0
+    assert talk.stdout.count("You: ") == talk.stdout.count("Model: ") == 2
 
     weights = next((tmp_path / "base_dir" / "rl" / "tiny").glob("step_*")) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     damaged = run("scripts.chat_cli -i rl -g tiny --device_type=cpu -p Hello")
     assert damaged.returncode == 1 and damaged.stderr.count("\n") == 1
-    assert (
-        "model.safetensors is damaged" in damaged.stderr
-        and "python -m scripts.chat_rl --fresh" in damaged.stderr
-    )
+    assert "model.safetensors is damaged" in damaged.stderr
+    assert "python -m scripts.chat_rl --fresh" in damaged.stderr
     records = tmp_path / "base_dir" / "rl" / "tiny" / "chat_eval_primer-choice.jsonl"
     assert json.loads(records.read_text().splitlines()[0])["replies"][0] in "ABC"

@@ -1,4 +1,4 @@
-"""nanochat.trainer: killed, stopped, frozen, fed with NaNs, short of disk or memory, a run ends well or goes on."""
+"""nanochat.trainer: killed, stopped, frozen, fed NaNs, short of disk: a run ends well or goes on."""
 
 import gc
 import itertools
@@ -287,7 +287,7 @@ def kill(
 def kill_and_finish(
     source: Path, base_dir: Path, script: str, flags: list[str], draw: random.Random, inside: bool
 ) -> None:
-    """Kill a run once, at a random instant or inside a save; start it again until it is finished."""
+    """Kill a run once, at a random instant or inside a save; then let it finish."""
     printed = None
     while printed is None:
         shutil.rmtree(base_dir, ignore_errors=True)

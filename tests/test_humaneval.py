@@ -1,6 +1,4 @@
-"""HumanEval as a task. Oracles: one real row, rendered by hand and solved in many ways, rightly and
-wrongly.
-"""
+"""HumanEval as a task. Oracle: one real row, rendered by hand, solved rightly and wrongly."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -63,10 +61,8 @@ def test_a_row_to_the_token(rows: dict[str, dict]) -> None:
         f"{function}\n    return x + y\n```<|assistant_end|>"
     )
     learned = [id for id, on in zip(ids, mask, strict=True) if on]
-    assert (
-        tokenizer.decode(learned)
-        == f"```python\n{function}\n    return x + y\n```<|assistant_end|>"
-    )
+    reply = f"```python\n{function}\n    return x + y\n```"
+    assert tokenizer.decode(learned) == f"{reply}<|assistant_end|>"
     assert ids[: -len(learned)] == render_prompt(tokenizer, rows["add"])
 
 

@@ -140,17 +140,15 @@ def test_a_mixture_holds_every_row_as_often_as_its_task_is_listed() -> None:
 @pytest.mark.parametrize("name", ["default", "primer"])
 def test_the_mixtures_hold_every_row(all_data: None, stage: str, name: str) -> None:
     mixture = build_mixture(stage, name)
-    assert (
-        len(mixture)
-        == {
-            ("mid", "default"): 6 + 4 + 5 + 1000 + 1000 + 200_000 + 80_000,
-            ("sft", "default"): 3 + 3 + 5 + 6 + 1000 + 300 + 300,
-            ("val", "default"): 6 + 4 + 5 + 200 + 200,
-            ("mid", "primer"): 20_000 + 14_000 + 6_000 + 4_000 + 2_000,
-            ("sft", "primer"): 10_000 + 3_000 + 3_000 + 3_000 + 2_000 + 2_000,
-            ("val", "primer"): 400,
-        }[stage, name]
-    )
+    sizes = {
+        ("mid", "default"): 6 + 4 + 5 + 1000 + 1000 + 200_000 + 80_000,
+        ("sft", "default"): 3 + 3 + 5 + 6 + 1000 + 300 + 300,
+        ("val", "default"): 6 + 4 + 5 + 200 + 200,
+        ("mid", "primer"): 20_000 + 14_000 + 6_000 + 4_000 + 2_000,
+        ("sft", "primer"): 10_000 + 3_000 + 3_000 + 3_000 + 2_000 + 2_000,
+        ("val", "primer"): 400,
+    }
+    assert len(mixture) == sizes[stage, name]
     for index in range(0, len(mixture), max(1, len(mixture) // 100)):
         check_conversation(mixture[index])
         assert mixture[index]["messages"][-1]["role"] == "assistant"
@@ -273,12 +271,7 @@ def arc(question: str, texts: list[str], labels: str, key: str) -> dict:
 
 
 METALS = ["dead trees", "water", "animal bones", "oil wells", "rocks"]
-RATIO = {
-    "question": "The ratio is",
-    "subject": "economics",
-    "choices": ["0", "5", "9"],
-    "answer": 2,
-}
+RATIO = {"question": "The ratio is", "choices": ["0", "5", "9"], "answer": 2}
 CHOICES = [
     ("ARC-Easy", ARC_EASY, arc("Children", ["shrink", "grow", "remain the same"], "123", "2"),
      "Children\n- shrink A\n- grow B\n- remain the same C\n", "B"),
@@ -402,12 +395,11 @@ def test_identity_tells_the_facts_of_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"name": "Pip"}', '{"name": 3}'])
-def test_broken_facts_are_told_in_one_line(tmp_path: Path, text: str) -> None:
+def test_broken_facts_are_told(tmp_path: Path, text: str) -> None:
     own = tmp_path / "facts.json"
     own.write_text(text)
-    with pytest.raises(UserError, match=r"facts\.json") as told:
+    with pytest.raises(UserError, match=r"^[^\n]*facts\.json[^\n]*$"):
         Identity(facts=own)
-    assert "\n" not in str(told.value)
 
 
 def test_custom_conversations_join_the_mixture(tmp_path: Path) -> None:

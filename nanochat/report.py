@@ -116,7 +116,7 @@ class Section(NamedTuple):
 
 
 class Chapter(NamedTuple):
-    """A heading and Markdown below it; its address in the page, and the figures that it has there."""
+    """A heading, the Markdown below it, its address in the page and the figures there."""
 
     anchor: str
     title: str
@@ -313,7 +313,7 @@ def write_section(
 
 
 def with_errors(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Results as they are written today; older ones hold the standard error of `x` as `x_stderr`."""
+    """Results as written today; older ones hold the standard error of `x` as `x_stderr`."""
     scores = dict(results)
     for name in results:
         if f"{name}_stderr" in results:
@@ -449,7 +449,7 @@ def summarize(sections: Mapping[str, Section]) -> dict[str, dict[str, Any]]:
 
 
 def summary_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """Metric | BASE | MID | SFT | RL; of CORE's tasks, those that chat models were tested on too."""
+    """Metric | BASE | MID | SFT | RL; of CORE's tasks only those that chat models did too."""
     base, *chat = map(list, summary.values())
     if any(name.startswith("CORE") for name in base):
         base = [name for name in base if name.startswith(NO_ACCURACY)]

@@ -16,7 +16,11 @@ PACKAGES = ("primer", "nanochat", "tasks", "scripts")
 
 
 def python_files(*folders: str) -> list[Path]:
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    return files_of("*.py", *folders)
+
+
+def files_of(pattern: str, *folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob(pattern))
 
 
 LIBRARY = python_files(*PACKAGES)
@@ -155,6 +159,33 @@ def test_no_address_of_a_registry_in_the_locks() -> None:
         assert "://" not in text and "--index" not in text
         pins = [line for line in text.splitlines() if line[:1].isalpha()]
         assert pins and all(re.match(r"[\w.-]+==\S+", pin) and pin.endswith("\\") for pin in pins)
+
+
+def table_lines(path: Path) -> set[int]:
+    """Numbers of the lines of statements marked `# fmt: skip`, and those inside `# fmt: off`."""
+    found, is_off = set(), False
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        is_off = (is_off or line.strip() == "# fmt: off") and line.strip() != "# fmt: on"
+        found |= {number} if is_off else set()
+    simple = [n for n in nodes_of(path) if isinstance(n, ast.stmt) and not hasattr(n, "body")]
+    decorators = [d for node in nodes_of(path) for d in getattr(node, "decorator_list", [])]
+    for node in [*simple, *decorators]:
+        end = node.end_lineno or node.lineno
+        found |= set(range(node.lineno, end + 1)) if "# fmt: skip" in lines[end - 1] else set()
+    return found
+
+
+def test_only_tables_are_wider_than_100_columns() -> None:
+    page = [path for kind in ("js", "css", "html") for path in files_of(f"*.{kind}", "nanochat/ui")]
+    ours = [path for path in page if path.parent.name != "vendor"]
+    wide = []
+    for path in [*ALL, *shell_scripts(), *ours, *files_of("*.rs", "rustbpe/src", "rustbpe/tests")]:
+        tables = table_lines(path) if path.suffix == ".py" else set()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if len(line) > 100 and number not in tables:
+                wide.append(f"{path.relative_to(ROOT)}:{number}")
+    assert not wide, "\n".join(wide)
 
 
 @pytest.mark.parametrize("name", names([*LIBRARY, *python_files("dev")]))

@@ -1,4 +1,4 @@
-"""nanochat.trainer: killed, stopped, frozen, fed NaNs, short of disk: a run ends well or goes on."""
+"""nanochat.trainer: killed, stopped, frozen, fed NaN, short of disk; a run ends well or goes on."""
 
 import gc
 import itertools

@@ -40,8 +40,10 @@ CUT_REPLIES = """(() => {
 RICH = (
     "# Title\n\nText with **emphasis**, `code`, [a link](https://example.org) and\na second line."
     "\n\n1. one\n   - nested\n2. two\n\n> quote\n\n```python\nprint('a very long line of code, so "
-    "long that a phone cannot show it', 1, 2, 3, 4, 5)\n```\n\n| a long column title | another long "
-    "column title | and a third |\n| --- | :-: | --: |\n| 1 | 2 | 3 |\n\n---\n\n" + "unbroken" * 30
+    "long that a phone cannot show it', 1, 2, 3, 4, 5)\n```\n\n| a long column title | another "
+    "long column title | and a third |\n| --- | :-: | --: |\n| 1 | 2 | 3 |\n\n---\n\n"
+    + "unbroken"
+    * 30
 )
 
 

@@ -115,7 +115,8 @@ def main(cfg: Config) -> None:
         traffic = step_bytes(model, n, PROMPT + cfg.num_tokens // 2) * speed[i] / n / 1e9
         print(
             f"{n:3d} slots: {speed[i]:7.0f} tok/s ({speed[i] / speed[0]:.2f} x), "
-            f"{traffic:5.1f} GB/s; {answered[i]:6.2f} questions/s ({answered[i] / answered[0]:.2f} x)"
+            f"{traffic:5.1f} GB/s; {answered[i]:6.2f} questions/s "
+            f"({answered[i] / answered[0]:.2f} x)"
         )
 
 

@@ -319,12 +319,8 @@ class Completion:
     def usage(self) -> dict[str, int]:
         """Tokens of the prompt and of all choices, those forced or hidden included."""
         num_said = sum(choice.num_tokens for choice in self.choices)
-        total = self.num_prompt_tokens + num_said
-        return {
-            "prompt_tokens": self.num_prompt_tokens,
-            "completion_tokens": num_said,
-            "total_tokens": total,
-        }
+        counts = {"prompt_tokens": self.num_prompt_tokens, "completion_tokens": num_said}
+        return counts | {"total_tokens": self.num_prompt_tokens + num_said}
 
     def begin(self) -> bytes:
         """The events that open the stream: who speaks."""

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import count
 from string import ascii_lowercase
 from typing import Any
 
@@ -88,9 +88,7 @@ class Dice(random.Random):
             slots[name] = self.choice(WORDS[f"{slots['season']} {name}"])
         for name, prefix in (("hero", ""), ("friend", "friend_")):
             forms = ("she", "her", "her") if slots[name] in WORDS["girl"] else ("he", "his", "him")
-            slots |= {
-                prefix + he: form for he, form in zip(("he", "his", "him"), forms, strict=True)
-            }
+            slots |= zip((prefix + he for he in ("he", "his", "him")), forms, strict=True)
         return slots
 
     def topic(self) -> str:
@@ -233,21 +231,20 @@ def ask_letters(dice: Dice, by_hand: bool = False) -> Question:
         return word, dice.choice(word if dice.random() < 0.8 else ascii_lowercase)
 
     word, letter = dice.draw("letter", pick)
-    count = word.count(letter)
-    times = "1 time" if count == 1 else f"{count} times"
+    num = word.count(letter)
+    times = "1 time" if num == 1 else f"{num} times"
     reply = f"The letter {letter} appears {times} in '{word}'."
-    parts = by_tool(f"'{word}'.count('{letter}')", count, reply)
+    parts = by_tool(f"'{word}'.count('{letter}')", num, reply)
     if by_hand:
         parts.insert(0, {"type": "text", "text": tally(word, letter) + ". "})
     text = dice.phrase("by hand" if by_hand else "letters", word=word, letter=letter)
-    return Question(text, parts, str(count))
+    return Question(text, parts, str(num))
 
 
 def tally(word: str, letter: str) -> str:
     """The word spelled with a running count: `tally("noon", "o")` -> `"n, o 1, o 2, n"`."""
-    counts = accumulate(int(each == letter) for each in word)
-    steps = zip(word, counts, strict=True)
-    return ", ".join(f"{each} {n}" if each == letter else each for each, n in steps)
+    counts = count(1)
+    return ", ".join(f"{each} {next(counts)}" if each == letter else each for each in word)
 
 
 def ask_story(dice: Dice) -> Question:
@@ -331,10 +328,8 @@ def conversation(split: str, index: int) -> dict[str, Any]:
 def introduction(dice: Dice) -> list[Question]:
     """A user who tells a name, talks of something else or not, and asks for it."""
     slots = dice.cast("name")
-    hello = Question(dice.phrase("name", **slots), dice.phrase("name reply", **slots))
-    between = [ask_fact(dice)] if dice.random() < 0.5 else []
-    return [
-        hello,
-        *between,
-        Question(dice.phrase("name question"), f"Your name is {slots['hero']}."),
-    ]
+    turns = [Question(dice.phrase("name", **slots), dice.phrase("name reply", **slots))]
+    if dice.random() < 0.5:
+        turns.append(ask_fact(dice))
+    turns.append(Question(dice.phrase("name question"), f"Your name is {slots['hero']}."))
+    return turns

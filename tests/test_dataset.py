@@ -174,28 +174,28 @@ def test_all_kinds_in_name_order_with_numbers_as_numbers(tmp_path: Path):
     assert list_files(tmp_path / "part2.txt") == [tmp_path / "part2.txt"]
 
 
-@pytest.mark.parametrize("line", ["no JSON", "[1]", '{"body": "x"}', '{"text": 3}', "null"])
-def test_a_bad_line_is_named(tmp_path: Path, line: str):
-    (tmp_path / "a.jsonl").write_text(f'{{"text": "good"}}\n{line}\n')
-    with pytest.raises(UserError, match="a.jsonl, line 2: (not JSON|expected a JSON object)"):
-        list(read_documents([tmp_path / "a.jsonl"]))
+BAD_LINES = ["no JSON", "[1]", '{"body": "x"}', '{"text": 3}', "null"]
 
 
-@pytest.mark.parametrize("name", ["latin.txt", "latin.jsonl"])
-def test_files_that_cannot_be_read_are_named(tmp_path: Path, name: str):
-    (tmp_path / name).write_bytes("été".encode("latin-1"))
-    with pytest.raises(UserError, match=f"{name}.* UTF-8"):
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        *(("a.jsonl", line, "line 2: (not JSON|expected a JSON object)") for line in BAD_LINES),
+        ("a.jsonl", "été", "UTF-8"),
+        ("a.txt", "été", "UTF-8"),
+    ],
+)
+def test_a_bad_file_is_named_by_its_line(tmp_path: Path, name: str, content: str, complaint: str):
+    (tmp_path / name).write_text(f'{{"text": "good"}}\n{content}\n', encoding="latin-1")
+    with pytest.raises(UserError, match=f"{name}.* {complaint}"):
         list(read_documents(list_files(tmp_path)))
 
 
-def test_hold_out_marks_one_in_twenty_and_loses_nothing():
+def test_hold_out_marks_one_in_twenty_and_cuts_a_single_document_in_two():
     texts = [str(i) for i in range(100)]
     marked = list(hold_out(iter(texts), Path("x")))
     assert [text for text, _ in marked] == texts
     assert [text for text, is_val in marked if is_val] == ["1", "21", "41", "61", "81"]
-
-
-def test_hold_out_cuts_a_single_document_in_two():
     halves = list(hold_out(iter(["one two\nthree four"]), Path("x")))
     assert halves == [("one two\n", False), ("three four", True)]
     for texts in ([], ["x"]):

@@ -62,16 +62,9 @@ def test_what_a_model_has_been_taught_stays_what_it_was(
     assert primer.document("train", 7) == train_pages[7] != primer.document("val", 7)
     assert [key for key in range(40) if held_out("sum", key)] == [1, 20, 21, 23, 34, 35]
     quizzes = [primer.quiz("test", kind, i).prompt for kind in QUIZZES for i in range(100)]
-    said = {"pages": train_pages[:2000], "talks": train_talks[:2000], "quizzes": quizzes}
-    digests = {
-        name: hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
-        for name, items in said.items()
-    }
-    assert digests == {
-        "pages": "c1ab542836965125",
-        "talks": "7a21f700ae44115e",
-        "quizzes": "0fdd9ec5a74d27e6",
-    }
+    said = (train_pages[:2000], train_talks[:2000], quizzes)
+    digests = [hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16] for items in said]
+    assert digests == ["c1ab542836965125", "7a21f700ae44115e", "0fdd9ec5a74d27e6"]
 
 
 def test_pages_and_talks_are_varied(train_pages: list[str], train_talks: list[dict]) -> None:

@@ -45,7 +45,7 @@ from nanochat.common import (
     print0,
     progress_bar,
 )
-from nanochat.dataloader import Batch, Loader, TextSource
+from nanochat.dataloader import Batch, ChatSource, Loader, TextSource
 from nanochat.dataset import numbered_jsonl
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
@@ -89,23 +89,23 @@ def evaluate_bpb(
     return nats_total / (math.log(2) * bytes_total) if bytes_total else math.inf
 
 
-def text_bpb(
+def source_bpb(
     model: GPT,
-    tokenizer: Tokenizer,
-    shards: Sequence[Path],
+    source: TextSource | ChatSource,
+    runtime: Runtime,
     num_tokens: int,
     rows: int,
-    runtime: Runtime,
+    *,
     num_rows: int,
+    seq_len: int,
 ) -> float:
-    """Bits per byte on the first `num_tokens` tokens of the shards, packed into `num_rows` rows.
+    """Bits per byte on the first `num_tokens` tokens of `source`, packed into `num_rows` rows.
 
     The rows of all ranks fix the packing, and so the figure; `rows` are read at a time.
     """
-    seq_len = model.config.sequence_len
-    loader = Loader(TextSource(tokenizer, shards, quiet=True), num_rows, seq_len, runtime)
+    loader = Loader(source, num_rows, seq_len, runtime)
     num_steps = max(1, num_tokens // (num_rows * seq_len))
-    bpb = evaluate_bpb(model, loader, tokenizer.token_bytes(), num_steps, rows)
+    bpb = evaluate_bpb(model, loader, source.tokenizer.token_bytes(), num_steps, rows)
     loader.close()
     return bpb
 

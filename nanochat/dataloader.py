@@ -332,7 +332,6 @@ class Batch:
 
     inputs: torch.Tensor  # (R, T) int64
     targets: torch.Tensor  # (R, T) int64, IGNORED where nothing is to be learned
-    num_targets: int  # to be learned in these rows; the trainer sums it over the ranks
 
 
 class Loader:
@@ -391,7 +390,7 @@ class Loader:
         targets = torch.from_numpy(np.where(mask, ids, IGNORED)[:, 1:].astype(np.int64))
         if self.device.type == "cuda":
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        batch = Batch(inputs, targets, num_targets=int(mask[:, 1:].sum()))
+        batch = Batch(inputs, targets)
         buffers = self.packer.buffers.values()
         num_cropped = sum(buffer.cropped for buffer in buffers)
         num_finished = sum(buffer.finished for buffer in buffers)

@@ -20,7 +20,6 @@ from nanochat.common import (
     Dtype,
     Positive,
     Rows,
-    Runtime,
     Share,
     Source,
     StepNumber,
@@ -29,11 +28,10 @@ from nanochat.common import (
     print0,
     set_up,
 )
-from nanochat.core_eval import evaluate_bpb
+from nanochat.core_eval import source_bpb
 from nanochat.dataloader import IGNORED, ChatSource, Loader
-from nanochat.gpt import GPT
 from nanochat.scaling import lr_multiplier_at, make_optimizer
-from nanochat.tokenizer import Conversation, Tokenizer
+from nanochat.tokenizer import Conversation
 from nanochat.trainer import Run, batch_rows, compile_for_training, row_choices
 
 MOMENTUM = 0.95  # of Muon; constant, since a stage starts from a trained model
@@ -73,29 +71,6 @@ class FinetuneConfig:
     keep_last: int = 3  # newest checkpoints to keep; <= 0: all
 
 
-def validate(
-    model: GPT,
-    tokenizer: Tokenizer,
-    conversations: Sequence[Conversation],
-    runtime: Runtime,
-    eval_tokens: int,
-    num_rows: int,
-    seq_len: int,
-    device_rows: int,
-) -> float:
-    """Bits per byte of what the assistant says in the first tokens of `conversations`.
-
-    Batches have `num_rows` rows of `seq_len` tokens over all ranks; a device takes `device_rows`
-    at once.
-    """
-    source = ChatSource(tokenizer, conversations, num_epochs=None, quiet=True)
-    loader = Loader(source, num_rows, seq_len, runtime)
-    num_steps = max(1, eval_tokens // (num_rows * seq_len))
-    bpb = evaluate_bpb(model, loader, tokenizer.token_bytes(), num_steps, device_rows)
-    loader.close()
-    return bpb
-
-
 def finetune(
     stage: str, cfg: FinetuneConfig, train: Sequence[Conversation], val: Sequence[Conversation]
 ) -> dict[str, Any] | None:
@@ -132,16 +107,11 @@ def finetune(
             if run.is_due(cfg.save_every):
                 run.save(model, optimizer, meter, loader)
             if run.is_due(cfg.eval_every):
-                bpb = validate(
-                    model,
-                    tokenizer,
-                    val,
-                    runtime,
-                    eval_tokens=cfg.eval_tokens,
-                    num_rows=num_rows,
-                    seq_len=seq_len,
-                    device_rows=rows,
-                )
+                held_out = ChatSource(tokenizer, val, num_epochs=None, quiet=True)
+                bpb = source_bpb(
+                    model, held_out, runtime, cfg.eval_tokens, rows,
+                    num_rows=num_rows, seq_len=seq_len,
+                )  # fmt: skip
                 meter.note(val_bpb=bpb)
             if run.progress >= 1:
                 break

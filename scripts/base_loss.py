@@ -23,7 +23,8 @@ from nanochat.common import (
     run_script,
     set_up,
 )
-from nanochat.core_eval import text_bpb
+from nanochat.core_eval import source_bpb
+from nanochat.dataloader import TextSource
 from nanochat.dataset import find_corpus
 from nanochat.engine import sample_texts
 from nanochat.report import write_section
@@ -64,12 +65,14 @@ def main(cfg: Config) -> None:
     corpus = find_corpus(cfg.data or trained.get("corpus") or trained.get("data", ""))
     print0(f"measuring {meta['name']} on the corpus {corpus.name}")
     place = {"model_tag": meta["model_tag"], "step": meta["step"], "data": corpus.name}
-    num_rows = packed_rows(cfg.eval_tokens, model.config.sequence_len, runtime.world_size)
+    seq_len = model.config.sequence_len
+    num_rows = packed_rows(cfg.eval_tokens, seq_len, runtime.world_size)
     results = {"step": meta["step"]}
     for split, shards in (("train", corpus.train), ("val", [corpus.val])):
-        bpb = text_bpb(
-            model, tokenizer, shards, cfg.eval_tokens, cfg.device_batch_size, runtime, num_rows
-        )
+        bpb = source_bpb(
+            model, TextSource(tokenizer, shards, quiet=True), runtime,
+            cfg.eval_tokens, cfg.device_batch_size, num_rows=num_rows, seq_len=seq_len,
+        )  # fmt: skip
         results[f"{split}_bpb"] = bpb
         print0(f"{split}: {bpb:.4f} bits per byte")
     samples = sample_texts(model, tokenizer, SAMPLE_PROMPTS)

@@ -36,7 +36,7 @@ from nanochat.common import (
     set_up,
     tokenizer_dir,
 )
-from nanochat.core_eval import text_bpb
+from nanochat.core_eval import source_bpb
 from nanochat.dataloader import IGNORED, Loader, TextSource
 from nanochat.dataset import find_corpus
 from nanochat.engine import sample_texts
@@ -151,15 +151,11 @@ def main(cfg: Config) -> None:
             if run.is_due(cfg.save_every):
                 run.save(model, optimizer, meter, loader)
             if run.is_due(cfg.eval_every):
-                bpb = text_bpb(
-                    model,
-                    tokenizer,
-                    [corpus.val],
-                    num_tokens=cfg.eval_tokens,
-                    rows=rows,
-                    runtime=runtime,
-                    num_rows=num_rows,
-                )
+                held_out = TextSource(tokenizer, [corpus.val], quiet=True)
+                bpb = source_bpb(
+                    model, held_out, runtime, cfg.eval_tokens, rows,
+                    num_rows=num_rows, seq_len=cfg.max_seq_len,
+                )  # fmt: skip
                 meter.note(val_bpb=bpb)
             if run.step > 0 and run.is_due(cfg.sample_every):
                 samples = sample_texts(model, tokenizer, SAMPLE_PROMPTS)

@@ -353,7 +353,7 @@ def model_and_batches() -> tuple[GPT, list[Batch]]:
     for _ in range(3):
         inputs = torch.randint(0, V, (3, 16), generator=generator)
         targets = torch.randint(-1, V, (3, 16), generator=generator)
-        batches.append(Batch(inputs, targets, 48))
+        batches.append(Batch(inputs, targets))
     return model, batches
 
 

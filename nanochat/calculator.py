@@ -1,9 +1,9 @@
-"""The tool that the model may call: sums with + - * / ( ), and 'text'.count('x').
+"""The calculator tool: sums with + - * / ( ), and 'text'.count('x').
 
-An expression passes three gates: its length, a regular expression that lets through numbers, quoted
-text, the operators and `.count`, and a limit on nesting. Then Python's own parser builds a syntax
-tree, and a walk over it computes the value. Python itself never evaluates anything, there are no
-names to reach, and no signal or timer is involved, so it works in any thread.
+An expression must pass three gates: a length limit, a regular expression that allows only numbers,
+quoted text, the operators and `.count`, and a nesting limit. Python's parser then builds a syntax
+tree, and a walk over it computes the value. Nothing is evaluated by Python and no names can be
+reached; without signals or timers it works in any thread.
 """
 
 import ast
@@ -13,9 +13,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-MAX_CHARS = 200  # of the expression; bounds the strings in it and the work of the parser as well
+MAX_CHARS = 200  # of the expression; also bounds its strings and the parser's work
 MAX_NESTING = 20  # open brackets
-MAX_DIGITS = 50  # of any whole number on the way; fractions are bounded by the float format
+MAX_DIGITS = 50  # of any intermediate integer; floats are bounded by their format
 
 Number = int | float
 
@@ -33,11 +33,11 @@ OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
 
 
 def calculate(expression: str) -> str | None:
-    """What the tool prints for `expression`; None where it is not allowed or has no finite value.
+    """The tool's output for `expression`; None if it is not allowed or has no finite value.
 
     Never raises. `calculate("12 * (3 + 4)")` is "84"; `calculate("'banana'.count('a')")` is "3".
-    The value is Python's, but a whole number prints without its `.0` (8/2 prints 4): a small model
-    has enough to learn without two spellings of four.
+    Values are Python's, except that a whole number prints without `.0` (8/2 prints 4): a small
+    model has enough to learn without two spellings of four.
     """
     text = expression[: MAX_CHARS + 1].strip(" ")
     if len(expression) > MAX_CHARS or not ALLOWED.fullmatch(text) or not _brackets_fit(text):
@@ -53,7 +53,7 @@ def calculate(expression: str) -> str | None:
 
 
 def _brackets_fit(text: str) -> bool:
-    """True where brackets close and do not nest too deeply: CPython's parser is slow on many."""
+    """True if brackets close and do not nest too deeply: CPython's parser is slow on many."""
     depth = 0
     for char in re.sub(QUOTED, "", text):
         depth += (char == "(") - (char == ")")
@@ -63,7 +63,7 @@ def _brackets_fit(text: str) -> bool:
 
 
 def _value(node: ast.expr) -> Number:
-    """The number that `node` stands for; raises ValueError for what is not in the language."""
+    """The number that `node` stands for; ValueError for anything outside the language."""
     match node:
         case ast.Constant(value=int() | float() as number):
             return _bounded(number)
@@ -81,7 +81,7 @@ def _value(node: ast.expr) -> Number:
 
 
 def _bounded(number: Number) -> Number:
-    """`number` itself; raises ValueError for too many digits, infinity and not-a-number."""
+    """`number` itself; ValueError for too many digits, infinity and NaN."""
     if isinstance(number, float) and math.isfinite(number):
         return number
     if isinstance(number, int) and abs(number) < 10**MAX_DIGITS:

@@ -1,16 +1,16 @@
-"""Save and load what a run needs to go on: weights, optimizer state, place in the data.
+"""Save and load what a run needs to resume: weights, optimizer state, position in the data.
 
     base/d4/step_000300/
         model.safetensors            weights by parameter name, fp32
         optimizer_00000.safetensors  one per rank, keyed "<parameter>.<kind of state>": a range of
-                                     the flattened whole; the header has its shape and beginning
-        rank_00000.json              one per rank: its lanes of the data, its random generators
-        state.json                   step, tokens, seconds, configs, figures
+                                     the flattened tensor; the header gives its shape and start
+        rank_00000.json              one per rank: its rows of the data, its random generators
+        state.json                   step, tokens, seconds, configs, results
         manifest.json                every file's size and sha256, written last
 
-A checkpoint is written into `step_000300.partial`, fsynced, and renamed when it is complete, so a
-folder with the final name is whole. It is verified against its manifest before anything is read. No
-torch.save or torch.distributed.checkpoint: they pickle, and a pickle runs code when loaded.
+A checkpoint is written to `step_000300.partial`, fsynced, and renamed when complete, so a folder
+with the final name is whole. The manifest is verified before anything is read. No torch.save or
+torch.distributed.checkpoint: they pickle, and loading a pickle runs code.
 """
 
 import hashlib
@@ -42,15 +42,14 @@ STAGE_SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "r
 
 @dataclass
 class Checkpoint:
-    """A verified checkpoint: `state` is read, tensors are loaded on request."""
+    """A verified checkpoint: `state` is in memory, tensors are loaded on request."""
 
     folder: Path
     state: dict[str, Any]
-    digest: str  # the first half of the weights' sha256: what a later stage was begun from
+    digest: str  # first half of the weights' sha256; tells a later stage what it started from
 
     @property
     def model_config(self) -> GPTConfig:
-        """The whole architecture that the weights belong to."""
         return GPTConfig(**self.state["model_config"])
 
     def load_weights(self, device: torch.device) -> dict[str, torch.Tensor]:
@@ -58,9 +57,9 @@ class Checkpoint:
         return load_file(self.folder / "model.safetensors", device=str(device))
 
     def open_optimizer(self) -> Callable[[str, int, int], torch.Tensor]:
-        """read(key, first, last) -> these elements of a flattened state, of whichever ranks.
+        """read(key, first, last) -> those elements of a flattened state, from whichever ranks.
 
-        It raises UserError where they are not all there.
+        `read` raises UserError if any are missing.
         """
         parts: dict[str, list[tuple[int, Any]]] = {}
         for path in sorted(self.folder.glob("optimizer_*.safetensors")):
@@ -86,17 +85,17 @@ class Checkpoint:
         return read
 
     def load_loader_state(self, rank: int, world_size: int) -> dict[str, Any] | None:
-        """The place in the data, from the parts of all ranks; None for a stage without a loader."""
+        """The position in the data, merged from all ranks; None for a stage without a loader."""
         ranks = [json.loads(path.read_text()) for path in sorted(self.folder.glob("rank_*.json"))]
         parts = [saved["loader"] for saved in ranks if saved["loader"]]
         if not parts:
             return None
-        # As many ranks as before know how far each had dealt, as if they had gone straight on.
+        # With as many ranks as before, each continues exactly where it had stopped dealing.
         mine = parts[rank] if len(parts) == world_size else {}
         return merge_states(parts) | {key: mine[key] for key in mine if key != "lanes"}
 
     def restore_generators(self, rank: int) -> None:
-        """Set the random generators to what they were; a rank that is new keeps its seeds."""
+        """Restore the random generators; a rank that did not exist before keeps its seeds."""
         path = self.folder / f"rank_{rank:05d}.json"
         states = json.loads(path.read_text())["generators"] if path.exists() else {}
         if "python" in states:
@@ -108,7 +107,7 @@ class Checkpoint:
 
 
 def export_generators() -> dict[str, Any]:
-    """The states of this process's random generators, as JSON: Python's, torch's and the GPU's."""
+    """The states of Python's, torch's and the GPU's random generators, as JSON."""
     states = {"python": random.getstate(), "torch": torch.get_rng_state().tolist()}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state().tolist()
@@ -116,7 +115,6 @@ def export_generators() -> dict[str, Any]:
 
 
 def step_dir(run: Path, step: int) -> Path:
-    """The folder of one checkpoint."""
     return run / f"step_{step:06d}"
 
 
@@ -136,7 +134,6 @@ def file_digest(path: Path) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
-    """Write and fsync one safetensors file."""
     host = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     save_file(host, path, header)
     with path.open("rb+") as file:
@@ -144,7 +141,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str
 
 
 def run_on_all_ranks(action: Callable[[], None], group: Any) -> None:
-    """Do `action` on every rank. Raises UserError on all of them where the disk refused one."""
+    """Run `action` on every rank; UserError on all of them if writing failed on any."""
     error = None
     try:
         action()
@@ -167,10 +164,10 @@ def save_checkpoint(
     runtime: Runtime,
     group: Any = None,
 ) -> Path:
-    """Write the checkpoint of `state["step"]`; every rank of `group` writes its part.
+    """Write the checkpoint of `state["step"]`, each rank of `group` its part; returns the folder.
 
-    `rank_state` is what else this rank alone knows: {"loader", "generators"}. Returns the folder,
-    which exists whole or not at all. Raises UserError, on every rank, when the disk refuses.
+    `rank_state` is what only this rank knows: {"loader", "generators"}. The folder appears whole or
+    not at all. Raises UserError, on every rank, if the disk refuses.
     """
     final = step_dir(run, state["step"])
     partial = final.with_suffix(".partial")
@@ -199,13 +196,13 @@ def save_checkpoint(
         for action in (prepare, write, seal):
             run_on_all_ranks(action, group)
     except UserError:
-        shutil.rmtree(partial, ignore_errors=True)  # give back what a full disk lacks
+        shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
         raise
     return final
 
 
 def commit(partial: Path, final: Path) -> None:
-    """Seal `partial` with a manifest and give it its final name."""
+    """Seal `partial` with a manifest and rename it."""
     files = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
     write_file(partial / "manifest.json", json.dumps(files, indent=1))
     if final.exists():
@@ -215,7 +212,7 @@ def commit(partial: Path, final: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint, which is never seen half deleted under its name."""
+    """Delete a checkpoint; it is never seen half deleted under its name."""
     gone = folder.with_suffix(".deleted")
     folder.rename(gone)
     shutil.rmtree(gone)
@@ -228,10 +225,10 @@ def clear_strays(run: Path) -> None:
 
 
 class CheckpointWriter:
-    """Saves checkpoints in the background, on every rank; the next save waits for the last."""
+    """Saves checkpoints in the background, on every rank; each save waits for the one before."""
 
     def __init__(self, run: Path, keep_last: int, runtime: Runtime) -> None:
-        """`keep_last` newest checkpoints are kept; <= 0: all."""
+        """Keeps the newest `keep_last` checkpoints; <= 0: all."""
         self.run, self.keep_last, self.runtime = run, keep_last, runtime
         self.group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
         self.host: dict[str, torch.Tensor] = {}  # reused: page-locking memory takes seconds
@@ -245,10 +242,7 @@ class CheckpointWriter:
         moments: dict[str, StateShard],
         loader_state: Callable[[], dict[str, Any] | None],
     ) -> None:
-        """Copy everything to host memory, and write it while training goes on.
-
-        Raises what `wait` raises.
-        """
+        """Copy everything to host memory, and write it in the background. Raises as `wait` does."""
         self.wait()
         weights = weights if self.runtime.is_main else {}
         weights = {name: self._copy(name, tensor) for name, tensor in weights.items()}
@@ -277,17 +271,14 @@ class CheckpointWriter:
         self.thread.start()
 
     def _copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` in host memory, where it stays as it is until the next save."""
+        """`tensor` in host memory, unchanged until the next save."""
         if name not in self.host:
             pinned = tensor.device.type == "cuda"
             self.host[name] = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
         return self.host[name].copy_(tensor.detach(), non_blocking=True)
 
     def wait(self) -> None:
-        """Wait until the last save is on disk.
-
-        Raises what went wrong with it: UserError where the disk refused.
-        """
+        """Wait until the last save is on disk; raises its error, UserError if the disk refused."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -296,9 +287,9 @@ class CheckpointWriter:
 
 
 def open_checkpoint(run: Path, step: int, verify: bool = True) -> Checkpoint:
-    """Verify one checkpoint against its manifest (unless another rank has) and read its state.
+    """Verify a checkpoint against its manifest (unless another rank has) and read its state.
 
-    Raises UserError that names the damaged or missing file.
+    Raises UserError naming the damaged or missing file.
     """
     folder = step_dir(run, step)
     try:
@@ -315,7 +306,7 @@ def open_checkpoint(run: Path, step: int, verify: bool = True) -> Checkpoint:
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest undamaged checkpoint to resume from; damaged ones are named and passed over."""
+    """The newest undamaged checkpoint; warns about damaged ones and skips them."""
     for step in reversed(list_steps(run)):
         try:
             return open_checkpoint(run, step)
@@ -327,9 +318,9 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
 def find_checkpoint(
     stage: str, model_tag: str = "", step: int | None = None
 ) -> tuple[Path, Checkpoint]:
-    """(run folder, checkpoint) of a stage: by default of the run saved last, and its newest step.
+    """(run folder, checkpoint) of a stage; by default the newest step of the run saved last.
 
-    Raises UserError when the stage, the tag or the step is not there, or the checkpoint is damaged.
+    Raises UserError if the stage, tag or step does not exist, or the checkpoint is damaged.
     """
     stage_dir = base_dir() / stage
     runs = [run for run in stage_dir.iterdir() if list_steps(run)] if stage_dir.is_dir() else []
@@ -355,15 +346,14 @@ def find_checkpoint(
 
 
 def saved_at(run: Path) -> float:
-    """When a checkpoint of `run` was saved last; evaluations write into its folder, too."""
     return max((file.stat().st_mtime for file in run.glob("step_*/manifest.json")), default=0.0)
 
 
 def build_model(
     config: GPTConfig, weights: dict[str, torch.Tensor] | None, runtime: Runtime, seed: int = 0
 ) -> GPT:
-    """A model on the runtime's device with these weights, or freshly initialised from `seed`."""
-    # Not by way of the meta device: there torch would import its compiler, seconds at each start.
+    """A model on the runtime's device with these weights, or initialised from `seed`."""
+    # Not via the meta device: there torch imports its compiler, which takes seconds.
     with runtime.device:
         model = GPT(config)
     if weights is None:
@@ -377,10 +367,10 @@ def build_model(
 def load_model(
     source: str, model_tag: str, step: int | None, runtime: Runtime, train: bool = False
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """(model, the tokenizer of its run, the checkpoint's state + "name", "model_tag", "weights").
+    """(model, its run's tokenizer, the checkpoint's state + "name", "model_tag", "weights").
 
-    To `train` it has fp32 master weights; else they are in the dtype that the layers compute in.
-    Raises UserError when there is no such checkpoint or it is damaged.
+    To `train`, the weights stay in fp32; otherwise they are cast to the runtime's dtype. Raises
+    UserError if there is no such checkpoint or it is damaged.
     """
     run, checkpoint = find_checkpoint(source, model_tag, step)
     model = build_model(checkpoint.model_config, checkpoint.load_weights(runtime.device), runtime)

@@ -1,13 +1,11 @@
-"""The ground that all stands on: folders, files, errors, device and ranks, command lines.
+"""Folders, files, errors, device and ranks, command lines: what everything else builds on.
 
-All artifacts lie under `$NANOCHAT_BASE_DIR` (default `~/.cache/nanochat`); nothing else joins these
-names. A written file is fsynced, renamed into place, and its *folder* fsynced: a rename is durable
-only once the directory entry is. `set_up` is a script's first call; under torchrun it joins one
-process group (nccl on GPUs, gloo on CPUs). A CPU computes in fp32, even one with bf16 matrix
-instructions: a small model's step is bound by what lies between its matmuls (dev/LOG.md).
-
-A script's flags are the fields of its `Config`, and each field's comment is its line in --help;
-what a value may be stands in its type (`Count`, `Share`, ...), and is checked first of all.
+All artifacts lie under `$NANOCHAT_BASE_DIR` (default `~/.cache/nanochat`). Files are written to a
+temporary name, fsynced, renamed, and their *folder* fsynced: only that makes a rename durable.
+`set_up` is a script's first call; under torchrun it joins one process group (nccl on GPUs, gloo on
+CPUs). CPUs compute in fp32, even with bf16 matrix instructions: a small model's step is bound by
+what lies between its matmuls (dev/LOG.md). A script's flags are the fields of its `Config`; a
+field's comment is its --help, and its type (`Count`, `Share`, ...) says which values are valid.
 """
 
 import ctypes
@@ -36,9 +34,9 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 T = TypeVar("T")
-FOLDER_NAME = r"\w[\w.-]*"  # what a corpus and a run may be called: it leads nowhere else
+FOLDER_NAME = r"\w[\w.-]*"  # of a corpus or a run; cannot leave its parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal to send when the parent dies
 # Words of the device name -> dense bf16 peak in FLOP/s (vendor data sheets, no sparsity).
 PEAK_BF16_FLOPS = {
     "GB200": 2.5e15,
@@ -61,41 +59,38 @@ PEAK_BF16_FLOPS = {
 
 
 class UserError(ValueError):
-    """What a user caused and can mend: one line that says what is wrong and what mends it."""
+    """An error that the user caused: one line saying what is wrong and how to fix it."""
 
 
 def base_dir() -> Path:
-    """The folder that holds every artifact; the only place that reads `NANOCHAT_BASE_DIR`."""
+    """The folder of all artifacts; nothing else reads `NANOCHAT_BASE_DIR`."""
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
 
 
 def corpora_dir() -> Path:
-    """The folder with one subfolder of text shards per corpus."""
     return base_dir() / "base_data"
 
 
 def tokenizer_dir() -> Path:
-    """The tokenizer that was trained last; each run keeps a copy of the one it used."""
+    """The tokenizer trained last; each run keeps a copy of the one it used."""
     return base_dir() / "tokenizer"
 
 
 def run_dir(stage: str, model_tag: str) -> Path:
-    """The folder of one training run, such as `base/d20`. `stage` is base, mid, sft or rl."""
+    """The folder of a training run, such as `base/d20`; `stage` is base, mid, sft or rl."""
     return base_dir() / stage / model_tag
 
 
 def report_dir() -> Path:
-    """The folder with one section file per stage, and the report made from them."""
     return base_dir() / "report"
 
 
 def eval_bundle_dir() -> Path:
-    """The public data of the CORE metric, once they are downloaded."""
     return base_dir() / "eval_bundle"
 
 
 def fsync(path: Path) -> None:
-    """Make the content of a file, or the names inside a folder, durable."""
+    """Make a file's content, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,7 +99,7 @@ def fsync(path: Path) -> None:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write `path` whole or not at all, durably; its folder is made if need be."""
+    """Write `path` durably, whole or not at all; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
     descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -123,7 +118,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a script needs to know of the machine; made once by `set_up`."""
+    """The machine as a script sees it; made once by `set_up`."""
 
     device: torch.device
     dtype: torch.dtype  # of the matmuls; master weights are always fp32
@@ -133,13 +128,13 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that prints and writes shared files."""
+        """True on the rank that prints and writes shared files."""
         return self.rank == 0
 
 
 @cache
 def git_revision() -> str:
-    """The revision of the checkout, `-dirty` when it was changed, `unknown` outside one."""
+    """The checkout's revision, with `-dirty` if modified; `unknown` outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     checkout = Path(__file__).parent
     try:
@@ -150,22 +145,22 @@ def git_revision() -> str:
 
 
 def print0(text: str) -> None:
-    """Print on the main rank alone; the one place where the library speaks."""
+    """Print on the main rank only; all of the library's output goes through here."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(text, flush=True)  # noqa: T201
 
 
 def progress_bar(parts: Iterable[T], unit: str, total: int | None = None) -> Iterable[T]:
-    """`parts`, with a progress bar on stderr where somebody is looking at the main rank."""
+    """`parts`, with a progress bar on stderr if that is a terminal and this the main rank."""
     hidden = not sys.stderr.isatty() or int(os.environ.get("RANK", 0)) != 0
     return tqdm(parts, unit=unit, total=total, disable=hidden, leave=False)
 
 
 def set_up(device_type: str = "", dtype: str = "auto", seed: int = 0) -> Runtime:
-    """Choose device and dtype, join the process group when torchrun started us, and seed.
+    """Choose device and dtype, join torchrun's process group if there is one, and seed.
 
-    Empty `device_type`: the best there is. `dtype` auto: what trains fastest without loss scaling.
-    Raises UserError for a device that is not there.
+    Empty `device_type`: the best available. `dtype` auto: the fastest that needs no loss scaling.
+    Raises UserError for a missing device.
     """
     backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
     kind = device_type or next(name for name in backends if backends[name].is_available())
@@ -191,34 +186,33 @@ def set_up(device_type: str = "", dtype: str = "auto", seed: int = 0) -> Runtime
 
 
 def die_with_torchrun() -> None:
-    """Let the kernel kill this rank when torchrun dies, which it would outlive and hold the run.
+    """Have the kernel kill this rank when torchrun dies; it would live on and keep the run locked.
 
-    Torchrun gives each rank a session of its own, so no signal to its group reaches them.
+    torchrun starts each rank in a new session, so signals to its process group do not reach them.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # It may have died already. (The child of a script that torchrun started cannot tell.)
+    # torchrun may be dead already. (A child of a script that torchrun started cannot tell.)
     leads_session = os.getsid(0) == os.getpid()
     if leads_session and "torch" not in Path(f"/proc/{os.getppid()}/cmdline").read_text():
         sys.exit("torchrun died while this rank was starting")
 
 
 def join_ranks(backend: str) -> None:
-    """Join the process group that torchrun's environment describes."""
     timeout = timedelta(seconds=dist_timeout())
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
-        # On one machine torchrun keeps the store over a restart, with addresses of ranks that died.
+        # On one machine the store survives a restart and holds the addresses of dead ranks.
         store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def dist_timeout() -> float:
-    """Seconds after which a rank takes another one for dead; `NANOCHAT_TIMEOUT`, default 900."""
+    """Seconds after which a silent rank counts as dead: `NANOCHAT_TIMEOUT`, default 900."""
     return float(os.environ.get("NANOCHAT_TIMEOUT") or 900)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it; nothing to do on a CPU."""
+    """Wait until the device is idle; no-op on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -226,20 +220,20 @@ def synchronize(device: torch.device) -> None:
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum `values` over the ranks, in place; one rank returns it as it is."""
+    """Sum `values` over the ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def own_part(num: int) -> range:
-    """The items of `num` that are this rank's: r, r + n, r + 2n, ... for rank r of n."""
+    """This rank's items of `num`: r, r + n, r + 2n, ... for rank r of n."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return range(rank, num, world_size)
 
 
 def gather(parts: list[T]) -> list[T]:
-    """The lists of all ranks as one, the same on every rank."""
+    """The concatenated lists of all ranks, the same on every rank."""
     if not dist.is_initialized():
         return parts
     lists: list[list[T]] = [[] for _ in range(dist.get_world_size())]
@@ -248,13 +242,12 @@ def gather(parts: list[T]) -> list[T]:
 
 
 def barrier() -> None:
-    """Wait for all ranks; one rank goes on at once."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that new tensors on `device` may take."""
+    """Free bytes on `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -266,7 +259,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def measure_flops(runtime: Runtime) -> float:
-    """FLOP/s of a matmul on this device: the fastest in half a second, since it may be busy."""
+    """FLOP/s of a matmul on this device: the best within half a second, as it may be busy."""
     size, best = 1024, float("inf")
     left, right = torch.randn(2, size, size, device=runtime.device, dtype=runtime.dtype)
     start = time.perf_counter()
@@ -279,16 +272,16 @@ def measure_flops(runtime: Runtime) -> float:
 
 
 def peak_flops(runtime: Runtime) -> tuple[float, str]:
-    """(FLOP/s that MFU is measured against, where that figure comes from)."""
+    """(the FLOP/s that MFU is measured against, where that number comes from)."""
     for name, flops in PEAK_BF16_FLOPS.items():
-        # Whole words: an L40 is no L4, nor has a laptop's RTX 4090, or a 4090 D, what a 4090 has.
+        # Whole words: an L40 is not an L4, nor a laptop's RTX 4090 or a 4090 D a 4090.
         if re.search(rf"\b{name}\b(?! (Laptop|D)\b)", runtime.device_name):
             return flops, f"{name} dense bf16 data sheet"
     dtype = str(runtime.dtype).removeprefix("torch.")
     return measure_flops(runtime), f"{dtype} matmul measured on this {runtime.device_name}"
 
 
-# Types of flags: what a value may be, and short names of those that choose a checkpoint.
+# Types of flags: valid values, and short names for the flags that choose a checkpoint.
 Source = Annotated[Literal["base", "mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
 ChatSource = Annotated[Literal["mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
 TagName = Annotated[str, Field(pattern=rf"^({FOLDER_NAME})?$")]
@@ -299,7 +292,7 @@ DeviceType = Annotated[str, Field(pattern="^(cpu|cuda|mps)?$")]
 Dtype = Annotated[str, Field(pattern="^(auto|float32|bfloat16)$")]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
-Derived = Literal[-1] | Count  # -1: it follows from other flags
+Derived = Literal[-1] | Count  # -1: follows from other flags
 Rows = Literal["auto"] | Count
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -307,14 +300,14 @@ Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=100)]
 
-# What is wrong with the machine or a path, and not with the program.
+# Faults of the machine or a path, not of the program.
 MACHINE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
 
 
 def run_script(main: Callable[[T], None], config: type[T]) -> None:
     """Run `main` on the parsed command line; --help begins with the script's docstring.
 
-    What a user can mend becomes one line on stderr and exit code 1.
+    UserError and errors of the machine become one line on stderr and exit code 1.
     """
     parsed = tyro.cli(config, description=main.__globals__["__doc__"])
     try:
@@ -333,7 +326,6 @@ def run_script(main: Callable[[T], None], config: type[T]) -> None:
 
 
 def check(config: Any) -> None:
-    """Raise UserError for a value that its flag's type does not allow."""
     try:
         TypeAdapter(type(config)).validate_python(vars(config))
     except ValidationError as error:

@@ -1,10 +1,9 @@
-"""Text or conversations become packed (B, T) batches: the same on 1 or N ranks, exactly resumable.
+"""Text or conversations -> packed (B, T) batches: the same on 1 or N ranks, exactly resumable.
 
-A source gives documents in a fixed order. Every rank reads all of them, which is cheap, and assigns
-each to the row of the global batch that was assigned the fewest bytes so far (ties: the lowest). It
-tokenises and packs those of its own rows only, so a batch follows from the data, the tokenizer and
-the step alone. A thread packs a few batches ahead. A saved state holds the tokens that wait in each
-row's buffer (8 to 9 rows of them), not places in files, so resuming tokenises nothing again.
+Every rank reads all documents, which is cheap, and assigns each to the row of the global batch with
+the fewest bytes so far (ties: the lowest). It tokenises and packs only its own rows, so a batch
+depends on data, tokenizer and step alone. A thread packs a few batches ahead. A saved state holds
+each row's waiting tokens (8 to 9 rows of them), not file positions: resuming retokenises nothing.
 
 Shapes: R rows of this rank, T tokens of a row. A chunk is (n, 2): token ids and their loss mask.
 """
@@ -27,19 +26,19 @@ from nanochat.common import Runtime, UserError, all_reduce_sum, print0
 from nanochat.dataset import check_shard, read_texts
 from nanochat.tokenizer import Conversation, Tokenizer, check_conversation, render_conversation
 
-IGNORED = -1  # the target of a token that is not to be learned
-WINDOW_ROWS = 8  # of a buffer, from which a row is packed; 16 and 32 gained nothing (simulated)
-ENCODE_BYTES = 1 << 18  # a rank tokenises about this many bytes at a time
-QUEUE_BATCHES = 4  # that the thread may be ahead
+IGNORED = -1  # target of a token that is not to be learned
+WINDOW_ROWS = 8  # rows of tokens considered when packing; 16 and 32 gained nothing (simulated)
+ENCODE_BYTES = 1 << 18  # tokenised at a time, about
+QUEUE_BATCHES = 4  # how far the thread may be ahead
 NUM_THREADS = min(4, os.cpu_count() or 1)  # of the tokenizer; eight were slower
 BYTES_PER_TOKEN = 4  # typical of English
 MARK_BYTES = 8  # of a message, for the two special tokens around it
 
 
 class TextSource:
-    """The documents of text shards, round and round; a new epoch is announced unless `quiet`."""
+    """The documents of text shards, endlessly; announces each new epoch unless `quiet`."""
 
-    splits = True  # what does not fit into a row goes on in a later one; every token is a target
+    splits = True  # a document may continue in a later row; every token is a target
     total = None  # the stream has no end
 
     def __init__(self, tokenizer: Tokenizer, shards: Sequence[Path], quiet: bool = False) -> None:
@@ -47,18 +46,17 @@ class TextSource:
 
     @property
     def identity(self) -> list[str]:
-        """What a saved state must have been read from."""
         return [shard.name for shard in self.shards]
 
     def resume(self, identity: Any) -> bool:
-        """Keep to the shards that a stream began with; False where some of them are missing."""
+        """Restrict to the shards a stream began with; False if any are missing."""
         self.shards = [shard for shard in self.shards if shard.name in identity]
         return self.identity == identity
 
     def documents(self, first: int) -> Iterator[str]:
-        """Texts without end, from number `first` on, counted through all epochs.
+        """Texts from number `first` on, counted through all epochs, without end.
 
-        Raises UserError for a damaged shard, and when no shard holds any text.
+        Raises UserError for a damaged shard, and if there is no text at all.
         """
         num_documents = sum(check_shard(shard) for shard in self.shards)
         first_epoch, skip = divmod(first, num_documents)
@@ -75,7 +73,6 @@ class TextSource:
             skip = 0
 
     def num_bytes(self, document: str) -> int:
-        """The bytes by which a document is assigned."""
         return len(document.encode())
 
     def encode(self, documents: list[str]) -> list[np.ndarray]:
@@ -89,7 +86,7 @@ class TextSource:
 
 
 class ChatSource:
-    """Conversations, shuffled anew each epoch; `num_epochs` None is without end."""
+    """Conversations, reshuffled each epoch; `num_epochs` None: without end."""
 
     splits = False  # a conversation stays whole, cropped to a row, and rows are padded with <|bos|>
 
@@ -101,21 +98,21 @@ class ChatSource:
         seed: int = 0,
         quiet: bool = False,
     ) -> None:
-        """Raises UserError when there are no conversations."""
+        """Raises UserError if there are no conversations."""
         if not len(conversations):
             raise UserError("there are no conversations to train on; check --mixture and --custom")
         self.tokenizer, self.conversations = tokenizer, conversations
         self.num_epochs, self.seed, self.quiet = num_epochs, seed, quiet
-        # How many the stream has in all.
+        # Conversations in the whole stream.
         self.total = None if num_epochs is None else num_epochs * len(conversations)
         self.identity = {"num_conversations": len(conversations), "seed": seed}
 
     def resume(self, identity: Any) -> bool:
-        """Whether a saved stream was one of these conversations."""
+        """True if a saved stream was of these conversations."""
         return self.identity == identity
 
     def documents(self, first: int) -> Iterator[Conversation]:
-        """The conversations from number `first` on, counted through all epochs."""
+        """Conversations from number `first` on, counted through all epochs."""
         num_conversations = len(self.conversations)
         first_epoch, skip = divmod(first, num_conversations)
         for epoch in count(first_epoch):
@@ -130,7 +127,7 @@ class ChatSource:
             skip = 0
 
     def num_bytes(self, document: Conversation) -> int:
-        """The bytes of its texts. Raises UserError, on every rank, when it is malformed."""
+        """Bytes of its texts; UserError, on every rank, if it is malformed."""
         check_conversation(document)
         num_bytes = 0
         for message in document["messages"]:
@@ -147,25 +144,25 @@ class ChatSource:
 
 @dataclass
 class RowBuffer:
-    """What one row of the global batch is packed from, step after step."""
+    """The chunks waiting to be packed into one row of the global batch."""
 
     chunks: list[np.ndarray]  # (n, 2) each, oldest first; never written to, so snapshots share them
-    documents: int = 0  # those with lower numbers have been assigned, to this row or to another
+    documents: int = 0  # documents below this number have been assigned, here or elsewhere
     finished: int = 0  # chunks packed to their end
     cropped: int = 0
 
     def num_tokens(self) -> int:
-        """How much of rows the chunks would fill."""
+        """Tokens that the chunks would fill, with a <|bos|> each."""
         return sum(map(len, self.chunks)) + len(self.chunks)
 
     def fill(self, row: np.ndarray, window: int, split: bool) -> None:
-        """Pack chunks into `row` (T+1, 2), which holds <|bos|> everywhere: best fit first.
+        """Pack chunks into `row` (T+1, 2), prefilled with <|bos|>: best fit first.
 
-        When no chunk fits whole, the longest is split; without `split` the rest stays padding. To
-        split the longest keeps the most context: on average a target then has 55.4 tokens before
-        it, with the shortest 47.4, with the oldest 54.9 (primer, T = 256; web-like text at 2048:
-        641, 606, 618). Only the oldest chunks, `window` tokens of them, are looked at: a rank may
-        have read further than another, and what it has beyond the window must not matter.
+        If no chunk fits whole, the longest is split; without `split` the rest stays padding.
+        Splitting the longest keeps the most context: on average 55.4 tokens before a target,
+        against 47.4 for the shortest and 54.9 for the oldest (primer, T = 256; web-like text at
+        2048: 641, 606, 618). Only the oldest `window` tokens of chunks are considered: one rank may
+        have read further than another, and that must not matter.
         """
         place = 0
         while place < len(row) and self.chunks:
@@ -184,7 +181,7 @@ class RowBuffer:
             place += 1 + len(chunk)
 
     def _choose(self, space: int, window: int) -> tuple[int | None, int]:
-        """(the largest chunk that fits into `space`, the longest chunk); the older of equals."""
+        """(the largest chunk that fits into `space`, the longest chunk); ties: the older."""
         fitting, fitting_len, longest, longest_len, seen = None, -1, 0, -1, 0
         for i, chunk in enumerate(self.chunks):
             num = len(chunk)
@@ -199,7 +196,7 @@ class RowBuffer:
 
 
 class Packer:
-    """Assigns documents to the rows of the global batch and packs the rows of one rank."""
+    """Assigns documents to rows of the global batch and packs this rank's rows."""
 
     def __init__(
         self,
@@ -211,7 +208,7 @@ class Packer:
         world_size: int,
         state: dict[str, Any] | None,
     ) -> None:
-        """Raises UserError when the rows do not divide or the state is of another stream."""
+        """Raises UserError if the rows do not divide or the state is of another stream."""
         if num_rows < 1 or num_rows % world_size:
             raise UserError(
                 f"a batch of {num_rows} rows does not divide among {world_size} ranks; "
@@ -229,7 +226,7 @@ class Packer:
         self.ended = False
 
     def _resume(self, state: dict[str, Any]) -> None:
-        """Go on from the merged state of all ranks. On disk, a token not to be learned is ~id."""
+        """Continue from all ranks' merged state. On disk, a token not to be learned is ~id."""
         num_rows = len(self.assigned)
         if not self.source.resume(state["source"]):
             raise UserError(
@@ -256,21 +253,21 @@ class Packer:
             self.buffers[row] = RowBuffer(chunks, **counts)
 
     def next_rows(self) -> np.ndarray:
-        """(R, T+1, 2): ids and loss mask; rows whose documents have run out are padding."""
+        """(R, T+1, 2): ids and loss mask; rows without documents left are padding."""
         row_len = self.seq_len + 1
         window = WINDOW_ROWS * row_len
         rows = np.empty((len(self.buffers), row_len, 2), np.int32)
         # <|bos|> is a target in text; among conversations neither it nor padding is one.
         rows[:] = self.source.tokenizer.bos_id, self.source.splits
         for row, buffer in zip(rows, self.buffers.values(), strict=True):
-            # One row more than the window, which must be full before the last placement, too.
+            # One row more than the window, which must still be full at the last placement.
             while not self.ended and buffer.num_tokens() < window + row_len:
                 self._assign()
             buffer.fill(row, window, self.source.splits)
         return rows
 
     def _assign(self) -> None:
-        """Assign documents until some ENCODE_BYTES have come to our own rows; tokenise those."""
+        """Assign documents until about ENCODE_BYTES are ours; tokenise those."""
         ours: list[tuple[RowBuffer, Any]] = []
         ours_bytes = 0
         while ours_bytes < ENCODE_BYTES:
@@ -284,7 +281,7 @@ class Packer:
             assigned, row = self.assigned[0]
             heapq.heapreplace(self.assigned, (assigned + num_bytes, row))
             buffer = self.buffers.get(row)
-            # A buffer from a rank that had read further has its next documents already.
+            # A buffer from a rank that had read further already has its next documents.
             if buffer is not None and self.num_documents >= buffer.documents and num_bytes:
                 ours.append((buffer, document))
                 ours_bytes += num_bytes
@@ -297,7 +294,7 @@ class Packer:
             buffer.chunks.append(chunk)
 
     def snapshot(self) -> Callable[[], dict[str, Any]]:
-        """A function that gives the present state as JSON, whenever it is called; cheap to make."""
+        """A function that returns the present state as JSON, now or later; cheap to make."""
         num_documents, assigned = self.num_documents, self.assigned.copy()
         buffers = {row: replace(b, chunks=b.chunks.copy()) for row, b in self.buffers.items()}
 
@@ -335,12 +332,12 @@ class Batch:
 
 
 class Loader:
-    """Iterates over this rank's batches, which a thread packs ahead; `close` it when done.
+    """Iterates over this rank's batches, packed ahead by a thread; `close` it when done.
 
-    Three attributes tell of the stream up to the batch given last:
-    state        a function that gives this rank's part of the place as JSON; each batch has its own
-    num_cropped  chunks that were split or cropped, in this rank's rows
-    progress     share of a source with an end that is packed, the same on all ranks; at 1 it stops
+    Three attributes describe the stream up to the latest batch:
+    state        a function that returns this rank's part of the position as JSON
+    num_cropped  chunks split or cropped in this rank's rows
+    progress     packed share of a finite source, the same on all ranks; the loader stops at 1
     """
 
     def __init__(
@@ -351,9 +348,9 @@ class Loader:
         runtime: Runtime,
         state: dict[str, Any] | None = None,
     ) -> None:
-        """`num_rows` is that of all ranks; `state`, from `merge_states`, is where to go on.
+        """`num_rows` counts all ranks; `state`, from `merge_states`, is where to resume.
 
-        Raises UserError when the rows do not divide or the state does not match.
+        Raises UserError if the rows do not divide or the state does not match.
         """
         self.device, self.world_size, self.total = runtime.device, runtime.world_size, source.total
         self.packer = Packer(
@@ -372,9 +369,8 @@ class Loader:
         self._thread.start()
 
     def _fill_queue(self) -> None:
-        """What the thread runs; its error is handed over in place of a batch."""
         try:
-            # Else page-locking would wake GPU 0 in the process of every rank.
+            # Else page-locking would initialise GPU 0 in every rank's process.
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device.index or 0)
             while not self._closed.is_set():
@@ -383,7 +379,7 @@ class Loader:
             self._queue.put(error)
 
     def _pack(self) -> tuple[Batch, Callable[[], dict[str, Any]], int, int]:
-        """(batch in host memory, state after it, crops, conversations packed to their end)."""
+        """(batch in host memory, state after it, crops, conversations fully packed)."""
         rows = self.packer.next_rows()  # (R, T+1, 2)
         ids, mask = rows[..., 0], rows[..., 1]
         inputs = torch.from_numpy(ids[:, :-1].astype(np.int64))
@@ -400,7 +396,7 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch, on the device. Raises what went wrong in the thread."""
+        """The next batch, on the device; raises the thread's error, if any."""
         if self.progress >= 1:
             self.close()
         if self._closed.is_set():
@@ -411,28 +407,28 @@ class Loader:
             raise item
         batch, self.state, self.num_cropped, num_finished = item
         if self.total:
-            # No rank knows when the others' rows run empty, so they sum what they have packed. It
-            # costs a wait for the device; rendering all conversations on all ranks costs far more.
+            # No rank knows when the others run out, so they sum what they have packed. That waits
+            # for the device, but rendering all conversations on all ranks would cost far more.
             if self.world_size > 1:
                 num_finished = all_reduce_sum(torch.tensor(num_finished, device=self.device)).item()
             self.progress = num_finished / self.total
-        # The copies run on the consumer's stream, so what follows on it sees them finished.
+        # The copies run on the consumer's stream, which orders them before what follows.
         inputs = batch.inputs.to(self.device, non_blocking=True)
         targets = batch.targets.to(self.device, non_blocking=True)
         return replace(batch, inputs=inputs, targets=targets)
 
     def close(self) -> None:
-        """End the thread and wait for it; the loader gives no more batches."""
+        """Stop the thread; there are no more batches."""
         self._closed.set()
-        while not self._queue.empty():  # the thread may be waiting for a free place
+        while not self._queue.empty():  # the thread may be waiting for room
             self._queue.get()
         self._thread.join()
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The state of the whole stream from the parts of all ranks, for any number of ranks to go on.
+    """The state of the whole stream from all ranks' parts, usable on any number of ranks.
 
-    Ranks may have read to different documents. Reading goes on from the earliest; each row's buffer
+    Ranks may have read to different documents. Reading resumes at the earliest; each row's buffer
     knows how far it has been assigned documents and takes none twice.
     """
     lanes = [lane for state in states for lane in state["lanes"]]

@@ -1,10 +1,10 @@
-"""Corpora of text shards: download a public one, import a folder, write the primer, read them.
+"""Corpora of text shards: download a public one, import a folder, generate the primer, read them.
 
-A corpus is a folder `base_data/NAME` of parquet shards with one string column `text`, a document a
-row; the last shard is the validation split. `base_data/current` names the corpus prepared last; it
-is written when everything else is in place.
+A corpus is a folder `base_data/NAME` of parquet shards with one string column `text`, one document
+per row; the last shard is the validation split. `base_data/current` names the corpus prepared last
+and is written once everything else is in place.
 
-    python -m nanochat.dataset -n 8                        # 8 shards of climbmix, and its last one
+    python -m nanochat.dataset -n 8                        # 8 shards of climbmix, and its last
     python -m nanochat.dataset -n 8 --corpus fineweb-edu   # under a freer licence
     python -m nanochat.dataset --from my_texts             # yours: .parquet, or .txt and .jsonl
     python -m nanochat.dataset --corpus primer             # the embedded default, offline
@@ -43,21 +43,21 @@ PUBLIC = {
     "climbmix": ("karpathy/climbmix-400b-shuffle", 6543, "CC-BY-NC 4.0, not commercial"),
     "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1823, "ODC-By"),
 }
-DOWNLOAD_ATTEMPTS = 4  # in a row that bring no shard; the hub's client retries requests besides
-RETRY_SECONDS = 2.0  # before the second attempt; as much again before each further one
+DOWNLOAD_ATTEMPTS = 4  # in a row without a new shard; the hub's client retries requests, too
+RETRY_SECONDS = 2.0  # before the second attempt; 2 more before each further one
 SCHEMA = pa.schema([("text", pa.string())])
 ROW_GROUP_DOCUMENTS = 1024
-ROW_GROUP_CHARS = 16_000_000  # bounds a reader's memory where documents are whole books
-SHARD_CHARS = 64_000_000  # some 20 MB a file once compressed
-DOCUMENT_CHARS = 10_000  # a .txt file is cut into documents of at most so many characters
-VALIDATION_EVERY = 20  # one document of so many is for validation: a passage or more of each book
-SOURCE_FILE = "source.json"  # what a corpus was made from, to see whether it is up to date
+ROW_GROUP_CHARS = 16_000_000  # bounds a reader's memory when documents are whole books
+SHARD_CHARS = 64_000_000  # about 20 MB compressed
+DOCUMENT_CHARS = 10_000  # at most, of a document cut from a .txt file
+VALIDATION_EVERY = 20  # one document in 20 is for validation: a passage or more of each book
+SOURCE_FILE = "source.json"  # what a corpus was made from: tells whether it is up to date
 MEND_SHARD = "mend or remove it, then run `python -m nanochat.dataset` again"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus: the paths of its shards, in reading order."""
+    """A prepared corpus: paths of its shards, in reading order."""
 
     name: str
     train: list[Path]
@@ -65,12 +65,12 @@ class Corpus:
 
 
 def shard_name(index: int) -> str:
-    """The file name of a shard, the same here and on the hub."""
+    """File name of a shard, the same here and on the hub."""
     return f"shard_{index:05d}.parquet"
 
 
 def find_corpus(name: str = "") -> Corpus:
-    """The corpus `name`, or the one prepared last. Raises UserError for one that is not whole."""
+    """The corpus `name`, by default the one prepared last; UserError unless it is whole."""
     current = corpora_dir() / "current"
     prepare = "run `python -m nanochat.dataset -n 8` (or with --corpus primer, or --from FOLDER)"
     if not name:
@@ -88,9 +88,9 @@ def find_corpus(name: str = "") -> Corpus:
 
 
 def check_shard(path: Path) -> int:
-    """The number of documents in a shard, from its footer.
+    """Number of documents in a shard, from its footer.
 
-    Raises UserError naming a file that is cut short, empty, or without a string column `text`.
+    Raises UserError for a file that is truncated, empty, or without a string column `text`.
     """
     try:
         with pq.ParquetFile(path) as file:
@@ -107,7 +107,6 @@ def check_shard(path: Path) -> int:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether `path` is there and passes `check_shard`."""
     try:
         return check_shard(path) > 0
     except UserError:
@@ -115,9 +114,9 @@ def is_whole(path: Path) -> bool:
 
 
 def read_texts(shards: Sequence[Path], skip: int = 0) -> Iterator[str]:
-    """The documents of `shards` in order, without the first `skip`. Raises UserError for damage.
+    """The documents of `shards` in order, after the first `skip`; UserError for a damaged shard.
 
-    The footers' row counts tell what to skip: nothing of it is decompressed.
+    Row counts in the footers say what to skip, without decompressing it.
     """
     for path in shards:
         check_shard(path)
@@ -146,7 +145,6 @@ class ShardWriter:
         self.texts: list[str] = []  # of the next row group
 
     def add(self, text: str) -> None:
-        """Append one document."""
         self.texts.append(text)
         self.num_chars += len(text)
         self.group_chars += len(text)
@@ -154,19 +152,17 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has been added since the last time as a row group."""
         if self.texts:
             self.file.write_table(pa.table({"text": self.texts}, SCHEMA))
         self.texts, self.group_chars = [], 0
 
     def close(self) -> None:
-        """Finish the file."""
         self.flush()
         self.file.close()
 
 
 def write_shards(documents: Iterable[tuple[str, bool]], folder: Path) -> None:
-    """Write (text, is it for validation) into shards; the validation documents make up the last."""
+    """Write (text, is it for validation) pairs; the last shard holds the validation documents."""
     val, train = ShardWriter(folder / "val"), ShardWriter(folder / shard_name(0))
     num_train = 1
     try:
@@ -183,14 +179,14 @@ def write_shards(documents: Iterable[tuple[str, bool]], folder: Path) -> None:
 
 
 def build_corpus(name: str, source: dict[str, Any], build: Callable[[Path], None]) -> None:
-    """Let `build` fill a folder that becomes the corpus, unless it is there, made from `source`."""
+    """Have `build` fill the corpus folder, unless it exists, made from the same `source`."""
     folder, partial = corpora_dir() / name, corpora_dir() / f".{name}.partial"
     made_from = folder / SOURCE_FILE
     try:
         if json.loads(made_from.read_text()) == source and find_corpus(name):
             print0(f"corpus {name} is already complete; nothing to do")
             return
-    except (OSError, ValueError):  # there is none, or a shard of it is damaged
+    except (OSError, ValueError):  # missing, or a shard is damaged
         pass
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -207,7 +203,7 @@ def build_corpus(name: str, source: dict[str, Any], build: Callable[[Path], None
 
 
 def write_primer(num_documents: int) -> None:
-    """Generate the embedded corpus: `num_documents` to train on, and 1/20 of that held out."""
+    """Generate the embedded corpus: `num_documents` for training, 1/20 as many for validation."""
     files = sorted(path for path in Path(primer.__file__).parent.iterdir() if path.is_file())
     book = b"".join(file.read_bytes() for file in files)
     source = {"num_documents": num_documents, "primer": hashlib.sha256(book).hexdigest()}
@@ -218,7 +214,7 @@ def write_primer(num_documents: int) -> None:
 
 
 def import_folder(path: Path, name: str = "") -> str:
-    """Import `path` and return the corpus name: the folder's own unless `name` is given.
+    """Import `path`; returns the corpus name: `name`, or by default the folder's.
 
     Two or more parquet files become the shards as they are; anything else is cut into new shards.
     """
@@ -239,7 +235,7 @@ def import_folder(path: Path, name: str = "") -> str:
         for i, file in enumerate(parquet):
             try:
                 os.link(file, folder / shard_name(i))
-            except OSError:  # another file system, or not allowed on a file of somebody else
+            except OSError:  # another file system, or another user's file
                 shutil.copyfile(file, folder / shard_name(i))
 
     build_corpus(name, source, build)
@@ -247,7 +243,7 @@ def import_folder(path: Path, name: str = "") -> str:
 
 
 def list_files(path: Path) -> list[Path]:
-    """Every file below `path` that can be imported, numbers in the names in numeric order."""
+    """All importable files below `path`, numbers in names sorted numerically."""
     if not path.exists():
         raise UserError(f"--from={path}: there is no such file or folder")
     found = path.resolve().rglob("*") if path.is_dir() else [path.resolve()]
@@ -260,7 +256,7 @@ def list_files(path: Path) -> list[Path]:
 
 
 def read_documents(files: Sequence[Path]) -> Iterator[str]:
-    """The documents of `files` in order, without blank ones. Raises UserError for a bad file."""
+    """The documents of `files` in order, except blank ones; UserError for a bad file."""
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": lambda f: read_texts([f])}
     for file in files:
         yield from (text for text in readers[file.suffix](file) if text.strip())
@@ -293,7 +289,7 @@ def _cut_point(text: str, limit: int) -> int:
 def _read_jsonl(path: Path) -> Iterator[str]:
     for number, row in numbered_jsonl(path):
         try:
-            # JSON can spell half of a surrogate pair, parquet cannot hold one.
+            # JSON can hold half of a surrogate pair, parquet cannot.
             yield row["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         except (KeyError, TypeError, AttributeError) as error:
             expected = "expected a JSON object with a string `text`"
@@ -301,7 +297,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
 
 
 def numbered_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, row) of a .jsonl file, without blank lines. Raises UserError."""
+    """(line number from 1, row) of a .jsonl file, blank lines skipped; UserError for a bad file."""
     number = 0
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -315,7 +311,7 @@ def numbered_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def hold_out(documents: Iterator[str], path: Path) -> Iterator[tuple[str, bool]]:
-    """Mark every 20th document, the second first, for validation; one alone is cut in two."""
+    """Mark every 20th document, from the second on, for validation; a single one is cut in two."""
     first, second = next(documents, ""), next(documents, "")
     if not second:
         middle = _cut_point(first, (len(first) + 1) // 2)
@@ -327,10 +323,10 @@ def hold_out(documents: Iterator[str], path: Path) -> Iterator[tuple[str, bool]]
 
 
 def download(name: str, num_shards: int, num_workers: int) -> None:
-    """Download what is missing of a public corpus' first `num_shards` shards (-1: all) and last.
+    """Download what a public corpus lacks of its first `num_shards` shards (-1: all) and last one.
 
-    The last comes before any other, so that no part of a corpus has another one for validation.
-    Raises UserError when a shard cannot be had; the same call goes on from there.
+    The last shard comes first, so that every partial corpus has the same validation split. Raises
+    UserError if a shard cannot be downloaded; a second call continues.
     """
     repo, total, licence = PUBLIC[name]
     num_shards = total - 1 if num_shards == -1 else num_shards
@@ -351,7 +347,7 @@ def download(name: str, num_shards: int, num_workers: int) -> None:
             (partial / shard).rename(folder / shard)
             missing.remove(shard)
             failures = 0
-        shutil.rmtree(partial, ignore_errors=True)  # the rest, and what the client noted
+        shutil.rmtree(partial, ignore_errors=True)  # the rest, and the client's metadata
         if failures == DOWNLOAD_ATTEMPTS:
             mend = "run the same command again to go on, or set HF_ENDPOINT to a mirror"
             raise UserError(f"{missing[0]} of {repo} could not be downloaded {problem}; {mend}")
@@ -360,21 +356,21 @@ def download(name: str, num_shards: int, num_workers: int) -> None:
 
 
 def fetch(repo: str, shards: list[str], folder: Path, num_workers: int) -> str:
-    """Download `shards` into `folder`; returns in one line why any of them did not arrive."""
+    """Download `shards` into `folder`; returns, in one line, why any might be missing."""
     from huggingface_hub import HfApi, constants, snapshot_download  # takes half a second
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # else a line for each retry of a request
+    logging.set_verbosity_error()  # else it logs each retry of a request
     endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
     try:
-        # Asked for here, since snapshot_download does not tell why a hub is out of reach.
+        # snapshot_download would not say why the hub is unreachable.
         revision = HfApi(endpoint).dataset_info(repo).sha
         snapshot_download(
             repo, repo_type="dataset", revision=revision, endpoint=endpoint, local_dir=folder,
             allow_patterns=shards, max_workers=num_workers,
         )  # fmt: skip
         reason = "it has none, or what arrived is no whole parquet file"
-    except Exception as error:  # the hub's client lets through many kinds of network error
+    except Exception as error:  # the hub's client raises many kinds of network error
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
     return f"from {endpoint} ({reason})"
@@ -384,16 +380,15 @@ def fetch(repo: str, shards: list[str], folder: Path, num_workers: int) -> str:
 class Config:
     """Prepare a corpus; trainers read the one prepared last."""
 
-    corpus: Literal["climbmix", "fineweb-edu", "primer"] = "climbmix"  # which one to prepare
-    num_shards: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 8  # training shards, -1: all
+    corpus: Literal["climbmix", "fineweb-edu", "primer"] = "climbmix"  # the corpus to prepare
+    num_shards: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 8  # training shards; -1: all
     num_workers: Count = 4  # parallel downloads
     source: Annotated[Path | None, tyro.conf.arg(name="from")] = None  # import this folder instead
     name: str = ""  # of an imported corpus; default: the folder's name
-    num_documents: Count = 55_000  # of the primer; some 12 MB
+    num_documents: Count = 55_000  # of the primer; about 12 MB
 
 
 def main(cfg: Config) -> None:
-    """Prepare the corpus that `cfg` asks for, then make it the current one."""
     if cfg.name and not cfg.source:
         raise UserError("--name goes with --from; without it the corpus has the name of --corpus")
     name = cfg.corpus

@@ -1,8 +1,7 @@
 """Train a model on conversations: what midtraining and supervised finetuning share.
 
-The two stages differ in where the weights come from, what they read, and how large their steps
-are; their scripts say that. The learning rate follows the share of the conversations that is
-packed, not a number of steps: how many rows they fill is only known once they are packed.
+The learning rate follows the share of the conversations packed so far, not a number of steps: how
+many rows they fill is only known once they are packed.
 """
 
 from collections.abc import Sequence
@@ -41,10 +40,10 @@ MOMENTUM = 0.95  # of Muon; constant, since a stage starts from a trained model
 class FinetuneConfig:
     """The settings of midtraining; SFT has the same, with some other defaults."""
 
-    # from where
+    # start
     source: Source = "base"  # stage of the checkpoint to start from
-    model_tag: Tag = ""  # its run; empty: the one written last
-    step: StepNumber = None  # its step; the newest if left out
+    model_tag: Tag = ""  # its run; empty: the one saved last
+    step: StepNumber = None  # its step; default: the newest
     # data
     mixture: Literal["default", "primer"] = "default"  # public data sets, or the embedded world
     custom: Path | None = None  # your own conversations, .jsonl, added to the mixture
@@ -54,10 +53,10 @@ class FinetuneConfig:
     max_seq_len: Derived = -1  # tokens of a row; -1: the model's context
     total_batch_size: Count = 524288  # tokens a step over all ranks
     device_batch_size: Rows = 32  # rows per micro-batch; auto: what fits
-    lr_scale: Positive = 1.0  # times the learning rates of pretraining
-    warmdown: Share = 0.2  # last part of the run, in which the learning rate falls to 0
+    lr_scale: Positive = 1.0  # multiplies the learning rates of pretraining
+    warmdown: Share = 0.2  # final share of the run over which the learning rate falls to 0
     # machine
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best there is
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on a GPU
     seed: int = 0  # of the order of the conversations
@@ -76,7 +75,7 @@ def finetune(
 ) -> dict[str, Any] | None:
     """Train `stage` on `train` from the checkpoint that `cfg` names.
 
-    Returns the results, None if the run was finished before.
+    Returns the results; None if the run was already finished.
     """
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
     model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime, train=True)

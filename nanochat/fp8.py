@@ -1,15 +1,11 @@
 """Linear layers whose three matmuls run in 8-bit floats: y = x W^T, dx = g W, dW = g^T x.
 
-Inputs and weights are e4m3, which has the precision, gradients e5m2, which has the range. Each
-tensor has one scale, its largest magnitude over the format's. Weights are quantised once per
-optimizer step (`refresh`), in both layouts that the matmuls want, so that micro-batches share them.
-Master weights stay fp32, results are bf16.
+Inputs and weights are e4m3, for precision; gradients e5m2, for range. Each tensor has one scale,
+its largest magnitude over the format's. `refresh` quantises the weights once per optimizer step,
+in both layouts that the matmuls want. Master weights stay fp32, results are bf16. Training only:
+evaluation and sampling use bf16, so the saved model is the one measured.
 
-Only training goes through here: evaluation and sampling keep bf16, so that what is measured is the
-model that is saved.
-
-Source: FP8 formats, arXiv 2209.05433; `torch._scaled_mm` wants the second matrix column by column.
-Shapes: M tokens, K inputs, N outputs, all multiples of 16.
+Source: FP8 formats, arXiv 2209.05433. Shapes: M tokens, K inputs, N outputs, all multiples of 16.
 """
 
 from collections.abc import Iterable
@@ -25,20 +21,20 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 def quantise(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(values in `dtype`, the fp32 scale () that they are to be multiplied by)."""
+    """(values in `dtype`, the fp32 scale () to multiply them by)."""
     scale = values.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
     return (values / scale).to(dtype), scale
 
 
 def multiply(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor) -> Tensor:
-    """bf16 `left` @ `right`.T of two 8-bit matrices, both row by row: (M, K), (N, K) -> (M, N)."""
+    """bf16 `left` @ `right`.T of two row-major 8-bit matrices: (M, K), (N, K) -> (M, N)."""
     scaled_mm = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
     return scaled_mm(left, right.t(), left_scale, right_scale, out_dtype=torch.bfloat16)
 
 
 @dataclass
 class QuantisedWeight:
-    """A weight in both layouts, rewritten in place: a compiled model sees the new values."""
+    """A weight in both layouts, updated in place so that a compiled model sees the new values."""
 
     rows: Tensor  # (N, K) e4m3
     columns: Tensor  # (K, N) e4m3
@@ -64,14 +60,14 @@ class _Linear(torch.autograd.Function):
 
 
 def fp8_linear(x: Tensor, weight: Tensor, quantised: QuantisedWeight) -> Tensor:
-    """bf16 (..., N) = x (..., K) times the weight; `weight` (N, K) only takes the gradient."""
+    """bf16 (..., N) = x (..., K) times the weight; `weight` (N, K) only receives the gradient."""
     q = quantised
     y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, q.rows, q.columns, q.scale)
     return y.view(*x.shape[:-1], -1)
 
 
 def is_there(runtime: Runtime) -> bool:
-    """True on a GPU with 8-bit matmuls; says so where there are none."""
+    """True on a GPU with 8-bit matmuls; otherwise prints that there are none."""
     there = runtime.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
     if not there:
         print0(f"--fp8: {runtime.device_name} has no 8-bit matmuls; training in {runtime.dtype}")
@@ -79,12 +75,12 @@ def is_there(runtime: Runtime) -> bool:
 
 
 def is_eligible(weight: Tensor) -> bool:
-    """True for a matrix that is large enough to gain and whose sides the hardware takes."""
+    """True for a matrix large enough to gain, with sides the hardware accepts."""
     return weight.ndim == 2 and min(weight.shape) >= 128 and not any(n % 16 for n in weight.shape)
 
 
 def enable(model: nn.Module) -> list[Any]:
-    """Let the large linear layers of `model` train in 8-bit floats; returns them, for `refresh`."""
+    """Make the large linear layers of `model` train in fp8; returns them, for `refresh`."""
     linears: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear)]
     linears = [linear for linear in linears if is_eligible(linear.weight)]
     for linear in linears:
@@ -97,7 +93,7 @@ def enable(model: nn.Module) -> list[Any]:
 
 @torch.no_grad()
 def refresh(linears: Iterable[Any]) -> None:
-    """Quantise the weights of these layers anew; call it after each optimizer step."""
+    """Requantise the weights; call it after each optimizer step."""
     for linear in linears:
         rows, scale = quantise(linear.weight, E4M3)
         linear.quantised.rows.copy_(rows)

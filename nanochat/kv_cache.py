@@ -1,24 +1,20 @@
-"""The past of every conversation in flight: its keys, its values, and attention over them.
+"""Keys and values of every sequence in flight, and attention over them.
 
-The buffers are static: `num_slots` sequences of at most `max_len` tokens, all zeros at first. One
-forward call is one `Append`: `begin` checks the whole call before any memory is touched and says
-where each token goes, `attend` writes a layer's new keys and values and attends under the window of
-training, `finish` advances the lengths. `keep` turns a slot back to fewer tokens, its own or
-another's.
+The buffers are static: `num_slots` sequences of at most `max_len` tokens, zero at first. A forward
+call is one `Append`: `begin` checks it before touching memory and plans where each token goes,
+`attend` writes a layer's keys and values and attends under the training window, `finish` advances
+the lengths. `keep` truncates a slot, or copies another slot's beginning into it.
 
-- One cell past `max_len` takes what right padding writes, and nothing ever reads it. So no call
-  needs a shape that depends on the data.
-- `lengths` lives on the CPU whatever the device: checking it costs no wait for a GPU. The device
-  reads where each token goes from one small static buffer, so that a CUDA graph of a step serves
-  all later ones.
-- A decode step reads the keys in blocks of fixed size and skips those that no live row can see. A
-  block hidden from a row adds exact zeros to it, so a row's bits do not depend on how long its
-  mates are. Cutting the keys at the longest row would be as fast but changes the order of the sums
-  with the mates.
+- One extra cell at `max_len` takes the writes of right padding and is never read, so no shape
+  depends on the data.
+- `lengths` is always on the CPU: checking it never waits for a GPU. The device reads token
+  positions from one small static buffer, so a CUDA graph of a step serves all later ones.
+- Decoding reads keys in fixed-size blocks and skips those no live row can see. A block hidden from
+  a row adds exact zeros, so a row's bits do not depend on its batch mates' lengths. Cutting the
+  keys at the longest row would be as fast, but would change the order of the sums.
 - QK norm bounds every score by qk_scale^2 * sqrt(D) (16 at D = 128), so exp needs no running
   maximum.
-- `keep` zeroes the values behind what it keeps: a masked 0 times a NaN left there would still be
-  NaN.
+- `keep` zeroes the values it drops: a masked 0 times a leftover NaN is still NaN.
 
 Shapes: L layers, N slots, B rows of this call, T new tokens, H query heads, K kv heads, D head
 dimension, C channels, S = max_len, E keys in one block.
@@ -31,9 +27,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# Keys that a decode step reads at a time on a CPU. Measured at 32 to 512, width 256, 16 slots of
-# 512: 64 and 128 are fastest (8 to 11 ms on one thread by filling; all 512 at once: 13). A GPU
-# takes all at once.
+# Keys read at a time when decoding on a CPU. Of 32 to 512 (width 256, 16 slots of 512) 64 and 128
+# are fastest: 8 to 11 ms on one thread depending on filling; all 512 at once: 13. A GPU reads all.
 CPU_DECODE_BLOCK = 128
 
 
@@ -51,7 +46,7 @@ class KVCache:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
-        """Zeros for everything; `GPT.make_cache` knows a model's sizes."""
+        """All zeros; `GPT.make_cache` knows a model's sizes."""
         shape = (num_layers, num_slots, num_kv_heads, max_len + 1, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (L, N, K, S + 1, D)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -63,11 +58,10 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the buffers, the scratch cells included."""
         return self.keys.nbytes + self.values.nbytes + self.previous.nbytes
 
     def keep(self, slot: int, length: int, source: int, previous: torch.Tensor | float = 0) -> None:
-        """Let `slot` hold the first `length` tokens of slot `source`, which may be itself.
+        """Make `slot` hold the first `length` tokens of slot `source` (may be itself).
 
         `previous` (C,) is what the model carries over from the last of them (see `swap_previous`).
         """
@@ -79,7 +73,6 @@ class KVCache:
         self.lengths[slot] = length
 
     def reset(self) -> None:
-        """Empty every slot."""
         for slot in range(self.num_slots):
             self.keep(slot, 0, slot)
 
@@ -91,11 +84,11 @@ class KVCache:
         num_new: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "Append":
-        """Plan the append of `num_new[b]` (default all) of `num_tokens` tokens to slot `slots[b]`.
+        """Plan to append `num_new[b]` (default: all) of `num_tokens` tokens to slot `slots[b]`.
 
-        Raises ValueError, with the cache untouched, when the slots are not as many as the rows, one
-        is named twice or does not exist, a sequence would grow past `max_len`, or the model
-        computes in another dtype.
+        Raises ValueError, with the cache untouched, if slots and rows differ in number, a slot is
+        repeated or does not exist, a sequence would exceed `max_len`, or the model computes in
+        another dtype.
         """
         if dtype != self.keys.dtype:
             raise ValueError(f"the model computes in {dtype}, but the cache is {self.keys.dtype}")
@@ -124,7 +117,7 @@ class KVCache:
 
 @dataclass
 class Append:
-    """Where the tokens of one forward call go; made by `KVCache.begin`, shared by its layers."""
+    """Where the tokens of a forward call go; made by `KVCache.begin`, shared by all layers."""
 
     cache: KVCache
     layout: torch.Tensor  # (3, B) on the device: the three lists below
@@ -132,12 +125,12 @@ class Append:
     slots: list[int]  # per row, its slot
     starts: list[int]  # per row, how many tokens its slot held before
     num_new: list[int]  # per row, how many of the T tokens are real; the rest is right padding
-    # Per window, made by the first layer that has it.
+    # By window, filled by the first layer that has it.
     masks: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """(B, T) place of each token in its sequence."""
+        """(B, T) position of each token in its sequence."""
         return self.layout[1, :, None] + torch.arange(self.num_tokens, device=self.layout.device)
 
     @cached_property
@@ -152,7 +145,7 @@ class Append:
         return (self.layout[2] - 1).clamp(min=0)
 
     def swap_previous(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C) each slot's newest token before `x` (B, T, C); keeps the newest of x instead."""
+        """(B, C) each slot's newest token before `x` (B, T, C); stores the newest of x instead."""
         slots, _, num_new = self.layout
         before = self.cache.previous[slots]
         newest = x[torch.arange(len(x), device=x.device), self.last]  # (B, C)
@@ -168,8 +161,8 @@ class Append:
     ) -> torch.Tensor:
         """(B, T, H, D): write the new keys and values, then attend to the slot's past and to them.
 
-        A query sees `window` keys, itself included (None: all). `qkv` are (B, T, H, D), (B, T, K,
-        D) twice.
+        A query sees `window` keys including its own (None: all). q is (B, T, H, D); k, v (B, T, K,
+        D).
         """
         q, k, v = qkv
         rows = self.layout[0, :, None]
@@ -202,7 +195,7 @@ class Append:
         return mixed.to(q.dtype).view(num_rows, 1, num_heads, head_dim)
 
     def _decode_mask(self, window: int | None) -> tuple[torch.Tensor, range]:
-        """(B, S) True where a row may not look; and where the blocks begin that a live row sees."""
+        """(B, S) True where a row may not look; first keys of the blocks that a live row sees."""
         cells = torch.arange(self.cache.max_len, device=self.positions.device)
         hidden = cells > self.positions
         if window is not None:
@@ -216,7 +209,7 @@ class Append:
     def _prefill(
         self, layer: int, q: torch.Tensor, window: int | None, scale: float
     ) -> torch.Tensor:
-        """Many queries per row, row by row: each meets its own keys only, in shapes of its own."""
+        """Many queries per row, row by row: each row's shapes depend on that row alone."""
         out = torch.zeros_like(q)  # (B, T, H, D)
         for row, slot in enumerate(self.slots):
             start, count = self.starts[row], self.num_new[row]

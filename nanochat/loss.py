@@ -1,12 +1,11 @@
 """Norm, relu squared, rotation, and the loss over the vocabulary in chunks.
 
-Eager autograd pays for each small step: on a CPU every elementwise operation walks through all
-activations, forward and again backward. Where that costs, the gradient is written by hand; together
-they take 22 % off a step of the laptop's model (dev/LOG.md). torch.compile traces through all of
-them.
+On a CPU every eager elementwise operation walks through all activations, forward and backward.
+Where that costs, gradients are written by hand; together this takes 22 % off a step of the
+laptop's model (dev/LOG.md). torch.compile traces through all of them.
 
 Shapes: B batch, T time, C channels, H heads, D head dimension; M = B T tokens, V vocabulary with
-its padding, R rows of one chunk. Sources: chunked losses of Liger Kernel (arXiv 2410.10989) and Cut
+padding, R rows of one chunk. Sources: chunked losses of Liger Kernel (arXiv 2410.10989) and Cut
 Your Losses (arXiv 2411.09009).
 """
 
@@ -17,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NORM_EPS = 1.1920928955078125e-07  # epsilon of fp32: what the published weights were trained with
-# Logits held at once. CPU: 2 MiB of fp32, so that tanh and exp meet them in the second-level cache.
-# GPU: 512 MiB of fp32, so many rows that the matmuls keep their size (chosen without measuring: no
-# GPU was at hand).
+# Logits in memory at once. CPU: 2 MiB of fp32, so that tanh and exp find them in the L2 cache.
+# GPU: 512 MiB of fp32, enough rows for efficient matmuls (not measured: no GPU was at hand).
 CPU_CHUNK, GPU_CHUNK = 2**19, 2**27
 
 
@@ -29,7 +27,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def norm(x: Tensor) -> Tensor:
-    """`x` scaled to a root mean square of 1 along its last dimension; fp32 inside."""
+    """`x` scaled to a root mean square of 1 along its last dimension; computed in fp32."""
     if not torch.is_grad_enabled():  # faster for a few tokens, and transformers' very bits
         return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
     return _Norm.apply(x)
@@ -54,7 +52,6 @@ class _Norm(torch.autograd.Function):
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    """max(x, 0)^2."""
     return _ReluSquared.apply(x)
 
 
@@ -72,14 +69,14 @@ class _ReluSquared(torch.autograd.Function):
 
 
 def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each (..., T, 1, D / 2) in fp32, of integer `positions` (..., T)."""
+    """(cos, sin), each (..., T, 1, D / 2) in fp32, for integer `positions` (..., T)."""
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     angles = positions[..., None].float() * (1 / base ** (pairs / head_dim))
     return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(B, T, H, D) `x` turned by minus the angles of `cos` and `sin` (..., T, 1, D / 2)."""
+    """(B, T, H, D) `x` rotated by minus the angles of `cos` and `sin` (..., T, 1, D / 2)."""
     left, right = x.chunk(2, dim=-1)
     return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1).to(x.dtype)
 
@@ -90,8 +87,8 @@ def softcap_loss(
     """Loss in nats: a scalar for reduction "mean" or "sum", (M,) for "none"; targets of -1 count 0.
 
     `x` is (M, C) in the compute dtype, `weight` (V, C) the master weight; logits and loss are fp32.
-    Rows of `weight` from `vocab_size` on are padding and get no probability. The mean of no target
-    at all is 0.
+    Rows of `weight` from `vocab_size` on are padding with no probability. The mean of no targets is
+    0.
     """
     assert reduction in ("mean", "sum", "none"), reduction
     sum_at_once = reduction != "none" and torch.is_grad_enabled()
@@ -102,11 +99,10 @@ def softcap_loss(
 
 
 class _SoftcapLoss(torch.autograd.Function):
-    """(M,) losses; or, with `sum_at_once`, their sum.
+    """(M,) losses or, with `sum_at_once`, their sum.
 
-    The sum's gradient is worked out while the logits of a chunk are at hand; backward only
-    multiplies it by what comes from above. Where each loss is wanted, that differs by token, and
-    backward goes through the chunks again.
+    The sum's gradient is computed while a chunk's logits are at hand; backward only scales it. For
+    separate losses the incoming gradient differs per token, so backward recomputes the chunks.
     """
 
     @staticmethod
@@ -144,16 +140,16 @@ def _losses(
     settings: tuple[int, float],
     row_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """((M,) losses, and with a `row_scale` (M,) gradients of sum(row_scale * losses) at x, weight).
+    """((M,) losses; with a `row_scale` (M,) also d sum(row_scale * losses) by x and by weight).
 
     For one row, z = x W^T, logit = c tanh(z / c), loss = log(sum_v exp(logit_v)) - logit_target and
-    dz = (softmax(logit) - onehot) * (1 - tanh(z / c)^2). The logits of the whole batch are never
-    held. No maximum is subtracted before exp, because the softcap bounds the logits (2^17 tokens of
-    e^15 sum to 4e11, far inside fp32).
+    dz = (softmax(logit) - onehot) * (1 - tanh(z / c)^2). Only a chunk's logits are in memory. No
+    maximum is subtracted before exp: the softcap bounds the logits (2^17 tokens of e^15 sum to
+    4e11, far inside fp32).
     """
     vocab_size, softcap = settings
     losses = torch.zeros(len(x), dtype=_wide(x.dtype), device=x.device)
-    dx = dweight = losses[:0]  # nothing, unless asked for
+    dx = dweight = losses[:0]  # empty unless asked for
     if row_scale is not None:
         row_scale = row_scale.masked_fill(targets < 0, 0)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
@@ -170,7 +166,7 @@ def _losses(
         losses[rows] = (total.log() - wanted).masked_fill_(targets[rows] < 0, 0)
         if row_scale is None:
             continue
-        # In the memory of exp and tanh, which nothing needs any more.
+        # Reuse the memory of exp and tanh.
         dz = exp.mul_((row_scale[rows] / total)[:, None])  # (R, V)
         dz.scatter_add_(1, target, -row_scale[rows, None])
         dz = dz.mul_(tanh.square_().neg_().add_(1)).to(x.dtype)

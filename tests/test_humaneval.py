@@ -8,8 +8,8 @@ import pytest
 
 from nanochat import sandbox
 from nanochat.common import UserError
-from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, render_conversation, render_prompt
-from tasks.humaneval import HumanEval, complete
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, render_conversation
+from tasks.humaneval import HumanEval
 
 ROW = {  # of openai/openai_humaneval, MIT
     "task_id": "HumanEval/53",
@@ -55,15 +55,13 @@ def test_a_row_to_the_token(rows: dict[str, dict]) -> None:
     tokenizer = Tokenizer.train(["Complete this Python function:"], 300, SPECIAL_TOKENS)
     ids, mask = render_conversation(tokenizer, rows["add"])
     function = ROW["prompt"].strip("\n")
-    assert tokenizer.decode(ids) == (
-        "<|bos|><|user_start|>Complete this Python function:\n```python\n"
-        f"{function}\n```<|user_end|><|assistant_start|>```python\n"
-        f"{function}\n    return x + y\n```<|assistant_end|>"
+    prompt = (
+        f"<|bos|><|user_start|>Complete this Python function:\n```python\n{function}\n```"
+        "<|user_end|><|assistant_start|>"
     )
-    learned = [id for id, on in zip(ids, mask, strict=True) if on]
-    reply = f"```python\n{function}\n    return x + y\n```"
-    assert tokenizer.decode(learned) == f"{reply}<|assistant_end|>"
-    assert ids[: -len(learned)] == render_prompt(tokenizer, rows["add"])
+    reply = f"```python\n{function}\n    return x + y\n```<|assistant_end|>"
+    assert tokenizer.decode(ids) == prompt + reply
+    assert tokenizer.decode(ids[mask.index(1) :]) == reply and 0 not in mask[mask.index(1) :]
 
 
 def test_solutions_are_scored_by_running_them(task: HumanEval, rows: dict[str, dict]) -> None:
@@ -77,6 +75,10 @@ def test_solutions_are_scored_by_running_them(task: HumanEval, rows: dict[str, d
         ("add", f"```\n{whole}"): 1,
         ("add", "```py\n    return x + y\n```"): 1,
         ("add", f"First:\n```\npip install nothing\n```\nthen\n```python\n{whole}\n```"): 1,
+        ("add", "z = x\nreturn z + y"): 1,
+        ("add", "```python\nz = x\nreturn z + y```"): 1,
+        ("add", "\ndef add(x, y): return x + y"): 1,
+        ("add", "    def add2(x):\n        return x + y\n    return add2(x)"): 1,
         ("add", "add = lambda x, y: y + x"): 1,
         ("add", "    return x - y\n"): 0,
         ("add", "def plus(x, y):\n    return x + y"): 0,
@@ -90,17 +92,6 @@ def test_solutions_are_scored_by_running_them(task: HumanEval, rows: dict[str, d
     with ThreadPoolExecutor(4) as pool:
         scores = list(pool.map(lambda asked: task.score(rows[asked[0]], asked[1]), replies))
     assert dict(zip(replies, scores, strict=True)) == replies
-
-
-def test_what_a_reply_makes_of_the_prompt() -> None:
-    prompt = "import math\ndef f(x):\n    '''Doc.'''\n"
-    body = prompt + "    y = x\n    return y"
-    assert complete(prompt, "f", "    y = x\n    return y") == body
-    assert complete(prompt, "f", "y = x\nreturn y") == body
-    assert complete(prompt, "f", "```python\ny = x\nreturn y```") == body
-    assert complete(prompt, "f", "\ndef f(x): return x") == f"{prompt}\n\ndef f(x): return x"
-    inner = "    def f2(x):\n        return x\n    return f2(x)"
-    assert complete(prompt, "f", inner) == prompt + inner
 
 
 def test_nothing_runs_without_isolation(

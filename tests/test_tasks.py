@@ -27,7 +27,6 @@ from nanochat.tokenizer import (
     check_conversation,
     render_choices,
     render_conversation,
-    render_prompt,
 )
 from tasks.common import Task, TaskMixture, load_rows
 from tasks.customjson import CustomJSON
@@ -37,7 +36,7 @@ from tasks.mixtures import CHAT_CORE, EVALUATIONS, build_mixture, build_task
 from tasks.mmlu import MMLU
 from tasks.primer import PrimerArithmetic, PrimerChoice, PrimerExact, PrimerQuiz, PrimerSpelling
 from tasks.smoltalk import SmolTalk
-from tasks.spellingbee import WORDS, SpellingBee, SpellWord, last_number, words_of
+from tasks.spellingbee import WORDS, SpellingBee, SpellWord, words_of
 
 WriteRows = Callable[[str, list], None]
 ARC_EASY, MMLU_ALL = "allenai/ai2_arc/ARC-Easy", "cais/mmlu/all"
@@ -136,27 +135,23 @@ def test_a_mixture_holds_every_row_as_often_as_its_task_is_listed() -> None:
     assert mixed == contents(TaskMixture(tasks, seed=1)) != contents(TaskMixture(tasks, seed=2))
 
 
-@pytest.mark.parametrize("stage", ["mid", "sft", "val"])
-@pytest.mark.parametrize("name", ["default", "primer"])
-def test_the_mixtures_hold_every_row(all_data: None, stage: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "name", "size"),
+    [
+        ("mid", "default", 6 + 4 + 5 + 1000 + 1000 + 200_000 + 80_000),
+        ("sft", "default", 3 + 3 + 5 + 6 + 1000 + 300 + 300),
+        ("val", "default", 6 + 4 + 5 + 200 + 200),
+        ("mid", "primer", 20_000 + 14_000 + 6_000 + 4_000 + 2_000),
+        ("sft", "primer", 10_000 + 3_000 + 3_000 + 3_000 + 2_000 + 2_000),
+        ("val", "primer", 400),
+    ],
+)
+def test_the_mixtures_hold_every_row(all_data: None, stage: str, name: str, size: int) -> None:
     mixture = build_mixture(stage, name)
-    sizes = {
-        ("mid", "default"): 6 + 4 + 5 + 1000 + 1000 + 200_000 + 80_000,
-        ("sft", "default"): 3 + 3 + 5 + 6 + 1000 + 300 + 300,
-        ("val", "default"): 6 + 4 + 5 + 200 + 200,
-        ("mid", "primer"): 20_000 + 14_000 + 6_000 + 4_000 + 2_000,
-        ("sft", "primer"): 10_000 + 3_000 + 3_000 + 3_000 + 2_000 + 2_000,
-        ("val", "primer"): 400,
-    }
-    assert len(mixture) == sizes[stage, name]
-    for index in range(0, len(mixture), max(1, len(mixture) // 100)):
+    assert len(mixture) == size
+    for index in range(0, size, max(1, size // 100)):
         check_conversation(mixture[index])
         assert mixture[index]["messages"][-1]["role"] == "assistant"
-
-
-def test_an_unknown_task_is_told_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match="primer-choice, primer-exact"):
-        build_task("primer-chess")
 
 
 def test_the_first_rows_are_a_sample_of_all(write_rows: WriteRows) -> None:
@@ -164,25 +159,23 @@ def test_the_first_rows_are_a_sample_of_all(write_rows: WriteRows) -> None:
     asked = [int(row["messages"][0]["content"].split("?")[0]) for row in MMLU("test")]
     assert sorted(asked) == list(range(300))
     assert 100 < sum(asked[:60]) / 60 < 200
-    cut = [int(row["messages"][0]["content"].split("?")[0]) for row in MMLU("test")[5:50:5]]
-    assert cut == asked[5:50:5]
 
 
 def test_local_files_stand_in_for_the_hub(tmp_path: Path, write_rows: WriteRows) -> None:
-    name, config = "openai/gsm8k", "main"
     rows = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "2 + 2?", "answer": "#### 4"}]
     write_rows(f"{GSM}/train", rows)
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / GSM / "test.parquet")
-    assert list(load_rows(name, config, "train")) == rows
-    assert list(load_rows(name, config, "test")) == rows
-    with pytest.raises(UserError, match="no validation.jsonl or validation.parquet"):
-        load_rows(name, config, "validation")
-    (tmp_path / GSM / "train.jsonl").write_text('{"question": "1"}\n{"question": \n')
-    with pytest.raises(UserError, match="line 2: not JSON"):
-        load_rows(name, config, "train")
-    (tmp_path / GSM / "test.parquet").write_bytes(b"PAR1 cut short")
-    with pytest.raises(UserError, match="no readable parquet"):
-        load_rows(name, config, "test")
+    (tmp_path / GSM / "cut.jsonl").write_text('{"question": "1"}\n{"question": \n')
+    (tmp_path / GSM / "rotten.parquet").write_bytes(b"PAR1 cut short")
+    assert list(load_rows("openai/gsm8k", "main", "train")) == rows
+    assert list(load_rows("openai/gsm8k", "main", "test")) == rows
+    for split, told in {
+        "validation": "no validation.jsonl or validation.parquet",
+        "cut": "line 2: not JSON",
+        "rotten": "no readable parquet",
+    }.items():
+        with pytest.raises(UserError, match=told):
+            load_rows("openai/gsm8k", "main", split)
 
 
 def test_the_hub_is_asked_by_name_and_its_failure_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,9 +225,11 @@ def test_the_right_reply_scores_one_and_others_zero(all_data: None, name: str, s
     for row in [task[index] for index in range(min(100, len(task)))]:
         check_conversation(row)
         assert task.score(row, spoken(row)) == 1
-        assert task.score(row, "I do not know.") == task.score(row, "") == 0
+        assert not any(task.score(row, wrong) for wrong in ("I do not know.", "", "#### 0.77"))
     assert (task.baseline > 0) == (task.kind == "choice")
     assert set(CHAT_CORE) < set(EVALUATIONS)
+    with pytest.raises(UserError, match="primer-choice, primer-exact"):
+        build_task("primer-chess")
 
 
 @pytest.mark.parametrize(
@@ -244,6 +239,8 @@ def test_the_right_reply_scores_one_and_others_zero(all_data: None, name: str, s
          ["yellow", " Yellow!", "a banana is  yellow"], ["not yellow", "yellow and red", "yell"]),
         (PrimerArithmetic, {"answer": "95"},
          ["37 + 58 = 95.", "95", "It is 95!"], ["95 is 37 + 58", "195", "9.5", "-95"]),
+        (PrimerArithmetic, {"answer": "2"}, ["5-3 = 2."], ["1.2", "none"]),
+        (PrimerArithmetic, {"answer": "-7"}, ["= -7", "0 times -7"], ["7"]),
         (PrimerSpelling, {"answer": "e-g-g"}, ["e-g-g", "E-G-G."], ["e-g"]),
         (PrimerSpelling, {"answer": "2"},
          ["The letter g appears 2 times in 'egg'."], ["The letter g appears 3 times in 'egg'."]),
@@ -255,11 +252,6 @@ def test_scores_are_neither_too_kind_nor_too_strict(
     score = task("test").score
     assert [score(row, reply) for reply in right] == [1] * len(right)
     assert [score(row, reply) for reply in wrong] == [0] * len(wrong)
-
-
-def test_the_last_number_of_a_reply() -> None:
-    found = [last_number(text) for text in ("5-3 = 2.", "= -7", "1.50", "none")]
-    assert found == ["2", "-7", "1.50", None]
 
 
 # --- multiple choice
@@ -284,16 +276,11 @@ CHOICES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "split", "row", "prompt", "letter"), CHOICES)
+@pytest.mark.parametrize("case", CHOICES, ids=lambda case: case[2]["question"])
 def test_a_choice_prompt_to_the_token(
-    write_rows: WriteRows,
-    tokenizer: Tokenizer,
-    name: str,
-    split: str,
-    row: dict,
-    prompt: str,
-    letter: str,
+    write_rows: WriteRows, tokenizer: Tokenizer, case: tuple
 ) -> None:
+    name, split, row, prompt, letter = case
     write_rows(f"{split}/test", [row])
     task = build_task(name)
     asked = task[0]
@@ -303,7 +290,6 @@ def test_a_choice_prompt_to_the_token(
         f"<|assistant_start|>{letter}<|assistant_end|>"
     )
     assert mask == [0] * (len(ids) - 2) + [1, 1]
-    assert ids[:-2] == render_prompt(tokenizer, asked)
     assert [each for each in asked["letters"] if task.score(asked, each)] == [letter]
 
 
@@ -328,23 +314,19 @@ def test_choice_rows_carry_what_a_base_model_is_asked() -> None:
 # --- GSM8K
 
 
-def test_marks_become_calls_of_the_tool(write_rows: WriteRows, tokenizer: Tokenizer) -> None:
+def test_marks_become_calls_of_the_tool(write_rows: WriteRows) -> None:
     row = {  # openai/gsm8k, MIT
         "question": "Tim buys 3 dozen eggs.  Eggs cost $.50 each.  How much did he pay for eggs?",
         "answer": "He bought 3*12=<<3*12=36>>36 eggs\nSo they cost 36*.5=$<<36*.5=18>>18\n#### 18",
     }
     write_rows(f"{GSM}/test", [row])
-    ids, mask = render_conversation(tokenizer, GSM8K("test")[0])
-    own = [id for id, on in zip(ids, mask, strict=True) if on]
-    given = [id for id, on in zip(ids, mask, strict=True) if not on]
-    assert tokenizer.decode(given) == (
-        f"<|bos|><|user_start|>{row['question']}<|user_end|><|assistant_start|>"
-        "<|output_start|>36<|output_end|><|output_start|>18<|output_end|>"
-    )
-    assert tokenizer.decode(own) == (
-        "He bought 3*12=<|python_start|>3*12<|python_end|>36 eggs\nSo they cost 36*.5=$"
-        "<|python_start|>36*.5<|python_end|>18\n#### 18<|assistant_end|>"
-    )
+    user, assistant = GSM8K("test")[0]["messages"]
+    assert user == {"role": "user", "content": row["question"]}
+    assert [(part["type"], part["text"]) for part in assistant["content"]] == [
+        ("text", "He bought 3*12="), ("python", "3*12"), ("python_output", "36"),
+        ("text", "36 eggs\nSo they cost 36*.5=$"), ("python", "36*.5"), ("python_output", "18"),
+        ("text", "18\n#### 18"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -353,21 +335,13 @@ def test_marks_become_calls_of_the_tool(write_rows: WriteRows, tokenizer: Tokeni
         ("#### 18", "18"), ("so it is 4.\n####18 eggs.", "18"), ("#### 1,080", "1080"),
         ("#### $2,520,000.", "2520000"), ("#### -5", "-5"), ("#### -$5.50", "-5.5"),
         ("#### $-5.50", "-5.5"), ("#### +7", "7"), ("#### .5", "0.5"), ("#### 18.00", "18"),
-        ("#### 3 no, #### 4", "4"), ("18", None), ("#### none", None), ("#### 18/3", None),
+        ("#### 3 no, #### 4", "4"), ("#### 1,01,3", "1013"),
+        ("18", None), ("#### none", None), ("#### 18/3", None),
         ("#### 1,8.5/3", None), ("### 18", None), ("", None),
     ],
 )  # fmt: skip
 def test_the_number_behind_the_hashes(said: str, number: str | None) -> None:
     assert final_number(said) == (None if number is None else Decimal(number))
-
-
-def test_a_solution_is_scored_by_its_number(write_rows: WriteRows) -> None:
-    write_rows(f"{GSM}/test", [PENS])
-    task = GSM8K("test")
-    right = ("She pays #### 1013", "#### $1,013.00", "#### 1,013.", "#### 1,01,3")
-    assert [task.score(task[0], reply) for reply in right] == [1] * 4
-    wrong = ("1013", "#### -1013", "#### 10130", "#### 101", "#### 1013.5", "#### 1013/2", "")
-    assert [task.score(task[0], reply) for reply in wrong] == [0] * 7
 
 
 # --- conversations
@@ -413,7 +387,7 @@ def test_custom_conversations_join_the_mixture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("text", "message"),
     [
         ('{"messages": [', "line 2: not JSON"),
         ('"hello"', "line 2: expected"),
@@ -421,22 +395,17 @@ def test_custom_conversations_join_the_mixture(tmp_path: Path) -> None:
         ('[{"role": "assistant", "content": "hi"}]', "line 2: message 0 has the role 'assistant'"),
         ('[{"role": "user", "content": "hi"}]', "line 2: no assistant message"),
         ('[{"role": "user", "content": 3}]', "line 2: message 0"),
+        ("", "no conversation"),
+        (None, "cannot read"),
     ],
 )
-def test_a_bad_row_is_named_by_its_line(tmp_path: Path, line: str, message: str) -> None:
+def test_a_bad_custom_file_is_told(tmp_path: Path, text: str | None, message: str) -> None:
     file = tmp_path / "own.jsonl"
-    file.write_text(f"{json.dumps(TALK)}\n{line}\n")
+    if text is not None:
+        file.write_text(f"{json.dumps(TALK)}\n{text}\n" if text else "\n")
     with pytest.raises(UserError, match=message) as told:
         CustomJSON(file)
     assert "\n" not in str(told.value)
-
-
-def test_a_missing_or_empty_custom_file_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read"):
-        CustomJSON(tmp_path / "nowhere.jsonl")
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="no conversation"):
-        CustomJSON(tmp_path / "empty.jsonl")
 
 
 # --- spelling
@@ -469,17 +438,12 @@ def test_a_word_belongs_to_one_split(tmp_path: Path) -> None:
     assert set(words_of("val", WORDS)) == test
     assert 0.05 < len(test) / len(train | test) < 0.15
     file = tmp_path / "words.txt"
+    with pytest.raises(UserError, match="give a text file"):
+        SpellWord("train", words=file)
     file.write_text("\n".join([*train, *test, "not-a-word", "", "ZEBRAS"]))
     assert {*words_of("train", file), *words_of("test", file)} == {*train, *test, "zebras"}
     assert set(words_of("train", file)) - {"zebras"} == train
-    spelled = {row["answer"].replace("-", "") for row in SpellWord("test", words=file)}
-    assert spelled <= test | {"zebras"}
-
-
-def test_a_file_without_words_is_told(tmp_path: Path) -> None:
-    file = tmp_path / "words.txt"
-    with pytest.raises(UserError, match="give a text file"):
-        SpellWord("train", words=file)
     file.write_text("1234\n")
+    words_of.cache_clear()
     with pytest.raises(UserError, match="no word for train"):
         SpellWord("train", words=file)

@@ -10,6 +10,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import regex
@@ -117,15 +118,12 @@ def test_as_good_as_hugging_face() -> None:
     assert num_ours == pytest.approx(num_theirs, rel=0.005)
 
 
-def test_default_pattern_is_the_one_that_nanochat_passes() -> None:
-    """Any other string, equal in meaning or not, would go through the far slower regex engine."""
+def test_patterns() -> None:
+    # Any other string, equal in meaning or not, would go through the far slower regex engine.
     assert rustbpe.Tokenizer().get_pattern() == SPLIT_PATTERN
-
-
-def test_another_pattern() -> None:
     tokenizer = train(["ab ab ab-ab"], 300, pattern=r"\S+|\s")
     assert tokenizer.get_pattern() == r"\S+|\s"
-    assert token_bytes(tokenizer)[256:] == [b"ab", b"-ab", b"ab-ab"]
+    assert token_bytes(tokenizer)[256:] == [b"ab", b"-ab", b"ab-ab"]  # text for no more than these
 
 
 def test_threads_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,8 +139,9 @@ def test_threads_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert merges[0] == merges[1]
 
 
-def test_too_little_text_gives_a_smaller_vocabulary() -> None:
-    assert token_bytes(train(["low low"], 1000))[256:] == [b"lo", b"low", b" low"]
+def broken_off() -> Iterator[str]:
+    yield "some text"
+    raise KeyError("the shard is gone")
 
 
 @pytest.mark.parametrize(
@@ -156,25 +155,16 @@ def test_too_little_text_gives_a_smaller_vocabulary() -> None:
         (["a", b"b"], {}, TypeError, "text 1 .* not bytes"),
         (["a\ud800"], {}, UnicodeEncodeError, "surrogates"),
         (7, {}, TypeError, "not iterable"),
+        (broken_off(), {}, KeyError, "the shard is gone"),
     ],
 )
-def test_errors(texts: object, options: dict, error: type[Exception], message: str) -> None:
+def test_errors(
+    texts: Any, options: dict, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = train(["low low"], 258)
     with pytest.raises(error, match=message):
-        tokenizer.train_from_iterator(texts, **{"vocab_size": 300, **options})  # type: ignore
+        tokenizer.train_from_iterator(texts, **{"vocab_size": 300, **options})
     assert len(token_bytes(tokenizer)) == 258  # a failed training changes nothing
-
-
-def test_what_the_iterator_raises_passes_through() -> None:
-    def texts() -> Iterator[str]:
-        yield "some text"
-        raise KeyError("the shard is gone")
-
-    with pytest.raises(KeyError, match="the shard is gone"):
-        rustbpe.Tokenizer().train_from_iterator(texts(), 300)
-
-
-def test_a_bad_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUSTBPE_NUM_THREADS", "many")
     with pytest.raises(ValueError, match="RUSTBPE_NUM_THREADS"):
         train(["low"], 258)

@@ -17,13 +17,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as parquet
 import pytest
 
 import primer
 from nanochat.trainer import FREE_SETTINGS
 from tests.hub import Fault, Hub
+from tests.test_core_eval import write_bundle
+from tests.test_dataset import parquet
+from tests.test_tasks import GSM, MMLU_ALL, PENS, PLANTS, SMOL, SUM, TALK
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = [
@@ -166,7 +167,7 @@ def test_another_tokenizer_starts_every_run_over_once(tier: Tier) -> None:
 
 @pytest.mark.parametrize("old", [False, True])
 def test_a_tokenizer_that_is_trained_back_costs_nothing(tier: Tier, old: bool) -> None:
-    """Another size, given by mistake and taken back before pretraining began."""
+    """Another size, given by mistake and taken back; but a run that began on it is not done."""
     everything = tier.run()
     if old:
         make_old_markers(tier, everything)
@@ -179,15 +180,12 @@ def test_a_tokenizer_that_is_trained_back_costs_nothing(tier: Tier, old: bool) -
     assert "--fresh" not in calls
     if tier.script == "speedrun.sh":  # the corpus is its own, whatever was prepared since
         assert "nanochat.dataset -n 9" in calls[: calls.index("tok_train")]
-
-
-def test_a_run_that_began_on_another_tokenizer_is_not_done(tier: Tier) -> None:
-    tier.run()
-    tier.edit("scripts.tok_train ", "scripts.tok_train --max_doc_chars=9 ")
-    tier.run(KILL_IN="base_train")
-    tier.edit("--max_doc_chars=9 ", "")
-    assert "base_train" in tier.run()
-    assert [tier.num_starts(stage) for stage in TRAINERS] == [1, 1, 1, 1]
+    if not old:
+        tier.edit("scripts.tok_train ", "scripts.tok_train --max_doc_chars=9 ")
+        tier.run(KILL_IN="base_train")
+        tier.edit("--max_doc_chars=9 ", "")
+        assert "base_train" in tier.run()
+        assert [tier.num_starts(stage) for stage in TRAINERS] == [1, 1, 1, 1]
 
 
 def test_fresh_starts_every_run_over_once(tier: Tier) -> None:
@@ -298,57 +296,27 @@ def test_two_machines_run_the_same_stages(tmp_path: Path, first: int) -> None:
 
 
 def shard(first: int) -> bytes:
-    texts = [primer.document("train", index) for index in range(first, first + 300)]
-    sink = pa.BufferOutputStream()
-    parquet.write_table(pa.table({"text": texts}), sink, compression="zstd")
-    return sink.getvalue().to_pybytes()
+    return parquet(*(primer.document("train", index) for index in range(first, first + 300)))
 
 
 def write_datasets(folder: Path) -> None:
     """A few rows of every data set that the default mixtures and ChatCORE read."""
-    choices = {"text": ["ice", "fire"], "label": ["A", "B"]}
-    arc = {"question": "Which is hot?", "choices": choices, "answerKey": "B"}
-    mmlu = {"question": "2 + 2?", "subject": "maths", "choices": ["1", "2", "3", "4"], "answer": 3}
-    gsm = {"question": "What is 3 * 4?", "answer": "It is <<3*4=12>>12.\n#### 12"}
-    user, assistant = {"role": "user"}, {"role": "assistant"}
-    talk = {"messages": [user | {"content": "Hello!"}, assistant | {"content": "Hi."}]}
     code = {
         "task_id": "HumanEval/0", "prompt": "def one():\n    return", "canonical_solution": " 1\n",
         "test": "def check(candidate):\n    assert candidate() == 1\n", "entry_point": "one",
     }  # fmt: skip
     rows = {
-        "allenai/ai2_arc/ARC-Easy": ("train test", arc),
-        "allenai/ai2_arc/ARC-Challenge": ("train test", arc),
-        "cais/mmlu/all": ("auxiliary_train validation test", mmlu),
-        "openai/gsm8k/main": ("train test", gsm),
-        "HuggingFaceTB/smol-smoltalk/default": ("train test", talk),
+        "allenai/ai2_arc/ARC-Easy": ("train test", PLANTS),
+        "allenai/ai2_arc/ARC-Challenge": ("train test", PLANTS),
+        MMLU_ALL: ("auxiliary_train validation test", SUM),
+        GSM: ("train test", PENS),
+        SMOL: ("train test", TALK),
         "openai/openai_humaneval/openai_humaneval": ("test", code),
     }
     for name, (splits, row) in rows.items():
         (folder / name).mkdir(parents=True)
         for split in splits.split():
             (folder / name / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 20)
-
-
-def write_bundle(folder: Path) -> None:
-    """An eval_bundle of one task of each kind."""
-    tasks = {
-        "copa": {"query": "It is hot,", "choices": ["so I sweat", "so I freeze"], "gold": 0},
-        "winograd": {"context_options": ["The fox", "The box"], "continuation": "ran.", "gold": 0},
-        "jeopardy": {"context": "One, two,", "continuation": "three"},
-    }
-    kinds = {"copa": "multiple_choice", "winograd": "schema", "jeopardy": "language_modeling"}
-    (folder / "eval_data").mkdir(parents=True)
-    lines = ["icl_tasks:"]
-    for label, row in tasks.items():
-        lines += [
-            f"- label: {label}", f"  dataset_uri: {label}.jsonl", "  num_fewshot: [1]",
-            f"  icl_task_type: {kinds[label]}", "  continuation_delimiter: ' '",
-        ]  # fmt: skip
-        (folder / "eval_data" / f"{label}.jsonl").write_text((json.dumps(row) + "\n") * 4)
-    (folder / "core.yaml").write_text("\n".join(lines) + "\n")
-    baselines = "".join(f"{label},50\n" for label in tasks)
-    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\n" + baselines)
 
 
 @pytest.fixture

@@ -12,14 +12,13 @@ import pytest
 import tiktoken
 import torch
 
-from nanochat.checkpoint import build_model, load_model, save_checkpoint
+from nanochat.checkpoint import load_model, save_checkpoint
 from nanochat.common import Runtime, UserError, base_dir, run_dir
-from nanochat.finetuning import finetune
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
-from nanochat.trainer import read_metrics
-from scripts import chat_cli, chat_sft, export_hf
+from scripts import chat_cli, export_hf
 from scripts.import_hf import Config, main
+from tests.test_gpt import make_model
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
 TOKENIZER = Tokenizer.train(["The hen sat on the hay; the hat is on the hen."], 300, SPECIAL_TOKENS)
@@ -32,14 +31,6 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
-
-
-def random_model(config: GPTConfig, seed: int = 0) -> GPT:
-    model, random = build_model(config, None, CPU), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=random) * 0.2)
-    return model.eval()
 
 
 def pickled(**changes: Any) -> bytes:
@@ -55,7 +46,7 @@ def pickled(**changes: Any) -> bytes:
 
 def write_first_generation(folder: Path, step: int = 700, prefix: str = "", seed: int = 0) -> GPT:
     """A first-generation checkpoint, its embedding in bf16; returns the model that it holds."""
-    model = random_model(GPTConfig.plain(**SIZES), seed)
+    model = make_model(GPTConfig.plain(**SIZES), seed)
     rows, tensors = TOKENIZER.vocab_size, {}
     for name, tensor in model.state_dict().items():
         theirs = name if name.startswith("lm_head") else f"transformer.{name}"
@@ -120,33 +111,22 @@ def change_meta(folder: Path, **changes: Any) -> None:
     (folder / "meta_000700.json").write_text(json.dumps(meta))
 
 
-def change_encoding(folder: Path, **changes: Any) -> None:
-    (folder / "tokenizer.pkl").write_bytes(pickled(**changes))
+def change_tokenizer(folder: Path, data: bytes = b"", **changes: Any) -> None:
+    (folder / "tokenizer.pkl").write_bytes(data or pickled(**changes))
 
 
-def pickle_by_name(folder: Path) -> None:
-    """What tiktoken answers with a download: an Encoding whose state is a name."""
-    # Protocol 4: the class, an empty tuple, NEWOBJ, the name, BUILD, STOP.
-    body = b"\x80\x04\x8c\x0dtiktoken.core\x8c\x08Encoding\x93)\x81\x8c\x04gpt2b."
-    (folder / "tokenizer.pkl").write_bytes(body)
-
-
-def pickle_malice(folder: Path) -> None:
-    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(Malice(folder / "ran")))
+# What tiktoken answers with a download: an Encoding whose state is a name. Protocol 4: the class,
+# an empty tuple, NEWOBJ, the name, BUILD, STOP.
+BY_NAME = b"\x80\x04\x8c\x0dtiktoken.core\x8c\x08Encoding\x93)\x81\x8c\x04gpt2b."
 
 
 WTE = "transformer.wte.weight"
 OTHERS = {f"<|{i}|>": TOKENIZER.bos_id + i for i in range(9)}
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no model": (lambda f: (f / "model_000700.pt").unlink(), "model_NNNNNN.pt"),
-    "no meta": (lambda f: (f / "meta_000700.json").unlink(), "meta_000700.json"),
-    "no tokenizer": (lambda f: (f / "tokenizer.pkl").unlink(), "tokenizer.pkl"),
-    "half a model": (lambda f: cut(f / "model_000700.pt"), "model_000700.pt"),
-    "half a meta": (lambda f: cut(f / "meta_000700.json"), "meta_000700.json"),
-    "half a tokenizer": (lambda f: cut(f / "tokenizer.pkl"), "tokenizer.pkl"),
     "hostile model": (lambda f: change_tensors(f, x=Malice(f / "ran")), "posix.system"),
-    "hostile tokenizer": (pickle_malice, "posix.system"),
-    "tokenizer to download": (pickle_by_name, "tokenizer.pkl"),
+    "hostile tokenizer": (
+        lambda f: change_tokenizer(f, pickle.dumps(Malice(f / "ran"))), "posix.system"),
+    "tokenizer to download": (lambda f: change_tokenizer(f, BY_NAME), "tokenizer.pkl"),
     "a number for a tensor": (lambda f: change_tensors(f, **{WTE: 3}), "model_000700.pt"),
     "unknown tensor": (lambda f: change_tensors(f, resid_lambdas=torch.ones(2)), "resid_lambdas"),
     "missing tensor": (lambda f: change_tensors(f, **{WTE: None}), "wte.weight"),
@@ -157,9 +137,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "heads that do not divide": (lambda f: change_meta(f, n_head=7), "heads"),
     "sizes as text": (lambda f: change_meta(f, n_embd="64"), "n_embd"),
     "another vocabulary": (lambda f: change_meta(f, vocab_size=99), "99"),
-    "other special tokens": (lambda f: change_encoding(f, special_tokens=OTHERS), "special tokens"),
-    "gaps in the ids": (lambda f: change_encoding(f, mergeable_ranks={b"a": 0, b"b": 2}), "gaps"),
-}
+    "special tokens": (lambda f: change_tokenizer(f, special_tokens=OTHERS), "special tokens"),
+    "gaps in the ids": (
+        lambda f: change_tokenizer(f, mergeable_ranks={b"a": 0, b"b": 2}), "gaps"),
+}  # fmt: skip
+for name in ("model_000700.pt", "meta_000700.json", "tokenizer.pkl"):
+    lost = "model_NNNNNN.pt" if name.startswith("model") else name
+    DAMAGE[f"no {name}"] = (lambda f, name=name: (f / name).unlink(), lost)
+    DAMAGE[f"half of {name}"] = (lambda f, name=name: cut(f / name), name)
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -171,12 +156,6 @@ def test_damaged_and_hostile_ones_are_refused_in_one_line(name: str, base: Path)
         main(Config(str(base / "d2")))
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
     assert not (base / "d2/ran").exists() and not base_dir().exists()
-
-
-def test_malice_would_run_if_it_were_let(base: Path) -> None:
-    """The control of the hostile files."""
-    pickle.loads(pickle.dumps(Malice(base / "ran")))
-    assert (base / "ran").exists()
 
 
 def test_a_run_that_is_there_and_a_source_that_is_not(base: Path) -> None:
@@ -209,24 +188,22 @@ def test_a_model_on_the_hub_is_downloaded_by_pattern(
 
 
 @pytest.mark.parametrize(("kind", "stage"), [("plain", "mid"), ("additions", "sft")])
-def test_sft_after_export_and_import_has_the_same_losses(
-    kind: str, stage: str, base: Path, monkeypatch: pytest.MonkeyPatch
+def test_export_and_import_give_back_the_model(
+    kind: str, stage: Any, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = GPTConfig.plain(**SIZES) if kind == "plain" else GPTConfig(**SIZES)
-    model = random_model(config)
+    weights = make_model(config).state_dict()
     TOKENIZER.save(run_dir(stage, "d2") / "tokenizer")
     state = {"stage": stage, "step": 50, "model_config": asdict(config)}
-    save_checkpoint(run_dir(stage, "d2"), state, model.state_dict(), {}, None, CPU)
+    save_checkpoint(run_dir(stage, "d2"), state, weights, {}, None, CPU)
     export_hf.main(export_hf.Config(base / "out", source=stage))
-    reply = {"role": "assistant", "content": "hay"}
-    talks = [{"messages": [{"role": "user", "content": "hen " * i}, reply]} for i in range(1, 40)]
-    sizes = {"total_batch_size": 256, "device_batch_size": 4, "eval_tokens": 256, "lr_scale": 1.0}
-    losses = []
-    for folder in ("base", "detour"):
-        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base / folder))
-        if folder == "detour":
-            main(Config(str(base / "out"), stage=stage))  # pyright: ignore[reportArgumentType]
-        settings = chat_sft.Config(stage, fresh=True, device_type="cpu", **sizes)
-        finetune("sft", settings, talks, talks[:4])
-        losses.append([row.get("loss") for row in read_metrics(run_dir("sft", "d2"))])
-    assert losses[0] == losses[1] and len(losses[0]) > 4 and losses[0][1] > losses[0][-1]
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base / "detour"))
+    main(Config(str(base / "out"), stage=stage))
+    loaded, tokenizer, meta = load_model(stage, "d2", None, CPU)
+    assert loaded.config == config and meta["step"] == 50
+    rows = {"wte.weight", "lm_head.weight"} | {n for n in weights if n.startswith("value_embeds")}
+    for name, tensor in loaded.state_dict().items():  # but for the rows of padding
+        kept = TOKENIZER.vocab_size if name in rows else None
+        assert torch.equal(tensor[:kept], weights[name][:kept]), name
+    assert (tokenizer.specials, tokenizer.pattern) == (TOKENIZER.specials, TOKENIZER.pattern)
+    assert tokenizer.encode("The hen <|bos|>") == TOKENIZER.encode("The hen <|bos|>")

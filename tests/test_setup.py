@@ -78,8 +78,9 @@ BUILD = f"{INSTALL} --no-deps --no-build-isolation -e ."
 
 
 def test_first_run_installs_in_order_and_second_does_nothing(sandbox: Sandbox) -> None:
-    first = sandbox.source()
+    first = sandbox.source(cwd=Path("/"))
     assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines()[-1] == f"in {sandbox.repo}, active"
     venv, *rest = sandbox.called()
     assert venv.startswith("uv venv") and "--python >=3.11,<3.14" in venv
     assert rest == [LOCK, BUILD]
@@ -87,23 +88,19 @@ def test_first_run_installs_in_order_and_second_does_nothing(sandbox: Sandbox) -
     assert second.returncode == 0 and sandbox.called() == []
 
 
-def test_caller_is_left_in_the_repository_with_venv_active(sandbox: Sandbox) -> None:
-    done = sandbox.source(cwd=Path("/"))
-    assert done.stdout.splitlines()[-1] == f"in {sandbox.repo}, active"
-
-
 def test_only_what_changed_is_done_again(sandbox: Sandbox) -> None:
     sandbox.source()
     sandbox.called()
-    (sandbox.repo / "rustbpe/src/lib.rs").write_text("// second\n")
-    sandbox.source()
-    assert sandbox.called() == [BUILD]
-    with (sandbox.repo / "requirements.lock").open("a") as lock:
-        lock.write("# another line\n")
-    sandbox.source()
-    assert sandbox.called() == [LOCK]
+    for name, step in (("rustbpe/src/lib.rs", BUILD), ("requirements.lock", LOCK)):
+        with (sandbox.repo / name).open("a") as file:
+            file.write("# another line\n")
+        sandbox.source()
+        assert sandbox.called() == [step]
     sandbox.source("--tests")
     assert sandbox.called() == [TEST_LOCK]
+    (sandbox.repo / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")  # another Python's
+    sandbox.source()
+    assert sandbox.called()[0].startswith("uv venv")
 
 
 def test_a_failed_step_stops_the_caller_and_is_tried_again(sandbox: Sandbox) -> None:
@@ -112,14 +109,6 @@ def test_a_failed_step_stops_the_caller_and_is_tried_again(sandbox: Sandbox) -> 
     sandbox.called()
     assert sandbox.source().returncode == 0
     assert sandbox.called() == [LOCK, BUILD]
-
-
-def test_a_venv_of_another_python_is_made_anew(sandbox: Sandbox) -> None:
-    sandbox.source()
-    sandbox.called()
-    (sandbox.repo / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")
-    sandbox.source()
-    assert sandbox.called()[0].startswith("uv venv")
 
 
 def test_cargo_is_found_in_its_home_and_uv_beside_the_repository(sandbox: Sandbox) -> None:
@@ -135,16 +124,13 @@ def test_a_gpu_that_torch_does_not_see_stops_with_one_line(sandbox: Sandbox) -> 
     sandbox.stand_in("nvidia-smi", "#!/bin/sh\n")
     torch = sandbox.bin / "torch.py"
     sandbox.environment["PYTHONPATH"] = str(sandbox.bin)
-
     torch.write_text("class cuda:\n    is_available = staticmethod(lambda: False)\n")
     stopped = sandbox.source()
-    assert stopped.returncode != 0
-    assert len(stopped.stderr.splitlines()) == 1
+    assert stopped.returncode != 0 and len(stopped.stderr.splitlines()) == 1
     assert "pip install --torch-backend=auto" in stopped.stderr
     assert "--device_type=cpu" in stopped.stderr
-    assert sandbox.source("--device_type=cpu").returncode == 0
-    assert sandbox.source("--device-type", "cpu").returncode == 0
-
+    for arguments in (("--device_type=cpu",), ("--device-type", "cpu")):
+        assert sandbox.source(*arguments).returncode == 0
     torch.write_text("class cuda:\n    is_available = staticmethod(lambda: True)\n")
     assert sandbox.source().returncode == 0
 

@@ -18,7 +18,6 @@ from nanochat.dataset import (
     Config,
     check_shard,
     find_corpus,
-    hold_out,
     is_whole,
     list_files,
     main,
@@ -68,8 +67,7 @@ def test_every_starting_position_gives_the_rest(many: tuple[list[Path], list[str
 
 def test_skipped_shards_and_row_groups_are_not_decoded(many, monkeypatch: pytest.MonkeyPatch):
     paths, texts = many
-    decoded = []
-    original = pq.ParquetFile.iter_batches
+    decoded, original = [], pq.ParquetFile.iter_batches
 
     def noting(self, *args, **kwargs):
         decoded.append(kwargs["row_groups"])
@@ -139,25 +137,22 @@ def test_bad_shards_are_named(tmp_path: Path):
 # A user's own files
 
 
-def test_a_text_file_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path: Path):
-    paragraph = "word " * 150 + "end.\n\n"
-    book = paragraph * 400
-    (tmp_path / "book.txt").write_text(book)
-    documents = list(read_documents([tmp_path / "book.txt"]))
-    assert "".join(documents) == book
-    assert max(map(len, documents)) <= DOCUMENT_CHARS
-    assert all(document.endswith("end.\n\n") for document in documents)
-    assert len(documents) <= len(book) / (DOCUMENT_CHARS - len(paragraph)) + 1
+PARAGRAPH = "word " * 150 + "end.\n\n"
+UNITS = [PARAGRAPH, "line of words\n", "word ", "x", "\n", "\n\n\n", "é\n\n "]
 
 
-@pytest.mark.parametrize("unit", ["line of words\n", "word ", "x", "\n", "\n\n\n", "é\n\n "])
-def test_cutting_any_text_loses_nothing(tmp_path: Path, unit: str):
-    text = "start" + unit * (3 * DOCUMENT_CHARS // len(unit) + 7) + "end"
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: repr(unit[:5]))
+def test_a_text_file_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path: Path, unit: str):
+    text = "start" + unit * (5 * DOCUMENT_CHARS // len(unit) + 7) + "end"
     (tmp_path / "a.txt").write_text(text)
     documents = list(read_documents([tmp_path / "a.txt"]))
     assert "".join(documents).replace("\n", "") in text.replace("\n", "")
     assert "".join("".join(documents).split()) == "".join(text.split())
     assert max(map(len, documents)) <= DOCUMENT_CHARS
+    if unit == PARAGRAPH:
+        assert "".join(documents) == text
+        assert all(document.endswith("end.\n\n") for document in documents[:-1])
+        assert len(documents) <= len(text) / (DOCUMENT_CHARS - len(unit)) + 1
 
 
 def test_all_kinds_in_name_order_with_numbers_as_numbers(tmp_path: Path):
@@ -189,18 +184,6 @@ def test_a_bad_file_is_named_by_its_line(tmp_path: Path, name: str, content: str
     (tmp_path / name).write_text(f'{{"text": "good"}}\n{content}\n', encoding="latin-1")
     with pytest.raises(UserError, match=f"{name}.* {complaint}"):
         list(read_documents(list_files(tmp_path)))
-
-
-def test_hold_out_marks_one_in_twenty_and_cuts_a_single_document_in_two():
-    texts = [str(i) for i in range(100)]
-    marked = list(hold_out(iter(texts), Path("x")))
-    assert [text for text, _ in marked] == texts
-    assert [text for text, is_val in marked if is_val] == ["1", "21", "41", "61", "81"]
-    halves = list(hold_out(iter(["one two\nthree four"]), Path("x")))
-    assert halves == [("one two\n", False), ("three four", True)]
-    for texts in ([], ["x"]):
-        with pytest.raises(UserError, match="--from=x: too little text"):
-            list(hold_out(iter(texts), Path("x")))
 
 
 # Corpora
@@ -239,18 +222,21 @@ def test_a_damaged_import_is_made_again(tmp_path: Path):
     assert list(read_texts([shard])) == ["first\n"]
 
 
-def test_texts_become_two_shards_at_least(tmp_path: Path):
-    texts = folder_of(tmp_path / "texts", {f"{i}.txt": f"text {i}".encode() for i in range(40)})
-    main(Config(source=texts, name="forty"))
-    corpus = find_corpus("forty")
-    assert list(read_texts([corpus.val])) == ["text 1", "text 21"]
-    train = list(read_texts(corpus.train))
-    assert train == [f"text {i}" for i in range(40) if i not in (1, 21)]
-
-    main(Config(source=folder_of(tmp_path / "single", {"only.parquet": parquet("x", "y", "z")})))
-    corpus = find_corpus()
-    assert list(read_texts(corpus.train)) == ["x", "z"]
-    assert list(read_texts([corpus.val])) == ["y"]
+def test_one_document_in_twenty_is_for_validation_and_at_least_one(tmp_path: Path):
+    forty = {f"{i}.txt": f"text {i}".encode() for i in range(40)}
+    train = [f"text {i}" for i in range(40) if i not in (1, 21)]
+    for name, files, learned, val in (
+        ("forty", forty, train, ["text 1", "text 21"]),
+        ("three", {"only.parquet": parquet("x", "y", "z")}, ["x", "z"], ["y"]),
+        ("halves", {"a.txt": b"one two\nthree four"}, ["one two\n"], ["three four"]),
+    ):
+        main(Config(source=folder_of(tmp_path / name, files)))
+        corpus = find_corpus(name)
+        assert list(read_texts(corpus.train)) == learned
+        assert list(read_texts([corpus.val])) == val
+    for name, text in (("none", b""), ("letter", b"x")):
+        with pytest.raises(UserError, match=f"--from=.*{name}: too little text"):
+            main(Config(source=folder_of(tmp_path / name, {"a.txt": text})))
 
 
 def test_a_bad_import_leaves_nothing_behind(tmp_path: Path, base: Path):
@@ -362,7 +348,7 @@ def test_errors_wrong_lengths_and_broken_transfers_are_mended(hub: Hub, monkeypa
     assert len(hub.gets) > len(faults), "each fault was met"
 
 
-def test_a_failed_download_is_one_line_and_keeps_what_arrived(hub: Hub, base: Path):
+def test_a_failed_download_is_one_line_and_keeps_what_arrived(hub: Hub, base: Path, monkeypatch):
     del hub.files["shard_00001.parquet"]
     hub.files["shard_00002.parquet"] = b"<html>blocked</html>"
     where = f"{REPO} could not be downloaded from {hub.address}"
@@ -374,13 +360,10 @@ def test_a_failed_download_is_one_line_and_keeps_what_arrived(hub: Hub, base: Pa
     assert not (base / "current").exists()
     arrived = sorted(path.name for path in (base / "climbmix").glob("*.parquet"))
     assert arrived == ["shard_00000.parquet", "shard_00004.parquet"]
+    with monkeypatch.context() as away, pytest.raises(UserError, match="127.0.0.1:9 .*[Rr]efused"):
+        away.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+        main(Config(num_shards=3))
     hub.files, hub.revision = dict(SHARDS), "1" * 40
     hub.gets.clear()
     main(Config(num_shards=3))
     assert sorted(name for name, _ in hub.gets) == ["shard_00001.parquet", "shard_00002.parquet"]
-
-
-def test_a_hub_out_of_reach_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="127.0.0.1:9 .*[Rr]efused"):
-        main(Config(num_shards=1))

@@ -1,8 +1,7 @@
 """rustbpe against a slow trainer written from the definition, and Hugging Face tokenizers.
 
 Hugging Face's trainer breaks ties by its own numbering of the bytes, so its merges must equal ours
-up to the first tie, and no further. After it both choices are as good: on other text of the same
-kind the number of tokens must agree to within half a percent.
+up to the first tie, and no further.
 """
 
 import json
@@ -18,7 +17,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 import rustbpe
-from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
+from nanochat.tokenizer import SPLIT_PATTERN
 
 MULTILINGUAL = [
     "The quick brown fox's 12 dens aren't 3,456.78 m away; I'LL go!\n\n  - it'ſ \tindented\r\n",
@@ -107,15 +106,6 @@ def test_merges_equal_hugging_face_up_to_the_first_tie() -> None:
     model = json.loads(train_hugging_face(texts, 256 + 100).to_str())["model"]
     theirs = [(left + right).replace("Ġ", " ").encode() for left, right in model["merges"]]
     assert theirs[:num_untied] == expected[256 : 256 + num_untied]
-
-
-def test_as_good_as_hugging_face() -> None:
-    texts, others = made_up_texts(1000, 2), made_up_texts(300, 3)
-    ours, theirs = Tokenizer.train(texts, 2048, []), train_hugging_face(texts, 2048)
-    assert ours.vocab_size == theirs.get_vocab_size() == 2048
-    num_ours = sum(map(len, ours.encode_batch(others)))
-    num_theirs = sum(len(encoding.ids) for encoding in theirs.encode_batch(others))
-    assert num_ours == pytest.approx(num_theirs, rel=0.005)
 
 
 def test_patterns() -> None:

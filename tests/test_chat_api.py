@@ -27,66 +27,61 @@ from tests.serving import TOKENIZER
 HELLO = [{"role": "user", "content": "hello"}]
 
 
+def texts(parts: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """A message's content."""
+    return [{"type": kind, "text": text} for kind, text in parts]
+
+
 def talk(*turns: str) -> list[Message]:
     """Messages from strings such as "user: hello"."""
     pairs = (turn.split(": ", 1) for turn in turns)
     return [Message.model_validate({"role": role, "content": text}) for role, text in pairs]
 
 
-def refusal(num_slots: int = 4, **fields: Any) -> ApiError:
-    """The error of a body with these fields."""
-    with pytest.raises((ValidationError, ApiError)) as caught:
-        ChatRequest.model_validate({"messages": HELLO} | fields).check_supported(num_slots)
-    error = caught.value
-    if isinstance(error, ApiError):
-        return error
-    return validation_error([e | {"loc": ("body", *e["loc"])} for e in error.errors()])
-
-
 PARTS = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:"}}]
+UNSUPPORTED = {
+    "tools": [[{"type": "function"}]],
+    "logit_bias": [{"5": 1}],
+    "presence_penalty": [0.5],
+    "frequency_penalty": [-0.5],
+    "response_format": [{"type": "json_object"}],
+}
+WRONG = UNSUPPORTED | {
+    "messages": [[], None, "hello", HELLO * 501],
+    "temperature": [float("nan"), 2.1, -0.1, "1"],
+    "top_p": [1.5],
+    "top_k": [-1, 10**30],
+    "max_tokens": [0, 1.5],
+    "max_completion_tokens": [-3],
+    "seed": [2**63],
+    "stop": [["a"] * 5, ""],
+    "n": [0, 5],
+    "stream": ["yes"],
+    "top_logprobs": [2, 21],
+}
+WRONG_MESSAGES = [
+    (123, "messages.0"),
+    ({"role": "user", "content": None}, "messages.0.content"),
+    ({"role": "user"}, "messages.0.content"),
+    ({"role": "tool", "content": "x"}, "messages.0.role"),
+    ({"role": "user", "content": PARTS}, "messages.0.content.1.type"),
+]
 REFUSALS = [
-    ({"messages": []}, "messages"),
-    ({"messages": None}, "messages"),
-    ({"messages": [123]}, "messages.0"),
-    ({"messages": "hello"}, "messages"),
-    ({"messages": HELLO * 501}, "messages"),
-    ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
-    ({"messages": [{"role": "user"}]}, "messages.0.content"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
-    ({"messages": [{"role": "user", "content": PARTS}]}, "messages.0.content.1.type"),
-    ({"temperature": float("nan")}, "temperature"),
-    ({"temperature": 2.1}, "temperature"),
-    ({"temperature": -0.1}, "temperature"),
-    ({"temperature": "1"}, "temperature"),
-    ({"top_p": 1.5}, "top_p"),
-    ({"top_k": -1}, "top_k"),
-    ({"top_k": 10**30}, "top_k"),
-    ({"max_tokens": 0}, "max_tokens"),
-    ({"max_tokens": 1.5}, "max_tokens"),
-    ({"max_completion_tokens": -3}, "max_completion_tokens"),
-    ({"seed": 2**63}, "seed"),
-    ({"stop": ["a"] * 5}, "stop"),
-    ({"stop": ""}, "stop"),
-    ({"n": 0}, "n"),
-    ({"n": 5}, "n"),
-    ({"stream": "yes"}, "stream"),
-    ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
-    ({"top_logprobs": 2}, "top_logprobs"),
-    ({"tools": [{"type": "function"}]}, "tools"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
-    ({"presence_penalty": 0.5}, "presence_penalty"),
-    ({"frequency_penalty": -0.5}, "frequency_penalty"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    *(({name: value}, name) for name, values in WRONG.items() for value in values),
+    *(({"messages": [message]}, param) for message, param in WRONG_MESSAGES),
 ]
 
 
 @pytest.mark.parametrize(("fields", "param"), REFUSALS)
 def test_what_is_refused_names_its_parameter(fields: dict[str, Any], param: str) -> None:
-    error = refusal(**fields)
+    with pytest.raises((ValidationError, ApiError)) as caught:
+        ChatRequest.model_validate({"messages": HELLO} | fields).check_supported(num_slots=4)
+    error = caught.value
+    if isinstance(error, ValidationError):
+        error = validation_error([e | {"loc": ("body", *e["loc"])} for e in error.errors()])
     shown = error.body["error"]
     assert (error.status, shown["type"], shown["param"]) == (400, "invalid_request_error", param)
-    unsupported = param in ("tools", "logit_bias", "response_format") or "penalty" in param
-    assert shown["code"] == ("unsupported_parameter" if unsupported else None)
+    assert shown["code"] == ("unsupported_parameter" if param in UNSUPPORTED else None)
 
 
 def test_a_megabyte_of_bad_items_is_refused_at_the_first() -> None:
@@ -120,19 +115,23 @@ def test_messages_fold_into_turns() -> None:
         {"role": "assistant", "content": "d\n\ne"},
         {"role": "user", "content": "f"},
     ]
+    said = [{"role": "system", "content": "be brief"}, *HELLO]
+    folded = fold_messages(talk("system: be brief", "user: hello"))
+    prompts = [render_prompt(TOKENIZER, {"messages": messages}) for messages in (folded, said)]
+    assert prompts[0] == prompts[1]
+
+
+def test_tool_calls_come_back_as_parts_of_the_assistants_alone() -> None:
     parts = [("text", "It "), ("text", "is "), ("python", "6*7"), ("python_output", "42")]
-    reply = {"role": "assistant", "content": [{"type": k, "text": t} for k, t in parts]}
+    reply = {"role": "assistant", "content": texts(parts)}
     called = [Message.model_validate(message) for message in (*HELLO, reply, reply, *HELLO)]
     whole = [("text", "It is "), *parts[2:], ("text", "\n\nIt is "), *parts[2:]]
-    assert fold_messages(called)[1]["content"] == [{"type": k, "text": t} for k, t in whole]
+    assert fold_messages(called)[1]["content"] == texts(whole)
     with pytest.raises(ApiError, match="only the assistant's"):
         fold_messages([Message.model_validate(reply | {"role": "user"})])
-    plain = ("system: be brief", "user: hi")
-    said = [{"role": role, "content": text} for role, text in (t.split(": ") for t in plain)]
-    folded = fold_messages(talk(*plain))
-    assert render_prompt(TOKENIZER, {"messages": folded}) == render_prompt(
-        TOKENIZER, {"messages": said}
-    )
+
+
+def test_the_last_word_is_the_users_and_what_is_said_is_bounded() -> None:
     with pytest.raises(ApiError, match="last message"):
         fold_messages(talk("user: a", "assistant: b"))
     with pytest.raises(ApiError, match="more than 32000 characters") as caught:
@@ -140,60 +139,64 @@ def test_messages_fold_into_turns() -> None:
     assert (caught.value.status, caught.value.code) == (413, "request_too_large")
 
 
-def requests_of(max_len: int = 64, **fields: Any) -> list[Any]:
+def requests_of(max_len: int = 64, **fields: Any) -> list[Request]:
     body = ChatRequest.model_validate({"messages": HELLO} | fields)
-    return engine_requests(
-        body, TOKENIZER, max_len, ServerConfig(temperature=0.5, top_k=40, max_tokens=30)
-    )
+    config = ServerConfig(temperature=0.5, top_k=40, max_tokens=30)
+    return engine_requests(body, TOKENIZER, max_len, config)
 
 
-def test_defaults_and_what_overrides_them() -> None:
-    (plain,) = requests_of()
-    length = len(plain.prompt)
-    assert length == len("hello") + 4  # bos, user start and end, assistant start
-    assert (plain.temperature, plain.top_k, plain.top_p) == (0.5, 40, 1.0)
-    assert (plain.max_tokens, plain.logprobs) == (30, 0)
-    (small,) = requests_of(max_len=length + 10)
-    assert small.max_tokens == 10  # the default yields to the context
-    (own,) = requests_of(temperature=0, top_k=0, top_p=0.9, max_tokens=7, logprobs=True)
-    assert (own.temperature, own.top_k, own.top_p, own.max_tokens) == (0, 0, 0.9, 7)
-    assert own.logprobs == 1
-    assert requests_of(max_completion_tokens=3, max_tokens=9)[0].max_tokens == 3
-    assert requests_of(logprobs=True, top_logprobs=5)[0].logprobs == 5
+OWN = {"temperature": 0, "top_k": 0, "top_p": 0.9, "max_tokens": 64 - 9}
 
 
-def test_seeds() -> None:
-    first, again = requests_of(seed=7, n=3), requests_of(seed=7, n=3)
-    assert [r.seed for r in first] == [r.seed for r in again]
-    assert len({r.seed for r in first}) == 3
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {"temperature": 0.5, "top_k": 40, "top_p": 1.0, "max_tokens": 30, "logprobs": 0}),
+        ({"max_len": 9 + 10}, {"max_tokens": 10}),  # the default yields to the context
+        *[({name: value}, {name: value}) for name, value in OWN.items()],
+        ({"logprobs": True}, {"logprobs": 1}),
+        ({"logprobs": True, "top_logprobs": 5}, {"logprobs": 5}),
+        ({"max_completion_tokens": 3, "max_tokens": 9}, {"max_tokens": 3}),
+    ],
+)
+def test_defaults_and_what_overrides_them(
+    fields: dict[str, Any], expected: dict[str, float]
+) -> None:
+    [request] = requests_of(**fields)
+    assert {name: getattr(request, name) for name in expected} == expected
+    assert len(request.prompt) == 9  # bos, user start and end, assistant start, "hello"
+
+
+def test_a_seed_gives_each_choice_its_own() -> None:
+    first, again = ([request.seed for request in requests_of(seed=7, n=3)] for _ in range(2))
+    assert first == again and len(set(first)) == 3
     assert requests_of()[0].seed != requests_of()[0].seed
 
 
 def test_the_context_is_never_cut() -> None:
-    assert requests_of(max_tokens=64 - 9)[0].max_tokens == 64 - 9
-    with pytest.raises(ApiError, match="context is 64 tokens") as caught:
-        requests_of(max_tokens=64 - 8)
-    assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
-    with pytest.raises(ApiError, match="context is 9 tokens"):
-        requests_of(max_len=9)
+    for max_len, fields in ((64, {"max_tokens": 64 - 8}), (9, {})):
+        with pytest.raises(ApiError, match=f"context is {max_len} tokens") as caught:
+            requests_of(max_len, **fields)
+        assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
 
 
-REQUEST = Request([0], 100)
+def feed(
+    choice: Choice, text: str, tool: Any = None, finish: Any = None, logprobs: Any = None
+) -> tuple[str, Any]:
+    """(text, logprobs) that one more token brings."""
+    token = logprobs[0][0] if logprobs else 0
+    choice.feed(Event(Request([0], 100), token, 1, text, tool, logprobs, finish))
+    deltas, shown = choice.take()
+    return "".join(delta.get("content", "") for delta in deltas), shown
 
 
-def follow(choice: Choice, text: str, finish: Any = "stop") -> list[list[dict[str, Any]]]:
-    """The deltas that each character brings; the last one ends the answer."""
-    taken = []
-    for i, char in enumerate(text):
+def follow(choice: Choice, text: str, finish: str = "stop") -> list[str]:
+    """What each character brings; the last one ends the answer."""
+    told = []
+    for number, char in enumerate(text, 1):
         if choice.finish is None:
-            last = finish if i == len(text) - 1 else None
-            choice.feed(Event(REQUEST, 0, 1, char, finish=last))
-            taken.append(choice.take()[0])
-    return taken
-
-
-def spoken(deltas: list[list[dict[str, Any]]]) -> str:
-    return "".join(delta.get("content", "") for some in deltas for delta in some)
+            told.append(feed(choice, char, finish=finish if number == len(text) else None)[0])
+    return told
 
 
 def test_stop_strings_cut_where_the_whole_text_would_be_cut() -> None:
@@ -204,9 +207,8 @@ def test_stop_strings_cut_where_the_whole_text_would_be_cut() -> None:
         text = "".join(rng.choices("ab", k=rng.randint(1, 20)))
         stops = ["".join(rng.choices("ab", k=rng.randint(1, 6))) for _ in range(rng.randint(0, 4))]
         choice = Choice(TOKENIZER, stops)
-        said = spoken(follow(choice, text))
-        # The first stop to be complete decides; of those complete at once, the one that begins
-        # first.
+        said = "".join(follow(choice, text))
+        # The first stop to be complete decides; of two at once, the one that begins first.
         ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
         assert said == (text[: min(ends)[1]] if ends else text), (text, stops)
         num_stopped += bool(ends)
@@ -216,10 +218,9 @@ def test_stop_strings_cut_where_the_whole_text_would_be_cut() -> None:
 
 def test_nothing_of_a_stop_string_is_shown_early() -> None:
     choice = Choice(TOKENIZER, ["END", "N!"])
-    shown = [spoken([some]) for some in follow(choice, "an EN. EN! more")]
-    assert shown == ["a", "n", " ", "", "", "EN.", " ", "", "", "E"]
+    assert follow(choice, "an EN. EN! more") == ["a", "n", " ", "", "", "EN.", " ", "", "", "E"]
     unfinished = Choice(TOKENIZER, ["END"])
-    assert spoken(follow(unfinished, "an EN", "length")) == "an EN"
+    assert "".join(follow(unfinished, "an EN", "length")) == "an EN"
     assert (choice.finish, unfinished.finish) == ("stop", "length")
 
 
@@ -227,7 +228,7 @@ def test_tool_calls_are_deltas_of_their_own() -> None:
     """What was held back for a stop string comes before the call."""
     choice = Choice(TOKENIZER, ["END"])
     for text, tool in (("an EN", None), ("", ("1+1", "2")), ("D", None), ("", ("8/0", None))):
-        choice.feed(Event(REQUEST, 0, 1, text, tool))
+        choice.feed(Event(Request([0], 100), 0, 1, text, tool))
     assert choice.take()[0] == [
         {"content": "an EN"},
         {"tool": {"expression": "1+1", "result": "2"}},
@@ -235,24 +236,18 @@ def test_tool_calls_are_deltas_of_their_own() -> None:
         {"tool": {"expression": "8/0", "result": None}},
     ]
     parts = [("text", "an EN"), ("python", "1+1"), ("python_output", "2"), ("text", "D")]
-    assert choice.shown.parts == [{"type": k, "text": t} for k, t in [*parts, ("python", "8/0")]]
+    assert choice.shown.parts == texts([*parts, ("python", "8/0")])
 
 
 def test_logprobs_come_with_their_text() -> None:
-    """A token's entry waits as long as its text, be it for a stop string or for the rest of a
-    character.
-    """
+    """A token's entry waits with it: for a stop string, or for the rest of a character."""
     choice = Choice(TOKENIZER, ["END"], top_logprobs=2)
     shown = []
-    for token, text in [
-        *zip(b"aE\xc3\xa9", ("a", "E", "", "é"), strict=True),
-        *zip(b"END", "END", strict=True),
-    ]:
+    for token, char in zip("aEéEND".encode(), ("a", "E", "", *"éEND"), strict=True):
         pairs = [(token, -0.5), (66, -1.0), (67, float("-inf")), (68, -3.0)]
-        choice.feed(Event(REQUEST, token, 1, text, None, pairs))
-        deltas, logprobs = choice.take()
+        text, logprobs = feed(choice, char, logprobs=pairs)
         entries = logprobs["content"] if logprobs else []
-        shown.append((spoken([deltas]), [entry["bytes"][0] for entry in entries]))
+        shown.append((text, [entry["bytes"][0] for entry in entries]))
         for entry in entries:
             assert entry["logprob"] == -0.5
             likeliest = [(top["token"], top["logprob"]) for top in entry["top_logprobs"]]

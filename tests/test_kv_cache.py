@@ -8,7 +8,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.kv_cache import Append
+from nanochat.kv_cache import Append, KVCache
 
 CONTEXT = 640  # short windows see 256 keys
 VOCAB = 96
@@ -44,8 +44,7 @@ def test_cached_equals_full_at_every_position(n_kv_head: int, dtype: torch.dtype
     ids = text(2, 400)
     full = model(ids)
     cache = model.make_cache(2, 400)
-    pieces = [ids[:, :7], ids[:, 7:150], ids[:, 150:290], ids[:, 290:291], ids[:, 291:370]]
-    pieces += ids[:, 370:].split(1, dim=1)
+    pieces = ids.split([7, 143, 140, 1, 79, *[1] * 30], dim=1)
     logits = torch.cat([model(piece, cache=cache) for piece in pieces], dim=1)
     assert logits.dtype == torch.float32
     worst = (logits - full).abs().max()
@@ -54,7 +53,7 @@ def test_cached_equals_full_at_every_position(n_kv_head: int, dtype: torch.dtype
 
 
 def test_the_window_matters() -> None:
-    """Control: without windows the same weights say something else, so the test above can fail."""
+    """Without it the same weights say something else, so the test above can fail."""
     ids = text(1, 400)
     with_window, without = make_model(), make_model(window_pattern="L")
     assert torch.allclose(with_window(ids)[:, :256], without(ids)[:, :256], atol=1e-4)
@@ -66,10 +65,7 @@ def test_rows_of_different_lengths_with_right_padding() -> None:
     ids = text(3, 300)
     lengths = [300, 17, 140]
     cache = model.make_cache(3, 310)
-    padded = ids.clone()
-    for row, length in enumerate(lengths):
-        padded[row, length:] = 5  # whatever
-    last = model(padded, cache=cache, num_new=torch.tensor(lengths), last_only=True)
+    last = model(ids, cache=cache, num_new=torch.tensor(lengths), last_only=True)
     assert cache.lengths.tolist() == lengths
     step = model(torch.tensor([[1], [2], [3]]), cache=cache)
     for row, length in enumerate(lengths):
@@ -87,12 +83,10 @@ def test_chosen_slots_and_idle_rows() -> None:
     model(ids[:, :20], cache=cache, slots=torch.tensor([3, 1]))
     assert cache.lengths.tolist() == [0, 20, 0, 20]
     idle = model(torch.zeros(4, 1, dtype=torch.int64), cache=cache, num_new=torch.zeros(4).long())
-    assert torch.isfinite(idle).all()
-    assert cache.lengths.tolist() == [0, 20, 0, 20]
-    one_by_one = [
-        model(ids[:, i : i + 1], cache=cache, slots=torch.tensor([3, 1])) for i in range(20, 30)
-    ]
-    assert (torch.cat(one_by_one, dim=1) - model(ids)[:, 20:]).abs().max() <= 1e-4
+    assert torch.isfinite(idle).all() and cache.lengths.tolist() == [0, 20, 0, 20]
+    pieces = ids[:, 20:].split(1, dim=1)
+    rest = [model(piece, cache=cache, slots=torch.tensor([3, 1])) for piece in pieces]
+    assert (torch.cat(rest, dim=1) - model(ids)[:, 20:]).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("source", [0, 1])
@@ -140,23 +134,20 @@ def test_what_does_not_fit_is_refused_untouched() -> None:
     model = make_model()
     cache = model.make_cache(2, 16)
     model(text(2, 10), cache=cache)
-    kept = [t.clone() for t in (cache.keys, cache.values, cache.previous, cache.lengths)]
-    with pytest.raises(ValueError, match="slot 0 holds 10 tokens and cannot take 7 more.*16"):
-        model(text(2, 7), cache=cache)
-    with pytest.raises(ValueError, match="slots must be distinct"):
-        model(text(2, 1), cache=cache, slots=torch.tensor([1, 1]))
-    with pytest.raises(ValueError, match="slots must be distinct and below 2"):
-        model(text(1, 1), cache=cache, slots=torch.tensor([2]))
-    with pytest.raises(ValueError, match="cannot take 2 of 1"):
-        model(text(2, 1), cache=cache, num_new=torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="1 rows need as many slots"):
-        model(text(1, 1), cache=cache)
-    with pytest.raises(ValueError, match="in torch.float32, but.*torch.bfloat16"):
-        other = make_model()
-        other.set_compute_dtype(torch.bfloat16)
-        model(text(2, 1), cache=other.make_cache(2, 16))
-    now = (cache.keys, cache.values, cache.previous, cache.lengths)
-    assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+    state = (cache.keys, cache.values, cache.previous, cache.lengths)
+    kept = [tensor.clone() for tensor in state]
+    refused = [
+        (text(2, 7), {}, "slot 0 holds 10 tokens and cannot take 7 more.*16"),
+        (text(2, 1), {"slots": torch.tensor([1, 1])}, "distinct"),
+        (text(1, 1), {"slots": torch.tensor([2])}, "below 2"),
+        (text(2, 1), {"num_new": torch.tensor([1, 2])}, "cannot take 2 of 1"),
+        (text(1, 1), {}, "1 rows need as many slots"),
+        (text(2, 1), {"cache": KVCache(3, 2, 2, 16, 16, 64, "cpu", torch.bfloat16)}, "in torch.fl"),
+    ]
+    for ids, options, error in refused:
+        with pytest.raises(ValueError, match=error):
+            model(ids, **{"cache": cache, **options})
+    assert all(torch.equal(a, b) for a, b in zip(kept, state, strict=True))
     padded = model(text(2, 7), cache=cache, num_new=torch.tensor([6, 0]), last_only=True)
     assert torch.isfinite(padded[0]).all()  # exactly full, with a padded column past the end
     assert cache.lengths.tolist() == [16, 10]
@@ -164,9 +155,9 @@ def test_what_does_not_fit_is_refused_untouched() -> None:
 
 def test_memory_is_what_it_says() -> None:
     model = make_model()
-    # 3 layers x (keys, values) x 2 kv heads x (100 + 1) cells x 16 channels, and 64 for smear;
-    # 4 bytes each.
-    assert model.make_cache(5, 100).num_bytes == 5 * 4 * (3 * 2 * 2 * 101 * 16 + 64)
-    assert model.make_cache(5, 100, device="meta").num_bytes == model.make_cache(5, 100).num_bytes
-    model.set_compute_dtype(torch.bfloat16)
-    assert model.make_cache(5, 100).num_bytes == 5 * 2 * (3 * 2 * 2 * 101 * 16 + 64)
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        model.set_compute_dtype(dtype)
+        # 3 layers x (keys, values) x 2 kv heads x (100 + 1) cells x 16 channels, and 64 for smear.
+        expected = 5 * size * (3 * 2 * 2 * 101 * 16 + 64)
+        for device in ("cpu", "meta"):
+            assert model.make_cache(5, 100, device=device).num_bytes == expected

@@ -12,6 +12,7 @@ import torch
 from nanochat.sampling import SamplingBatch, counter_uniform, derive_seed, sample, with_logprobs
 
 V = 50
+COMB = torch.linspace(0, 1 - 2.0**-24, 5_000)  # uniform numbers that reach every id that is kept
 
 
 def draw(
@@ -48,15 +49,11 @@ def test_uniform_is_uniform() -> None:
     assert float(correlation.abs().max()) < 0.3
 
 
-def test_uniform_uses_all_of_the_seed() -> None:
+def test_derived_seeds_differ_and_every_bit_of_a_seed_counts() -> None:
+    derived = {derive_seed(a, b) for a in range(-50, 50) for b in range(100)}
+    assert len(derived) == 10_000 and all(0 <= seed < 1 << 63 for seed in derived)
     seeds = torch.tensor([0, 1, -1, 1 << 32, 1 << 62, (1 << 63) - 1])
-    values = counter_uniform(seeds, torch.zeros_like(seeds))
-    assert len(set(values.tolist())) == len(seeds)
-
-
-def test_derived_seeds_differ() -> None:
-    seeds = {derive_seed(a, b) for a in range(-50, 50) for b in range(100)}
-    assert len(seeds) == 10_000 and all(0 <= seed < 1 << 63 for seed in seeds)
+    assert len(counter_uniform(seeds, torch.zeros_like(seeds)).unique()) == len(seeds)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
@@ -72,7 +69,7 @@ def test_frequencies_are_the_softmax(temperature: float) -> None:
 @pytest.mark.parametrize("top_k", [0, 1, 3, V, V + 5])
 @pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 1.0])
 def test_only_what_top_k_and_top_p_keep(top_k: int, top_p: float) -> None:
-    """Against a naive nucleus; a fine comb of uniform numbers reaches every id that is kept."""
+    """Against a naive nucleus."""
     row = random_logits(1, seed=3)[0] / 2
     ranked = row.argsort(descending=True).tolist()[: top_k if 0 < top_k < V else V]
     probabilities = row[ranked].softmax(0)
@@ -82,26 +79,20 @@ def test_only_what_top_k_and_top_p_keep(top_k: int, top_p: float) -> None:
             break
         kept.append(id)
         mass += probability
-    comb = torch.linspace(0, 1 - 2.0**-24, 5_000)
-    assert set(draw(row.expand(5_000, -1), 1.0, top_k, top_p, comb).tolist()) == set(kept)
+    assert set(draw(row.expand(len(COMB), -1), 1.0, top_k, top_p, COMB).tolist()) == set(kept)
 
 
-def test_ties_are_kept_together() -> None:
-    logits = torch.tensor([[1.0, 2.0, 1.0, 1.0, 0.0]])
-    comb = torch.linspace(0, 1 - 2.0**-24, 1000)
-    assert set(draw(logits.expand(1000, -1), top_k=2, uniform=comb).tolist()) == {0, 1, 2, 3}
+def test_ties_are_kept_together_and_the_impossible_is_never_picked() -> None:
+    """Not even at the ends of the interval."""
+    logits = torch.tensor([-torch.inf, 1.0, 2.0, 1.0, 1.0, 0.0, -torch.inf]).expand(len(COMB), -1)
+    assert draw(logits, top_k=2, uniform=COMB).unique().tolist() == [1, 2, 3, 4]
+    assert draw(logits, uniform=COMB).unique().tolist() == [1, 2, 3, 4, 5]
 
 
 def test_temperature_zero_is_the_largest() -> None:
     logits = random_logits(8)
-    assert draw(logits, temperature=0.0).tolist() == logits.argmax(1).tolist()
-    assert draw(logits, temperature=1e-30).tolist() == logits.argmax(1).tolist()
-    assert draw(logits, top_k=1).tolist() == logits.argmax(1).tolist()
-
-
-def test_ends_of_the_interval_never_pick_the_impossible() -> None:
-    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]]).expand(2, -1)
-    assert draw(logits, uniform=torch.tensor([0.0, 1 - 2.0**-24])).tolist() == [1, 2]
+    for setting in ({"temperature": 0.0}, {"temperature": 1e-30}, {"top_k": 1}):
+        assert draw(logits, **setting).tolist() == logits.argmax(1).tolist()
 
 
 def test_rows_do_not_see_their_mates() -> None:

@@ -34,7 +34,7 @@ def texts(parts: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 def talk(*turns: str) -> list[Message]:
     """Messages from strings such as "user: hello"."""
-    pairs = (turn.split(": ", 1) for turn in turns)
+    pairs = (turn.split(": ") for turn in turns)
     return [Message.model_validate({"role": role, "content": text}) for role, text in pairs]
 
 
@@ -57,7 +57,7 @@ WRONG = UNSUPPORTED | {
     "stop": [["a"] * 5, ""],
     "n": [0, 5],
     "stream": ["yes"],
-    "top_logprobs": [2, 21],
+    "top_logprobs": [2],
 }
 WRONG_MESSAGES = [
     (123, "messages.0"),
@@ -67,6 +67,7 @@ WRONG_MESSAGES = [
     ({"role": "user", "content": PARTS}, "messages.0.content.1.type"),
 ]
 REFUSALS = [
+    ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
     *(({name: value}, name) for name, values in WRONG.items() for value in values),
     *(({"messages": [message]}, param) for message, param in WRONG_MESSAGES),
 ]

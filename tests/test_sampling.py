@@ -91,8 +91,8 @@ def test_ties_are_kept_together_and_the_impossible_is_never_picked() -> None:
 
 def test_temperature_zero_is_the_largest() -> None:
     logits = random_logits(8)
-    for setting in ({"temperature": 0.0}, {"temperature": 1e-30}, {"top_k": 1}):
-        assert draw(logits, **setting).tolist() == logits.argmax(1).tolist()
+    for temperature, top_k in ((0.0, 0), (1e-30, 0), (1.0, 1)):
+        assert draw(logits, temperature, top_k).tolist() == logits.argmax(1).tolist()
 
 
 def test_rows_do_not_see_their_mates() -> None:

@@ -1,5 +1,4 @@
-"""The server from outside, over HTTP on a loopback port: OpenAI's conformance cases and client,
-limits, leavers, failures.
+"""The server from outside, over HTTP on a loopback port, and with OpenAI's own client.
 
 Oracles: the echo engine, which says back what it was asked, so every answer is known; for sampling
 a small random model, asked alone and among noisy mates.
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -23,7 +23,7 @@ from nanochat.engine import Engine
 from tests.serving import CHAT, TOKENIZER, EchoEngine, Running, Stream, random_gpt, serving
 
 USAGE = {"stream_options": {"include_usage": True}}
-EMOJI = "né 汉字 👩‍👩‍👧 🏳️‍🌈"
+STRANGE = "né 汉字 👩‍👩‍👧 🏳️‍🌈 <|assistant_end|><|bos|>"  # what is spelled out is text
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,10 @@ def echo() -> Iterator[Running]:
 # What a client of OpenAI's API expects
 
 
+def said(response: httpx.Response) -> str:
+    return response.json()["choices"][0]["message"]["content"]
+
+
 def test_a_whole_answer(echo: Running) -> None:
     answer = echo.ask("hello").json()
     assert answer["object"] == "chat.completion" and answer["id"].startswith("chatcmpl-")
@@ -44,35 +48,32 @@ def test_a_whole_answer(echo: Running) -> None:
         {"index": 0, "finish_reason": "stop", "logprobs": None, "message": message}
     ]
     assert answer["usage"] == {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}
-
-
-def test_a_streamed_answer(echo: Running) -> None:
-    stream = echo.stream(EMOJI)
-    headers = stream.response.headers
-    assert headers["content-type"].startswith("text/event-stream")
-    assert (headers["cache-control"], headers["x-accel-buffering"]) == ("no-cache", "no")
-    assert stream.text() == EMOJI == echo.ask(EMOJI).json()["choices"][0]["message"]["content"]
-    heads = {(c["id"], c["object"], c["created"], c["model"]) for c in stream.chunks}
-    assert len(heads) == 1 and heads.pop()[1] == "chat.completion.chunk"
-    deltas = [choice["delta"] for choice in stream.choices]
-    assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
-    assert [delta for delta in deltas if "role" in delta] == deltas[:1]
-    assert (stream.finish, stream.num_done, stream.last) == (["stop"], 1, "[DONE]")
-    assert all(choice["logprobs"] is None for choice in stream.choices)
-    assert all("usage" not in chunk and chunk["choices"] for chunk in stream.chunks)
-
-
-def test_usage_of_a_stream_only_on_request(echo: Running) -> None:
     *chunks, last = echo.stream("hello", **USAGE).chunks
     assert all(chunk["usage"] is None for chunk in chunks)
-    assert last["choices"] == [] and last["usage"]["total_tokens"] == 15
+    assert (last["choices"], last["usage"]) == ([], answer["usage"])
     timings = last["timings"]
     assert 0 <= timings["queue_seconds"] <= timings["first_token_seconds"]
     assert timings["tokens_per_second"] > 0
 
 
+def test_a_streamed_answer(echo: Running) -> None:
+    stream = echo.stream(STRANGE)
+    headers = stream.response.headers
+    assert headers["content-type"].startswith("text/event-stream")
+    assert (headers["cache-control"], headers["x-accel-buffering"]) == ("no-cache", "no")
+    assert stream.text() == STRANGE == said(echo.ask(STRANGE))
+    heads = {(c["id"], c["object"], c["created"], c["model"]) for c in stream.chunks}
+    assert len(heads) == 1 and heads.pop()[1] == "chat.completion.chunk"
+    deltas = [choice["delta"] for choice in stream.choices]
+    assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
+    assert not any("role" in delta for delta in deltas[1:])
+    assert (stream.finish, stream.num_done, stream.last) == (["stop"], 1, "[DONE]")
+    assert all(choice["logprobs"] is None for choice in stream.choices)
+    assert all("usage" not in chunk and chunk["choices"] for chunk in stream.chunks)
+
+
 @pytest.mark.parametrize(
-    ("fields", "said", "finish", "num_tokens"),
+    ("fields", "text", "finish", "num_tokens"),
     [
         ({}, "hello", "stop", 6),
         ({"max_tokens": 1}, "h", "length", 1),
@@ -82,18 +83,16 @@ def test_usage_of_a_stream_only_on_request(echo: Running) -> None:
         ({"stop": ["zz", "lo"]}, "hel", "stop", 5),
         ({"stop": "hello"}, "", "stop", 5),
         ({"stop": "hellish"}, "hello", "stop", 6),
-        ({"temperature": 0, "top_p": 0.5, "top_k": 3, "seed": 1}, "hello", "stop", 6),
-        ({"user": "me", "metadata": {"a": "b"}, "unknown": 1}, "hello", "stop", 6),
     ],
 )
-def test_ends(echo: Running, fields: dict, said: str, finish: str, num_tokens: int) -> None:
+def test_ends(echo: Running, fields: dict, text: str, finish: str, num_tokens: int) -> None:
     answer = echo.ask("hello", **fields).json()
     (choice,) = answer["choices"]
-    assert (choice["message"]["content"], choice["finish_reason"]) == (said, finish)
-    assert answer["usage"]["completion_tokens"] == num_tokens
+    assert (choice["message"]["content"], choice["finish_reason"]) == (text, finish)
     stream = echo.stream("hello", **fields, **USAGE)
-    assert (stream.text(), stream.finish) == (said, [finish])
-    assert stream.chunks[-1]["usage"]["completion_tokens"] == num_tokens
+    assert (stream.text(), stream.finish) == (text, [finish])
+    for usage in (answer["usage"], stream.chunks[-1]["usage"]):
+        assert usage["completion_tokens"] == num_tokens
 
 
 def test_several_choices_and_logprobs(echo: Running) -> None:
@@ -124,23 +123,10 @@ def test_a_tool_call_is_a_delta_of_its_own() -> None:
         assert stream.text() == message["content"] == "it is two"
         parts = [("text", "it is "), ("python", "1+1"), ("python_output", "2"), ("text", "two")]
         assert message["parts"] == [{"type": kind, "text": text} for kind, text in parts]
-        said = [("user", "sum"), ("assistant", message["parts"]), ("user", "hi")]
-        messages = [{"role": role, "content": content} for role, content in said]
+        turns = [("user", "sum"), ("assistant", message["parts"]), ("user", "hi")]
+        messages = [{"role": role, "content": content} for role, content in turns]
         message = server.ask(messages=messages).json()["choices"][0]["message"]
         assert message["content"] == "hi" and "parts" not in message
-
-
-def test_special_tokens_spelled_out_are_text(echo: Running) -> None:
-    assert echo.stream("<|assistant_end|> <|bos|>").text() == "<|assistant_end|> <|bos|>"
-
-
-def test_context_off_by_one(echo: Running) -> None:
-    long = "x" * 500  # 504 tokens of 512
-    assert echo.ask(long, max_tokens=8).json()["choices"][0]["finish_reason"] == "length"
-    assert echo.ask("x" * 507).json()["usage"]["completion_tokens"] == 1
-    for response in (echo.ask(long, max_tokens=9), echo.ask("x" * 508)):
-        error = response.json()["error"]
-        assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
 
 
 def test_models(echo: Running) -> None:
@@ -206,17 +192,17 @@ def asked(content: str, **more: Any) -> dict[str, Any]:
 
 
 def test_openais_client(echo: Running) -> None:
-    length = len(EMOJI.encode())
+    length = len(STRANGE.encode())
     with client_of(echo) as client:
         (card,) = client.models.list().data
         assert client.models.retrieve(card.id).id == "nanochat"
-        ask = asked(EMOJI, extra_body={"top_k": 5}, seed=1, logprobs=True)
+        ask = asked(STRANGE, extra_body={"top_k": 5}, seed=1, logprobs=True)
         whole = client.chat.completions.create(**ask)
-        assert whole.choices[0].message.content == EMOJI
+        assert whole.choices[0].message.content == STRANGE
         assert whole.usage.total_tokens == whole.usage.prompt_tokens + length + 1
         assert len(whole.choices[0].logprobs.content) == length
         chunks = list(client.chat.completions.create(**ask, **USAGE, stream=True))
-        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == EMOJI
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == STRANGE
         assert chunks[-1].usage == whole.usage and chunks[-2].choices[0].finish_reason == "stop"
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(**ask, max_tokens=10_000)
@@ -225,25 +211,18 @@ def test_openais_client(echo: Running) -> None:
             client.models.retrieve("sft/d20")
 
 
-def test_openais_client_tries_again_while_the_queue_is_full() -> None:
-    engine = EchoEngine(num_slots=1)
-    engine.pace = 0.03
-    with serving([engine], ServerConfig(queue=0)) as server, server.connect("x" * 20):
-        server.until(lambda: bool(engine.running))
-        with client_of(server) as client:
-            with pytest.raises(openai.RateLimitError):
-                client.with_options(max_retries=0).chat.completions.create(**asked("a"))
-            answer = client.with_options(max_retries=5).chat.completions.create(**asked("a"))
-            assert answer.choices[0].message.content == "a"
-
-
-def test_openais_client_is_told_of_a_failure_amid_a_stream() -> None:
+def test_a_failure_amid_a_stream_is_no_stop() -> None:
     engine = EchoEngine()
     engine.pace = 0.01
     with serving([engine]) as server, client_of(server) as client:
-        stream = client.chat.completions.create(**asked("x" * 50), stream=True)
+        with background(server, 1) as (failing,):
+            server.until(lambda: any(each.num_generated > 3 for each in engine.running))
+            engine.num_failures = 1
+            stream = failing.result()
+        assert json.loads(stream.last)["error"]["type"] == "server_error"
+        assert not stream.finish and stream.num_done == 0 and stream.text()
         with pytest.raises(openai.APIError, match="the model failed"):
-            for _ in stream:
+            for _ in client.chat.completions.create(**asked("x" * 50), stream=True):
                 engine.num_failures = 1
 
 
@@ -281,8 +260,8 @@ def test_a_full_queue_refuses_before_any_event_and_the_others_are_served_in_turn
         metrics = server.client.get("/metrics").text
         return all(f"nanochat_{line}\n" in metrics for line in lines)
 
-    with serving([engine], ServerConfig(queue=3)) as server:
-        engine.pace = 0.1
+    with serving([engine], ServerConfig(queue=3)) as server, client_of(server) as client:
+        engine.pace = 0.2
         with background(server, 5) as streams:
             server.until(lambda: server.num_jobs() == 5)
             for stream in (True, False):
@@ -292,12 +271,16 @@ def test_a_full_queue_refuses_before_any_event_and_the_others_are_served_in_turn
                 assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
             server.until(lambda: shown("num_requests_running 2.0", "num_requests_waiting 3.0"))
             assert shown('requests_refused_total{code="queue_full"} 2.0')
-            engine.pace = 0
-            said = [stream.result() for stream in streams]
-        assert [stream.text() for stream in said] == [f"question {i}" for i in range(5)]
-        first = sorted(stream.comments[0] for stream in said if stream.comments)
+            with pytest.raises(openai.RateLimitError):
+                client.with_options(max_retries=0).chat.completions.create(**asked("a"))
+            engine.pace = 0.05
+            answer = client.with_options(max_retries=5).chat.completions.create(**asked("a"))
+            assert answer.choices[0].message.content == "a"  # it tried again
+            answers = [stream.result() for stream in streams]
+        assert [stream.text() for stream in answers] == [f"question {i}" for i in range(5)]
+        first = sorted(stream.comments[0] for stream in answers if stream.comments)
         assert first == [": queued 1", ": queued 2", ": queued 3"]
-        assert shown("request_queue_time_seconds_count 5.0")
+        assert shown("request_queue_time_seconds_count 6.0")
 
 
 def test_several_engines_share_the_load() -> None:
@@ -312,30 +295,26 @@ def test_several_engines_share_the_load() -> None:
             assert [stream.result().num_done for stream in streams] == [1] * 4
 
 
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("phase", ["queue", "slot"])
-def test_who_leaves_frees_what_he_held(stream: bool, phase: str) -> None:
+@pytest.mark.parametrize("num_before", [0, 1])
+def test_who_leaves_frees_what_he_held(num_before: int) -> None:
+    """In the slot, or in the queue behind another; and so does a stop string."""
     engine = EchoEngine(num_slots=1)
     engine.pace = 0.01
     with serving([engine]) as server:
-        before = int(phase == "queue")
-        with background(server, before) as others:
-            server.until(lambda: server.num_jobs() == before)
-            with server.connect("x" * 200, stream=stream):
-                server.until(lambda: server.num_jobs() == before + 1)
-                server.until(lambda: phase == "queue" or len(engine.running) == 1)
-            server.until(lambda: len(engine.cancelled) == 1)
-            left = engine.cancelled[0]
-            assert TOKENIZER.decode(left.prompt).count("x") == 200
-            assert [other.result().num_done for other in others] == [1] * before
-        assert server.num_jobs() == 0 and server.ask("next").status_code == 200
-
-
-def test_a_stop_string_frees_the_slot() -> None:
-    engine = EchoEngine(num_slots=1)
-    with serving([engine]) as server:
+        for stream in (True, False):
+            engine.cancelled.clear()
+            with background(server, num_before) as others:
+                server.until(lambda: server.num_jobs() == num_before)
+                with server.connect("x" * 200, stream=stream):
+                    server.until(lambda: server.num_jobs() == num_before + 1)
+                    server.until(lambda: num_before or len(engine.running) == 1)
+                server.until(lambda: len(engine.cancelled) == 1)
+                assert TOKENIZER.decode(engine.cancelled[0].prompt).count("x") == 200
+                assert [other.result().num_done for other in others] == [1] * num_before
+            assert server.num_jobs() == 0 and server.ask("next").status_code == 200
+        engine.pace = 0
         assert server.stream("a" * 20 + "END" + "b" * 200, stop="END").text() == "a" * 20
-        server.until(lambda: len(engine.cancelled) == 1)
+        server.until(lambda: len(engine.cancelled) == 2)
         assert server.num_jobs() == 0
 
 
@@ -380,7 +359,7 @@ def test_a_silent_stream_is_pinged(monkeypatch: pytest.MonkeyPatch) -> None:
 # Failures
 
 
-def test_a_failing_step_fails_only_what_it_computed() -> None:
+def test_a_failing_step_fails_only_what_it_computed_and_a_dead_engine_is_told() -> None:
     engine = EchoEngine(num_slots=2)
     with serving([engine]) as server, ThreadPoolExecutor(4) as pool:
         engine.go.clear()
@@ -394,29 +373,12 @@ def test_a_failing_step_fails_only_what_it_computed() -> None:
         assert statuses == [500, 200, 200, 200]  # the first alone had a slot by then
         error = answers[0].result().json()["error"]
         assert (error["type"], error["code"]) == ("server_error", None)
-        assert server.ask("again").json()["choices"][0]["message"]["content"] == "again"
-
-
-def test_a_dead_engine_is_told_and_nobody_hangs() -> None:
-    engine = EchoEngine()
-    with serving([engine]) as server:
+        assert said(server.ask("again")) == "again"
         engine.num_failures = 99
         assert [server.ask("a").status_code for _ in range(8)] == [500] * 8
         server.until(lambda: server.client.get("/ready").status_code == 503)
         assert server.ask("b").status_code == 503
         assert server.client.get("/health").status_code == 200
-
-
-def test_a_failure_amid_a_stream_is_no_stop() -> None:
-    engine = EchoEngine()
-    engine.pace = 0.01
-    with serving([engine]) as server:
-        with background(server, 1) as (failing,):
-            server.until(lambda: any(each.num_generated > 3 for each in engine.running))
-            engine.num_failures = 1
-            stream = failing.result()
-        assert json.loads(stream.last)["error"]["type"] == "server_error"
-        assert not stream.finish and stream.num_done == 0 and stream.text()
 
 
 def test_loading_is_told() -> None:
@@ -496,9 +458,8 @@ def test_prompts_stay_out_of_the_log(wanted: bool, caplog: pytest.LogCaptureFixt
     caplog.set_level(logging.DEBUG, logger="uvicorn")
     engine = EchoEngine()
     with serving([engine], ServerConfig(log_conversations=wanted)) as server:
-        server.stream("my secret")
-        server.ask("my secret", temperature=9)
-        server.ask("my secret", response_format={"type": "my secret"})
+        for fields in ({}, {"temperature": 9}, {"response_format": {"type": "my secret"}}):
+            server.ask("my secret", **fields)
         engine.num_failures = 1
         server.ask("my secret")
     assert ("my secret" in caplog.text) == wanted and "the model failed" in caplog.text

@@ -1,16 +1,16 @@
-"""OpenAI's chat API: what a request may say, how an error is told, what a client sees of an answer.
+"""OpenAI's chat API: the shapes of requests, errors and answers.
 
-A body is checked as a `ChatRequest`, and `engine_requests` makes one engine request per choice.
-A `Choice` follows the events of one answer: nothing of a stop string is shown, and tool calls stand
-apart from the text. `Completion` puts the choices into OpenAI's shapes.
+A body is parsed as a `ChatRequest`; `engine_requests` makes one engine request per choice. A
+`Choice` follows the events of one answer, hiding stop strings and keeping tool calls apart from the
+text; `Completion` puts choices into OpenAI's shapes.
 
-Added to these shapes, and passed over by other clients: a tool call is a delta {"tool":
-{"expression": ..., "result": ...}}, result null where the calculator had no answer, and a whole
-answer with one has `parts` in its message, which may come back as the content of that turn; the
-chunk with a stream's usage holds `timings`; while a request waits, comments tell its place.
+Extensions that other clients ignore: a tool call is a delta {"tool": {"expression": ..., "result":
+...}}, result null if the calculator had no answer; a whole answer with one has `parts` in its
+message, which may be sent back as that turn's content; the chunk with a stream's usage has
+`timings`; comments give a waiting request's place in the queue.
 
-Unknown fields are ignored, as clients send many; what would change the answer and is not supported
-is refused by name. Nothing is ever cut to fit the context.
+Unknown fields are ignored, as clients send many; unsupported ones that would change the answer are
+refused by name. Nothing is ever cut to fit the context.
 
 Source: https://platform.openai.com/docs/api-reference/chat
 """
@@ -39,18 +39,18 @@ REFUSED = ("tools", "functions", "logit_bias", "presence_penalty", "frequency_pe
 
 @dataclass
 class ServerConfig:
-    """How a server behaves; the flags of scripts.chat_web."""
+    """The flags of scripts.chat_web that set a server's behaviour."""
 
-    queue: Natural = 64  # requests that may wait for a slot, for each GPU; more are refused
-    temperature: Temperature = 0.6  # where a request does not say
-    top_k: Natural = 50  # likewise; 0: off
-    max_tokens: Count = 512  # likewise, as far as the context has room
-    cors_origin: str = ""  # a web page elsewhere that may call, such as https://example.org
-    log_conversations: bool = False  # what people write is logged only with this
+    queue: Natural = 64  # requests that may wait per GPU; more are refused
+    temperature: Temperature = 0.6  # default for requests
+    top_k: Natural = 50  # default for requests; 0: off
+    max_tokens: Count = 512  # default for requests, if the context has room
+    cors_origin: str = ""  # another site that may call the API, such as https://example.org
+    log_conversations: bool = False  # log what users write
 
 
 class ApiError(Exception):
-    """What the client is told, in OpenAI's shape; after `retry_after` seconds it may come again."""
+    """An error in OpenAI's shape; the client may retry after `retry_after` seconds."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class ApiError(Exception):
 
 
 def validation_error(errors: Sequence[Any]) -> ApiError:
-    """The 400 for what pydantic found: the deepest error, as a union reports one per member."""
+    """The 400 for pydantic's errors: the deepest one, as a union reports one per member."""
     worst = max(errors, key=lambda error: len(error["loc"]))
     if worst["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {worst['ctx']['error']}")
@@ -82,32 +82,29 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
 
 
 Item = TypeVar("Item")
-# Else a megabyte of bad items would take seconds to complain of.
+# Else reporting a megabyte of bad items would take seconds.
 Quick = Annotated[list[Item], Field(fail_fast=True)]
 
 
 class Strict(BaseModel):
-    """No coercion ("1" is no number), no NaN; unknown fields are ignored."""
+    """No coercion ("1" is not a number), no NaN; unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class ContentPart(TypedDict):  # no model: checking 30,000 of those takes 100 ms, of these 8
-    """Text, or what a reply asked the calculator (python) and was told (python_output)."""
+    """Text, or a calculator call (python) and its result (python_output)."""
 
     type: Literal["text", "python", "python_output"]
     text: str
 
 
 class Message(Strict):
-    """One turn."""
-
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Quick[ContentPart]
 
     @property
     def parts(self) -> list[ContentPart]:
-        """The content as parts."""
         text = self.content
         return [ContentPart(type="text", text=text)] if isinstance(text, str) else text
 
@@ -133,7 +130,7 @@ class ChatRequest(Strict):
     stream_options: dict[str, Any] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    # Taken as long as they ask for nothing.
+    # Accepted only if empty; see check_supported.
     tools: Any = None
     functions: Any = None
     logit_bias: Any = None
@@ -143,16 +140,14 @@ class ChatRequest(Strict):
 
     @property
     def stops(self) -> list[str]:
-        """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
     def stream_usage(self) -> bool:
-        """True where a stream is to end with its usage."""
         return bool(self.stream and (self.stream_options or {}).get("include_usage"))
 
     def check_supported(self, num_slots: int) -> None:
-        """Raises ApiError for what this server cannot do and must not ignore."""
+        """Raise ApiError for what this server cannot do and must not ignore."""
         wrong = [name for name in REFUSED if getattr(self, name)]
         if self.response_format not in (None, {"type": "text"}):
             wrong.append("response_format")
@@ -166,9 +161,9 @@ class ChatRequest(Strict):
 
 
 def fold_messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """User and assistant in turns, in any order of roles; system and developer speak as the user.
+    """User and assistant in turns, whatever the roles; system and developer count as the user.
 
-    Raises ApiError unless the user is the last.
+    Raises ApiError unless the user is last.
     """
     if sum(len(part["text"]) for message in messages for part in message.parts) > MAX_CHARS:
         text = f"the messages have more than {MAX_CHARS} characters in all"
@@ -194,7 +189,7 @@ def fold_messages(messages: list[Message]) -> list[dict[str, Any]]:
 def engine_requests(
     body: ChatRequest, tokenizer: Tokenizer, max_len: int, config: ServerConfig
 ) -> list[Request]:
-    """One request per choice, each with its own seed. Raises ApiError where it cannot fit."""
+    """One request per choice, each with its seed; ApiError if it cannot fit."""
     prompt = render_prompt(tokenizer, {"messages": fold_messages(body.messages)})
     asked = body.max_completion_tokens or body.max_tokens
     room = max_len - len(prompt)
@@ -224,7 +219,7 @@ LEAST_LOGPROB = -9999.0  # what OpenAI writes for minus infinity, which JSON lac
 
 
 class Choice:
-    """One answer in the making: `feed` it events, `take` what they made visible."""
+    """One answer in progress: `feed` it events, `take` what became visible."""
 
     def __init__(
         self, tokenizer: Tokenizer, stops: Sequence[str] = (), top_logprobs: int = 0
@@ -233,13 +228,12 @@ class Choice:
         self.num_tokens = 0
         self.finish: str | None = None  # stop or length, once it has ended
         self.held = ""  # text that may be the beginning of a stop string
-        self.num_chars = 0  # of the text given out
-        self.shown = Reply()  # all that was given out
-        self.deltas: list[dict[str, Any]] = []  # what of it has not been taken
-        self.logprobs: list[tuple[int, dict[str, Any]]] = []  # with where the token's text begins
+        self.num_chars = 0  # of the text released
+        self.shown = Reply()  # everything released
+        self.deltas: list[dict[str, Any]] = []  # the part of it not yet taken
+        self.logprobs: list[tuple[int, dict[str, Any]]] = []  # (where the text begins, entry)
 
     def feed(self, event: Event) -> None:
-        """Read the next token of this answer."""
         self.num_tokens += 1
         if event.logprobs:
             begin = self.num_chars + len(self.held)
@@ -286,7 +280,7 @@ class Choice:
             self.deltas.append({"content": text})
 
     def _logprob(self, pairs: Sequence[tuple[int, float]]) -> dict[str, Any]:
-        """OpenAI's entry for a token from (id, logprob) pairs: its own, then the likeliest."""
+        """OpenAI's entry for a token, from (id, logprob) pairs: its own, then the likeliest."""
         entries = []
         for token, logprob in pairs:
             raw = self.tokenizer.decode_bytes([token])
@@ -296,7 +290,7 @@ class Choice:
 
 
 class Completion:
-    """The shapes of the answer to one request: the events of a stream, or the whole."""
+    """The answer to one request, as the events of a stream or whole."""
 
     def __init__(
         self, model: str, body: ChatRequest, tokenizer: Tokenizer, num_prompt_tokens: int
@@ -317,17 +311,16 @@ class Completion:
 
     @property
     def usage(self) -> dict[str, int]:
-        """Tokens of the prompt and of all choices, those forced or hidden included."""
+        """Token counts of the prompt and all choices, forced and hidden ones included."""
         num_said = sum(choice.num_tokens for choice in self.choices)
         counts = {"prompt_tokens": self.num_prompt_tokens, "completion_tokens": num_said}
         return counts | {"total_tokens": self.num_prompt_tokens + num_said}
 
     def begin(self) -> bytes:
-        """The events that open the stream: who speaks."""
         return b"".join(self._chunk(i, {"role": "assistant", "content": ""}) for i in self.open)
 
     def news(self) -> bytes:
-        """The events due since the last call."""
+        """The stream's events since the last call."""
         events = []
         for index in list(self.open):
             choice = self.choices[index]
@@ -341,12 +334,11 @@ class Completion:
         return b"".join(events)
 
     def end(self, timings: dict[str, float]) -> bytes:
-        """The events that close the stream, the usage among them where it was asked for."""
+        """The events that close the stream, with the usage if it was requested."""
         last = self.head | {"choices": [], "usage": self.usage, "timings": timings}
         return (sse(last) if "usage" in self.head else b"") + b"data: [DONE]\n\n"
 
     def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
         choices = []
         for index, choice in enumerate(self.choices):
             deltas, logprobs = choice.take()
@@ -366,6 +358,5 @@ class Completion:
 
 
 def sse(data: dict[str, Any]) -> bytes:
-    """One server-sent event."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return b"data: " + text.encode() + b"\n\n"

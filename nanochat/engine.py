@@ -1,14 +1,13 @@
 """Generates for many requests at once, each with its own sampling, seed and tool calls.
 
-A request waits until it is the oldest and a slot of the KV cache is free. Its prompt is prefilled
-into the slot; from then on every `step` gives one token to it and to all others that run, until it
-samples a stop token or has max_tokens tokens. A step prefills at most CHUNK tokens.
+Requests queue for a free slot of the KV cache. A step prefills at most CHUNK prompt tokens, then
+decodes one token for every prefilled request, until that samples a stop token or has max_tokens.
 
-Each prompt is prefilled alone, in chunks whose shapes follow from its length, and decoding always
-takes all the slots. So the shapes, and with them the last bit of every logit, do not depend on the
-other requests, unless `prefix_reuse` lets a prompt begin with what another has left in the cache.
+Each prompt is prefilled alone, in chunks whose shapes depend on its length only, and decoding
+always takes all slots. So no bit of the logits depends on other requests, unless `prefix_reuse`
+lets a prompt start from what another left in the cache.
 
-N slots, V vocabulary, C channels, P length of a padded chunk.
+Shapes: N slots, V vocabulary, C channels, P length of a padded chunk.
 """
 
 import codecs
@@ -28,39 +27,39 @@ from nanochat.kv_cache import KVCache
 from nanochat.sampling import SamplingBatch, counter_uniform, derive_seed, sample, with_logprobs
 from nanochat.tokenizer import ChatTokens, Tokenizer, chat_tokens
 
-CHUNK = 256  # tokens of prompts, padding included, that one step prefills
+CHUNK = 256  # prompt tokens per step, padding included
 ROUND_UP = 16  # chunks are padded to a multiple of this, so that few shapes occur
-MIN_SHARED = 16  # tokens; a shorter common beginning is prefilled again
-NUM_WARM_UPS = 3  # eager runs before a graph is captured, in which cuBLAS takes its workspaces
+MIN_SHARED = 16  # tokens; shorter common prefixes are prefilled again
+NUM_WARM_UPS = 3  # eager runs before capture, in which cuBLAS allocates its workspaces
 
 
 @dataclass(eq=False)
 class Request:
-    """What to continue and how; compared by identity, so that equal requests stay apart."""
+    """What to continue and how; compared by identity."""
 
     prompt: list[int]
-    max_tokens: int  # generated tokens, what the tool forces included
+    max_tokens: int  # generated tokens, forced ones included
     temperature: float = 1.0  # 0: the likeliest token
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
     seed: int = 0
     stop: AbstractSet[int] = frozenset()  # ids; <|assistant_end|> and <|bos|> always stop
-    logprobs: int = 0  # 0: none; n: of each sampled token of text, and of the n likeliest there
+    logprobs: int = 0  # n: logprobs of each sampled text token and its n likeliest alternatives
 
 
-IDLE = Request([], 0, temperature=0.0)  # what a slot without a request samples with
+IDLE = Request([], 0, temperature=0.0)  # stands in for an empty slot when sampling
 
 
 class Event(NamedTuple):
-    """One more token of a request, and what it adds to the reply."""
+    """A request's next token, and what it adds to the reply."""
 
     request: Request
     token: int
-    mask: int  # 0 where the tool forced the token
-    text: str = ""  # the whole characters it completes; tool calls and their results are no text
+    mask: int  # 0 if the tool forced the token
+    text: str = ""  # characters it completes; tool calls and results are not text
     tool: tuple[str, str | None] | None = None  # (expression, result if any) of the call it closes
     logprobs: list[tuple[int, float]] | None = None  # (id, logprob): itself, then the likeliest
-    finish: Literal["stop", "length"] | None = None  # why this is the last one, if it is
+    finish: Literal["stop", "length"] | None = None  # set on the last token
 
 
 @dataclass
@@ -73,11 +72,10 @@ class Reply:
 
     @property
     def text(self) -> str:
-        """What the reply says, without tool calls and their results."""
+        """The reply without tool calls and their results."""
         return "".join(part["text"] for part in self.parts if part["type"] == "text")
 
     def add(self, event: Event) -> None:
-        """Append the next token."""
         self.tokens.append(event.token)
         self.masks.append(event.mask)
         self.add_part("text", event.text)
@@ -85,21 +83,20 @@ class Reply:
             self.add_tool(*event.tool)
 
     def add_part(self, kind: str, text: str) -> None:
-        """Append a part, or to the last one where both are text."""
+        """Append a part; adjacent texts are joined."""
         if kind == "text" and self.parts and self.parts[-1]["type"] == "text":
             self.parts[-1]["text"] += text
         elif kind != "text" or text:
             self.parts.append({"type": kind, "text": text})
 
     def add_tool(self, expression: str, result: str | None) -> None:
-        """Append a tool call, and its result if there is one."""
         self.add_part("python", expression)
         if result is not None:
             self.add_part("python_output", result)
 
 
 class Prompt(NamedTuple):
-    """A prompt that a slot has read to its end, and what the model made of it."""
+    """A fully prefilled prompt, and the model's output after it."""
 
     ids: list[int]
     logits: torch.Tensor  # (V,) after its last token
@@ -108,24 +105,24 @@ class Prompt(NamedTuple):
 
 @dataclass(eq=False)
 class Slot:
-    """One sequence of the cache; SlotPool alone changes what it holds."""
+    """One sequence of the cache; only SlotPool changes it."""
 
     index: int
-    cached: list[int] = field(default_factory=list)  # the tokens whose keys and values are there
-    prompt: Prompt | None = None  # what `cached` begins with, once that is read whole
+    cached: list[int] = field(default_factory=list)  # tokens whose keys and values it holds
+    prompt: Prompt | None = None  # what `cached` begins with, once fully read
 
 
 class SlotPool:
-    """The model, its cache, and who may use which slot of it.
+    """The model, its cache, and the allocation of slots.
 
-    A slot keeps its tokens when its request leaves. A new prompt copies from any slot
+    A released slot keeps its tokens. A new prompt copies from any slot
 
-    - a whole prompt that was read there, with the logits after it: as exact as reading it again;
-    - else, with `prefix_reuse`, the longest beginning that both share, such as the history of a
-      conversation. The rest is then read in other chunks than it would be alone, so the last bits
-      of the logits depend on who came before: right for a server, not for an evaluation.
+    - a whole identical prompt with the logits after it: as exact as reading it again;
+    - else, with `prefix_reuse`, the longest common prefix, such as a conversation's history. The
+      rest is then read in other chunks, so the last bits of the logits depend on what came before:
+      fine for a server, not for an evaluation.
 
-    Both presume that the weights stay as they are; after a change, `reset`.
+    If the weights change, `reset`.
     """
 
     def __init__(self, model: GPT, num_slots: int, max_len: int, prefix_reuse: bool) -> None:
@@ -134,20 +131,19 @@ class SlotPool:
         self.cache = model.make_cache(num_slots, max_len)
         self.graph = DecodeGraph(model, self.cache) if self.device.type == "cuda" else None
         self.logits = torch.zeros(num_slots, model.config.vocab_size, device=self.device)  # (N, V)
-        self.num_prefilled = 0  # tokens of prompts that went through the model so far
+        self.num_prefilled = 0  # prompt tokens run through the model so far
         self.reset()
 
     def reset(self) -> None:
-        """Free every slot and forget what it holds."""
         self.cache.reset()
         self.all = [Slot(index) for index in range(self.cache.num_slots)]
-        self.free = deque(self.all)  # the one unused for longest first
+        self.free = deque(self.all)  # least recently used first
 
     def allocate(self, prompt: list[int]) -> Slot:
-        """A slot that was free, holding as much of the beginning of `prompt` as could be found.
+        """A free slot, holding as much of the beginning of `prompt` as any slot does.
 
-        It is the one that has this beginning already if that is free and loses little, else the
-        one unused for longest.
+        The slot that already holds it if that is free and loses little, else the least recently
+        used.
         """
         source, num_shared = self._longest_prefix(prompt)
         in_place = source in self.free and 2 * num_shared >= len(source.cached)
@@ -164,13 +160,13 @@ class SlotPool:
         return slot
 
     def release(self, slot: Slot, spoiled: bool = False) -> None:
-        """Free a slot, which goes on holding its tokens unless a failure may have spoiled them."""
+        """Free a slot; it keeps its tokens unless a failure may have corrupted them."""
         if spoiled:
             slot.cached, slot.prompt = [], None
         self.free.append(slot)
 
     def prefill(self, slot: Slot, prompt: list[int], room: int) -> int:
-        """Read the next chunk of `prompt` if it takes at most `room` tokens; how many it took."""
+        """Read the next chunk of `prompt` if at most `room` tokens; returns how many it took."""
         chunk = prompt[len(slot.cached) :][:CHUNK]
         padded = -(-len(chunk) // ROUND_UP) * ROUND_UP  # P
         if padded > room:
@@ -186,13 +182,13 @@ class SlotPool:
         return padded
 
     def decode(self, newest: dict[Slot, int | None]) -> torch.Tensor:
-        """(N, V) logits after each slot's newest token, which is read; None: after its prompt."""
+        """(N, V) logits after feeding each slot's token; for None, the logits after its prompt."""
         fed = {slot.index: token for slot, token in newest.items() if token is not None}
         if fed:
             rows = range(len(self.all))
             ids = torch.tensor([[fed.get(row, 0)] for row in rows])  # (N, 1)
             num_new = torch.tensor([int(row in fed) for row in rows])  # (N,)
-            if self.graph is not None:  # on a GPU; launching the kernels one by one takes longer
+            if self.graph is not None:
                 self.logits = self.graph.replay(ids, num_new)
             else:
                 ids = ids.to(self.device)
@@ -206,9 +202,9 @@ class SlotPool:
         return self.logits
 
     def _longest_prefix(self, prompt: list[int]) -> tuple[Slot, int]:
-        """(the slot to begin from, how many of its tokens to keep).
+        """(the slot to copy from, how many of its tokens to keep).
 
-        The last token of a prompt is only kept together with the logits after it.
+        A prompt's last token is only kept along with the logits after it.
         """
         best, longest = self.free[0], 0
         for slot in self.all:
@@ -224,11 +220,10 @@ class SlotPool:
 
 
 class DecodeGraph:
-    """A decode step on a GPU as a CUDA graph, so that its hundreds of kernels are launched as one.
+    """A decode step as a CUDA graph: one launch instead of hundreds.
 
-    That works because the shapes never change (all slots, one token each, the whole cache as keys),
-    and because what does change lies in static buffers: the ids here, the rest in KVCache. The
-    weights may change in place only.
+    Shapes never change (all slots, one token each, the whole cache as keys); what does change lies
+    in static buffers: the ids here, the rest in KVCache. Weights may only change in place.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
@@ -250,7 +245,7 @@ class DecodeGraph:
         cache.reset()
 
     def replay(self, ids: torch.Tensor, num_new: torch.Tensor) -> torch.Tensor:
-        """(N, V) logits, valid until the next call, of `ids` (N, 1), of which `num_new` (N,)."""
+        """(N, V) logits of `ids` (N, 1), `num_new` (N,) of each; valid until the next call."""
         step = self.cache.begin(len(ids), 1, num_new=num_new, dtype=self.dtype)
         self.ids.copy_(ids)
         self.graph.replay()
@@ -260,7 +255,7 @@ class DecodeGraph:
 
 @dataclass(eq=False)
 class RunningRequest:
-    """A request in its slot, and how far its reply has come."""
+    """A request in its slot, and the state of its reply."""
 
     request: Request
     slot: Slot
@@ -268,22 +263,21 @@ class RunningRequest:
     chat: ChatTokens
     num_generated: int = 0
     last: int | None = None  # the newest token, next to be fed to the model
-    part: str = "text"  # what the next token belongs to: text, python or python_output
+    part: str = "text"  # of the next token: text, python or python_output
     expression: list[int] = field(default_factory=list)  # tokens of an open tool call
-    forced: deque[int] = field(default_factory=deque)  # what the tool still has to say
+    forced: deque[int] = field(default_factory=deque)  # pending tokens of a tool result
 
     def __post_init__(self) -> None:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     @property
     def is_prefilled(self) -> bool:
-        """True once the whole prompt is in the slot."""
         return len(self.slot.cached) >= len(self.request.prompt)
 
     def append_token(self, sampled: list[list[float]]) -> Event:
-        """The next token: what the tool still has to say, else what was sampled.
+        """The next token: forced by the tool, else sampled.
 
-        `sampled` is [[id]], or [id, logprob], then those of at least `request.logprobs` others.
+        `sampled` is [[id]], or [id, logprob] followed by at least `request.logprobs` alternatives.
         """
         request, mask = self.request, int(not self.forced)
         token = self.last = self.forced.popleft() if self.forced else int(sampled[0][0])
@@ -301,7 +295,7 @@ class RunningRequest:
             raw = self.tokenizer.decode_bytes([token])
             if request.logprobs:
                 logprobs = [(int(id), value) for id, value in sampled[: 1 + request.logprobs]]
-        # A character split over tokens waits for its last byte, but not beyond the end of its part.
+        # A character split over tokens waits for its last byte, at most until its part ends.
         text = self.decoder.decode(raw, final=special or finish is not None)
         tool = None
         if self.expression and (special or finish):
@@ -313,7 +307,7 @@ class RunningRequest:
         return Event(request, token, mask, text, tool, logprobs, finish)
 
     def _close_call(self, answered: bool) -> tuple[str, str | None]:
-        """(expression, result) of the open tool call; a result is forced as the next tokens."""
+        """(expression, result) of the open tool call; any result is queued as forced tokens."""
         expression = self.tokenizer.decode(self.expression)
         self.expression = []
         result = calculate(expression) if answered else None
@@ -324,7 +318,7 @@ class RunningRequest:
 
 
 class StepFailed(RuntimeError):
-    """The model broke in a step: `requests` are lost, all others go on with the next step."""
+    """The model failed in a step: `requests` are lost, the others continue."""
 
     def __init__(self, requests: list[Request]) -> None:
         super().__init__(f"a step of the engine failed for {len(requests)} requests")
@@ -332,15 +326,16 @@ class StepFailed(RuntimeError):
 
 
 def slots_that_fit(model: GPT, max_len: int | None = None) -> int:
-    """How many slots of `max_len` tokens four fifths of the device's free memory hold."""
+    """How many slots of `max_len` tokens fit into four fifths of the free memory."""
     each = model.make_cache(1, max_len or model.config.sequence_len, device="meta").num_bytes
     return int(0.8 * free_memory(next(model.parameters()).device)) // each
 
 
 class Engine:
-    """Generates for up to `num_slots` requests at a time, each of at most `max_len` tokens.
+    """Generates for up to `num_slots` requests of at most `max_len` tokens at a time.
 
-    `stream` and its kin do the steps themselves; a server calls `submit`, `cancel` and `step`.
+    `stream` and the methods built on it run the steps; a server calls `submit`, `cancel` and
+    `step`.
     """
 
     def __init__(
@@ -351,7 +346,7 @@ class Engine:
         max_len: int | None = None,
         prefix_reuse: bool = True,
     ) -> None:
-        """Raises UserError when the slots would not fit into the memory that is free."""
+        """Raises UserError if the slots would not fit into the free memory."""
         self.model, self.tokenizer = model, tokenizer
         self.chat: ChatTokens = chat_tokens(tokenizer)
         self.num_slots, self.prefix_reuse = num_slots, prefix_reuse
@@ -366,20 +361,20 @@ class Engine:
         self.reset()
 
     def reset(self) -> None:
-        """Drop every request, and forget what the slots hold."""
+        """Drop all requests and the slots' contents."""
         self.slots.reset()
         self.waiting: deque[Request] = deque()
-        self.started: list[Request] = []  # those that the last step gave a slot
+        self.started: list[Request] = []  # got a slot in the last step
         self.running: list[RunningRequest] = []  # all but the last are prefilled
-        self.in_batch: list[Request] = []  # by slot, the requests that `batch` is laid out for
+        self.in_batch: list[Request] = []  # by slot, the requests that `batch` was made for
 
     @property
     def busy(self) -> bool:
-        """True while there is something for `step` to do."""
+        """True while `step` has something to do."""
         return bool(self.waiting or self.running)
 
     def submit(self, request: Request) -> None:
-        """Queue the request. Raises UserError where it cannot fit."""
+        """Queue the request; UserError if it cannot fit."""
         if not request.prompt or request.max_tokens < 1:
             raise UserError("a request needs a prompt and --max_tokens of at least 1")
         if len(request.prompt) + request.max_tokens > self.max_len:
@@ -390,7 +385,7 @@ class Engine:
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """Forget the request, wherever it is: no more events, and its slot is free at once."""
+        """Drop the request: no more events, and its slot is free at once."""
         if request in self.waiting:
             self.waiting.remove(request)
         for each in self.running.copy():
@@ -399,9 +394,9 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Prefill a chunk of the oldest prompts; then every request that is read gets a token.
+        """Prefill up to CHUNK tokens, oldest prompt first, then decode one per prefilled request.
 
-        Raises StepFailed where the model fails, with those requests dropped that it concerns.
+        Raises StepFailed if the model fails, dropping the requests concerned.
         """
         self.started = []
         self._prefill()
@@ -418,7 +413,7 @@ class Engine:
         return events
 
     def stream(self, requests: Iterable[Request]) -> Generator[Event]:
-        """Yield the events of the requests as they come, those of the stop tokens included.
+        """Yield events as they come, stop tokens included.
 
         Raises UserError, before any work, for a request that cannot fit.
         """
@@ -439,11 +434,11 @@ class Engine:
                 self.cancel(request)
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, int, int]]:
-        """Yield (request, token, mask) as tokens come; mask 0 where the tool forced the token."""
+        """Yield (request, token, mask) as tokens come; mask 0 if the tool forced the token."""
         return ((event.request, event.token, event.mask) for event in self.stream(requests))
 
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Reply]]:
-        """Yield (request, its whole reply) as each request ends; as `stream` otherwise."""
+        """Yield (request, whole reply) as each request ends."""
         replies: dict[Request, Reply] = {}
         for event in self.stream(requests):
             replies.setdefault(event.request, Reply()).add(event)
@@ -459,10 +454,10 @@ class Engine:
         top_k: int | None = None,
         seed: int = 42,
     ) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield (token_column, token_masks) per step: the next token of each of the samples.
+        """Yield (token_column, token_masks) per step: the next token of each sample.
 
-        A sample that has ended is filled up with `<|assistant_end|>`, mask 0. Without `max_tokens`
-        the context is the limit. More samples than slots: the first columns wait for the last ones.
+        Ended samples are padded with `<|assistant_end|>`, mask 0. `max_tokens` None: up to the
+        context. With more samples than slots, the first columns wait for the last samples.
         """
         limit = self.max_len - len(tokens) if max_tokens is None else max_tokens
         requests = [
@@ -482,7 +477,7 @@ class Engine:
 
     @contextmanager
     def _dropping(self, group: list[RunningRequest]) -> Iterator[None]:
-        """Where something fails inside, it costs these requests and no others."""
+        """On an error inside, drop these requests only."""
         try:
             yield
         except Exception as error:
@@ -495,7 +490,7 @@ class Engine:
         self.slots.release(leaving.slot, spoiled)
 
     def _prefill(self) -> None:
-        """Read at most CHUNK tokens of prompts, the oldest first; who waits gets the free slots."""
+        """Read at most CHUNK prompt tokens, oldest first, giving free slots to waiting requests."""
         room = CHUNK
         while True:
             if not self.running or self.running[-1].is_prefilled:
@@ -515,7 +510,7 @@ class Engine:
                 room -= num_tokens
 
     def _sample(self, ready: list[RunningRequest], logits: torch.Tensor) -> list[list[list[float]]]:
-        """Per slot [[id]], or what `with_logprobs` says if a request asks for it; one transfer."""
+        """Per slot [[id]], or `with_logprobs` rows if any request wants them; one transfer."""
         requests, counts = [IDLE] * self.num_slots, [0] * self.num_slots
         for each in ready:
             requests[each.slot.index] = each.request
@@ -536,12 +531,12 @@ class Engine:
 def sample_texts(
     model: GPT, tokenizer: Tokenizer, prompts: Iterable[str], max_tokens: int = 32
 ) -> list[str]:
-    """How a base model goes on, greedily, after each prompt; the prompt included."""
+    """Each prompt with the greedy continuation of a base model."""
     requests = [
         Request([tokenizer.bos_id, *tokenizer.encode(prompt)], max_tokens, temperature=0.0)
         for prompt in prompts
     ]
-    # As long as they need it: prompts may be longer than the context of a very small model.
+    # Prompts may be longer than the context of a very small model.
     max_len = max(len(request.prompt) for request in requests) + max_tokens
     engine = Engine(model, tokenizer, len(requests), max_len, prefix_reuse=False)
     replies = dict(engine.complete(requests))

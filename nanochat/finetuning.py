@@ -63,10 +63,10 @@ class FinetuneConfig:
     # the run
     run: str = "dummy"  # wandb name; dummy: no wandb
     fresh: bool = False  # start over instead of resuming
-    log_every: int = 10  # steps between console lines; <= 0: at the end alone
-    eval_every: int = 150  # steps between validations; <= 0: at the end alone
+    log_every: int = 10  # steps between console lines; <= 0: only at the end
+    eval_every: int = 150  # steps between validations; <= 0: only at the end
     eval_tokens: Count = 10_485_760  # tokens of one validation
-    save_every: int = 500  # steps between checkpoints; <= 0: at the end alone
+    save_every: int = 500  # steps between checkpoints; <= 0: only at the end
     keep_last: int = 3  # newest checkpoints to keep; <= 0: all
 
 

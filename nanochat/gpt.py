@@ -1,15 +1,14 @@
-"""The GPT: token ids in, logits or loss out, and every initial weight written by one function.
+"""The GPT: token ids -> logits or loss, with all initialisation in one function.
 
     x0 = smear(norm(embedding))
     L blocks: x = r_i x + s_i x0;  x += attention(norm(x));  x += mlp(norm(x))
     logits = 15 tanh(head(norm(x - backout)) / 15)
 
-RMS norms have no weights, queries and keys are rotated by position (by -theta, as the published
-weights expect) and then normed, the MLP is relu squared, the head is untied. Four additions, each a
-switch of `GPTConfig`, lower the loss of a given number of steps: gated value embeddings (alternate
-layers add a per-token table to the values), per-layer scalars on the residual stream and on x0,
-smear (a token sees a little of the one before it, before any attention) and backout (part of the
-middle layer's output is taken away before the head).
+Weightless RMS norms, rotary positions (by -theta, as in the published weights) before QK norm,
+relu squared, an untied head. Four additions, each a switch of `GPTConfig`, lower the loss per step:
+gated value embeddings (every other layer adds a per-token table to its values), per-layer scalars
+on the residual stream and on x0, smear (a token sees a little of its predecessor before any
+attention) and backout (part of the middle layer's output is subtracted before the head).
 
 Shapes: B batch, T time, C channels, H query heads, K kv heads, D head dimension, L layers, V
 vocabulary. Sources: RoPE arXiv 2104.09864; QK norm 2010.04245; relu squared 2109.08668; GQA
@@ -31,17 +30,17 @@ from nanochat.kv_cache import Append, KVCache
 from nanochat.loss import norm, relu_squared, rotary_angles, rotate, softcap_loss
 
 VOCAB_MULTIPLE = 64  # matmuls are faster on round sizes; the extra rows never win
-VE_GATE_CHANNELS = 12  # a gate reads only the first channels: enough to switch on, nearly free
+VE_GATE_CHANNELS = 12  # a gate reads only the first channels: enough, and nearly free
 SMEAR_GATE_CHANNELS = 24
-VE_GATE_RANGE = 2.0  # gate = range * sigmoid: 1 at a zero gate. 3 is the other known choice
+VE_GATE_RANGE = 2.0  # gate = range * sigmoid: 1 at zero. The other known choice is 3
 
 
 class Role(NamedTuple):
-    """How the parameters of one name are trained and begin."""
+    """How parameters of one name are initialised and trained."""
 
     group: str
     optimizer: str
-    # normal: std a; uniform: std a / sqrt(n_embd); constant: a; linear: from a to b over the layers
+    # normal: std a; uniform: std a / sqrt(n_embd); constant: a; linear: a to b over the layers
     init: str
     a: float = 0.0
     b: float = 0.0
@@ -68,7 +67,7 @@ ROLES = {
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The whole architecture; saved whole with every checkpoint."""
+    """The whole architecture; saved with every checkpoint."""
 
     sequence_len: int = 2048
     vocab_size: int = 32768
@@ -87,7 +86,7 @@ class GPTConfig:
 
     @classmethod
     def plain(cls, **sizes: Any) -> "GPTConfig":
-        """The published first-generation architecture, in the sizes given."""
+        """The published first-generation architecture, in the given sizes."""
         off = ("value_embeddings", "residual_scalars", "smear", "backout")
         first = {"window_pattern": "L", "rope_base": 10000.0, "qk_scale": 1.0}
         return cls(**{**dict.fromkeys(off, False), **first, **sizes})
@@ -116,26 +115,26 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding tables and of the head."""
+        """Rows of the embedding tables and the head."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
     def short_window(self) -> int:
-        """Keys that a query of a short layer sees: a quarter of the context, in steps of 128."""
+        """Keys visible in a short layer: a quarter of the context, rounded up to 128."""
         return 128 * -(-self.sequence_len // 512)
 
     def window(self, layer: int) -> int | None:
-        """How many keys a query of `layer` sees, itself included; None for all that came before."""
+        """Keys visible to a query of `layer`, its own included; None: all earlier ones."""
         is_short = self.window_pattern[layer % len(self.window_pattern)] == "S"
         return self.short_window if is_short and layer < self.n_layer - 1 else None
 
     def has_value_embedding(self, layer: int) -> bool:
-        """True for every other layer, the last one included."""
+        """True for every other layer, counted back from the last."""
         return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
 
 
 class Linear(nn.Linear):
-    """A matrix without bias: fp32 master weights, cast to the dtype of the input."""
+    """A matrix without bias: fp32 master weights, cast to the input's dtype."""
 
     quantised: QuantisedWeight | None = None  # see nanochat.fp8.enable
 
@@ -143,7 +142,7 @@ class Linear(nn.Linear):
         super().__init__(fan_in, fan_out, bias=False)
 
     def reset_parameters(self) -> None:
-        """Nothing: init_weights does it."""
+        """No-op: see init_weights."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self.quantised is not None and torch.is_grad_enabled():
@@ -152,29 +151,27 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A table of one row per token."""
-
     def reset_parameters(self) -> None:
-        """Nothing: init_weights does it."""
+        """No-op: see init_weights."""
 
 
 @dataclass
 class Context:
-    """What every layer of one forward call shares."""
+    """What all layers of one forward call share."""
 
     angles: tuple[Tensor, Tensor]  # (cos, sin), (1 or B, T, 1, D / 2)
-    append: Append | None  # where the cache takes the tokens, if there is a cache
-    mask: Tensor | None  # (T, T) True for what a short window sees; None where it sees everything
+    append: Append | None  # where the tokens go in the cache, if there is one
+    mask: Tensor | None  # (T, T) True for what a short window sees; None: everything
 
 
 class Attention(nn.Module):
-    """Causal attention over a sliding window, with an optional value embedding."""
+    """Causal sliding-window attention, with an optional value embedding."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.window = layer, config.window(layer)
         self.head_dim = config.head_dim
-        # Queries and keys are both scaled by qk_scale after their norm; applied once, here.
+        # Queries and keys are both scaled by qk_scale after their norm; here at once.
         self.scale = config.qk_scale**2 / math.sqrt(config.head_dim)
         kv_channels = config.n_kv_head * config.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd)
@@ -211,8 +208,6 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices with relu squared between them."""
-
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
@@ -223,8 +218,6 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to the stream."""
-
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.attn = Attention(config, layer)
@@ -236,7 +229,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model; `init_weights` or a checkpoint gives it its values, construction writes none."""
+    """The model, uninitialised until `init_weights` or a checkpoint is loaded."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -260,8 +253,7 @@ class GPT(nn.Module):
     def make_cache(
         self, num_slots: int, max_len: int, device: torch.device | str | None = None
     ) -> KVCache:
-        """An empty cache for `num_slots` sequences of at most `max_len` tokens, by default on the
-        model's device."""
+        """An empty cache for `num_slots` sequences of up to `max_len` tokens."""
         config = self.config
         return KVCache(
             num_layers=config.n_layer,
@@ -275,12 +267,12 @@ class GPT(nn.Module):
         )
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
-        """Let activations and matmuls be of `dtype`; master weights, logits and loss stay fp32."""
+        """Set the dtype of activations and matmuls; master weights, logits and loss stay fp32."""
         self.compute_dtype = dtype
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Write every parameter, from `seed` alone (and the kind of device)."""
+        """Initialise every parameter; depends only on `seed` (and the kind of device)."""
         random = torch.Generator(self.wte.weight.device).manual_seed(seed)
         for name, weight in self.named_parameters():
             role = _role(name)
@@ -316,14 +308,13 @@ class GPT(nn.Module):
         num_new: Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """The loss of `targets` if there are any, else fp32 logits (B, T, vocab_size).
+        """The loss if there are `targets`, else fp32 logits (B, T, vocab_size).
 
-        `ids` and `targets` are (B, T); a target of -1 asks for nothing. `reduction` "mean" and
-        "sum" give a scalar, "none" (B, T). With `cache`, row b appends its first num_new[b] tokens
-        (default T) to slot slots[b] (default: one row per slot, in order), both (B,), and sees that
-        slot's past; what comes after them is padding, its logits mean nothing. `last_only` gives
-        (B, 1, vocab_size): logits after each row's last token. Raises ValueError, with the cache
-        untouched, where a sequence would outgrow the cache.
+        `ids` and `targets` are (B, T); targets of -1 are ignored. `reduction` "mean" and "sum" give
+        a scalar, "none" (B, T). With a `cache`, row b appends its first num_new[b] tokens (default
+        T) to slot slots[b] (default: all in order), both (B,), and sees that slot's past; the rest
+        is padding with meaningless logits. `last_only` gives (B, 1, vocab_size), after each row's
+        last token. Raises ValueError, with the cache untouched, if a sequence would outgrow it.
         """
         batch, time = ids.shape
         append = None
@@ -349,7 +340,7 @@ class GPT(nn.Module):
         return self.config.softcap * torch.tanh(logits / self.config.softcap)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(..., C) what enters the trunk, before smear; a KVCache keeps the newest token's."""
+        """(..., C) input of the trunk, before smear; a KVCache keeps the newest token's."""
         return norm(self.wte(ids).to(self.compute_dtype))
 
     def _trunk(self, ids: Tensor, append: Append | None) -> Tensor:
@@ -361,7 +352,7 @@ class GPT(nn.Module):
         elif "S" in config.window_pattern and config.short_window < ids.shape[1]:
             age = positions.T - positions  # (T, T) of the column's key, for the row's query
             mask = (age >= 0) & (age < config.short_window)
-        # Computed anew in each call, so that no table can be too short for a long prompt.
+        # Recomputed in each call: no table that a long prompt could outgrow.
         angles = rotary_angles(positions, config.head_dim, config.rope_base)
         context = Context(angles, append, mask)
         x = self.embed(ids)
@@ -382,7 +373,7 @@ class GPT(nn.Module):
         return norm(x)
 
     def _smear(self, x: Tensor, append: Append | None) -> Tensor:
-        """`x` with a gated part of the token before added; the first token has none before it."""
+        """`x` plus a gated share of the previous token's; the first token has none."""
         first = torch.zeros_like(x[:, :1]) if append is None else append.swap_previous(x)[:, None]
         before = torch.cat((first, x[:, :-1]), dim=1)
         gate = self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]).sigmoid()  # (B, T, 1)

@@ -1,14 +1,13 @@
-"""What transformers reads: settings, names of tensors, tokenizer and chat template of a checkpoint.
+"""What transformers reads: settings, tensor names, tokenizer and chat template of a checkpoint.
 
-A model of the plain architecture becomes transformers' own NanoChatForCausalLM; one with additions
-keeps its names and needs nanochat/hf_modeling.py beside it. The vocabulary's rows of padding stay
-behind.
+A plain model becomes transformers' NanoChatForCausalLM; one with additions keeps its names and
+needs nanochat/hf_modeling.py beside it. Padding rows of the vocabulary are dropped.
 
-- tiktoken keeps ranks, not merges, and joins any two neighbours whose bytes make a token. So every
-  way to cut a token in two becomes a merge, not only the one that training took.
-- transformers takes a special token that a text spells out for that token. The chat template puts a
-  code point without meaning after each `<` of a message, and the tokenizer takes it away once it
-  has looked for special tokens: what people type in a chat stays text, as in nanochat.chat_format.
+- tiktoken keeps ranks, not merges, and joins any two neighbours whose bytes form a token, so every
+  way to split a token in two becomes a merge.
+- transformers parses special tokens spelled in a text. The chat template therefore puts a
+  noncharacter after each `<` of a message, and the tokenizer removes it after looking for special
+  tokens: what users type stays text.
 
 Sources: NanoChatConfig of transformers; letters for bytes: `bytes_to_unicode` of openai/gpt-2.
 """
@@ -70,7 +69,7 @@ CHAT_TEMPLATE = """
 
 
 def is_plain(config: GPTConfig) -> bool:
-    """True where transformers' own class is this architecture."""
+    """True if transformers' class is exactly this architecture."""
     windows = map(config.window, range(config.n_layer))
     additions = config.value_embeddings, config.residual_scalars, config.smear, config.backout
     return not any((*additions, *windows, config.qk_scale != 1))
@@ -86,14 +85,13 @@ def plain_names(num_layers: int) -> dict[str, str]:
 
 
 def is_vocabulary_table(name: str) -> bool:
-    """True for a parameter with a row per token."""
     return name.startswith(("wte.", "lm_head.", "value_embeds."))
 
 
 def check_weights(weights: Weights, config: GPTConfig, origin: object) -> Weights:
-    """`weights` by our names, each table with its rows of padding.
+    """`weights` by our names, with the vocabulary's padding rows added.
 
-    Raises UserError that names what is missing, unknown or of another shape.
+    Raises UserError naming what is missing, unknown or of another shape.
     """
     num_extra = config.padded_vocab_size - config.vocab_size
     with torch.device("meta"):
@@ -110,14 +108,12 @@ def check_weights(weights: Weights, config: GPTConfig, origin: object) -> Weight
 
 
 def export_weights(weights: Weights, config: GPTConfig) -> Weights:
-    """The tensors of model.safetensors."""
     names = plain_names(config.n_layer) if is_plain(config) else {}
     rows = dict.fromkeys(filter(is_vocabulary_table, weights), config.vocab_size)
     return {names.get(name, name): weights[name][: rows.get(name)] for name in weights}
 
 
 def model_settings(config: GPTConfig) -> dict[str, Any]:
-    """What config.json says of the architecture."""
     settings = {theirs: getattr(config, ours) for ours, theirs in SETTINGS.items()}
     settings |= {"dtype": "float32", "tie_word_embeddings": False}
     if is_plain(config):
@@ -143,7 +139,7 @@ def model_settings(config: GPTConfig) -> dict[str, Any]:
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """tokenizer.json: the ids of `tokenizer` for every text that is UTF-8."""
+    """tokenizer.json: the same ids as `tokenizer` for all UTF-8 text."""
     tokens = [tokenizer.decode_bytes([id]) for id in range(tokenizer.bos_id)]
     spelled = {token: "".join(LETTERS[byte] for byte in token) for token in tokens}
     cuts = ((token[:i], token[i:]) for token in tokens for i in range(1, len(token)))
@@ -168,7 +164,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def text_files(config: GPTConfig, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
-    """Name -> content of what transformers reads beside the weights; a text, or values for JSON."""
+    """Name -> content of the files beside the weights; a text, or values for JSON."""
     chat = chat_tokens(tokenizer)
     words = {"guard": GUARD} | {token[2:-2]: token for token in SPECIAL_TOKENS}
     naming = "".join(f"{{%- set {name} = '{word}' -%}}\n" for name, word in words.items())

@@ -1,12 +1,10 @@
-"""nanochat with its additions as a model of transformers; `scripts.export_hf` puts this file into a
-folder, from where `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it.
+"""nanochat with its additions as a transformers model. `scripts.export_hf` copies this file into a
+folder; `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it.
 
-Settings and parameters have the names of nanochat.gpt, which explains the additions. Nothing but
-torch and transformers (5 or newer) is imported, so that it runs where nanochat is not installed.
-Batches may be padded on either side if an attention mask comes with them. Smear looks one token
-back, which no cache of keys and values holds: `generate` hands that token in, and a caller of
-`forward` with a cache of their own gives it as `previous_ids`. The cache is a DynamicCache: its
-newest key comes last, and ages are counted from there.
+Names are those of nanochat.gpt, which explains the additions. Only torch and transformers (5 or
+newer) are imported: nanochat need not be installed. Batches may be padded on either side, with an
+attention mask. Smear needs the previous token, which a KV cache does not hold: `generate` passes
+it, and a caller of `forward` with a cache must, as `previous_ids`. The cache is a DynamicCache.
 
 Shapes: B batch, T new tokens, S tokens seen with them, C channels, H query heads, K kv heads, D
 head dimension, V vocabulary.
@@ -26,25 +24,24 @@ VE_GATE_CHANNELS, SMEAR_GATE_CHANNELS, VE_GATE_RANGE = 12, 24, 2.0
 
 
 class NanoChatXConfig(PreTrainedConfig):
-    """GPTConfig; and per layer `windows` (null: all keys) and `value_layers` (has it a table?)."""
+    """GPTConfig, and per layer `windows` (null: all keys) and `value_layers` (has it a table?)."""
 
     model_type = "nanochat_x"
 
 
 def norm(x: Tensor) -> Tensor:
-    """`x` at a root mean square of 1."""
     return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """(B, H, T, D) `x` turned by minus the (T, D / 2) angles; channel d pairs with d + D / 2."""
+    """(B, H, T, D) `x` rotated by minus the (T, D / 2) angles; channel d pairs with d + D / 2."""
     cos, sin = angles.cos().type_as(x), angles.sin().type_as(x)
     left, right = x.chunk(2, dim=-1)
     return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1)
 
 
 def visible(age: Tensor, window: int | None, attention_mask: Tensor | None) -> Tensor:
-    """(1 or B, 1, T, S) True where a query may look at a key, `age` (T, S) tokens before it."""
+    """(1 or B, 1, T, S) True where a query sees a key, `age` (T, S) tokens before it."""
     seen = ((age >= 0) & (age < (window or age.shape[1])))[None, None]
     if attention_mask is None:
         return seen
@@ -53,7 +50,7 @@ def visible(age: Tensor, window: int | None, attention_mask: Tensor | None) -> T
 
 
 class Attention(nn.Module):
-    """Causal attention over a sliding window, with an optional value embedding."""
+    """Causal sliding-window attention, with an optional value embedding."""
 
     def __init__(self, config: NanoChatXConfig, layer: int) -> None:
         super().__init__()
@@ -86,7 +83,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then two matrices with relu squared between them, each added to the stream."""
+    """Attention, then MLP."""
 
     def __init__(self, config: NanoChatXConfig, layer: int) -> None:
         super().__init__()
@@ -101,8 +98,6 @@ class Block(nn.Module):
 
 
 class NanoChatXForCausalLM(PreTrainedModel, GenerationMixin):
-    """Ids to logits."""
-
     config_class = NanoChatXConfig
     _no_split_modules = ["Block"]
     _supports_sdpa = True
@@ -137,7 +132,7 @@ class NanoChatXForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """fp32 logits (B, T, V), or of the last `logits_to_keep` tokens; the loss of any labels.
+        """fp32 logits (B, T, V), or only of the last `logits_to_keep` tokens; the loss if `labels`.
 
         `input_ids` (B, T) follow `previous_ids` (B, 1) and the cache; `attention_mask` is (B, S).
         """
@@ -170,7 +165,7 @@ class NanoChatXForCausalLM(PreTrainedModel, GenerationMixin):
     def _smear(
         self, x: Tensor, num_past: int, previous_ids: Tensor | None, attention_mask: Tensor | None
     ) -> Tensor:
-        """`x` with a gated part of the token before added; the first token has none before it."""
+        """`x` plus a gated share of the previous token's; the first token has none."""
         if num_past and previous_ids is None:
             raise ValueError("the cache holds tokens: give previous_ids, the one before input_ids")
         first = torch.zeros_like(x[:, :1]) if previous_ids is None else norm(self.wte(previous_ids))
@@ -182,7 +177,7 @@ class NanoChatXForCausalLM(PreTrainedModel, GenerationMixin):
         return x + self.smear_lambda * gate * before
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict:
-        """As for any model, and the token before those that the cache does not hold yet."""
+        """As for any model, plus the token before the new ones."""
         prepare = super().prepare_inputs_for_generation  # pyright: ignore
         inputs = prepare(input_ids, *args, **kwargs)
         num_new = inputs["input_ids"].shape[1]

@@ -1,14 +1,14 @@
 """Muon for the matrices and AdamW for everything else, in one class, for one rank or many.
 
 Parameters are packed into buckets of rows: matrices of one shape are stacked (a row is a matrix),
-large AdamW parameters stand alone, small ones are joined (a row is one element). With N ranks, a
-bucket's gradients are averaged as soon as the last backward pass of a step has produced them; each
-rank updates its N-th of the rows, whose state it alone holds, and the new rows are gathered. Small
-buckets are updated alike on every rank. One rank skips all of that. Parameters are fp32.
+large AdamW parameters stand alone, small ones are joined (a row is an element). With N ranks, a
+bucket's gradients are averaged once a step's last backward pass has produced them; each rank holds
+the state of, and updates, its N-th of the rows, and the new rows are gathered. Small buckets are
+updated on every rank. Parameters are fp32.
 
-A step whose gradient is not finite changes nothing on any rank, and the host need not wait for the
-device: updates are multiplied by `finite`. MuonAdamW is no torch.optim.Optimizer, since making one
-imports torch's compiler: 4.6 s of CPU at each start.
+A step with a non-finite gradient changes nothing on any rank without blocking the host: updates
+are multiplied by `finite`. Not a torch.optim.Optimizer: making one imports torch's compiler, 4.6 s
+of CPU at each start.
 
 Sources: Muon, Jordan et al. 2024; Polar Express, arXiv 2505.16932; NorMuon, 2510.05491; cautious
 weight decay, 2510.12402; AdamW, 1711.05101.
@@ -36,17 +36,17 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-# Parameters with fewer elements are joined and replicated: a message each costs more than it saves.
+# Smaller parameters are joined and replicated: a message each would cost more than it saves.
 SMALL = 1024
-# Elements of matrices sent together: 32 MB in fp32, so that there is something to overlap.
+# Elements of matrices per message: 32 MB in fp32, small enough to overlap with backward.
 MESSAGE_ELEMENTS = 1 << 23
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
     """(K, M, N) matrices with the same singular vectors and all singular values near 1.
 
-    A zero matrix stays zero. A GPU computes in bf16; a CPU does not, since there a rounding error
-    of 1e-7 (another number of ranks) would become 2 % of the update.
+    A zero matrix stays zero. GPUs compute in bf16; a CPU does not, since there a rounding error of
+    1e-7 (another number of ranks) would become 2 % of the update.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x / (1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
@@ -62,16 +62,16 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 def muon_update(
     weights: Tensor, gradients: Tensor, state: State, options: Group, finite: Tensor
 ) -> None:
-    """Make one Muon step on `weights` in place, or none where `finite` () is False.
+    """One Muon step on `weights`, in place; a no-op where `finite` () is False.
 
     weights, gradients, state["momentum"]: (K, M, N);
-    state["variance"], of NorMuon: (K, M, 1) where M >= N, else (K, 1, N).
+    state["variance"], of NorMuon: (K, M, 1) if M >= N, else (K, 1, N).
     """
     rows, columns = weights.shape[-2:]
     gradients = torch.where(finite, gradients, 0.0)  # zero times infinity would not be zero
     momentum = state["momentum"].lerp_(gradients, (1 - options["momentum"]) * finite)
     update = gradients.lerp(momentum, options["momentum"])  # Nesterov's look ahead
-    # Rows of equal norm; their common norm falls to the normalisation that follows.
+    # Rows of equal norm; orthogonalize normalises the scale.
     update /= update.norm(dim=-1, keepdim=True).clamp_(min=1e-6)
     update = orthogonalize(update).to(weights.dtype)
     size = math.sqrt(min(rows, columns))  # the Frobenius norm of an exactly orthogonal matrix
@@ -80,7 +80,7 @@ def muon_update(
     variance = state["variance"].lerp_(mean_square, (1 - options["beta2"]) * finite)
     update *= variance.clamp(min=1e-10).rsqrt()
     update *= size / update.norm(dim=(-2, -1), keepdim=True).clamp_(min=1e-10)
-    if options["weight_decay"]:  # only where the step and the decay pull the same way
+    if options["weight_decay"]:  # only where step and decay have the same sign
         agree = update * weights >= 0
         update = torch.where(agree, update.add(weights, alpha=options["weight_decay"]), update)
     weights.addcmul_(update, finite * (options["lr"] * max(1, rows / columns) ** 0.5), value=-1)
@@ -89,7 +89,7 @@ def muon_update(
 def adamw_update(
     weights: Tensor, gradients: Tensor, state: State, options: Group, finite: Tensor, step: Tensor
 ) -> None:
-    """Make one step of torch.optim.AdamW on `weights` in place, or none where `finite` () is False.
+    """One step of torch.optim.AdamW on `weights`, in place; a no-op where `finite` () is False.
 
     weights, gradients, state["mean"], state["variance"]: (P,); `step` () counts this one.
     """
@@ -118,7 +118,7 @@ class Bucket:
     params: list[Tensor]
     num_shards: int  # ranks that share the rows; 1: every rank updates them all
     shard: int  # which of them this rank updates
-    num_missing: int = 0  # gradients that the last backward pass has still to bring
+    num_missing: int = 0  # gradients still to come in the last backward pass
     gradient: Tensor | None = None  # of this rank's rows; the mean over ranks after `reduction`
     reduction: dist.Work | None = None
 
@@ -137,9 +137,9 @@ class Bucket:
             self.state = {"mean": zeros, "variance": zeros.clone()}
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """(K, M, N) or (P,) rows of the tensors, with zeros added to divide among the ranks.
+        """(K, M, N) or (P,) rows of the tensors, zero-padded to divide among the ranks.
 
-        One flat tensor that divides is not copied.
+        A single flat tensor that divides is not copied.
         """
         if self.stacked:
             rows = torch.stack(list(tensors))
@@ -153,11 +153,10 @@ class Bucket:
         return rows
 
     def own_rows(self, rows: Tensor) -> Tensor:
-        """A view of those of the packed rows that this rank updates."""
+        """A view of the packed rows that this rank updates."""
         return rows.chunk(self.num_shards)[self.shard]
 
     def unpack(self, rows: Tensor) -> None:
-        """Write packed rows back into the parameters."""
         rows = rows[: sum(self.num_rows)]
         for param, values in zip(self.params, rows.split(self.num_rows), strict=True):
             if values.data_ptr() != param.data_ptr():
@@ -182,8 +181,8 @@ class MuonAdamW:
     """Muon and AdamW over groups `{"kind": "muon" | "adamw", "names", "params", "lr", ...}`.
 
     A Muon group has momentum, beta2 and weight_decay; an AdamW group betas, eps and weight_decay.
-    Gradients are averaged over the ranks, so each rank's loss must be scaled for that. Every rank
-    has the same groups; with more than one, `torch.distributed` is initialised.
+    Gradients are averaged over the ranks: scale each rank's loss for that. Groups are the same on
+    every rank; with more than one, `torch.distributed` is initialised.
     """
 
     def __init__(self, groups: Sequence[Group], rank: int = 0, world_size: int = 1) -> None:
@@ -202,7 +201,7 @@ class MuonAdamW:
                     param.register_post_accumulate_grad_hook(partial(self._count_down, bucket))
 
     def set_multipliers(self, lr: float, momentum: float, weight_decay: float) -> None:
-        """Scale the coming step's learning rates and Muon's weight decay; set Muon's momentum."""
+        """Scale the next step's learning rates and Muon's weight decay; set Muon's momentum."""
         for group in self.param_groups:
             group["lr"] = group["base_lr"] * lr
             if group["kind"] == "muon":
@@ -210,21 +209,20 @@ class MuonAdamW:
                 group["weight_decay"] = group["base_weight_decay"] * weight_decay
 
     def zero_grad(self) -> None:
-        """Drop all gradients."""
         for group in self.param_groups:
             for param in group["params"]:
                 param.grad = None
 
     def reduce_on_next_backward(self) -> None:
-        """Average each bucket over the ranks as soon as the next backward pass has filled it.
+        """Start averaging each bucket as soon as the next backward pass has filled it.
 
-        Call it before the last backward pass of a step; without it, `step` does all the averaging.
+        Call it before a step's last backward pass; otherwise `step` does all the averaging.
         """
         for bucket in self.buckets:
             bucket.num_missing = len(bucket.params)
 
     def _count_down(self, bucket: Bucket, _: Tensor) -> None:
-        """Note that a gradient is there. On all ranks the buckets fill up in the same order."""
+        """Note that a gradient has arrived; buckets fill in the same order on all ranks."""
         if bucket.num_missing:
             bucket.num_missing -= 1
             if not bucket.num_missing:
@@ -232,7 +230,7 @@ class MuonAdamW:
 
     @torch.no_grad()
     def start_reduction(self, bucket: Bucket) -> None:
-        """Start averaging the bucket's gradients; this rank's rows come into `bucket.gradient`."""
+        """Start averaging the bucket's gradients; `bucket.gradient` receives this rank's rows."""
         bucket.num_missing = 0
         gradients = [param.grad for param in bucket.params if param.grad is not None]
         if len(gradients) < len(bucket.params):
@@ -250,7 +248,7 @@ class MuonAdamW:
             bucket.reduction = dist.all_reduce(rows, async_op=True)
 
     def _finish_reduction(self, bucket: Bucket) -> Tensor:
-        """This rank's rows of the averaged gradient, which the bucket gives away."""
+        """This rank's rows of the averaged gradient, released by the bucket."""
         gradient, reduction = bucket.gradient, bucket.reduction
         bucket.gradient = bucket.reduction = None
         assert gradient is not None
@@ -261,9 +259,9 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Whether the gradient was finite, bool (), after updating every parameter if it was.
+        """Update every parameter if the gradient is finite; returns whether it is, bool ().
 
-        The gradient is averaged over the ranks. Raises RuntimeError when a parameter has none.
+        Raises RuntimeError if a parameter has no gradient.
         """
         for bucket in self.buckets:
             if bucket.gradient is None:
@@ -299,9 +297,9 @@ class MuonAdamW:
 
     @torch.no_grad()
     def import_state(self, read: Callable[[str, int, int], Tensor]) -> None:
-        """Take over an exported state, of any number of ranks, bit for bit.
+        """Load a state exported by any number of ranks, bit for bit.
 
-        `read(key, first, last)` returns these elements of the flattened whole.
+        `read(key, first, last)` returns those elements of the flattened tensor.
         """
         for key, shard in self.export_state().items():
             shard.values.copy_(read(key, shard.first, shard.first + len(shard.values)))
@@ -310,8 +308,8 @@ class MuonAdamW:
 def partition(group: Group, world_size: int) -> Iterator[tuple[list[str], list[Tensor]]]:
     """(names, parameters) of each bucket of a group.
 
-    Muon's are joined by shape; large AdamW parameters stand alone, small ones are joined. With more
-    than one rank, a shape is cut into messages, the last layer's first: there backward begins.
+    Muon's are joined by shape; large AdamW parameters stand alone, small ones are joined. With
+    several ranks a shape is cut into messages, the last layer first, where backward begins.
     """
     buckets: dict[Any, list[tuple[str, Tensor]]] = {}
     for name, param in reversed(list(zip(group["names"], group["params"], strict=True))):

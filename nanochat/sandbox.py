@@ -1,15 +1,13 @@
 """Run a model-written program, and the checks on it, in processes that can reach almost nothing.
 
-On Linux each of the two runs in a bubblewrap of its own: no network, no other process in sight,
-nothing of the file system but the system and Python's installation, both read-only, an empty
-environment and a small /tmp. Everywhere they have limits on time, memory, processes, open files and
-the size of files, and are killed with their groups at the deadline. Without bubblewrap these limits
-are all there is, and keep nobody from reading files; with it the isolation is the kernel's. What
-the two say to each other, and why a program cannot talk its way past the checks, stands in
-sandbox_child.py.
+On Linux each runs in its own bubblewrap: no network, no other processes, a file system of only the
+system and Python (read-only) and a small /tmp, an empty environment. Everywhere they have limits on
+time, memory, processes, open files and file sizes, and are killed with their groups at the
+deadline. Without bubblewrap the limits are all there is: files can be read. sandbox_child.py
+explains why a program cannot talk its way past the checks.
 
-Root gets no new user namespace, as every other user does, but becomes a random user inside: the
-kernel does not limit the number of root's processes, whatever the namespace.
+Root gets no user namespace but becomes a random user inside: the kernel never limits the number of
+root's processes.
 
 Sources: bwrap(1), 0.7 or newer; namespaces(7); setrlimit(2).
 """
@@ -38,7 +36,7 @@ MAX_SAID = 1 << 16  # bytes of what the checks say at their end; a pipe holds no
 
 @cache
 def isolation() -> str | None:
-    """Why programs cannot be isolated on this machine, found out by doing it; None: they can."""
+    """Why programs cannot be isolated on this machine, found by trying; None if they can."""
     if not shutil.which("bwrap"):
         return "there is no bubblewrap; on Linux run `apt-get install bubblewrap`"
     if Path(os.path.expanduser("~")).is_relative_to(PREFIX):
@@ -54,10 +52,10 @@ def run_program(
     seconds: float = 5.0,
     allow_unsafe: bool = False,
 ) -> str:
-    """Why the function `name` of `program` does not pass; "" if `check` of `checks` returns for it.
+    """Why the function `name` of `program` fails; "" if `check` of `checks` returns for it.
 
-    Both are source code; `seconds` is for all of it, the start of Python included. Many threads may
-    call this at once. Raises UserError where programs cannot be isolated, unless `allow_unsafe`.
+    Both are source code; `seconds` covers everything, Python's start included. Thread-safe. Raises
+    UserError if programs cannot be isolated, unless `allow_unsafe`.
     """
     missing = isolation()
     if missing and not allow_unsafe:
@@ -88,7 +86,7 @@ def _run(program: str, name: str, checks: str, seconds: float, isolated: bool) -
 def _process(
     file: Path, source: str, wire: socket.socket, name: str, seconds: int, isolated: bool
 ) -> Iterator[subprocess.Popen]:
-    """The process for a module that is written to `file`; killed with its group at the end."""
+    """The process for a module, written to `file`; killed with its group at the end."""
     file.write_bytes(source.encode(errors="replace"))
     file.chmod(0o644)
     # Two with the same user by chance would share one limit on processes, and nothing else.
@@ -114,7 +112,7 @@ def _process(
 
 
 def _bubblewrap(*readable: Path) -> list[str]:
-    """The beginning of a command line that isolates the rest of it, with these paths in view."""
+    """The command prefix that isolates a command, with these paths readable."""
     namespaces = ["--unshare-all"]
     if os.getuid() == 0:
         namespaces = ["--unshare-" + kind for kind in ("ipc", "pid", "net", "uts", "cgroup-try")]

@@ -1,17 +1,14 @@
-"""What runs inside the sandbox: a program at one end of a wire, the checks on it at the other.
+"""Inside the sandbox: a program at one end of a wire, the checks on it at the other.
 
-Two processes, each in a sandbox of its own, started by nanochat/sandbox.py as
+Two processes, each in its own sandbox, started by nanochat/sandbox.py as
 
     python -I -S sandbox_child.py program|checks NAME DESCRIPTOR SECONDS UID
 
-One waits for calls of the function NAME of program.py; the other passes a stand-in for that
-function to `check` of checks.py and ends with status 0 only where it returns. Over the wire go
-Python literals in ASCII, one a line: `((2,), {})` is a call, `(True, 4)` its value, `(False,
-'ValueError: ...')` its exception.
-
-The program and its checks share no interpreter. What the program does to `assert`, to `__eq__`, to
-its output or to itself stays at its end; the checks see numbers, text and containers of both, so a
-program passes them by returning the right values and in no other way.
+One serves calls of the function NAME of program.py; the other passes a stand-in for it to `check`
+of checks.py and exits with status 0 only if that returns. The wire carries Python literals in
+ASCII, one a line: `((2,), {})` is a call, `(True, 4)` its value, `(False, 'ValueError: ...')` its
+exception. The two share no interpreter, so what a program does to `assert`, `__eq__` or its output
+stays at its end: the checks only see values, and pass only for the right ones.
 """
 
 import ast
@@ -34,7 +31,7 @@ SCALARS: tuple[type[Any], ...] = (int, float, complex, str, bytes)
 
 
 def plain(value: Any) -> Any:
-    """`value` in the types of literals, subclasses cut down to them; else TypeError."""
+    """`value` in the types of literals, subclasses converted to them; else TypeError."""
     if value is None or isinstance(value, bool):
         return value
     for kind in SCALARS:
@@ -49,13 +46,12 @@ def plain(value: Any) -> Any:
 
 
 def write(wire: io.BufferedRWPair, value: Any) -> None:
-    """Send one literal."""
     wire.write(ascii(plain(value)).encode() + b"\n")
     wire.flush()
 
 
 def serve(wire: io.BufferedRWPair, name: str) -> None:
-    """Call the program's function for as long as the checks ask."""
+    """Answer the checks' calls of the program's function."""
     while line := wire.readline():
         args, kwargs = ast.literal_eval(line.decode())
         try:
@@ -67,7 +63,7 @@ def serve(wire: io.BufferedRWPair, name: str) -> None:
 
 
 def check(wire: io.BufferedRWPair, name: str) -> None:
-    """Run the checks; raises what they raise, RuntimeError for an exception of the program."""
+    """Run the checks; raises their errors, and RuntimeError for an exception of the program."""
 
     def candidate(*args: Any, **kwargs: Any) -> Any:
         write(wire, (args, kwargs))
@@ -85,7 +81,6 @@ def check(wire: io.BufferedRWPair, name: str) -> None:
 
 
 def main(role: str, name: str, *numbers: str) -> None:
-    """Give up what can be given up, then play the role."""
     descriptor, seconds, uid = map(int, numbers)
     if uid:  # root, in namespaces made without a new user: no limit on processes binds root
         os.setgroups([])

@@ -1,12 +1,10 @@
 """From depth: sizes, FLOPs, memory, training tokens, batch, learning rates and their schedules.
 
-Depth sets the width (aspect_ratio x depth, rounded up to whole heads). Tokens are a ratio times the
-parameters of blocks and head, the count that gave the steadiest scaling law. Batch, learning rates
-and weight decay were tuned at depth 12, 1.32 B tokens, 2^19 tokens a step, and each function's
-formula carries them over. They follow the tokens that the run will really see: a run cut short by
-`--num_iterations` gets the batch and the decay of a short run. Schedules are pure functions of the
-step or of `progress`, the fraction of the run that is done, so a resumed run cannot differ from an
-uninterrupted one.
+Depth sets the width (aspect_ratio x depth, rounded up to whole heads). Training tokens are a ratio
+times the parameters of blocks and head, the count with the steadiest scaling law. Batch, learning
+rates and weight decay were tuned at depth 12, 1.32 B tokens, 2^19 tokens a step; the formulas
+extrapolate from there, by the tokens a run will really see (`--num_iterations` included). Schedules
+are pure functions of the step or of `progress`, so resuming cannot change them.
 
 Sources: schedules and training tokens, karpathy/nanochat's sweeps at depths 12 and 24; batch ~
 tokens^.383, arXiv 2505.13738; decay with a constant number of passes of its time scale, 2405.13698;
@@ -20,20 +18,20 @@ from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 from nanochat.loss import GPU_CHUNK
 from nanochat.optim import MuonAdamW
 
-LR_WARMUP_STEPS, LR_WARMUP_LIMIT = 40, 0.05  # steps; at most this fraction of the run
+LR_WARMUP_STEPS, LR_WARMUP_LIMIT = 40, 0.05  # steps, and at most this fraction of the run
 MOMENTUM_WARMUP_STEPS, MOMENTUM_WARMUP_LIMIT = 400, 0.25
-WARMDOWN = 0.65  # the last part of the run, in which the learning rate falls
-FINAL = 0.05  # of the learning rate, at the end of pretraining
+WARMDOWN = 0.65  # final fraction of the run, over which the learning rate falls
+FINAL = 0.05  # learning-rate multiplier at the end of pretraining
 
 REFERENCE_BATCH = 2**19  # tokens a step at which the learning rates below were tuned
-REFERENCE_TOKENS = 12 * 110_100_912  # 12 for each parameter of blocks and head at depth 12
+REFERENCE_TOKENS = 12 * 110_100_912  # 12 per parameter of blocks and head at depth 12
 REFERENCE_STEPS = REFERENCE_TOKENS / REFERENCE_BATCH  # 2,520
 REFERENCE_WIDTH = 768
 SQRT_RULE_FROM = 2**18  # tokens a step; below, learning rates stop falling with the batch
 
 
 class Rates(NamedTuple):
-    """How one group of parameters is trained, as tuned at the reference batch, length and width."""
+    """How a group of parameters is trained, as tuned at the reference batch, length and width."""
 
     lr: float
     betas: tuple[float, float]  # AdamW's; of Muon: momentum, and beta2 of its second moment
@@ -44,8 +42,8 @@ class Rates(NamedTuple):
     eps: float = 1e-10
 
 
-# While the blocks add nothing, the norms hide the scalars: their first gradients are 0 but for
-# rounding, of 1e-10, which AdamW with a smaller eps than theirs would take for a direction.
+# While the blocks still add nothing, the norms hide the scalars: their first gradients are rounding
+# errors of 1e-10, which AdamW with a smaller eps would follow.
 RATES = {  # group of GPT.parameter_groups: lr, betas, decay, by width, by batch, by length, eps
     "matrices": Rates(0.02, (0.95, 0.9), 0.28, False, True, 0.5),
     "head": Rates(0.008, (0.8, 0.96), 0.01, True, True, -1 / 6),
@@ -67,7 +65,7 @@ def depth_to_config(
     window_pattern: str = "SSSL",
     plain: bool = False,
 ) -> GPTConfig:
-    """The architecture of `depth` layers; `plain` for the first generation's, without windows."""
+    """The architecture of `depth` layers; `plain` is the first generation's, without windows."""
     num_heads = -(-aspect_ratio * depth // head_dim)
     sizes: dict[str, Any] = {
         "sequence_len": sequence_len, "vocab_size": vocab_size, "n_layer": depth,
@@ -95,16 +93,15 @@ def parameter_counts(config: GPTConfig) -> dict[str, int]:
 
 
 def scaling_parameters(config: GPTConfig) -> int:
-    """Parameters that the number of training tokens is counted by: blocks and head, no tables."""
+    """Parameters that count for training tokens: blocks and head, no tables."""
     counts = parameter_counts(config)
     return counts["blocks"] + counts["head"]
 
 
 def flops_per_token(config: GPTConfig) -> float:
-    """FLOPs of one training token, forward and backward; what MFU is computed from.
+    """FLOPs of one training token, forward and backward; the basis of MFU.
 
-    6 per matrix parameter, and 12 per channel and key in view, where the customary count takes
-    every query for one with a full window.
+    6 per matrix parameter and 12 per channel and visible key; the usual count ignores windows.
     """
     length = config.sequence_len
     keys = sum(min(config.window(layer) or length, length) for layer in range(config.n_layer))
@@ -118,12 +115,11 @@ def training_tokens(config: GPTConfig, target_param_data_ratio: float) -> int:
 
 
 def memory_bytes(config: GPTConfig, device_batch_size: int, world_size: int = 1) -> dict[str, int]:
-    """Bytes that training in bf16 holds on one GPU, by part, and their "total".
+    """Bytes of GPU memory for training in bf16, by part, and their "total".
 
-    Weights and gradients are fp32 and whole on every rank; the optimizer's state is shared out. A
-    layer keeps 32 bytes per channel and token for the backward pass: 4 + 4 widths in the MLP, 3.5
-    in norms and inputs, 4.5 in queries, keys and values, of two bytes each (counted by
-    tests/test_scaling.py).
+    Weights and gradients are fp32 and whole on every rank; optimizer state is sharded. A layer
+    keeps 32 bytes per channel and token for backward: 4 + 4 widths in the MLP, 3.5 in norms and
+    inputs, 4.5 in queries, keys and values, of two bytes each (counted by tests/test_scaling.py).
     """
     counts = parameter_counts(config)
     num_tokens = device_batch_size * config.sequence_len
@@ -147,11 +143,10 @@ def batch_tokens(num_tokens: float) -> int:
 
 
 def rate_factor(total_batch_size: int, num_steps: int, by_length: float) -> float:
-    """Multiplier of a learning rate: sqrt(batch / 2^19), the published rule, down to 2^18.
+    """Learning-rate multiplier: sqrt(batch / 2^19), the published rule, down to 2^18.
 
-    Smaller batches keep the rate of 2^18, times (2520 / steps)^by_length in runs of fewer steps
-    than the reference's 2,520. One step stands for an unknown number: a stage that starts from a
-    trained model.
+    Smaller batches use the rate of 2^18, times (2520 / steps)^by_length if the run has fewer steps
+    than the reference's 2,520. num_steps 1 means unknown: a stage that starts from a trained model.
     """
     factor = (max(total_batch_size, SQRT_RULE_FROM) / REFERENCE_BATCH) ** 0.5
     if total_batch_size >= SQRT_RULE_FROM or num_steps <= 1:
@@ -160,7 +155,7 @@ def rate_factor(total_batch_size: int, num_steps: int, by_length: float) -> floa
 
 
 def weight_decay(total_batch_size: int, num_steps: int) -> float:
-    """Decay of the matrices; learning rate x decay x steps stays as in the reference run."""
+    """Decay of the matrices, such that learning rate x decay x steps matches the reference run."""
     matrices = RATES["matrices"]
     factor = rate_factor(total_batch_size, num_steps, matrices.by_length)
     return matrices.weight_decay * REFERENCE_STEPS / num_steps / factor
@@ -169,7 +164,7 @@ def weight_decay(total_batch_size: int, num_steps: int) -> float:
 def make_optimizer(
     model: GPT, total_batch_size: int, num_steps: int, rank: int = 0, world_size: int = 1
 ) -> MuonAdamW:
-    """The optimizer for `num_steps` steps, at its base rates; the schedules multiply them."""
+    """The optimizer for `num_steps` steps, at the base rates that schedules multiply."""
     groups = []
     for group in model.parameter_groups():
         rates = RATES[group["name"]]
@@ -189,30 +184,29 @@ def make_optimizer(
 
 
 def warmup_fraction(step: int, num_steps: int, warmup_steps: int, limit: float) -> float:
-    """Fraction of a warm-up that is over once the update of `step` is made, in (0, 1]."""
+    """Completed fraction of a warm-up after the update of `step`, in (0, 1]."""
     return min(1.0, (step + 1) / max(1.0, min(warmup_steps, limit * num_steps)))
 
 
 def warmdown_fraction(progress: float, warmdown: float) -> float:
-    """Fraction of the warm-down that is over, in [0, 1]."""
     if warmdown <= 0:
         return 0.0
     return min(1.0, max(0.0, (progress - (1 - warmdown)) / warmdown))
 
 
 def lr_multiplier(step: int, num_steps: int) -> float:
-    """Multiplier of `step` (from 0): linear warm-up, flat, linear warm-down to FINAL."""
+    """Multiplier at `step` (from 0): linear warm-up, flat, linear warm-down to FINAL."""
     warm = warmup_fraction(step, num_steps, LR_WARMUP_STEPS, LR_WARMUP_LIMIT)
     return warm * lr_multiplier_at(step / num_steps, WARMDOWN, FINAL)
 
 
 def lr_multiplier_at(progress: float, warmdown: float, final: float = 0.0) -> float:
-    """Multiplier where a trained model trains on: flat, then linear to `final` at progress 1."""
+    """Multiplier without warm-up: flat, then linear to `final` at progress 1."""
     return 1 - (1 - final) * warmdown_fraction(progress, warmdown)
 
 
 def muon_momentum(step: int, num_steps: int) -> float:
-    """Momentum of `step`: .85 -> .97 in the warm-up, .97 -> .90 in the warm-down."""
+    """Momentum at `step`: .85 -> .97 in the warm-up, .97 -> .90 in the warm-down."""
     warm = warmup_fraction(step, num_steps, MOMENTUM_WARMUP_STEPS, MOMENTUM_WARMUP_LIMIT)
     return 0.85 + 0.12 * warm - 0.07 * warmdown_fraction(step / num_steps, WARMDOWN)
 

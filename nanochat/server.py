@@ -1,12 +1,12 @@
 """The web server: an OpenAI-compatible API over one or more engines, and the chat page.
 
     GET  /v1/models, /v1/models/{id}    POST /v1/chat/completions    and the same without /v1
-    GET  /health (the process lives), /ready (it would answer), /metrics, /, /ui/..., /report
+    GET  /health (alive), /ready (would answer), /metrics, /, /ui/..., /report
 
-A request is checked, its prompt is rendered in a thread, and the EngineWorker with the least to do
-takes it on as a job. The worker's thread owns an engine and all of torch: it gets orders (submit,
-cancel) through an inbox, and hands what each step has brought to the event loop, where everything
-else lives without locks.
+A request is validated, its prompt is rendered in a thread, and the least busy EngineWorker takes it
+as a job. The worker's thread owns an engine and all use of torch: it receives orders (submit,
+cancel) through an inbox and hands each step's events to the event loop, where everything else runs
+without locks.
 """
 
 import asyncio
@@ -50,18 +50,18 @@ from nanochat.chat_api import (
 from nanochat.common import UserError, report_dir
 from nanochat.engine import Engine, Event, Request, StepFailed
 
-ANSWER_SECONDS = 600.0  # that an answer may take, queue included; what OpenAI's client waits
-STALLED_SECONDS = 60.0  # that a client may leave a stream unread
-DRAIN_SECONDS = 30.0  # that answers under way get when the server is to end
-PING_SECONDS, QUEUE_SECONDS = 15.0, 1.0  # a sign of life on a silent stream; a look at the queue
-MAX_UNREAD = 512  # events of one choice that its reader may be behind
-MAX_FAILURES = 8  # steps in a row that may fail before the engine counts as dead
+ANSWER_SECONDS = 600.0  # limit for an answer, queue included; what OpenAI's client waits
+STALLED_SECONDS = 60.0  # a client may leave a stream unread for this long
+DRAIN_SECONDS = 30.0  # for answers in progress at shutdown
+PING_SECONDS, QUEUE_SECONDS = 15.0, 1.0  # between pings on a silent stream; queue updates
+MAX_UNREAD = 512  # events per choice that a reader may lag behind
+MAX_FAILURES = 8  # failed steps in a row after which the engine counts as dead
 MAX_STEP_SECONDS = 120.0  # a longer step counts as hung; the first ones on a GPU compile
 SHORT = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 LONG = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 UI = Path(__file__).parent / "ui"
 PUBLIC = re.compile(r"/(ui/.*|health|ready|report)?")  # what needs no API key
-POLICY = (  # the last line: no script may make markup or code of a text
+POLICY = (  # the last line: no script may turn text into markup or code
     "default-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
@@ -73,7 +73,7 @@ log = logging.getLogger("uvicorn.error")  # the one that a server shows
 
 
 class Metrics:
-    """What /metrics tells; vLLM's names after `nanochat_`."""
+    """The metrics of /metrics, named as vLLM's after `nanochat_`."""
 
     def __init__(self) -> None:
         self.registry = prometheus.CollectorRegistry()
@@ -94,7 +94,7 @@ class Metrics:
 
 
 class Job:
-    """One HTTP request on its way through an engine, which works on a request for each choice."""
+    """One HTTP request in an engine, with an engine request for each choice."""
 
     def __init__(self, requests: Sequence[Request], completion: Completion) -> None:
         self.completion = completion
@@ -108,9 +108,9 @@ class Job:
         self.first = self.last = 0.0  # when its first and its newest token came
 
     async def follow(self) -> AsyncIterator[bytes]:
-        """Yield a comment for a stream, or b"", whenever there may be news, until all is said.
+        """Yield a comment for the stream, or b"", whenever there may be news, until the end.
 
-        Raises ApiError when the job has failed or its time is over.
+        Raises ApiError if the job fails or times out.
         """
         place, heard = 0, self.arrived
         while any(choice.finish is None for choice in self.completion.choices):
@@ -133,7 +133,7 @@ class Job:
             yield comment
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """The events of the answer; an error is the last one."""
+        """The events of the answer; an error comes last."""
         completion = self.completion
         try:
             yield completion.begin()
@@ -146,7 +146,7 @@ class Job:
 
     @property
     def timings(self) -> dict[str, float]:
-        """What the usage of a stream comes with."""
+        """What accompanies a stream's usage."""
         num_tokens = self.completion.usage["completion_tokens"]
         speed = (num_tokens - 1) / (self.last - self.first) if self.last > self.first else 0.0
         queue, first = self.started - self.arrived, self.first - self.arrived
@@ -154,11 +154,11 @@ class Job:
 
 
 class EngineWorker:
-    """An engine in a thread of its own, and the jobs that it works on; made on the event loop.
+    """An engine in its own thread, and its jobs; created on the event loop.
 
-    Both ways are bounded: `submit` refuses what finds no place, and a job whose reader falls too
-    far behind fails. A step that fails costs the jobs that it concerns; after several in a row, or
-    any error of the engine itself, the thread gives up, and every job is told.
+    `submit` refuses jobs beyond the queue, and a job whose reader falls too far behind fails. A
+    failed step costs the jobs concerned; after several in a row, or on any error of the engine
+    itself, the thread ends and all jobs fail.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics, queue: int) -> None:
@@ -173,22 +173,21 @@ class EngineWorker:
         self.thread.start()
 
     def stop(self) -> None:
-        """Let the thread end after its present step."""
+        """Let the thread end after its current step."""
         self.inbox.put(None)
         self.thread.join(timeout=5)
 
     @property
     def step_age(self) -> float:
-        """Seconds that the step under way has taken so far."""
         return 0.0 if (began := self.step_began) is None else time.monotonic() - began
 
     @property
     def ready(self) -> bool:
-        """True where a request would be served."""
+        """True if a request would be served."""
         return self.state == "ready" and self.step_age < MAX_STEP_SECONDS
 
     def submit(self, job: Job) -> None:
-        """Take the job on. Raises ApiError when slots and queue are full."""
+        """Take the job; ApiError if slots and queue are full."""
         if len(self.jobs) + len(job.choices) > self.capacity:
             text = "all slots and the queue are full; try again soon"
             raise ApiError(429, text, "queue_full", retry_after=1)
@@ -198,14 +197,14 @@ class EngineWorker:
         self.metrics.prompt_tokens.inc(job.completion.num_prompt_tokens)
 
     def cancel(self, requests: Iterable[Request], reason: str = "abort") -> None:
-        """Forget those of `requests` that have not ended."""
+        """Drop those of `requests` that have not ended."""
         for request in requests:
             if self.jobs.pop(request, None):
                 self.inbox.put(partial(self.engine.cancel, request))
                 self.metrics.ended.labels(reason).inc()
 
     def fail(self, requests: Iterable[Request], error: ApiError) -> None:
-        """Tell the jobs of `requests` that they have failed, and forget them."""
+        """Fail and drop the jobs of `requests`."""
         for request in requests:
             if job := self.jobs.get(request):
                 job.error = error
@@ -215,7 +214,7 @@ class EngineWorker:
     def _deliver(
         self, started: Sequence[Request], waiting: Sequence[Request], events: Sequence[Event]
     ) -> None:
-        """Pass on what a step has brought: who left the queue, who is still in it, the tokens."""
+        """Pass on a step's outcome: who left the queue, who still waits, the tokens."""
         now = time.monotonic()
         for request in started:
             if (job := self.jobs.get(request)) and not job.started:
@@ -251,7 +250,7 @@ class EngineWorker:
         self.state = "dead"
         self.fail(list(self.jobs), ApiError(500, "the engine has stopped; see the server's log"))
 
-    # From here on: the thread, which has the event loop do what concerns the jobs.
+    # The rest runs in the thread, which leaves the jobs to the event loop.
 
     def _live(self) -> None:
         try:
@@ -288,7 +287,7 @@ class EngineWorker:
 
 
 class EventStream(StreamingResponse):
-    """A stream that ends, and its connection with it, when its client has stopped reading."""
+    """A stream that closes its connection when the client stops reading."""
 
     async def stream_response(self, send: Send) -> None:
         async def send_in_time(message: Message) -> None:
@@ -300,18 +299,18 @@ class EventStream(StreamingResponse):
 
 
 class ChatServer:
-    """What the routes share: the workers, the metrics, the model's card."""
+    """What the routes share: workers, metrics, the model's card."""
 
     def __init__(self, engines: Sequence[Engine], config: ServerConfig, model: str) -> None:
         self.engines, self.config, self.model, self.metrics = engines, config, model, Metrics()
         self.engine = engines[0]  # all are alike
         about = {"id": model, "object": "model", "created": int(time.time())}
         self.card = about | {"owned_by": "nanochat", "context_length": self.engine.max_len}
-        self.drain_until = 0.0  # when what is under way must have ended, once the server is to end
+        self.drain_until = 0.0  # deadline for answers in progress, once shutting down
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Start the engines with the server, and end them with it."""
+        """Start and stop the engines with the server."""
         queue = self.config.queue
         self.workers = [EngineWorker(engine, self.metrics, queue) for engine in self.engines]
         yield
@@ -319,13 +318,13 @@ class ChatServer:
             worker.stop()
 
     def check_model(self, name: str) -> None:
-        """Raises ApiError for any model but the one that is served."""
+        """Raise ApiError for any model but ours."""
         if name != self.model:
             text = f"there is no model {name[:80]!r} here, only {self.model!r}"
             raise ApiError(404, text, "model_not_found", "model")
 
     def choose_worker(self) -> EngineWorker:
-        """The least loaded. Raises ApiError when none would serve."""
+        """The least busy worker; ApiError if none would serve."""
         if self.drain_until:
             raise self._closing()
         ready = [worker for worker in self.workers if worker.ready]
@@ -336,7 +335,7 @@ class ChatServer:
         return min(ready, key=lambda worker: len(worker.jobs))
 
     def drained(self) -> bool:
-        """Take no more jobs; True once none is under way, or all are told after DRAIN_SECONDS."""
+        """Refuse new jobs; True once none is left, all being failed after DRAIN_SECONDS."""
         self.drain_until = self.drain_until or time.monotonic() + DRAIN_SECONDS
         if time.monotonic() < self.drain_until and any(worker.jobs for worker in self.workers):
             return False
@@ -368,7 +367,7 @@ async def show_model(model_id: str, chat: Chat) -> dict[str, Any]:
 
 
 async def start_job(body: ChatRequest, chat: Chat) -> AsyncIterator[Job]:
-    """The job that answers `body`; it is cancelled when the response ends, however that comes."""
+    """The job that answers `body`, cancelled however the response ends."""
     chat.choose_worker()  # before any work, in case there is none
     chat.check_model(body.model or chat.model)
     tokenizer, max_len = chat.engine.tokenizer, chat.engine.max_len
@@ -392,7 +391,7 @@ async def start_job(body: ChatRequest, chat: Chat) -> AsyncIterator[Job]:
 async def complete_chat(
     http: HttpRequest, body: ChatRequest, job: Annotated[Job, Depends(start_job)]
 ) -> Response:
-    """Answer a conversation, whole or in a stream."""
+    """Answer a conversation, whole or streamed."""
     if body.stream:
         headers = {"X-Accel-Buffering": "no"}
         return EventStream(job.stream(), headers=headers, media_type="text/event-stream")
@@ -404,7 +403,7 @@ async def complete_chat(
 
 @others.get("/health")
 async def health() -> dict[str, str]:
-    """The process lives."""
+    """The process is alive."""
     return {"status": "ok"}
 
 
@@ -427,13 +426,11 @@ async def show_metrics(chat: Chat) -> Response:
 
 @others.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
 async def page() -> Response:
-    """The chat page."""
     return FileResponse(UI / "index.html")
 
 
 @others.api_route("/report", methods=["GET", "HEAD"], include_in_schema=False)
 async def report() -> Response:
-    """The report card of the model's training."""
     path = report_dir() / "report.html"
     if not path.is_file():
         raise ApiError(404, "there is no report; run `python -m nanochat.report generate`")
@@ -441,7 +438,7 @@ async def report() -> Response:
 
 
 async def handle_error(request: HttpRequest, error: Exception) -> Response:
-    """Errors of every kind, FastAPI's own among them, in OpenAI's shape."""
+    """Any error, FastAPI's included, in OpenAI's shape."""
     headers = {}
     if isinstance(error, RequestValidationError):
         error = validation_error(error.errors())
@@ -459,9 +456,9 @@ async def handle_error(request: HttpRequest, error: Exception) -> Response:
 
 
 class SecurityMiddleware:
-    """Refuses who may not come in and what is too large, and gives every response its headers.
+    """Refuses unauthorised and oversized requests, and adds security headers to responses.
 
-    Plain ASGI: FastAPI's decorator for middleware would hide a client's leaving from a stream.
+    Plain ASGI: FastAPI's decorator for middleware would hide client disconnects from a stream.
     """
 
     def __init__(self, app: ASGIApp, api_key: str, host_names: frozenset[str]) -> None:
@@ -494,7 +491,7 @@ class SecurityMiddleware:
         headers = Headers(scope=scope)
         host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
         if self.host_names and host not in self.host_names:
-            # Else a page elsewhere could reach this server under a name of its own (DNS rebinding).
+            # Else another site could reach this server through its own name (DNS rebinding).
             return ApiError(403, "this server answers to localhost alone; --host opens it")
         if not self.api_key or PUBLIC.fullmatch(scope["path"]):
             return None
@@ -513,7 +510,7 @@ def create_app(
 ) -> FastAPI:
     """The application for `engines`, all with the same `model`; `app.state.chat` is its ChatServer.
 
-    With an `api_key` the API asks for it; without `host_names` every Host header is taken.
+    With an `api_key` the API requires it; without `host_names` any Host header is accepted.
     """
     chat = ChatServer(engines, config, model)
     # /docs would load from a CDN; /openapi.json is there.
@@ -535,25 +532,24 @@ def create_app(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises UserError when the address is taken or not this machine's."""
+    """A listening socket; UserError if the address is in use or not this machine's."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=512)
     except OSError as error:
         raise UserError(f"{host}:{port}: {error}; choose another --port or --host") from error
-    # Inherited by every connection; asyncio overlooks sockets made like this one, and each answer
-    # took 40 ms more.
+    # Inherited by every connection; asyncio does not set it here, which cost 40 ms an answer.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 class Server(uvicorn.Server):
-    """uvicorn that finishes the answers under way when told to end; a second Ctrl-C ends at once.
+    """uvicorn, but finishing the answers in progress on shutdown; a second Ctrl-C exits at once.
 
-    Until then it takes connections, so that /ready can tell that it closes.
+    Until then it accepts connections, so that /ready can report the shutdown.
     """
 
     async def on_tick(self, counter: int) -> bool:
-        """True when the server is to close its doors."""
+        """True when the server is to stop accepting connections."""
         ending = await super().on_tick(counter)
         return ending and (self.force_exit or self.config.app.state.chat.drained())  # type: ignore

@@ -1,12 +1,11 @@
-"""How well a chat model does a task: by the logits of the letters, or by what it writes.
+"""Evaluate a chat model on a task: by the logits of the letters, or by its replies.
 
-`evaluate_choice` looks at the one position after the prompt: the letter with the highest logit is
-the answer, and only the letters that the row offers compete. `evaluate_generate` lets the engine
-answer, with all items and all samples of the task in flight at once, and the task scores the text
-that the model says; tool calls and what the tool printed are only recorded. Rank r of n takes the
-items r, r + n, r + 2n, ..., and every rank gets the same result.
+`evaluate_choice` compares the logits of the offered letters right after the prompt.
+`evaluate_generate` has all items and samples of a task in flight at once; the task scores the text
+of each reply, while tool calls and results are only recorded. Rank r of n takes the items r, r + n,
+r + 2n, ..., and every rank gets the same result.
 
-B rows, T time, V vocabulary.
+Shapes: B rows, T time, V vocabulary.
 """
 
 import math
@@ -28,7 +27,7 @@ from nanochat.tokenizer import Conversation, render_prompt
 
 
 class EvalTask(Protocol):
-    """What an evaluation asks of a task; `tasks.common.Task` is one."""
+    """What an evaluation needs of a task; `tasks.common.Task` is one."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Conversation: ...
@@ -47,7 +46,7 @@ class EvalResult:
 def evaluate_choice(
     engine: Engine, task: EvalTask, batch_size: int = 32, max_problems: int | None = None
 ) -> EvalResult:
-    """Score the offered letter with the highest logit right after the prompt, for every item."""
+    """Score the offered letter with the highest logit after the prompt, for every item."""
     model, tokenizer = engine.model, engine.tokenizer
     rows = [(index, task[index]) for index in _own_items(task, max_problems)]
     prompts = [_fit(render_prompt(tokenizer, row), model.config.sequence_len) for _, row in rows]
@@ -70,8 +69,7 @@ def evaluate_choice(
 def next_logits(model: GPT, prompts: Sequence[list[int]]) -> torch.Tensor:
     """(B, V) fp32 logits after each prompt, on the CPU.
 
-    Read through a cache, which gives the logits of each row's last token only: those of all tokens
-    would take B * T * V floats.
+    Through a cache, which gives only the last token's logits; all would take B * T * V floats.
     """
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
@@ -90,10 +88,9 @@ def evaluate_generate(
     seed: int = 0,
     max_problems: int | None = None,
 ) -> EvalResult:
-    """Let the model answer every item `num_samples` times, and score what it says.
+    """Score `num_samples` replies to every item.
 
-    At most half the context is kept for the reply; a prompt longer than the rest loses its
-    beginning.
+    A reply gets at most half the context; a prompt longer than the rest loses its beginning.
     """
     items = {index: task[index] for index in _own_items(task, max_problems)}
     max_tokens = min(max_tokens, engine.max_len // 2)
@@ -112,32 +109,29 @@ def evaluate_generate(
         texts, parts = [reply.text for reply in said], [reply.parts for reply in said]
         return _record(task, index, items[index], texts, parts)
 
-    # In threads, because scoring a program means to wait for it.
+    # In threads: scoring a program means waiting for it.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         records = list(progress_bar(pool.map(judge, items), "score", len(items)))
     return _result(records)
 
 
 def _own_items(task: EvalTask, max_problems: int | None) -> range:
-    """The items of this rank."""
     return own_part(len(task) if max_problems is None else min(len(task), max_problems))
 
 
 def _fit(prompt: list[int], max_len: int) -> list[int]:
-    """`prompt`, or its first token (bos) and its end where it is longer than `max_len`."""
+    """`prompt`, or its first token (bos) and its end if it is longer than `max_len`."""
     return prompt if len(prompt) <= max_len else prompt[:1] + prompt[len(prompt) - max_len + 1 :]
 
 
 def _record(
     task: EvalTask, index: int, conversation: Conversation, texts: Sequence[str], replies: Sequence
 ) -> dict[str, Any]:
-    """What is kept of one item; `texts` are what the task scores of each reply."""
     scores = [float(task.score(conversation, text)) for text in texts]
     return {"index": index, "scores": scores, "replies": replies, "conversation": conversation}
 
 
 def _result(records: list[dict[str, Any]]) -> EvalResult:
-    """The result over the items of all ranks, in their order."""
     records = sorted(gather(records), key=lambda record: record["index"])
     means = [fmean(record["scores"]) for record in records]
     accuracy = fmean(means)

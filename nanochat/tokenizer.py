@@ -1,13 +1,11 @@
-"""Text to token ids and back, conversations to ids and a loss mask. Special tokens live here alone.
+"""Text <-> token ids, and conversations -> ids and loss mask. Only this file spells special tokens.
 
-Byte-level BPE: rustbpe trains the merges, tiktoken encodes with them. The 256 bytes are the first
-tokens, each merge adds one, and special tokens come last; text never gives one, even where it
-spells one. A lone surrogate, which a Python string may hold, becomes the three bytes that UTF-8
-would give it, so decode(encode(text)) == text for every str. A tokenizer is one JSON file.
+Byte-level BPE: rustbpe trains the merges, tiktoken encodes. Ids are the 256 bytes, then one per
+merge, then the special tokens, which text never produces, even if it spells one. A lone surrogate
+in a Python string becomes the three bytes UTF-8 would give it, so decode(encode(text)) == text for
+every str. A tokenizer is one JSON file. To see a conversation as the model of a run does:
 
     python -m nanochat.tokenizer --file=chats.jsonl --index=3 --tokenizer=sft/d20
-
-shows a conversation as the model of a run sees it.
 
 Sources: Sennrich et al. 2016 (arXiv 1508.07909); the split pattern is GPT-4's (`cl100k_base` of
 tiktoken), with numbers cut to at most two digits, which takes less of a small vocabulary.
@@ -35,17 +33,17 @@ SPLIT_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 FILE_NAME = "tokenizer.json"
-# tiktoken's regex engine backtracks over blanks: its stack overflows at 0.1 to 1 million of them.
+# tiktoken's regex engine backtracks over blanks; 0.1 to 1 million of them overflow its stack.
 MAX_BLANKS = 50_000
-# What tiktoken cannot take as it is: lone surrogates, very long runs of blanks.
+# What tiktoken cannot encode directly: lone surrogates, very long runs of blanks.
 ODD = re.compile(rf"[\ud800-\udfff]+|(?<!\s)\s{{{MAX_BLANKS},}}")
 
 
 class Tokenizer:
-    """Encodes and decodes with one trained vocabulary; safe to use from many threads."""
+    """One trained vocabulary; thread-safe."""
 
     def __init__(self, tokens: Sequence[bytes], specials: Sequence[str], pattern: str) -> None:
-        """`tokens[i]` are the bytes of id i, in the order of the merges; `specials` come after."""
+        """`tokens[i]` are the bytes of id i, in merge order; the ids of `specials` follow."""
         self.pattern = pattern
         self.specials = {name: len(tokens) + i for i, name in enumerate(specials)}
         self.vocab_size = len(tokens) + len(specials)
@@ -58,8 +56,8 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, specials: Sequence[str]) -> "Tokenizer":
-        """A tokenizer of `vocab_size` ids, specials included; fewer if the texts hold no more."""
-        import rustbpe  # here, so that loading a tokenizer does without the compiled extension
+        """A tokenizer of `vocab_size` ids, specials included; fewer if merges run out."""
+        import rustbpe  # here: loading a tokenizer does not need the compiled extension
 
         smallest = 256 + len(specials)
         if vocab_size < smallest:
@@ -71,7 +69,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """The tokenizer saved in `folder`. Raises UserError when it is missing or damaged."""
+        """The tokenizer saved in `folder`; UserError if missing or damaged."""
         path = folder / FILE_NAME
         retrain = "run `python -m scripts.tok_train`"
         if not path.is_file():
@@ -86,7 +84,6 @@ class Tokenizer:
             raise UserError(f"the tokenizer in {path} is damaged; {retrain}") from error
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer into `folder`, whole or not at all."""
         saved = {
             "pattern": self.pattern,
             "specials": list(self.specials),
@@ -101,7 +98,7 @@ class Tokenizer:
         return len(self._tokens)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ordinary text; a special token that it spells out stays plain text."""
+        """The ids of `text`; special tokens spelled in it are ordinary text."""
         try:
             text.encode()
             if len(text) < MAX_BLANKS:
@@ -120,12 +117,12 @@ class Tokenizer:
         return ids + self._encoding.encode_ordinary(text[start:])
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 2) -> list[list[int]]:
-        """The ids of each text, encoded in parallel: tiktoken works without the GIL."""
+        """The ids of each text, encoded in parallel: tiktoken releases the GIL."""
         with ThreadPoolExecutor(num_threads) as pool:
             return list(pool.map(self.encode, texts))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; bytes that are no UTF-8, such as half a character, become U+FFFD."""
+        """The text of `ids`; bytes that are not UTF-8, such as half a character, become U+FFFD."""
         data = self.decode_bytes(ids)
         try:
             return data.decode("utf-8", "surrogatepass")
@@ -137,7 +134,6 @@ class Tokenizer:
         return self._encoding.decode_bytes(ids)
 
     def token_bytes(self) -> list[int]:
-        """For each id the number of raw bytes it stands for, 0 for specials."""
         return [len(token) for token in self._tokens] + [0] * len(self.specials)
 
 
@@ -146,9 +142,9 @@ def _checksum(saved: dict) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-# {"messages": [{"role": ..., "content": ...}, ...]}: a system message if need be, then user and
-# assistant in turns. Content is a string; an assistant's may be a list of parts, each
-# {"type": one of PART_TYPES, "text": ...}.
+# {"messages": [{"role": ..., "content": ...}, ...]}: an optional system message, then user and
+# assistant in turns. Content is a string or, for the assistant, a list of parts {"type": one of
+# PART_TYPES, "text": ...}.
 Conversation = dict[str, Any]
 PART_TYPES = ("text", "python", "python_output")
 
@@ -171,7 +167,7 @@ SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in ChatTokens._fields)
 
 
 def chat_tokens(tokenizer: Tokenizer) -> ChatTokens:
-    """The special ids of this tokenizer. Raises UserError when it was trained without them."""
+    """The special ids of this tokenizer; UserError if it was trained without them."""
     missing = [name for name in SPECIAL_TOKENS if name not in tokenizer.specials]
     if missing:
         raise UserError(f"the tokenizer lacks {missing[0]}; run `python -m scripts.tok_train`")
@@ -179,7 +175,7 @@ def chat_tokens(tokenizer: Tokenizer) -> ChatTokens:
 
 
 def check_conversation(conversation: Conversation) -> None:
-    """Raises UserError, naming the message that is wrong, when it cannot be rendered."""
+    """Raise UserError, naming the bad message, if the conversation cannot be rendered."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise UserError('a conversation needs "messages": a list of at least one user message')
@@ -213,22 +209,22 @@ def _check_content(i: int, role: object, content: object) -> None:
 def render_conversation(
     tokenizer: Tokenizer, conversation: Conversation
 ) -> tuple[list[int], list[int]]:
-    """(ids, mask) of a conversation; mask 1 marks what the assistant is to learn.
+    """(ids, mask) of a conversation; mask 1 marks what the assistant learns.
 
         <|bos|> <|user_start|> question <|user_end|>
         <|assistant_start|> text <|python_start|> code <|python_end|>
         <|output_start|> result <|output_end|> text <|assistant_end|> ...
 
-    without the spaces and line breaks. Learned are text, code, the marks of code and the end of the
-    turn; not the questions and what the tool printed. A system message has no token of its own: it
-    stands before the first question, two line breaks between them. Raises UserError when malformed.
+    without the spaces and line breaks. Learned: text, code, the code marks and the end of the turn.
+    A system message has no token; it precedes the first question, followed by a blank line. Raises
+    UserError if malformed.
     """
     check_conversation(conversation)
     return _render(tokenizer, conversation["messages"])
 
 
 def render_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
-    """The ids after which the model is to answer; a reply at the end is left out."""
+    """The ids that the model is to continue; a reply at the end is left out."""
     check_conversation(conversation)
     messages = conversation["messages"]
     if messages[-1]["role"] == "assistant":
@@ -269,9 +265,9 @@ def _render(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list
 
 
 def render_choices(question: str, choices: Sequence[str]) -> str:
-    """A multiple-choice question as every task asks it.
+    """A multiple-choice question in the form that all tasks use.
 
-    The letter stands right behind its choice, so that smear hands it what it stands for.
+    The letter directly follows its choice, so that smear passes the choice on to it.
     """
     lines = map("- {} {}".format, choices, ascii_uppercase)
     return "\n".join([question, *lines, "Answer with the letter only."])
@@ -293,12 +289,11 @@ class Config:
     """Show one conversation of a file with its loss mask."""
 
     file: Path  # .jsonl, one conversation a line
-    index: Natural = 0  # which line, from 0
-    tokenizer: str = ""  # that of a run, such as sft/d20; empty: the one trained last
+    index: Natural = 0  # line number, from 0
+    tokenizer: str = ""  # of a run, such as sft/d20; empty: the one trained last
 
 
 def main(cfg: Config) -> None:
-    """Print the conversation as `visualize` renders it."""
     folder = base_dir() / cfg.tokenizer / "tokenizer"
     if not folder.is_dir() and cfg.tokenizer:
         raise UserError(f"--tokenizer={cfg.tokenizer}: no {folder}; name a run such as sft/d20")

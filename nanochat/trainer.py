@@ -1,14 +1,14 @@
-"""What every trainer shares: the run folder, the clock and its line, faults, and micro-batch sizes.
+"""What trainers share: the run folder, step timing and metrics, faults, micro-batch sizes.
 
-`Run` is the locked folder of one run: it resumes, saves and ends it. `Meter` times the steps,
-prints a line every `--log_every` steps, and writes an object per step to metrics.jsonl and wandb:
+`Run` is one run's locked folder: it resumes, saves and ends it. `Meter` times the steps, prints a
+line every `--log_every` steps and writes an object per step to metrics.jsonl and wandb:
 
     step 00020/00300 (6.7%) | loss 5.1202 | lrm 1.00 | 812 ms | 5,044 tok/s | mfu 48.1% | ...
 
-Losses stay on the device until a line or a save is due: reading one makes the host wait. SIGTERM
-and SIGINT are noted, the ranks agree on them once a step, and the script saves and exits. Three
-steps in a row whose gradient was not finite stop the run. A rank that waits too long for another
-prints the stacks of its threads and exits; torchrun then ends all ranks, or restarts them.
+Losses stay on the device until a line or a save is due: reading one blocks the host. Ranks agree
+on SIGTERM and SIGINT once a step; the script then saves and exits. Three steps in a row with a
+non-finite gradient stop the run. A rank that waits too long for another prints its threads' stacks
+and exits; torchrun then ends or restarts all ranks.
 """
 
 import faulthandler
@@ -57,12 +57,12 @@ from nanochat.optim import MuonAdamW
 from nanochat.scaling import flops_per_token, memory_bytes, parameter_counts
 from nanochat.tokenizer import Tokenizer
 
-CPU_TOKENS = 4096  # of a micro-batch by `auto` on a CPU; larger ones gained nothing (dev/LOG.md)
+CPU_TOKENS = 4096  # per micro-batch with `auto` on a CPU; more gained nothing (dev/LOG.md)
 MAX_BAD_STEPS = 3  # in a row
-SAME_SIGNAL_SECONDS = 1.0  # Slurm and torchrun both pass a signal on; that is not a second one
-COMPILE_TIMEOUT = timedelta(hours=2)  # ranks may wait this long for one with a cold cache
-# What a resumed run may change: none of it reaches the weights but through float rounding. The last
-# four name what "weights" and "corpus" stand for.
+SAME_SIGNAL_SECONDS = 1.0  # Slurm and torchrun both forward a signal; that is not a second one
+COMPILE_TIMEOUT = timedelta(hours=2)  # for a rank with a cold compiler cache
+# Settings that a resumed run may change: they affect the weights through float rounding at most.
+# "weights" and "corpus" are compared in place of the last four.
 FREE_SETTINGS = {
     "run", "fresh", "device_type", "device_batch_size", "log_every", "save_every", "eval_every",
     "eval_tokens", "eval_problems", "eval_samples", "sample_every", "compile", "keep_last",
@@ -70,11 +70,11 @@ FREE_SETTINGS = {
 }  # fmt: skip
 
 
-# --- micro-batches: how many rows of a step go through the model at a time
+# --- micro-batches
 
 
 def batch_rows(total_batch_size: int, seq_len: int) -> int:
-    """Rows of the global batch. Raises UserError naming the nearest sizes that divide."""
+    """Rows of the global batch; UserError names the nearest sizes that divide."""
     if total_batch_size < seq_len or total_batch_size % seq_len:
         below = total_batch_size // seq_len * seq_len
         choices = " or ".join(str(size) for size in (below, below + seq_len) if size)
@@ -86,7 +86,6 @@ def batch_rows(total_batch_size: int, seq_len: int) -> int:
 
 
 def divisors(number: int) -> list[int]:
-    """The divisors of `number`, the largest first."""
     return [size for size in range(number, 0, -1) if number % size == 0]
 
 
@@ -97,10 +96,10 @@ def row_choices(
     config: GPTConfig,
     runtime: Runtime,
 ) -> list[int]:
-    """Rows per micro-batch to try in this order, for a global batch of `num_rows`.
+    """Rows per micro-batch to try, in this order, for a global batch of `num_rows`.
 
-    That is `device_batch_size`, or all rows of a rank when they are fewer; for "auto" on a GPU, all
-    numbers that its memory may hold. Raises UserError naming the nearest sizes that divide.
+    Either `device_batch_size`, capped at a rank's rows, or for "auto" on a GPU all sizes that its
+    memory may hold. Raises UserError naming the nearest sizes that divide.
     """
     local, left = divmod(num_rows, runtime.world_size)
     if left:
@@ -128,8 +127,8 @@ def row_choices(
 
 
 def out_of_memory(rows: int) -> UserError:
-    """What to tell when micro-batches of `rows` rows do not fit; 0: none was tried."""
-    # Half of the rows divides a rank's batch wherever they do.
+    """The error for micro-batches of `rows` rows; 0: none was tried."""
+    # A divisor of `rows` divides a rank's batch, too.
     smaller = next((size for size in divisors(rows) if size <= rows / 2), None)
     if smaller is None:
         return UserError("out of GPU memory; train a smaller --depth")
@@ -139,8 +138,8 @@ def out_of_memory(rows: int) -> UserError:
 
 
 def fits_memory(model: torch.nn.Module, rows: int, seq_len: int, device: torch.device) -> bool:
-    """True when a forward and a backward pass, on zeros, do not run out of the device's memory."""
-    # Two tensors: code compiled for a batch whose targets are its inputs would serve no other.
+    """True if a forward and backward pass on zeros fits into the device's memory."""
+    # Two tensors: code compiled for targets that alias the inputs would fit no real batch.
     ids, targets = (torch.zeros(rows, seq_len, dtype=torch.long, device=device) for _ in range(2))
     try:
         model(ids, targets, reduction="sum").backward()
@@ -160,18 +159,17 @@ def compile_for_training(
     seq_len: int,
     device: torch.device,
 ) -> tuple[torch.nn.Module, int]:
-    """(the model, through torch.compile if `choice` says so; the rows that fit on every rank).
+    """(the model, compiled if `choice` says so; the rows that fit on every rank).
 
-    Trying before anything is trained tells at once that a GPU is too small, and ranks whose
-    compiler has a cold cache are waited for here, where nothing times out. Only training goes
-    through the compiled model: evaluation and sampling have other shapes, each compiled anew.
-    Raises UserError when no number of rows fits.
+    The trial runs report at once that a GPU is too small, and wait for ranks with a cold compiler
+    cache where nothing times out. Only training uses the compiled model: evaluation and sampling
+    have other shapes, each of which would be compiled. Raises UserError if no number of rows fits.
     """
     trained: torch.nn.Module = model
     if choice == "yes" or (choice == "auto" and device.type == "cuda"):
         trained = cast(torch.nn.Module, torch.compile(model, dynamic=False))
     elif device.type != "cuda":
-        return model, row_choices[0]  # nothing to compile, and nothing to run out of
+        return model, row_choices[0]
     for rows in row_choices:
         if agree(not fits_memory(trained, rows, seq_len, device)) == [0]:
             return trained, rows
@@ -187,10 +185,10 @@ def _host_group() -> Any:
 
 
 def agree(*flags: int) -> list[int]:
-    """The largest of each flag over the ranks, all of which are waited for.
+    """The maximum of each flag over all ranks.
 
-    Through host memory: it takes a third of a millisecond and, unlike a message between GPUs, makes
-    no host wait for its device.
+    Through host memory: a third of a millisecond, and unlike a GPU message it never blocks on the
+    device.
     """
     values = torch.tensor(flags, dtype=torch.int32)
     if dist.is_initialized():
@@ -199,7 +197,7 @@ def agree(*flags: int) -> list[int]:
 
 
 def restart_watchdog() -> None:
-    """Print all stacks and exit unless this is called again in time; one rank alone has no need."""
+    """Print all stacks and exit unless called again in time; no-op on a single rank."""
     if dist.is_initialized():
         faulthandler.dump_traceback_later(dist_timeout(), exit=True)
 
@@ -208,7 +206,6 @@ def restart_watchdog() -> None:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration for people: 47s, 3m 47s, 2h 05m."""
     whole = int(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -218,7 +215,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def to_number(value: Any) -> Any:
-    """A tensor's number, rounded to fp32's seven digits; anything else as it is."""
+    """A tensor's value, rounded to fp32's seven digits; anything else unchanged."""
     value = value.item() if isinstance(value, Tensor) else value
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
@@ -238,33 +235,33 @@ def read_metrics(folder: Path, last: float = float("inf")) -> list[dict[str, Any
 
 
 class Meter:
-    """Times the steps of a run and tells of them: console line, metrics.jsonl, wandb.
+    """Times a run's steps and reports them: console line, metrics.jsonl, wandb.
 
-    The record of a step stays open until the next step is logged, because what is measured after
-    the update (val_bpb) belongs to it; a checkpoint carries the open record along.
+    A step's record stays open until the next step is logged, so that what is measured after the
+    update (val_bpb) belongs to it; checkpoints include the open record.
     """
 
     def __init__(self, run: "Run", max_tok_per_second: float) -> None:
-        """`max_tok_per_second` is what mfu is measured against. Cuts metrics.jsonl back."""
+        """mfu is relative to `max_tok_per_second`. Truncates metrics.jsonl to the resumed step."""
         state = run.resumed.state if run.resumed else {}
         self.run, self.max_tok_per_second = run, max_tok_per_second
-        self.tokens: int = state.get("tokens", 0)  # trained on by all ranks since the run began
-        self.seconds: float = state.get("seconds", 0.0)  # of the steps: no evaluation, no save
+        self.tokens: int = state.get("tokens", 0)  # of all ranks since the run began
+        self.seconds: float = state.get("seconds", 0.0)  # in steps: no evaluation, no save
         self.record: dict[str, Any] = state.get("record", {"step": 0, "tokens": 0, "seconds": 0.0})
         self.num_skipped, self.num_bad_in_a_row = state.get("skipped", (0, 0))
-        # (step, was its gradient finite?, what gives the loader's state after its batch)
+        # (step, was its gradient finite?, function for the loader's state after its batch)
         self.unread: list[tuple[int, Tensor, Callable[[], Any]]] = []
-        self.pending: list[dict[str, Any]] = []  # complete records that are not on disk
+        self.pending: list[dict[str, Any]] = []  # complete records not yet on disk
         self.clock = 0.0  # when the step began
-        self.line_start = (run.step, self.tokens, self.seconds)  # of what the next line is about
-        self.wait_seconds = 0.0  # for data, since then
+        self.line_start = (run.step, self.tokens, self.seconds)  # at the last line
+        self.wait_seconds = 0.0  # for data, since the last line
         self.path = run.folder / "metrics.jsonl" if run.runtime.is_main else None
         self.wandb = None
         if self.path is not None:
             kept = read_metrics(run.folder, run.step - 1)
             write_file(self.path, "".join(json.dumps(record) + "\n" for record in kept))
             if run.config["run"] != "dummy":
-                import wandb  # half a second that only its users should wait for
+                import wandb  # takes half a second
 
                 name, config = run.config["run"], run.config
                 self.wandb = wandb.init(project="nanochat", name=name, config=config)
@@ -272,12 +269,11 @@ class Meter:
         run.at_exit.callback(self.flush)
 
     def start_step(self) -> None:
-        """The step begins now; `log_step` ends it."""
         restart_watchdog()
         self.clock = time.perf_counter()
 
     def fetch(self, loader: Loader) -> Batch:
-        """The next batch, with which a step begins; counts the wait for data."""
+        """Start a step with the next batch; counts the wait for data."""
         self.start_step()
         batch = next(loader)
         self.wait_seconds += time.perf_counter() - self.clock
@@ -291,10 +287,10 @@ class Meter:
         finite: Tensor | None = None,
         loader: Loader | None = None,
     ) -> None:
-        """Record the step that was just made, with `num_tokens` tokens of all ranks.
+        """Record the finished step, of `num_tokens` tokens over all ranks.
 
-        loss () and finite (), False where the gradient had a NaN or infinity, stay on the device
-        until a line is due. Raises UserError after MAX_BAD_STEPS such steps in a row.
+        loss () and finite (), False for a gradient with NaN or infinity, stay on the device until a
+        line is due. Raises UserError after MAX_BAD_STEPS non-finite steps in a row.
         """
         run = self.run
         self.pending.append(self.record)
@@ -319,7 +315,7 @@ class Meter:
             self.line_start, self.wait_seconds = (run.step, self.tokens, self.seconds), 0.0
 
     def check_gradients(self) -> None:
-        """Read which steps were not finite, which waits for the device; three in a row raise."""
+        """Read which gradients were finite (blocks on the device); three bad in a row raise."""
         if not self.unread:
             return
         flags = torch.stack([finite for _, finite, _ in self.unread]).tolist()
@@ -337,7 +333,7 @@ class Meter:
         self.unread.clear()
 
     def print_line(self) -> None:
-        """One parseable line about the steps since the last one."""
+        """Print a parseable line about the steps since the last one."""
         run, record = self.run, self.record
         seconds = self.seconds - self.line_start[2]
         seconds_left = self.seconds * (1 - run.progress) / max(run.progress, 1e-9)
@@ -361,13 +357,13 @@ class Meter:
         print0(" | ".join(parts))
 
     def note(self, **figures: Any) -> None:
-        """Add to the step's record what was measured at it, such as val_bpb; prints the numbers."""
+        """Add measurements, such as val_bpb, to the step's record, and print the numbers."""
         self.record |= figures
         numbers = [f"{k} {v:.4f}" for k, v in figures.items() if isinstance(v, float)]
         print0(" | ".join([f"step {self.run.step:05d}", *numbers]))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the meter; the steps before are on disk then."""
+        """The meter's part of a checkpoint; flushes earlier records first."""
         self.check_gradients()
         self.flush()
         if "loss" in self.record:
@@ -378,14 +374,13 @@ class Meter:
         }  # fmt: skip
 
     def finish(self) -> dict[str, Any]:
-        """The figures of the last step, whose record is complete now, and the run's folder."""
+        """The last step's record, now complete, and the run's folder."""
         self.pending.append(self.record)
         self.flush()
         figures = {name: to_number(value) for name, value in self.record.items()}
         return {"folder": str(self.run.folder.relative_to(base_dir()))} | figures
 
     def flush(self) -> None:
-        """Write the complete records, durably, on the main rank."""
         records, self.pending = self.pending, []
         if not records or self.path is None:
             return
@@ -406,19 +401,19 @@ class Meter:
 
 
 class Run:
-    """The folder of one run, in which no other process may train, and how far the run has come.
+    """One run's folder, locked against other processes, and the run's progress.
 
-    In a `with` statement signals are noted, the last save is waited for however the run ends, and
-    what was given to `at_exit` is closed.
+    As a context manager it catches signals, waits for the last save however the run ends, and runs
+    the callbacks of `at_exit`.
     """
 
     def __init__(
         self, stage: str, model_tag: str, config: dict[str, Any], runtime: Runtime
     ) -> None:
-        """Open or resume `stage`/`model_tag`; `config` has the script's settings.
+        """Open or resume `stage`/`model_tag`; `config` holds the script's settings.
 
-        Raises UserError when another process trains in the folder, or the settings differ from
-        those that the run was begun with.
+        Raises UserError if another process trains in the folder, or if the settings differ from the
+        run's.
         """
         self.stage, self.runtime = stage, runtime
         self.config: dict[str, Any] = {
@@ -434,9 +429,9 @@ class Run:
         self.step: int = state.get("step", 0)  # updates made
         self.progress: float = state.get("progress", 0.0)  # share of the run that is done
         self.saved_step = self.step
-        self.rows = 0  # of a micro-batch, for what is told about memory
-        self.signal_number, self.signal_time = 0, 0.0  # what this process received first
-        self.stopping = 0  # the signal on which all ranks agreed
+        self.rows = 0  # of a micro-batch, for the out-of-memory error
+        self.signal_number, self.signal_time = 0, 0.0  # the first that this process received
+        self.stopping = 0  # the signal that all ranks agreed on
         self.is_finished = (self.folder / "result.json").exists()
         if self.is_finished:
             print0(f"{self.folder} is finished (step {self.step}); --fresh starts over")
@@ -444,7 +439,7 @@ class Run:
             print0(f"resuming {self.folder} at step {self.step}")
 
     def restore(self, model: GPT, optimizer: MuonAdamW) -> dict[str, Any] | None:
-        """Load weights and optimizer state if the run is resumed; returns the loader's state."""
+        """Load weights and optimizer state if resuming; returns the loader's state."""
         if self.resumed is None:
             return None
         model.load_state_dict(self.resumed.load_weights(self.runtime.device))
@@ -452,9 +447,9 @@ class Run:
         return self.resumed.load_loader_state(self.runtime.rank, self.runtime.world_size)
 
     def start(self, model: GPT, tokenizer: Tokenizer, rows: int) -> Meter:
-        """Say what is trained, write the run's copy of tokenizer and settings, and open the meter.
+        """Announce the training, save tokenizer and settings in the run folder, return the meter.
 
-        `rows` of a micro-batch are what an error about memory names.
+        `rows` of a micro-batch is what an out-of-memory error suggests to lower.
         """
         self.rows = rows
         peak, source = peak_flops(self.runtime)
@@ -469,25 +464,24 @@ class Run:
             settings = {"config": self.config, "git": git_revision()}
             write_file(self.folder / "config.json", json.dumps(settings, indent=1))
         meter = Meter(self, peak * self.runtime.world_size / flops_per_token(model.config))
-        if self.resumed:  # now that everything is set up, which may have drawn numbers
+        if self.resumed:  # last: setting up may have drawn random numbers
             self.resumed.restore_generators(self.runtime.rank)
         gc.collect()
         self.at_exit.callback(gc.unfreeze)
-        gc.freeze()  # collections no longer walk through torch and the model
+        gc.freeze()  # collections then skip torch and the model
         return meter
 
     def is_due(self, every: int) -> bool:
-        """True at step 0, every `every` steps, and at the end; `every` <= 0: at the end alone."""
+        """True at step 0, every `every` steps, and at the end; `every` <= 0: only at the end."""
         return self.progress >= 1 or (every > 0 and self.step % every == 0)
 
     def advance(self, progress: float) -> None:
-        """Count one step; `progress` is the share of the run that is done with it."""
         self.step, self.progress = self.step + 1, progress
 
     def should_stop(self) -> bool:
-        """True once SIGTERM or SIGINT has reached any rank; all ranks ask together, once a step.
+        """True once SIGTERM or SIGINT reached any rank; collective, called once a step.
 
-        Raises UserError when a rank could not save.
+        Raises UserError if a rank could not save.
         """
         self.stopping, failed = agree(self.signal_number, self.writer.error is not None)
         if failed:
@@ -497,7 +491,7 @@ class Run:
         return self.stopping > 0
 
     def stop(self) -> NoReturn:
-        """Exit because of the signal, once the last save is on disk."""
+        """Exit with the signal's status once the last save is on disk."""
         self.writer.wait()
         print0(f"stopped by {signal.Signals(self.stopping).name}; the same command goes on")
         raise SystemExit(128 + self.stopping)
@@ -509,7 +503,7 @@ class Run:
         meter: Meter,
         loader: Loader | None = None,
     ) -> None:
-        """Write a checkpoint of this step in the background, unless there is one."""
+        """Write a checkpoint of this step in the background, unless already saved."""
         if self.step == self.saved_step:
             return
         state = meter.state() | {
@@ -521,7 +515,7 @@ class Run:
         self.saved_step = self.step
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Mark the run as finished, once its last save is on disk."""
+        """Mark the run as finished once its last save is on disk."""
         self.writer.wait()
         barrier()
         if self.runtime.is_main:
@@ -541,7 +535,7 @@ class Run:
             name = signal.Signals(number).name
             text = f"{name}: saving after this step; a second one exits at once\n"
             if self.runtime.is_main:
-                os.write(1, text.encode())  # print may be what was interrupted
+                os.write(1, text.encode())  # the signal may have interrupted a print
         elif now - self.signal_time > SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
 
@@ -553,17 +547,16 @@ class Run:
 
 
 def starts_over(fresh: bool) -> bool:
-    """Whether --fresh is to be obeyed: torchrun repeats the command after a fault, to go on."""
+    """True to obey --fresh: not when torchrun restarts the same command after a fault."""
     return fresh and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def open_folder(
     folder: Path, fresh: bool, runtime: Runtime, at_exit: ExitStack
 ) -> Checkpoint | None:
-    """The checkpoint to go on from, on every rank; `at_exit` unlocks the folder.
+    """The checkpoint to resume from, on every rank; `at_exit` unlocks the folder.
 
-    Raises UserError when another process trains in it, it cannot be written to, or a rank does not
-    see it.
+    Raises UserError if another process trains in it, it is not writable, or a rank cannot see it.
     """
     found = None
     if runtime.is_main:
@@ -585,7 +578,7 @@ def open_folder(
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """The lock of a run folder; raises UserError with the pid of the process that holds it."""
+    """The folder's lock; UserError names the pid of the process that has it."""
     file = (folder / ".lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -603,7 +596,6 @@ def lock_folder(folder: Path) -> IO[str]:
 
 
 def clear_folder(folder: Path) -> None:
-    """Delete what an earlier run left, for `--fresh`."""
     if list_steps(folder):
         print0(f"--fresh: deleting the earlier run in {folder}")
     for entry in folder.iterdir():
@@ -613,9 +605,9 @@ def clear_folder(folder: Path) -> None:
 
 
 def check_settings(folder: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raise UserError naming each setting that differs from the run's and would change its course.
+    """Raise UserError naming each setting that differs from the run's and affects its weights.
 
-    A setting that only one of them has came or went with a version since.
+    Settings present on one side only came or went with a version and are ignored.
     """
     names = sorted((saved.keys() & settings.keys()) - FREE_SETTINGS)
     different = [name for name in names if saved[name] != settings[name]]

@@ -59,19 +59,19 @@ PRIMER = "primer-choice"
 @dataclass
 class Config:
     source: Source = "base"  # stage of the checkpoint
-    model_tag: Tag = ""  # empty: the one written last
-    step: StepNumber = None  # the newest if left out
+    model_tag: Tag = ""  # empty: the one saved last
+    step: StepNumber = None  # default: the newest
     hf_path: str = ""  # instead, a model of transformers: its name on the hub, or a folder
     tasks: Annotated[str, tyro.conf.arg(aliases=["-a"])] = "core"  # or a|b of it, or primer-choice
     eval_bundle: str = ""  # folder with core.yaml; empty: downloaded once
-    max_per_task: Count | None = None  # items of each task; all if left out
+    max_per_task: Count | None = None  # items of each task; default: all
     batch_size: Count = 32  # items that the model reads at once
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best there is
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
 class HFReader:
-    """Reads each document whole, since the caches of transformers differ from model to model."""
+    """Reads each document whole, as caches differ between transformers' models."""
 
     def __init__(self, name: str, runtime: Runtime) -> None:
         try:
@@ -108,7 +108,7 @@ class HFReader:
 
 
 def choose_tasks(cfg: Config, runtime: Runtime) -> list[CoreTask]:
-    """What `--tasks` names; the bundle is fetched by one rank for all."""
+    """The tasks of `--tasks`; one rank fetches the bundle for all."""
     names, tasks = cfg.tasks.split("|"), []
     if PRIMER in names:
         quiz, names = build_task(PRIMER), [name for name in names if name != PRIMER]
@@ -127,7 +127,6 @@ def choose_tasks(cfg: Config, runtime: Runtime) -> list[CoreTask]:
 
 
 def main(cfg: Config) -> None:
-    """Evaluate the tasks one after the other; keep what the model made of every item; report."""
     began = time.perf_counter()
     runtime = set_up(cfg.device_type, cfg.dtype)
     tasks, settings = choose_tasks(cfg, runtime), vars(cfg)

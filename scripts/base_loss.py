@@ -1,5 +1,4 @@
-"""Measure a base model: bits per byte of training and validation text, and how it continues fixed
-prompts.
+"""Measure a base model: bits per byte of training and validation text, and sample continuations.
 
     python -m scripts.base_loss                                        # one GPU
     torchrun --nproc_per_node=8 -m scripts.base_loss                   # eight
@@ -42,23 +41,22 @@ SAMPLE_PROMPTS = (
 @dataclass
 class Config:
     source: Source = "base"  # stage of the checkpoint
-    model_tag: Tag = ""  # its run; empty: the one written last
-    step: StepNumber = None  # its step; the newest if left out
+    model_tag: Tag = ""  # its run; empty: the one saved last
+    step: StepNumber = None  # its step; default: the newest
     data: str = ""  # corpus; empty: the one it was trained on, if known, or prepared last
     eval_tokens: Count = 10_485_760  # tokens of each of the two measurements
     device_batch_size: Count = 32  # rows read at a time on one device
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best there is
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
 def packed_rows(eval_tokens: int, seq_len: int, world_size: int) -> int:
-    """Rows that the text is packed into side by side: as many on 1 GPU as on 2, 4 or 8."""
+    """Rows to pack the text into, side by side: the same on 1, 2, 4 or 8 GPUs."""
     num_rows = max(1, min(256, eval_tokens // seq_len))
     return num_rows + -num_rows % world_size
 
 
 def main(cfg: Config) -> None:
-    """Measure one checkpoint and report it."""
     runtime = set_up(cfg.device_type, cfg.dtype)
     model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
     trained = meta.get("config", {})  # an imported model has none

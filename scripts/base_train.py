@@ -1,8 +1,7 @@
-"""Pretrain a base model: documents in, a model that continues them out.
+"""Pretrain a base model on a corpus.
 
 Depth is the one dial: width, heads, tokens, batch, learning rates and decay follow from it
-(nanochat/scaling.py). Killed at any instant and started again with the same command, the run goes
-on from its last checkpoint.
+(nanochat/scaling.py). Killed at any instant, the same command resumes from the last checkpoint.
 
     python -m scripts.base_train --depth 12                         # one GPU
     torchrun --nproc_per_node=8 -m scripts.base_train --depth 20    # eight
@@ -77,7 +76,7 @@ class Config:
     device_batch_size: Rows = 32  # rows per micro-batch; auto: what fits
     # data and machine
     data: str = ""  # corpus; empty: the one prepared last
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best there is
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
     fp8: bool = False  # matmuls of the blocks in 8-bit floats, on GPUs that have them
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on a GPU
@@ -86,16 +85,16 @@ class Config:
     run: str = "dummy"  # wandb name; dummy: no wandb
     model_tag: Tag = ""  # folder of the run; empty: d<depth>
     fresh: bool = False  # start over instead of resuming
-    log_every: int = 10  # steps between console lines; <= 0: at the end alone
-    eval_every: int = 250  # steps between validations; <= 0: at the end alone
+    log_every: int = 10  # steps between console lines; <= 0: only at the end
+    eval_every: int = 250  # steps between validations; <= 0: only at the end
     eval_tokens: Count = 10_485_760  # tokens of one validation
-    sample_every: int = 2000  # steps between samples; <= 0: at the end alone
-    save_every: int = 1000  # steps between checkpoints; <= 0: at the end alone
+    sample_every: int = 2000  # steps between samples; <= 0: only at the end
+    save_every: int = 1000  # steps between checkpoints; <= 0: only at the end
     keep_last: int = 3  # newest checkpoints to keep; <= 0: all
 
 
 def plan_steps(cfg: Config, num_tokens: int) -> tuple[int, int]:
-    """(tokens a step, number of steps) from the settings and the horizon of `num_tokens`."""
+    """(tokens a step, number of steps) for a horizon of `num_tokens`."""
     total = cfg.total_batch_size
     if total <= 0:
         total = max(batch_tokens(num_tokens), cfg.max_seq_len)
@@ -104,14 +103,13 @@ def plan_steps(cfg: Config, num_tokens: int) -> tuple[int, int]:
 
 
 def load_tokenizer(cfg: Config, tag: str) -> Tokenizer:
-    """The tokenizer that the run was begun with, or for a new run the one trained last."""
+    """The run's tokenizer if it has begun, else the one trained last."""
     run = run_dir("base", tag)
     begun = list_steps(run) and not starts_over(cfg.fresh)
     return Tokenizer.load(run / "tokenizer" if begun else tokenizer_dir())
 
 
 def main(cfg: Config) -> None:
-    """Train, or go on training, one base model."""
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
     tag = cfg.model_tag or f"d{cfg.depth}"
     corpus, tokenizer = find_corpus(cfg.data), load_tokenizer(cfg, tag)
@@ -163,8 +161,8 @@ def main(cfg: Config) -> None:
             if run.step == num_steps:
                 break
 
-            # Gradients add up over the micro-batches. What is summed is divided by the targets of
-            # all ranks: neither the number of micro-batches nor that of ranks changes the mean.
+            # Gradients add up over micro-batches. Sums are divided by the targets of all ranks, so
+            # the mean depends neither on the micro-batches nor on the number of ranks.
             batch = meter.fetch(loader)
             micro_batches = list(
                 zip(batch.inputs.split(rows), batch.targets.split(rows), strict=True)
@@ -175,14 +173,14 @@ def main(cfg: Config) -> None:
                 part = compiled(inputs, targets, reduction="sum") / num_targets
                 if i == len(micro_batches):
                     optimizer.reduce_on_next_backward()  # average the gradients over the ranks
-                (part * runtime.world_size).backward()  # the average of ranks is to be their sum
+                (part * runtime.world_size).backward()  # as the optimizer averages over ranks
                 loss += part.detach()
 
             multiplier = lr_multiplier(run.step, num_steps)
             momentum = muon_momentum(run.step, num_steps)
             decay = weight_decay_multiplier(run.step / num_steps)
             optimizer.set_multipliers(multiplier, momentum, decay)
-            finite = optimizer.step()  # changes nothing if a gradient has a NaN or an infinity
+            finite = optimizer.step()  # a no-op if a gradient has a NaN or infinity
             optimizer.zero_grad()
             fp8.refresh(linears)
 

@@ -1,16 +1,15 @@
-"""Talk to a model in the terminal; tool calls are shown as [sum = result].
+"""Chat with a model in the terminal; tool calls are shown as [sum = result].
 
     python -m scripts.chat_cli                # the newest finetuned model, on the best device
     python -m scripts.chat_cli -i rl -g d20 -p "Why is the sky blue?"   # one answer on stdout
     python -m scripts.chat_cli --device_type=cpu --temperature=0 < questions.txt   # one per line
     (one process: eight GPUs answer one person no faster)
 
-/help lists the commands. Ctrl-C stops an answer, Ctrl-D ends. When a conversation outgrows the
-context, its oldest turns are forgotten. A base model has not learned to converse; it continues what
-is typed.
+/help lists the commands. Ctrl-C stops an answer, Ctrl-D ends. A conversation that outgrows the
+context loses its oldest turns. A base model continues the text instead of answering.
 
 reads: <source>/<model tag>/
-writes: chat_history, what was typed; what /save names
+writes: chat_history, what was typed; the file of /save
 """
 
 import json
@@ -58,15 +57,15 @@ questions. Ctrl-C stops an answer."""
 @dataclass
 class Config:
     source: Source = "sft"  # stage: base, mid, sft or rl
-    model_tag: Tag = ""  # empty: the one written last
-    step: StepNumber = None  # the newest if left out
+    model_tag: Tag = ""  # empty: the one saved last
+    step: StepNumber = None  # default: the newest
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""  # answer this and end
     temperature: Temperature = 0.6  # 0: always the likeliest token
     top_k: Natural = 50  # sample among this many tokens; 0: off
     top_p: Share = 1.0  # and among the likeliest that hold this share; 1: off
     max_tokens: Count = 512  # of one answer; at most half the context
     seed: int = 0  # of the sampling
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best there is
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
@@ -75,7 +74,7 @@ def fit_window(
 ) -> list[int]:
     """The prompt for the newest message; drops the oldest `messages` until it fits `max_len`.
 
-    A message that is too long by itself keeps its end. A base model gets the newest one as it is.
+    A message too long by itself keeps its end. A base model gets the newest one unchanged.
     """
     if is_base:
         prompt = [tokenizer.bos_id, *tokenizer.encode(messages[-1]["content"])]
@@ -88,13 +87,12 @@ def fit_window(
 
 
 def show(event: Event) -> None:
-    """Print what one more token adds to the answer."""
     call = "" if event.tool is None else f"[{' = '.join(filter(None, event.tool))}]"
     print(call + event.text, end="", flush=True)
 
 
 def answer(engine: Engine, cfg: Config, messages: list[dict[str, Any]], question: str) -> None:
-    """Add the question and its printed answer to `messages`; Ctrl-C keeps what was said so far."""
+    """Add the question and its printed answer to `messages`; Ctrl-C keeps the answer so far."""
     messages.append({"role": "user", "content": question})
     max_tokens = max(1, min(cfg.max_tokens, engine.max_len // 2))
     room = engine.max_len - max_tokens
@@ -111,7 +109,7 @@ def answer(engine: Engine, cfg: Config, messages: list[dict[str, Any]], question
 
 
 def obey(command: str, cfg: Config, messages: list[dict[str, Any]]) -> str:
-    """Carry out a line that begins with a slash; returns what is to be said about it."""
+    """Run a slash command; returns the text to print."""
     try:
         name, *arguments = shlex.split(command)
         if name == "/clear" and not arguments:
@@ -130,7 +128,7 @@ def obey(command: str, cfg: Config, messages: list[dict[str, Any]]) -> str:
 
 
 def questions() -> Iterator[str]:
-    """What is typed, or the lines of standard input, until it ends."""
+    """What is typed, or the lines of standard input."""
     if not sys.stdin.isatty():
         for line in sys.stdin:
             print(f"\nYou: {line.strip()}")  # a terminal would have shown it
@@ -155,7 +153,6 @@ def questions() -> Iterator[str]:
 
 
 def main(cfg: Config) -> None:
-    """Answer the prompt given, or whatever is typed until the input ends."""
     runtime = set_up(cfg.device_type, cfg.dtype)
     model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
     engine = Engine(model, tokenizer, num_slots=1)

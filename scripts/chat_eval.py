@@ -5,10 +5,9 @@
     python -m scripts.chat_eval -i rl -a 'ARC-Easy|GSM8K' --max_problems 50
     python -m scripts.chat_eval -i rl -a 'primer-choice|primer-exact'           # laptop
 
-Choices are read off the logits of their letters; everything else is generated. With --num_samples
-above 1 the accuracy is the mean over the samples (pass@1), and the share of problems that any
-sample solves is given beside it (pass@k). ChatCORE is the mean of the six tasks' accuracies once
-guessing is taken out of them: 0 is guessing, 1 is everything right.
+With --num_samples above 1 the accuracy is the mean over samples (pass@1), with the share of
+problems that any sample solves beside it (pass@k). ChatCORE is the mean of six accuracies, each
+rescaled so that 0 is guessing and 1 is all right.
 
 reads: <source>/<model tag>/, the tasks' data sets
 writes: <source>/<model tag>/chat_eval_<task>.jsonl, report/chat_eval_<source>.json
@@ -53,22 +52,22 @@ Tasks = Annotated[str, tyro.conf.arg(aliases=["-a", "--task_name"])]
 class Config:
     source: ChatSource = "sft"  # stage
     tasks: Tasks = ""  # names with | between; ChatCORE's six if empty
-    model_tag: Tag = ""  # empty: the one written last
-    step: StepNumber = None  # the newest if left out
+    model_tag: Tag = ""  # empty: the one saved last
+    step: StepNumber = None  # default: the newest
     num_samples: Count = 1  # replies per problem
-    max_problems: Count | None = None  # per task; all if left out
+    max_problems: Count | None = None  # per task; default: all
     batch_size: Count = 32  # replies in flight, or choices read at once, on one device
     temperature: Temperature = 0.0  # 0: always the likeliest token
     max_tokens: Count = 512  # of one reply; at most half the context
     seed: int = 0  # of the sampling
     words: Path | None = None  # SpellingBee: a file of words; tasks/spellingbee.txt if left out
     allow_unsafe_exec: bool = False  # HumanEval: run programs even where nothing isolates them
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best there is
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
 def choose_tasks(cfg: Config) -> tuple[dict[str, Task], str | None]:
-    """(the tasks asked for, why HumanEval is left out where nothing isolates its programs)."""
+    """(the tasks, why HumanEval is skipped if nothing can isolate its programs)."""
     names = cfg.tasks.split("|") if cfg.tasks else list(CHAT_CORE)
     reason = None if cfg.allow_unsafe_exec or "HumanEval" not in names else isolation()
     if reason:
@@ -81,7 +80,6 @@ def choose_tasks(cfg: Config) -> tuple[dict[str, Task], str | None]:
 
 
 def evaluate(cfg: Config, engine: Engine, task: Task) -> EvalResult:
-    """The result of one task, of whichever kind it is."""
     if task.kind == "choice":
         return evaluate_choice(engine, task, cfg.batch_size, cfg.max_problems)
     return evaluate_generate(
@@ -96,7 +94,7 @@ def evaluate(cfg: Config, engine: Engine, task: Task) -> EvalResult:
 
 
 def chat_core(tasks: dict[str, Task], scores: dict[str, Score]) -> dict[str, Score]:
-    """{"ChatCORE": ...}; `ChatCORE (5 of 6)` where one task is missing, nothing from two on."""
+    """{"ChatCORE": ...}; `ChatCORE (5 of 6)` with one task missing, {} with more."""
     names = [name for name in CHAT_CORE if name in tasks]
     if len(names) < len(CHAT_CORE) - 1:
         return {}
@@ -105,7 +103,7 @@ def chat_core(tasks: dict[str, Task], scores: dict[str, Score]) -> dict[str, Sco
 
 
 def sample_of(record: dict[str, Any]) -> str:
-    """One record as a reader of the report wants it: question, first reply, its score."""
+    """One record for the report: question, first reply, its score."""
     question = record["conversation"]["messages"][0]["content"]
     reply, score = record["replies"][0], record["scores"][0]
     if not isinstance(reply, str):
@@ -115,7 +113,6 @@ def sample_of(record: dict[str, Any]) -> str:
 
 
 def main(cfg: Config) -> None:
-    """Evaluate the tasks one after the other; keep every reply; report."""
     began = time.perf_counter()
     if cfg.num_samples > 1 and cfg.temperature <= 0:
         raise UserError("--num_samples above 1 needs a --temperature above 0; at 0 all are alike")

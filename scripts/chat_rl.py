@@ -1,9 +1,8 @@
-"""Train a chat model with reinforcement learning: it answers, and right answers become likelier.
+"""Reinforcement learning: sample groups of answers, and make the better ones likelier.
 
-Each step asks `questions_per_step` questions, samples a group of answers to each, and makes one
-policy-gradient step. The advantage of an answer is its reward minus the mean of its group; a group
-whose answers all earned the same teaches nothing. Answers are sampled at temperature 1 from the
-full distribution, the one whose log-probabilities the gradient uses.
+Each step samples `num_samples` answers to each of `questions_per_step` questions and makes one
+policy-gradient step. An answer's advantage is its reward minus its group's mean. Sampling is at
+temperature 1 from the full distribution, whose log-probabilities the gradient uses.
 
     python -m scripts.chat_rl                                # one GPU
     torchrun --nproc_per_node=8 -m scripts.chat_rl           # eight
@@ -53,10 +52,10 @@ ROUND_UP = 32  # rows are padded to a multiple of this many tokens, so that few 
 
 @dataclass
 class Config:
-    # from where
+    # start
     source: Source = "sft"  # stage of the checkpoint to start from
-    model_tag: Tag = ""  # its run; empty: the one written last
-    step: StepNumber = None  # its step; the newest if left out
+    model_tag: Tag = ""  # its run; empty: the one saved last
+    step: StepNumber = None  # its step; default: the newest
     # problems and answers
     task: str = "GSM8K"  # a generative task that scores its answers
     num_steps: Count = 100  # updates
@@ -67,24 +66,24 @@ class Config:
     num_slots: Count = 64  # answers in flight on one device
     # batch and steps
     device_batch_size: Count = 32  # rows per micro-batch on one device
-    lr_scale: Positive = 0.05  # times the learning rates of pretraining; falls linearly to 0
+    lr_scale: Positive = 0.05  # multiplies pretraining's learning rates; falls linearly to 0
     # machine
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best there is
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
     seed: int = 0  # of the questions' order and the samples
     # the run
     run: str = "dummy"  # wandb name; dummy: no wandb
     fresh: bool = False  # start over instead of resuming
-    log_every: int = 1  # steps between console lines; <= 0: at the end alone
-    eval_every: int = 25  # steps between held-out measurements; <= 0: at the end alone
-    eval_problems: Count = 400  # problems of one such measurement
+    log_every: int = 1  # steps between console lines; <= 0: only at the end
+    eval_every: int = 25  # steps between held-out measurements; <= 0: only at the end
+    eval_problems: Count = 400  # problems per measurement
     eval_samples: Count = 8  # answers to each: pass@1 and pass@8; 1: one answer, the likeliest
-    save_every: int = 50  # steps between checkpoints; <= 0: at the end alone
+    save_every: int = 50  # steps between checkpoints; <= 0: only at the end
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled answer: the whole sequence, which tokens the model chose, and what it earned."""
+    """One sampled answer: the whole sequence, the tokens the model chose, the reward."""
 
     ids: list[int]
     mask: list[int]  # 1 where the model sampled the token
@@ -97,7 +96,7 @@ def roll_out(
 ) -> list[list[Rollout]]:
     """This rank's groups of answers to the questions of `step`.
 
-    The seed and a question's number fix its answers, whichever rank samples them.
+    Answers depend on the seed and the question's number, not on the rank.
     """
     numbers = range(step * cfg.questions_per_step, (step + 1) * cfg.questions_per_step)
     numbers = numbers[runtime.rank :: runtime.world_size]
@@ -118,7 +117,7 @@ def roll_out(
 
 
 def is_useful(group: Sequence[Rollout]) -> bool:
-    """True when the answers of a group earned different rewards."""
+    """True if the rewards of the group differ."""
     return len({rollout.reward for rollout in group}) > 1
 
 
@@ -146,7 +145,7 @@ def policy_batch(
 def backward(
     model: GPT, groups: Sequence[Sequence[Rollout]], num_rows: int, pad_id: int, runtime: Runtime
 ) -> torch.Tensor:
-    """Add up the policy gradient, `num_rows` rows at a time; returns the loss over all ranks ().
+    """Accumulate the policy gradient, `num_rows` rows at a time; the loss over all ranks ().
 
     The loss is the sum over sampled tokens of advantage x -log p(token), divided by their number.
     """
@@ -195,7 +194,6 @@ def summarize(groups: Sequence[Sequence[Rollout]], device: torch.device) -> tupl
 
 
 def main(cfg: Config) -> None:
-    """Train, or go on training, one model."""
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
     model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime, train=True)
     print0(f"rl from {meta['name']}")

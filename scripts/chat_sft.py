@@ -20,14 +20,13 @@ from tasks.mixtures import build_mixture
 class Config(FinetuneConfig):
     source: Source = "mid"  # stage of the checkpoint to start from
     total_batch_size: Count = 65536  # tokens a step over all ranks
-    lr_scale: Positive = 0.1  # times the learning rates of pretraining
-    warmdown: Share = 1.0  # last part of the run, in which the learning rate falls to 0
-    eval_every: int = 100  # steps between validations; <= 0: at the end alone
+    lr_scale: Positive = 0.1  # multiplies the learning rates of pretraining
+    warmdown: Share = 1.0  # final share of the run over which the learning rate falls to 0
+    eval_every: int = 100  # steps between validations; <= 0: only at the end
     eval_tokens: Count = 1_048_576  # tokens of one validation
 
 
 def main(cfg: Config) -> None:
-    """Finetune, or go on finetuning, one model."""
     train = build_mixture("sft", cfg.mixture, cfg.custom)
     val = build_mixture("val", cfg.mixture)
     results = finetune("sft", cfg, train, val)

@@ -4,8 +4,8 @@
     python -m scripts.chat_web -i rl -g d20 --num_gpus=8 --host=0.0.0.0   # on 8 GPUs, for everybody
     python -m scripts.chat_web --device_type=cpu --slots=4   # laptop
 
-With $NANOCHAT_API_KEY set, the API asks for that key. Ctrl-C lets the answers under way finish; a
-second one ends at once.
+$NANOCHAT_API_KEY, if set, is required by the API. Ctrl-C waits for the answers in progress; a
+second one exits at once.
 
 reads: <source>/<model tag>/, report/report.html
 writes: nothing
@@ -43,18 +43,17 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 @dataclass
 class Config(ServerConfig):
     source: ChatSource = "sft"  # stage
-    model_tag: Tag = ""  # empty: the one written last
-    step: StepNumber = None  # the newest if left out
+    model_tag: Tag = ""  # empty: the one saved last
+    step: StepNumber = None  # default: the newest
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: open to other machines
-    port: Port = 8000  # 0: any that is free
-    slots: Natural = 0  # answers computed at once, on each GPU; 0: 64, on a CPU 8, or what fits
-    num_gpus: Count = 1  # a model on each
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best there is
+    port: Port = 8000  # 0: any free one
+    slots: Natural = 0  # concurrent answers per GPU; 0: 64, on a CPU 8, or what fits
+    num_gpus: Count = 1  # GPUs, each with a copy of the model
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
 def load_engines(cfg: Config) -> tuple[list[Engine], str]:
-    """(an engine for each GPU, the name of the model)."""
     runtime = set_up(cfg.device_type, cfg.dtype)
     present = torch.cuda.device_count() if runtime.device.type == "cuda" else 1
     if cfg.num_gpus > present:
@@ -73,7 +72,6 @@ def load_engines(cfg: Config) -> tuple[list[Engine], str]:
 
 
 def main(cfg: Config) -> None:
-    """Load, listen, serve."""
     listener = listen(cfg.host, cfg.port)
     engines, name = load_engines(cfg)
     is_local = cfg.host in LOOPBACK | {"::1"}

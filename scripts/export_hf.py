@@ -46,12 +46,11 @@ wrote should be encoded with `split_special_tokens=True`.
 class Config:
     out: Path  # the folder to make
     source: Source = "sft"  # stage: base, mid, sft or rl
-    model_tag: Tag = ""  # empty: the one written last
-    step: StepNumber = None  # the newest if left out
+    model_tag: Tag = ""  # empty: the one saved last
+    step: StepNumber = None  # default: the newest
 
 
 def main(cfg: Config) -> None:
-    """Write the folder, whole or not at all."""
     if cfg.out.exists():
         raise UserError(f"--out={cfg.out} exists; name a new folder")
     run, checkpoint = find_checkpoint(cfg.source, cfg.model_tag, cfg.step)

@@ -1,12 +1,11 @@
-"""Import a first-generation checkpoint, or an export of our own, as an ordinary run.
+"""Import a first-generation checkpoint, or one of our exports, as an ordinary run.
 
     python -m scripts.import_hf karpathy/nanochat-d32  # from the Hugging Face hub; needs no GPU
     python -m scripts.import_hf FOLDER --stage base    # model_*.pt, meta_*.json, tokenizer.pkl
 
-The source is not trusted: a .pt file is read with weights_only, and tokenizer.pkl by an unpickler
-that knows one name, tiktoken's Encoding, and refuses any other before it is looked up. Even the
-Encoding is a stand-in that only keeps its state, since tiktoken's own would download whatever
-encoding a pickle names. Everything is checked before a byte is written.
+The source is not trusted: .pt files are read with weights_only, and tokenizer.pkl by an unpickler
+that knows only tiktoken's Encoding, as a stand-in: the real one would download whatever encoding a
+pickle names. Everything is checked before a byte is written.
 
 reads: the folder, or the model on the hub
 writes: <stage>/<model tag>/
@@ -49,7 +48,7 @@ class Config:
     source: tyro.conf.Positional[str]  # a folder, or the name of a model on the Hugging Face hub
     stage: Literal["base", "mid", "sft", "rl"] = "sft"  # what it was trained for
     model_tag: Tag = ""  # empty: d and the depth
-    step: StepNumber = None  # the newest if left out
+    step: StepNumber = None  # default: the newest
 
 
 class SavedEncoding:
@@ -60,7 +59,7 @@ class SavedEncoding:
 
 
 class EncodingUnpickler(pickle.Unpickler):
-    """Knows one class, and that one by its stand-in."""
+    """Knows one class, by its stand-in."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         if (module_name, global_name) != ("tiktoken.core", "Encoding"):
@@ -69,7 +68,7 @@ class EncodingUnpickler(pickle.Unpickler):
 
 
 def trying(action: Callable[[Any], Any], argument: object, fault: str = "is refused") -> Any:
-    """`action(argument)`. Raises UserError, in one line, for whatever goes wrong."""
+    """`action(argument)`, with any error turned into a one-line UserError."""
     try:
         return action(argument)
     except Exception as error:  # what a damaged file or a network can do has no end
@@ -80,7 +79,7 @@ def trying(action: Callable[[Any], Any], argument: object, fault: str = "is refu
 
 
 def find_folder(source: str) -> Path:
-    """`source`, or the folder that the model of that name was downloaded to."""
+    """`source`, or the folder that the hub's model was downloaded to."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -101,7 +100,6 @@ def read_weights(path: Path) -> hf_export.Weights:
 
 
 def read_meta(path: Path) -> GPTConfig:
-    """The architecture in meta_NNNNNN.json."""
     sizes = json.loads(path.read_text())["model_config"]
     if {name: type(size) for name, size in sizes.items()} != dict.fromkeys(SIZES, int):
         raise ValueError(f"its model_config is not a whole number for each of {', '.join(SIZES)}")
@@ -109,7 +107,7 @@ def read_meta(path: Path) -> GPTConfig:
 
 
 def make_tokenizer(ranks: dict[bytes, int], specials: dict[str, int], pattern: str) -> Tokenizer:
-    """The tokenizer of these ids. Raises ValueError unless it has nanochat's special tokens."""
+    """The tokenizer of these ids; ValueError unless it has nanochat's special tokens."""
     tokens, names = sorted(ranks, key=ranks.__getitem__), sorted(specials, key=specials.__getitem__)
     ids = [*(ranks[token] for token in tokens), *(specials[name] for name in names)]
     if ids != list(range(len(ids))) or tuple(names) != SPECIAL_TOKENS:
@@ -124,7 +122,6 @@ def read_pickle(path: Path) -> Tokenizer:
 
 
 def read_export(folder: Path) -> Model:
-    """An export of our own."""
     saved = json.loads((folder / "config.json").read_text())
     if saved["model_type"] == "nanochat_x":
         config = GPTConfig(**{field.name: saved[field.name] for field in fields(GPTConfig)})
@@ -143,7 +140,7 @@ def read_export(folder: Path) -> Model:
 
 
 def read_first_generation(folder: Path, step: int | None) -> Model:
-    """A checkpoint of the first generation; the newest step unless one is named."""
+    """A first-generation checkpoint, by default the newest step."""
     stems = [path.stem.removeprefix("model_") for path in folder.glob("model_*.pt")]
     newest = max(filter(str.isdecimal, stems), key=int, default="NNNNNN")
     number = newest if step is None else f"{step:06d}"
@@ -153,7 +150,6 @@ def read_first_generation(folder: Path, step: int | None) -> Model:
 
 
 def main(cfg: Config) -> None:
-    """Read, check, write."""
     runtime, folder = set_up("cpu"), find_folder(cfg.source)
     if (folder / "model.safetensors").exists():
         config, weights, tokenizer, step = trying(read_export, folder)

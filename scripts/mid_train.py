@@ -22,7 +22,6 @@ class Config(FinetuneConfig):
 
 
 def main(cfg: Config) -> None:
-    """Midtrain, or go on midtraining, one model."""
     train = build_mixture("mid", cfg.mixture, cfg.custom)
     val = build_mixture("val", cfg.mixture)
     results = finetune("mid", cfg, train, val)

@@ -1,4 +1,4 @@
-"""What a run costs before it starts: parameters, memory, disk, hours and dollars of every stage.
+"""What a run will cost: parameters, memory, disk, hours and dollars of every stage.
 
     python -m scripts.plan --depth 24 --ratio 12         # the $100 tier, 8 H100s at $3 an hour each
     python -m scripts.plan --depth 26 --gpus 8 --gpu h100 --price 3
@@ -6,9 +6,9 @@
     python -m scripts.plan --dollars 1000 --depth 32     # the ratio that it pays for at this depth
     python -m scripts.plan --depth 24 --only shards      # one number, for scripts
 
-All of it is arithmetic on nanochat/scaling.py, the scripts' defaults and the assumptions below, of
-which `--mfu` matters most; nothing is measured and no GPU is needed. `--dollars` takes the depth
-whose ratio, for that money, is nearest to the optimum of the fitted scaling laws.
+Arithmetic on nanochat/scaling.py, the scripts' defaults and the assumptions below, of which `--mfu`
+matters most; nothing is measured. `--dollars` picks the depth whose affordable ratio is nearest to
+the optimum of the fitted scaling laws.
 
 reads: nothing
 writes: nothing
@@ -59,8 +59,6 @@ class Config:
 
 
 class Plan(NamedTuple):
-    """Everything that follows from a Config."""
-
     depth: int
     ratio: float
     num_tokens: int
@@ -73,7 +71,7 @@ class Plan(NamedTuple):
 
 
 def stage_hours(cfg: Config, flops: float, num_tokens: int, batch: int) -> dict[str, float]:
-    """Hours of every stage with its script's defaults, where a token trained on costs `flops`."""
+    """Hours of every stage with its script's defaults, at `flops` per training token."""
     training_rate = cfg.gpus * PEAK_BF16_FLOPS[cfg.gpu.upper()] * cfg.mfu / flops  # tokens a second
     reading_rate = 3 * training_rate  # without the backward pass
 
@@ -104,7 +102,7 @@ def stage_hours(cfg: Config, flops: float, num_tokens: int, batch: int) -> dict[
 
 
 def make_plan(cfg: Config, depth: int, ratio: float) -> Plan:
-    """The plan for one depth and ratio. Raises UserError for a GPU that is not known."""
+    """The plan for one depth and ratio; UserError for an unknown GPU."""
     if cfg.gpu.lower() not in GPU_GIB:
         raise UserError(f"--gpu={cfg.gpu} is unknown; choose one of: {', '.join(GPU_GIB)}")
     config = scaling.depth_to_config(depth, cfg.vocab_size, cfg.max_seq_len)
@@ -125,7 +123,7 @@ def make_plan(cfg: Config, depth: int, ratio: float) -> Plan:
 
 
 def choose(cfg: Config, budget: float) -> Plan:
-    """The plan for `budget` dollars, at the depth whose ratio comes nearest to the best one."""
+    """The plan for `budget` dollars, at the depth whose ratio is nearest to the best one."""
     plans = []
     for depth in [cfg.depth] if cfg.depth else range(4, 50, 2):
         ratio = BEST_RATIO
@@ -141,7 +139,6 @@ def choose(cfg: Config, budget: float) -> Plan:
 
 
 def describe(cfg: Config, plan: Plan) -> str:
-    """The plan as a page of text."""
     config = scaling.depth_to_config(plan.depth, cfg.vocab_size, cfg.max_seq_len)
     rows = plan.device_batch_size
     checkpoint_gb = (plan.memory["weights"] + plan.memory["optimizer"] * cfg.gpus) / 1e9
@@ -169,7 +166,6 @@ def describe(cfg: Config, plan: Plan) -> str:
 
 
 def main(cfg: Config) -> None:
-    """Print the plan, or one number of it."""
     plan = choose(cfg, cfg.dollars) if cfg.dollars else make_plan(cfg, cfg.depth or 24, cfg.ratio)
     print0(str(getattr(plan, cfg.only)) if cfg.only else describe(cfg, plan))
 

@@ -1,11 +1,11 @@
-"""Measure how far the tokenizer compresses several kinds of text, beside GPT-2's and GPT-4's.
+"""Measure the tokenizer's compression on several kinds of text, compared with GPT-2's and GPT-4's.
 
     python -m scripts.tok_eval                              # in seconds, on one CPU core
     TIKTOKEN_CACHE_DIR=vocabularies python -m scripts.tok_eval   # beside GPT-2 and GPT-4
 
-tiktoken finds the vocabularies of GPT-2 and GPT-4 in TIKTOKEN_CACHE_DIR, or downloads them into it.
-Where it is not set, bytes and words are the yardsticks. The figure is bytes per token, not
-characters: a script of three bytes a letter is not to pass for poor compression.
+tiktoken reads those vocabularies from TIKTOKEN_CACHE_DIR or downloads them into it; if it is unset,
+bytes and words are the yardsticks. The measure is bytes per token, not characters, so that a script
+of three bytes a letter does not look badly compressed.
 
 reads:  tokenizer/tokenizer.json, the first documents of a training and of the validation shard
 writes: report/tok_eval.json
@@ -67,7 +67,7 @@ class Config:
 
 
 def find_yardsticks() -> dict[str, Callable[[str], int]]:
-    """Name -> a function that counts a text's tokens: the references, else bytes and words."""
+    """Name -> function that counts a text's tokens: the references, else bytes and words."""
     found = {}
     for name, encoding in REFERENCES.items() if os.environ.get("TIKTOKEN_CACHE_DIR") else ():
         try:
@@ -82,7 +82,6 @@ def find_yardsticks() -> dict[str, Callable[[str], int]]:
 
 
 def gather_texts(cfg: Config) -> dict[str, list[str]]:
-    """Name of each kind of text -> its documents."""
     corpus = find_corpus(cfg.data)
     texts = {name: [text] for name, text in SAMPLES.items()}
     for split, shard in (("train", corpus.train[0]), ("val", corpus.val)):
@@ -91,7 +90,6 @@ def gather_texts(cfg: Config) -> dict[str, list[str]]:
 
 
 def main(cfg: Config) -> None:
-    """Print a line for each kind of text, and report the same figures."""
     tokenizer = Tokenizer.load(tokenizer_dir())
     texts = gather_texts(cfg)
     yardsticks = {"ours": lambda text: len(tokenizer.encode(text)), **find_yardsticks()}

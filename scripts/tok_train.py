@@ -3,8 +3,8 @@
     python -m scripts.tok_train                                         # 32,768 ids
     python -m scripts.tok_train --vocab_size=4096 --max_chars=20000000  # a laptop, in seconds
 
-The work is done by CPU threads; GPUs do not matter. Of each document only the first 10,000
-characters count, so that a few books do not decide the vocabulary of a corpus of pages.
+Runs on CPU threads. Only the first 10,000 characters of a document count, so that a few books do
+not decide the vocabulary of a corpus of pages.
 
 reads:  base_data/NAME/shard_*.parquet (the training shards)
 writes: tokenizer/tokenizer.json, report/tok_train.json
@@ -30,7 +30,7 @@ class Config:
 
 
 def beginnings(texts: Iterable[str], cfg: Config, read: Counter[str]) -> Iterator[str]:
-    """The beginnings of documents, `max_chars` characters in all; `read` counts what it gives."""
+    """The beginnings of documents, `max_chars` characters in all; `read` counts what it gave."""
     for text in texts:
         text = text[: min(cfg.max_doc_chars, cfg.max_chars - read["characters"])]
         read.update(characters=len(text), documents=1)
@@ -40,7 +40,6 @@ def beginnings(texts: Iterable[str], cfg: Config, read: Counter[str]) -> Iterato
 
 
 def main(cfg: Config) -> None:
-    """Train, save, and report the size and the speed."""
     corpus, read = find_corpus(cfg.data), Counter[str]()
     print0(f"training a tokenizer of {cfg.vocab_size:,} ids on the corpus {corpus.name}")
     begin = time.perf_counter()

@@ -64,7 +64,7 @@ class Config:
     num_warmup: int = 5  # steps that are not counted: compilation, caches
     fp8: bool = False  # 8-bit matmuls
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on a GPU
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best there is
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
     threads: int = 0  # of torch on a CPU; 0: as many as torch takes
     data_only: bool = False  # time the loader alone

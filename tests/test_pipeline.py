@@ -2,13 +2,16 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
 from nanochat.trainer import read_metrics
+from tests.launch import FORK
 
 SIZES = "--device_type=cpu --model_tag=tiny"
 BASE = (
@@ -43,26 +46,44 @@ LOADED = {
 }  # fmt: skip
 
 
+CHAT_CLI = "scripts.chat_cli -i rl -g tiny --device_type=cpu --max_tokens=12"
+
+
+def become(command: str, folder: Path, log: Path) -> None:
+    """What `python -m` does, in a process that has imported torch already."""
+    os.chdir(folder)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(log / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.environ["NANOCHAT_BASE_DIR"] = str(folder / "base_dir")
+    sys.argv = command.split(" ")
+    sys.modules.pop(sys.argv[0], None)
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
 @pytest.mark.slow
 def test_from_text_to_a_chat_answer(tmp_path: Path) -> None:
-    repository = Path(__file__).parent.parent
-    environment = os.environ | {
-        "NANOCHAT_BASE_DIR": str(tmp_path / "base_dir"),
-        "PYTHONPATH": str(repository),
-        "PYTHONUTF8": "1",
-    }
+    log = tmp_path / "log"
+    log.mkdir()
 
-    def run(command: str, typed: str | None = None) -> subprocess.CompletedProcess[str]:
+    def run(command: str) -> CompletedProcess[str]:
+        process = FORK.Process(target=become, args=(command, tmp_path, log))
+        process.start()
+        process.join()
+        said = [(log / name).read_text() for name in ("stdout", "stderr")]
+        return CompletedProcess(command, process.exitcode or 0, *said)
+
+    def run_anew(command: str, typed: str | None = None) -> CompletedProcess[str]:
+        own = {"NANOCHAT_BASE_DIR": str(tmp_path / "base_dir"), "PYTHONUTF8": "1"}
         return subprocess.run(
             [sys.executable, "-m", *command.split(" ")],
             cwd=tmp_path,
-            env=environment,
+            env=os.environ | own | {"PYTHONPATH": str(Path(__file__).parent.parent)},
             capture_output=True,
             text=True,
             input=typed,
         )
 
-    missing = run("scripts.chat_cli -i sft --device_type=cpu -p hello")
+    missing = run_anew("scripts.chat_cli -i sft --device_type=cpu -p hello")
     assert missing.returncode == 1
     assert missing.stderr.count("\n") == 1 and "python -m scripts.chat_sft" in missing.stderr
 
@@ -85,21 +106,16 @@ def test_from_text_to_a_chat_answer(tmp_path: Path) -> None:
 
     again = run(STAGES["mid"])
     assert again.returncode == 0 and "is finished" in again.stdout
-    answer = run(
-        "scripts.chat_cli -i rl -g tiny --device_type=cpu --temperature=0 --max_tokens=12 -p Hello"
-    )
+    answer = run(f"{CHAT_CLI} --temperature=0 -p Hello")
     assert answer.returncode == 0 and answer.stderr.startswith("rl/tiny step 2 on ")
     assert answer.stderr.count("\n") == 1
-    talk = run(
-        "scripts.chat_cli -i rl -g tiny --device_type=cpu --max_tokens=12",
-        typed="Hello\nWho are you?\n",
-    )
+    talk = run_anew(CHAT_CLI, typed="Hello\nWho are you?\n")
     assert talk.returncode == 0
     assert talk.stdout.count("You: ") == talk.stdout.count("Model: ") == 2
 
     weights = next((tmp_path / "base_dir" / "rl" / "tiny").glob("step_*")) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    damaged = run("scripts.chat_cli -i rl -g tiny --device_type=cpu -p Hello")
+    damaged = run(f"{CHAT_CLI} -p Hello")
     assert damaged.returncode == 1 and damaged.stderr.count("\n") == 1
     assert "model.safetensors is damaged" in damaged.stderr
     assert "python -m scripts.chat_rl --fresh" in damaged.stderr

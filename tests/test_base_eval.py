@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,51 +10,39 @@ import pytest
 import torch
 
 from nanochat import core_eval
-from nanochat.checkpoint import save_checkpoint
-from nanochat.common import Runtime, UserError, report_dir, run_dir
+from nanochat.common import UserError, report_dir, run_dir
 from nanochat.core_eval import CoreTask, evaluate, item_documents, load_tasks
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from scripts.base_eval import Config, HFReader, main
 from tasks.mixtures import build_task
+from tests.models import CPU, random_gpt, save_model
 from tests.test_core_eval import write_bundle
 
-TOKENIZER = Tokenizer([bytes([byte]) for byte in range(256)], SPECIAL_TOKENS, SPLIT_PATTERN)
-RUNTIME = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
 NUM = {"copa": 4, "lambada_openai": 4, "winograd": 4}  # items with --max_per_task 4
 
 
-def save_model(tag: str, broken: bool = False) -> Path:
-    """The folder of a run of a small random model, step 5."""
-    config = GPTConfig(128, TOKENIZER.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
-    model = GPT(config)
-    model.init_weights(0)
-    if broken:
-        torch.nn.init.constant_(model.lm_head.weight, math.nan)
-    folder = run_dir("base", tag)
-    TOKENIZER.save(folder / "tokenizer")
-    state = {"step": 5, "model_config": asdict(config)}
-    save_checkpoint(folder, state, model.state_dict(), {}, None, RUNTIME)
-    return folder
-
-
 @pytest.fixture
-def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A small bundle, in a world without a network and with a base folder of the test's own."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+def bundle(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A small bundle, in a world without a network."""
     monkeypatch.delenv("NANOCHAT_EVAL_BUNDLE", raising=False)
     monkeypatch.setattr(core_eval, "URL", "http://127.0.0.1:9/eval_bundle.zip")
     return str(write_bundle(tmp_path / "bundle"))
+
+
+@pytest.fixture
+def run(base: Path) -> Path:
+    """The folder of a run of a small random model, step 5."""
+    return save_model(random_gpt(128), "base", "d1", step=5)
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "base_eval.jsonl").read_text().splitlines()]
 
 
-def test_core_is_recorded_and_reported(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = save_model("d1")
+def test_core_is_recorded_and_reported(
+    bundle: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(Config(eval_bundle=bundle, max_per_task=4, batch_size=3, device_type="cpu"))
-    records = read_records(folder)
+    records = read_records(run)
     assert [record["task"] for record in records] == [n for n in NUM for _ in range(NUM[n])]
     for record in records:
         assert record.keys() == {"task", "id", "prediction", "gold", "correct", "losses"}
@@ -77,13 +64,12 @@ def test_core_is_recorded_and_reported(bundle: str, capsys: pytest.CaptureFixtur
     assert "squad" in said and section["samples"][0] in said  # the missing, then the table
 
 
-def test_one_item_of_some_tasks_and_the_quiz_of_the_primer(bundle: str) -> None:
-    folder = save_model("d1")
+def test_one_item_of_some_tasks_and_the_quiz_of_the_primer(bundle: str, run: Path) -> None:
     tasks = "winograd|primer-choice"
     main(Config(tasks=tasks, eval_bundle=bundle, max_per_task=1, device_type="cpu"))
-    assert [record["task"] for record in read_records(folder)] == ["primer-choice", "winograd"]
+    assert [record["task"] for record in read_records(run)] == ["primer-choice", "winograd"]
     main(Config(tasks="primer-choice", batch_size=64, device_type="cpu"))  # no bundle needed
-    records, quiz = read_records(folder), build_task("primer-choice")
+    records, quiz = read_records(run), build_task("primer-choice")
     assert [record["gold"] for record in records] == [row["gold"] for row in quiz]
     results = json.loads((report_dir() / "base_eval.json").read_text())["results"]
     assert results.keys() == {"primer-choice"}
@@ -101,31 +87,31 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refusals_leave_nothing_behind(bundle: str, tmp_path: Path, case: str) -> None:
-    save_model("d1")
-    save_model("broken", broken=True)
+def test_refusals_leave_nothing_behind(bundle: str, base: Path, run: Path, case: str) -> None:
+    broken = random_gpt(128)
+    torch.nn.init.constant_(broken.lm_head.weight, math.nan)
+    save_model(broken, "base", "broken", step=5)
     options, message = REFUSED[case]
     options = {key: bundle if value == "BUNDLE" else value for key, value in options.items()}
     with pytest.raises(UserError, match=message) as refusal:
         main(Config(device_type="cpu", **{"model_tag": "d1", **options}))
     assert "\n" not in str(refusal.value)
-    assert not list((tmp_path / "base").rglob("base_eval.*"))
-    assert not (tmp_path / "base/eval_bundle").exists()
+    assert not list(base.rglob("base_eval.*"))
+    assert not (base / "eval_bundle").exists()
 
 
 def test_a_fault_in_a_task_fails_the_run_and_names_it(
-    bundle: str, monkeypatch: pytest.MonkeyPatch
+    bundle: str, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(reader: Any, task: CoreTask, *rest: Any) -> Any:
         if task.label == "winograd":
             raise IndexError("out of range")
         return evaluate(reader, task, *rest)
 
-    folder = save_model("d1")
     monkeypatch.setattr("scripts.base_eval.evaluate", failing)
     with pytest.raises(RuntimeError, match="task winograd failed: out of range"):
         main(Config(eval_bundle=bundle, max_per_task=2, device_type="cpu"))
-    assert not report_dir().exists() and not (folder / "base_eval.jsonl").exists()
+    assert not report_dir().exists() and not (run / "base_eval.jsonl").exists()
 
 
 def save_hf_model(folder: Path, bos: str | None) -> None:
@@ -157,7 +143,7 @@ def test_a_model_of_transformers(bundle: str, tmp_path: Path, bos: str | None, f
     main(Config(hf_path=name, eval_bundle=bundle, batch_size=3, device_type="cpu"))
     assert not report_dir().exists()  # the report is about models of our own
     records = read_records(run_dir("hf", name.strip("/").replace("/", "--")))
-    reader = HFReader(name, RUNTIME)
+    reader = HFReader(name, CPU)
     assert reader.max_len == 96
     numbered = [(task, i) for task in load_tasks(Path(bundle)) for i in range(len(task.rows))]
     assert len(records) == len(numbered)

@@ -2,14 +2,9 @@
 
 import torch
 
-from nanochat.checkpoint import build_model
-from nanochat.common import Runtime
-from nanochat.gpt import GPTConfig
 from scripts import chat_rl
 from scripts.chat_rl import Rollout
-
-CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
-
+from tests.models import CPU, random_gpt
 
 # A prompt of two tokens; in the first answer the tool forced tokens 8 and 9.
 GROUP = [
@@ -27,19 +22,12 @@ def test_only_sampled_tokens_of_useful_groups_are_targets() -> None:
     assert targets[1, :3].tolist() == [-1, 5, -1]
     assert int((targets >= 0).sum()) == 3
     assert advantages.tolist() == [[0.5], [-0.5]]
-
-
-def test_a_step_without_a_useful_group_has_no_targets() -> None:
-    inputs, targets, _ = chat_rl.policy_batch([USELESS], pad_id=0)
+    inputs, targets, _ = chat_rl.policy_batch([USELESS], pad_id=0)  # a step without any of use
     assert inputs.shape == (1, 32) and (targets == -1).all()
 
 
 def test_gradient_is_that_of_the_definition() -> None:
-    config = GPTConfig(sequence_len=32, vocab_size=16, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
-    model = build_model(config, None, CPU, seed=1)
-    with torch.no_grad():
-        model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(0))
-
+    model = random_gpt(32, vocab_size=16, head_std=1.0)
     expected = torch.zeros(())
     for rollout, advantage in zip(GROUP, (0.5, -0.5), strict=True):
         log_probabilities = model(torch.tensor([rollout.ids[:-1]])).log_softmax(-1)[0]

@@ -1,0 +1,34 @@
+"""A base folder of the test's own: empty, or with a small corpus and its tokenizer in it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nanochat import dataset
+from scripts import tok_train
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Not there yet."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.delenv("RANK", raising=False)
+    return tmp_path / "base"
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a corpus of 200 documents and a tokenizer of 300 tokens; to be copied, not changed."""
+    folder = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        dataset.main(dataset.Config(corpus="primer", num_documents=200))
+        tok_train.main(tok_train.Config(vocab_size=300))
+    return folder
+
+
+@pytest.fixture
+def base_dir(prepared: Path, base: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(prepared, base))

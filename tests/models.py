@@ -1,0 +1,41 @@
+"""What many tests share: a tokenizer of bytes, and small random models on the CPU."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat.checkpoint import save_checkpoint
+from nanochat.common import Runtime, run_dir
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+
+CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
+TOKENIZER = Tokenizer([bytes([byte]) for byte in range(256)], SPECIAL_TOKENS, SPLIT_PATTERN)
+
+
+def random_gpt(
+    context: int = 64,
+    vocab_size: int = TOKENIZER.vocab_size,
+    width: int = 32,
+    head_std: float = 0.0,  # with 0 every token is as likely
+) -> GPT:
+    config = GPTConfig(context, vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=width)
+    model = GPT(config)
+    model.init_weights(0)
+    if head_std:
+        generator = torch.Generator().manual_seed(1)
+        torch.nn.init.normal_(model.lm_head.weight, 0, head_std, generator)
+    return model.eval()
+
+
+def save_model(
+    model: GPT, stage: str, tag: str, step: int, tokenizer: Tokenizer = TOKENIZER, **state: Any
+) -> Path:
+    """The folder of a run, with one checkpoint in it."""
+    folder = run_dir(stage, tag)
+    tokenizer.save(folder / "tokenizer")
+    state |= {"step": step, "model_config": asdict(model.config)}
+    save_checkpoint(folder, state, model.state_dict(), {}, None, CPU)
+    return folder

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nanochat import common, dataset
+from nanochat import common
 from nanochat.common import run_script
 from nanochat.dataloader import Batch, Loader
 from nanochat.trainer import Meter
-from scripts import base_train, chat_rl, chat_sft, mid_train, tok_train
+from scripts import base_train, chat_rl, chat_sft, mid_train
 
 SCRIPTS = {
     script.__name__.split(".")[-1]: script for script in (base_train, mid_train, chat_sft, chat_rl)
@@ -42,13 +42,6 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
-
-
-def prepare(vocab_size: int = 300, **source: Any) -> None:
-    """A corpus, by default a small one, and its tokenizer, in NANOCHAT_BASE_DIR."""
-    source = source or {"corpus": "primer", "num_documents": 200}
-    dataset.main(dataset.Config(**source))
-    tok_train.main(tok_train.Config(vocab_size=vocab_size))
 
 
 @dataclass
@@ -112,20 +105,24 @@ def start(
     return Group(processes, log)
 
 
-def on_two_ranks(folder: Path, function: Callable[..., None], *arguments: Any) -> None:
-    """Run `function(rank, *arguments)` on two gloo ranks, which meet in `folder`."""
-    ranks = [FORK.Process(target=join_two, args=(folder, i, function, arguments)) for i in (0, 1)]
-    for process in ranks:
-        process.start()
+def on_ranks(world_size: int, folder: Path, function: Callable[..., None], *arguments: Any) -> None:
+    """Run `function(rank, *arguments)` on gloo ranks, which meet in `folder`."""
+    ranks = []
+    for rank in range(world_size):
+        where = (folder, rank, world_size, function, arguments)
+        ranks.append(FORK.Process(target=join, args=where))
+        ranks[-1].start()
     for process in ranks:
         process.join(120)
         assert process.exitcode == 0
 
 
-def join_two(folder: Path, rank: int, function: Callable[..., None], arguments: Any) -> None:
+def join(
+    folder: Path, rank: int, world_size: int, function: Callable[..., None], arguments: Any
+) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world_size)
     function(rank, *arguments)
     dist.destroy_process_group()
 

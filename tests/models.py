@@ -9,6 +9,7 @@ import torch
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import Runtime, run_dir
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
@@ -39,3 +40,18 @@ def save_model(
     state |= {"step": step, "model_config": asdict(model.config)}
     save_checkpoint(folder, state, model.state_dict(), {}, None, CPU)
     return folder
+
+
+def memorise(model: GPT, rows: list[list[int]], masks: list[list[int]], steps: int) -> None:
+    """Train until the model knows by heart the tokens whose mask is 1."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    scored = torch.tensor([mask + [0] * (longest - len(mask)) for mask in masks])
+    targets = torch.where(scored == 1, ids, -1)[:, 1:].contiguous()
+    names, params = zip(*model.named_parameters(), strict=True)
+    options = {"kind": "adamw", "lr": 0.02, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}
+    optimizer = MuonAdamW([options | {"params": list(params), "names": list(names)}])
+    for _ in range(steps):
+        model(ids[:, :-1].contiguous(), targets).backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)

@@ -82,7 +82,7 @@ REFUSED = {
     "no such bundle": ({"eval_bundle": "/nowhere"}, "NANOCHAT_EVAL_BUNDLE"),
     "unknown task": ({"tasks": "core|cope", "eval_bundle": "BUNDLE"}, "'cope' is unknown"),
     "no such model": ({"tasks": "primer-choice", "model_tag": "d9"}, "d9"),
-    "broken model": ({"eval_bundle": "BUNDLE", "model_tag": "broken"}, "task copa failed"),
+    "broken model": ({"eval_bundle": "BUNDLE", "model_tag": "broken"}, "task copa failed.*--step"),
 }
 
 

@@ -12,20 +12,19 @@ import pytest
 import torch
 
 from nanochat import checkpoint
-from nanochat.common import Runtime, UserError, run_dir, write_file
+from nanochat.common import UserError, run_dir, write_file
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.scaling import make_optimizer
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
+from tests.models import CPU
 
-CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
 CONFIG = GPTConfig(
     sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, window_pattern="SL"
 )
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+def run(base: Path) -> Path:
     return run_dir("base", "d2")
 
 
@@ -78,15 +77,6 @@ def test_weights_are_narrow_for_inference_and_wide_for_training(run: Path) -> No
     assert torch.equal(wide(ids), thin(ids)) and torch.equal(wide(ids, ids), thin(ids, ids))
 
 
-def test_steps_are_numbers_and_strays_are_passed_over(run: Path) -> None:
-    for step in (999, 1000, 1_000_000):
-        save(run, step, new_model())
-    for stray in ("step_001001.partial", "step_002000_backup", "step_x", "tokenizer"):
-        (run / stray).mkdir()
-    (run / "step_003000").write_text("a file")
-    assert checkpoint.list_steps(run) == [999, 1000, 1_000_000]
-
-
 def test_random_generators_go_on_where_they_were(run: Path) -> None:
     random.seed(3)
     torch.manual_seed(3)
@@ -130,18 +120,20 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
     assert newest is not None and newest.state["step"] == 20
 
 
-def test_saving_again_replaces_a_partial_folder(run: Path) -> None:
-    partial = run / "step_000010.partial"
-    partial.mkdir(parents=True)
-    (partial / "half.written").write_text("x")
-    folder = save(run, 10, new_model())
-    assert not partial.exists()
-    assert set(json.loads((folder / "manifest.json").read_text())) == {
-        "model.safetensors",
-        "optimizer_00000.safetensors",
-        "rank_00000.json",
-        "state.json",
-    }
+def test_strays_are_passed_over_and_what_a_killed_process_left_is_cleared(run: Path) -> None:
+    left = ("step_001001.partial", "step_000005.deleted", "step_000010.partial")
+    for stray in (*left, "step_002000_backup", "step_x", "tokenizer"):
+        (run / stray).mkdir(parents=True)
+        (run / stray / "model.safetensors").write_text("half")
+    (run / "step_003000").write_text("a file")
+    for step in (10, 1000, 1_000_000):
+        folder = save(run, step, new_model())
+        names = ["model.safetensors", "optimizer_00000.safetensors", "rank_00000.json"]
+        assert sorted(json.loads((folder / "manifest.json").read_text())) == [*names, "state.json"]
+    assert checkpoint.list_steps(run) == [10, 1000, 1_000_000]
+    checkpoint.clear_strays(run)
+    kept = {path.name for path in run.iterdir()}
+    assert not kept & set(left) and {"step_002000_backup", "tokenizer", "step_000010"} <= kept
 
 
 def test_what_is_not_there_is_told_with_its_mend(run: Path) -> None:
@@ -222,15 +214,6 @@ def test_a_disk_that_refuses_is_told_by_the_next_save(
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(run.parent.parent))
     assert checkpoint.list_steps(run)[0] == 10 and not list(run.glob("*.partial"))
     checkpoint.open_checkpoint(run, 10)
-
-
-def test_what_a_killed_process_left_is_cleared(run: Path) -> None:
-    save(run, 10, new_model())
-    for stray in ("step_000020.partial", "step_000005.deleted"):
-        (run / stray).mkdir()
-        (run / stray / "model.safetensors").write_text("half")
-    checkpoint.clear_strays(run)
-    assert [path.name for path in run.iterdir()] == ["step_000010"]
 
 
 def test_moments_that_are_not_all_there_are_told(run: Path) -> None:

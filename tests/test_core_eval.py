@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from nanochat import core_eval
 from nanochat.common import UserError, eval_bundle_dir
@@ -31,9 +30,10 @@ from nanochat.core_eval import (
     load_tasks,
 )
 from nanochat.dataloader import Batch
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
-from tests.launch import on_two_ranks
+from tests.launch import on_ranks
+from tests.models import memorise, random_gpt
 
 # All bytes, and merges that take the blank before a word into its token, across the end of a
 # prompt.
@@ -86,6 +86,7 @@ def make_tasks() -> list[CoreTask]:
 
 
 TASKS = make_tasks()
+Records = dict[str, list[dict[str, Any]]]
 
 
 def slow_documents(task: CoreTask, number: int) -> tuple[list[list[int]], list[int]]:
@@ -144,14 +145,8 @@ def slow_record(model: GPT, task: CoreTask, number: int) -> dict[str, Any]:
     return {"task": task.label, "id": row["id"], **found, "losses": losses}
 
 
-def new_model(context: int = CONTEXT) -> GPT:
-    vocab = TOKENIZER.vocab_size
-    return GPT(GPTConfig(context, vocab, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)).eval()
-
-
 def random_model() -> GPT:
-    model = new_model()
-    model.init_weights(1)
+    model = random_gpt(CONTEXT, TOKENIZER.vocab_size)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -167,13 +162,7 @@ def memorising_model() -> GPT:
         for number in range(NUM_KNOWN):
             documents, _ = slow_documents(task, number)
             rows.append(documents[task.rows[number].get("gold", 0)])
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [-1] * (longest - len(row)) for row in rows])
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(45):
-        optimizer.zero_grad()
-        model(ids[:, :-1].clamp(min=0), ids[:, 1:].contiguous()).backward()
-        optimizer.step()
+    memorise(model, rows, [[1] * len(row) for row in rows], steps=45)
     return model
 
 
@@ -183,7 +172,7 @@ def models() -> dict[str, GPT]:
 
 
 @pytest.fixture(scope="module")
-def expected(models: dict[str, GPT]) -> dict[str, list[dict[str, Any]]]:
+def expected(models: dict[str, GPT]) -> Records:
     """Name of a model -> the slow evaluator's records of all tasks."""
     return {
         name: [slow_record(model, task, i) for task in TASKS for i in range(len(task.rows))]
@@ -208,7 +197,7 @@ def all_records(model: GPT, batch_size: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", ["random", "memorising"])
 def test_equals_the_slow_evaluator(
     models: dict[str, GPT],
-    expected: dict[str, list[dict[str, Any]]],
+    expected: Records,
     name: str,
     batch_size: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -218,7 +207,7 @@ def test_equals_the_slow_evaluator(
     assert_same(all_records(models[name], batch_size), expected[name])
 
 
-def test_the_comparison_means_something(expected: dict[str, list[dict[str, Any]]]) -> None:
+def test_the_comparison_means_something(expected: Records) -> None:
     """What was learned by heart is right, of every kind; the random model gets some wrong."""
     for name, least in (("random", 0), ("memorising", NUM_KNOWN)):
         for task in TASKS:
@@ -230,25 +219,25 @@ def test_the_comparison_means_something(expected: dict[str, list[dict[str, Any]]
 
 
 def run_rank(rank: int, folder: Path) -> None:
-    model = new_model()
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    records = all_records(model, batch_size=4)
+    records = all_records(random_model(), batch_size=4)
     (folder / f"{rank}.json").write_text(json.dumps(records))
 
 
-def test_two_ranks_find_what_one_does(
-    models: dict[str, GPT], expected: dict[str, list[dict[str, Any]]], tmp_path: Path
-) -> None:
-    save_file(models["random"].state_dict(), tmp_path / "model.safetensors")
-    on_two_ranks(tmp_path, run_rank, tmp_path)
+def test_two_ranks_find_what_one_does(expected: Records, tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, run_rank, tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert_same(first, expected["random"])
 
 
-def test_examples_are_other_rows_of_the_whole_set_solved(models: dict[str, GPT]) -> None:
+@pytest.fixture
+def reader(models: dict[str, GPT]) -> GPTReader:
+    return GPTReader(models["random"], TOKENIZER, 4)
+
+
+def test_examples_are_other_rows_of_the_whole_set_solved(reader: GPTReader) -> None:
     """Lessons of other ports: never the item itself, and drawn beyond the items kept."""
-    reader, texts = GPTReader(models["random"], TOKENIZER, 4), []
+    texts = []
     encode = reader.encode
     reader.encode = lambda text: texts.append(text) or encode(text)
     rows = [
@@ -271,33 +260,12 @@ def test_examples_are_other_rows_of_the_whole_set_solved(models: dict[str, GPT])
     assert texts == first
 
 
-def test_spans_are_found_among_ids(models: dict[str, GPT]) -> None:
-    """The blank before a word belongs to its token, whether the prompt ends with one or the
-    delimiter does.
-    """
-    reader = GPTReader(models["random"], TOKENIZER, 4)
-    text = {"context": "the sky is ", "continuation": "blue", "id": 1}
-    documents, scored = core_eval.item_documents(
-        reader, CoreTask("squad", "language_modeling", [text], 0), 0
-    )
-    assert scored == [1] and TOKENIZER.decode(documents[0][-1:]) == " blue"
-    assert TOKENIZER.decode(documents[0][1:]) == "the sky is blue"
-    choice = {"query": "is ", "choices": ["blue", "sky"], "gold": 0, "id": 1}
-    documents, scored = core_eval.item_documents(
-        reader, CoreTask("piqa", "multiple_choice", [choice], 0), 0
-    )
-    ends = [TOKENIZER.decode(ids[-num:]) for ids, num in zip(documents, scored, strict=True)]
-    assert ends == [" blue", " sky"]
-    assert all(TOKENIZER.decode(ids[1:]).startswith("is  ") for ids in documents)  # queries stay
-
-
-def test_options_longer_than_the_context(models: dict[str, GPT]) -> None:
+def test_options_longer_than_the_context(reader: GPTReader) -> None:
     """A choice too long by itself keeps its end behind bos; a short one loses the prompt, but not
     itself.
     """
     rows = [{"query": "q " * 40, "choices": ["xyz" * 40, "abc", "a"], "gold": 1, "id": 1}]
     task = CoreTask("copa", "multiple_choice", rows, 0.5)
-    reader = GPTReader(models["random"], TOKENIZER, 4)
     item = core_eval.encode_item(reader, task, 0)
     texts = [TOKENIZER.decode((item.prefix + tail)[1:]) for tail in item.tails]
     assert texts == [("xyz" * 40)[-63:], "abc", "a"] and item.num_scored == [63, 3, 1]
@@ -306,8 +274,7 @@ def test_options_longer_than_the_context(models: dict[str, GPT]) -> None:
     assert all(loss is not None and loss < 20 for loss in record["losses"])
 
 
-def test_options_without_tokens_of_their_own(models: dict[str, GPT]) -> None:
-    reader = GPTReader(models["random"], TOKENIZER, 4)
+def test_options_without_tokens_of_their_own(reader: GPTReader) -> None:
     rows = [{"query": "a", "choices": ["b", "b c"], "gold": 1, "id": 1}]
     [record] = evaluate(reader, CoreTask("copa", "multiple_choice", rows, 0.5), 4, None)
     assert record["losses"][0] is None and record["prediction"] == 1 and record["correct"]
@@ -315,14 +282,6 @@ def test_options_without_tokens_of_their_own(models: dict[str, GPT]) -> None:
     task = CoreTask("squad", "language_modeling", rows, 0.0, delimiter="")
     [record] = evaluate(reader, task, 4, None)
     assert record["losses"] == [None] and not record["correct"]
-
-
-def test_a_broken_model_is_refused() -> None:
-    model = random_model()
-    with torch.no_grad():
-        model.lm_head.weight[3, 3] = math.nan
-    with pytest.raises(UserError, match="--step"):
-        evaluate(GPTReader(model, TOKENIZER, 4), TASKS[2], 4, None)
 
 
 def test_core_is_the_mean_of_centered_accuracies() -> None:
@@ -342,21 +301,6 @@ V = 40
 TOKEN_BYTES = [1 + i % 4 for i in range(V - 3)] + [0, 0, 0]  # the last three are specials
 
 
-def model_and_batches() -> tuple[GPT, list[Batch]]:
-    config = GPTConfig(sequence_len=16, vocab_size=V, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
-    model = GPT(config)
-    model.init_weights(3)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        model.lm_head.weight.normal_(0, 0.5, generator=generator)
-    batches = []
-    for _ in range(3):
-        inputs = torch.randint(0, V, (3, 16), generator=generator)
-        targets = torch.randint(-1, V, (3, 16), generator=generator)
-        batches.append(Batch(inputs, targets))
-    return model, batches
-
-
 @torch.inference_mode()
 def slow_bpb(model: GPT, batches: list[Batch]) -> float:
     """From the full logits, one target at a time; specials and targets of -1 do not count."""
@@ -372,7 +316,12 @@ def slow_bpb(model: GPT, batches: list[Batch]) -> float:
 
 
 def test_bits_per_byte_equal_the_slow_sum() -> None:
-    model, batches = model_and_batches()
+    model, generator = random_gpt(16, V, head_std=0.5), torch.Generator().manual_seed(3)
+    batches = []
+    for _ in range(3):
+        inputs = torch.randint(0, V, (3, 16), generator=generator)
+        targets = torch.randint(-1, V, (3, 16), generator=generator)
+        batches.append(Batch(inputs, targets))
     for num_steps, rows in ((3, 2), (2, 100)):
         measured = evaluate_bpb(model, iter(batches), TOKEN_BYTES, num_steps, rows)
         assert measured == pytest.approx(slow_bpb(model, batches[:num_steps]), rel=1e-5)
@@ -433,12 +382,10 @@ def bundle(tmp_path: Path) -> Path:
     return write_bundle(tmp_path / "bundle")
 
 
-@pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NANOCHAT_EVAL_BUNDLE", raising=False)
     monkeypatch.setattr(core_eval, "URL", "http://127.0.0.1:9/eval_bundle.zip")  # nobody is there
-    return tmp_path / "base"
 
 
 def test_tasks_are_read_and_missing_ones_named(

@@ -1,18 +1,16 @@
 """nanochat.optim against torch's AdamW, singular values, formulas, and more ranks."""
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.optim.adamw import adamw  # the class would import torch's compiler
 
 from nanochat import optim
 from nanochat.optim import POLAR_EXPRESS, Bucket, MuonAdamW, StateShard, orthogonalize
-from tests.launch import FORK
+from tests.launch import on_ranks
 
 ADAMW = {"kind": "adamw", "lr": 0.01, "betas": (0.8, 0.96), "eps": 1e-10, "weight_decay": 0.1}
 MUON = {"kind": "muon", "lr": 0.05, "momentum": 0.9, "beta2": 0.9, "weight_decay": 0.2}
@@ -130,11 +128,18 @@ def reader(*exports: dict[str, StateShard]) -> Callable[[str, int, int], torch.T
     return read
 
 
-def test_resumed_equals_uninterrupted() -> None:
+@pytest.mark.parametrize("index", [0, 9, 10])  # a matrix, a large and a small AdamW parameter
+def test_no_trace_is_left_by_a_resume_or_a_gradient_that_is_not_finite(index: int) -> None:
     straight, first, second = make_groups(), make_groups(), make_groups()
     train(MuonAdamW(straight), range(6))
     optimizer = MuonAdamW(first)
     train(optimizer, range(3))
+    for bad in (math.nan, math.inf, -math.inf):
+        for param in parameters(first):
+            param.grad = torch.ones_like(param)
+        parameters(first)[index].grad.view(-1)[0] = bad  # pyright: ignore[reportOptionalMemberAccess]
+        assert not optimizer.step()
+    assert optimizer.num_steps == 3
     for mine, other in zip(parameters(second), parameters(first), strict=True):
         mine.data.copy_(other.data)
     resumed = MuonAdamW(second)
@@ -144,35 +149,15 @@ def test_resumed_equals_uninterrupted() -> None:
         assert torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("index", [0, 9, 10])  # a matrix, a large and a small AdamW parameter
-def test_a_gradient_that_is_not_finite_leaves_no_trace(bad: float, index: int) -> None:
-    straight, groups = make_groups(), make_groups()
-    train(MuonAdamW(straight), range(3))
-    optimizer = MuonAdamW(groups)
-    train(optimizer, range(2))
-    for param in parameters(groups):
-        param.grad = torch.ones_like(param)
-    parameters(groups)[index].grad.view(-1)[0] = bad  # pyright: ignore[reportOptionalMemberAccess]
-    assert not optimizer.step()
-    train(optimizer, range(2, 3))
-    assert optimizer.num_steps == 3
-    for mine, other in zip(parameters(straight), parameters(groups), strict=True):
-        assert torch.equal(mine, other)
-
-
-def test_multipliers_reach_the_groups() -> None:
+def test_a_missing_gradient_is_named_and_multipliers_reach_the_groups() -> None:
     optimizer = MuonAdamW(make_groups())
+    with pytest.raises(RuntimeError, match=r"muon\.8"):  # has no gradient
+        optimizer.step()
     for _ in range(2):  # they do not compound
         optimizer.set_multipliers(lr=0.5, momentum=0.7, weight_decay=0.25)
     muon, adamw = optimizer.param_groups
     assert (muon["lr"], muon["momentum"], muon["weight_decay"]) == (0.025, 0.7, 0.05)
     assert (adamw["lr"], adamw["weight_decay"]) == (0.005, 0.1)
-
-
-def test_missing_gradient_is_named() -> None:
-    with pytest.raises(RuntimeError, match=r"muon\.8"):
-        MuonAdamW(make_groups()).step()
 
 
 def reduce_during_backward(rank: int, world_size: int) -> list[str]:
@@ -204,12 +189,8 @@ def reduce_during_backward(rank: int, world_size: int) -> list[str]:
     return events
 
 
-def run_rank(rank: int, world_size: int, folder: str) -> None:
+def run_rank(rank: int, world_size: int, folder: Path) -> None:
     """Three steps on gradients whose mean over the ranks is that of one rank, then a bad step."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    rendezvous = f"file://{folder}/store"
-    dist.init_process_group("gloo", rendezvous, rank=rank, world_size=world_size)
     optim.MESSAGE_ELEMENTS = 1  # a message for every world_size matrices
     groups = make_groups()
     optimizer = MuonAdamW(groups, rank, world_size)
@@ -220,8 +201,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     weights = [param.detach() for param in parameters(groups)]
     shards = {key: tuple(shard) for key, shard in optimizer.export_state().items()}
     events = reduce_during_backward(rank, world_size)
-    torch.save((weights, shards, events), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    torch.save((weights, shards, events), folder / f"rank{rank}.pt")
 
 
 @pytest.mark.parametrize(
@@ -229,13 +209,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)],
 )
 def test_ranks_equal_one_rank(tmp_path: Path, world_size: int) -> None:
-    arguments = [(rank, world_size, str(tmp_path)) for rank in range(world_size)]
-    ranks = [FORK.Process(target=run_rank, args=own) for own in arguments]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    assert [rank.exitcode for rank in ranks] == [0] * world_size
+    on_ranks(world_size, tmp_path, run_rank, world_size, tmp_path)
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(world_size)]
     groups = make_groups()
     alone = MuonAdamW(groups)

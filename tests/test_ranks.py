@@ -90,20 +90,6 @@ def train(
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prepared")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        launch.prepare()
-    return folder
-
-
-@pytest.fixture
-def base_dir(prepared: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(prepared, tmp_path / "base_dir"))
-
-
-@pytest.fixture(scope="module")
 def on_one(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """The run that the others have to equal."""
     folder = tmp_path_factory.mktemp("one") / "base_dir"

@@ -12,19 +12,15 @@ import pytest
 import torch
 
 from nanochat.engine import Engine
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT
 from nanochat.task_eval import evaluate_choice, evaluate_generate
-from nanochat.tokenizer import (
-    SPECIAL_TOKENS,
-    SPLIT_PATTERN,
-    Conversation,
-    Tokenizer,
-    render_conversation,
-    render_prompt,
-)
-from tests.launch import on_two_ranks
+from nanochat.tokenizer import Conversation, render_conversation, render_prompt
+from tests.launch import on_ranks
+from tests.models import TOKENIZER, memorise, random_gpt
 
-TOKENIZER = Tokenizer([bytes([byte]) for byte in range(256)], SPECIAL_TOKENS, SPLIT_PATTERN)
+
+def random_model(context: int = 64) -> GPT:
+    return random_gpt(context, width=64, head_std=0.1)
 
 
 class Letters:
@@ -59,35 +55,10 @@ class Sums(Letters):
             {"role": "user", "content": f"{index}+1"},
             {"role": "assistant", "content": call},
         ]
-        return {"messages": messages, "answer": f"{index + 1}!"}
+        return {"messages": messages}
 
     def score(self, conversation: Conversation, reply: str) -> float:
-        return float(reply == conversation["answer"])
-
-
-def random_model(context: int = 64) -> GPT:
-    model = GPT(
-        GPTConfig(context, TOKENIZER.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
-    )
-    model.init_weights(1)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        model.lm_head.weight.normal_(0, 0.1, generator=generator)
-    return model.eval()
-
-
-def train(model: GPT, conversations: list[Conversation], num_steps: int) -> None:
-    """Learn the conversations by heart."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    rendered = [render_conversation(TOKENIZER, conversation) for conversation in conversations]
-    longest = max(len(ids) for ids, _ in rendered)
-    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rendered])
-    masks = torch.tensor([mask + [0] * (longest - len(mask)) for _, mask in rendered])
-    targets = torch.where(masks[:, 1:] == 1, ids[:, 1:], -1)
-    for _ in range(num_steps):
-        optimizer.zero_grad()
-        model(ids[:, :-1].contiguous(), targets).backward()
-        optimizer.step()
+        return float(reply == conversation["messages"][1]["content"][-1]["text"])
 
 
 @torch.inference_mode()
@@ -113,7 +84,8 @@ def test_choice_equals_one_at_a_time(batch_size: int, context: int) -> None:
 
 def test_generate_scores_what_is_said_after_the_tool() -> None:
     model, task = random_model(), Sums(4)
-    train(model, [task[i] for i in range(4)], num_steps=120)
+    rendered = [render_conversation(TOKENIZER, task[i]) for i in range(4)]
+    memorise(model, [ids for ids, _ in rendered], [mask for _, mask in rendered], steps=120)
     result = evaluate_generate(Engine(model, TOKENIZER, num_slots=3), task, max_tokens=20)
     assert result.score == (1, 0) and result.best_of == 1 and len(result.records) == 4
     assert result.records[2]["replies"] == [task[2]["messages"][1]["content"]]
@@ -159,6 +131,6 @@ def evaluate_on_rank(rank: int, folder: Path) -> None:
 
 
 def test_two_ranks_find_what_one_does(tmp_path: Path) -> None:
-    on_two_ranks(tmp_path, evaluate_on_rank, tmp_path)
+    on_ranks(2, tmp_path, evaluate_on_rank, tmp_path)
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == outcome()

@@ -32,7 +32,7 @@ EVERY = 5
 FLAGS = (
     "--depth=1 --aspect_ratio=32 --head_dim=16 --max_seq_len=64 --total_batch_size=256 "
     f"--eval_every=-1 --eval_tokens=256 --sample_every=-1 --save_every={EVERY} --log_every=1 "
-    "--device_type=cpu"
+    "--device_type=cpu --num_iterations=16"
 )
 
 
@@ -204,24 +204,7 @@ def finish(base_dir: Path, flags: list[str], world_size: int, script: str = "bas
     return group.log.read_text()
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(
-    prepared: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], dict[str, Any]]:
-    """number of steps -> the end state of a run of two ranks that nobody interrupted."""
-    found: dict[int, dict[str, Any]] = {}
-
-    def run(steps: int) -> dict[str, Any]:
-        if steps not in found:
-            folder = tmp_path_factory.mktemp("whole") / "base_dir"
-            finish(Path(shutil.copytree(prepared, folder)), flags(steps), 2)
-            found[steps] = end_state(folder)
-        return found[steps]
-
-    return run
-
-
-# --- killed
+# --- interrupted
 
 
 def die_inside_a_save(number: int) -> None:
@@ -246,50 +229,29 @@ def steps_in(said: str) -> list[int]:
     return [int(line[5:10]) for line in said.splitlines() if line.startswith("step ")]
 
 
-def kill(
-    base_dir: Path, script: str, flags: list[str], draw: random.Random, inside: bool
-) -> str | None:
-    """What a run of two ranks printed until it was killed; None if it was finished before."""
-    meddle = partial(die_inside_a_save, draw.randint(1, 30)) if inside else None
+def interrupt(
+    base_dir: Path, script: str, flags: list[str], kind: str, draw: random.Random
+) -> bool:
+    """Stop two ranks inside a save, or some steps after their start by a signal, as torchrun sends
+    it to all; False if they had finished before.
+    """
+    meddle = partial(die_inside_a_save, draw.randint(1, 15)) if kind == "save" else None
     group = launch.start(base_dir, script, flags, 2, meddle)
-    if not inside:
-        steps = int(next(flag for flag in flags if "num_" in flag).split("=")[1])
-        text = f"step {draw.randint(1, steps - 2):05d}/" if draw.random() < 0.9 else ""
-        group.wait_for(text)
-        time.sleep(draw.uniform(0, 0.1))
-        group.signal(signal.SIGKILL)
-    return group.log.read_text() if any(group.wait()) else None
-
-
-def kill_and_finish(
-    source: Path, base_dir: Path, script: str, flags: list[str], draw: random.Random, inside: bool
-) -> None:
-    """Kill a run once, at a random instant or inside a save; then let it finish."""
-    printed = None
-    while printed is None:
-        shutil.rmtree(base_dir, ignore_errors=True)
-        shutil.copytree(source, base_dir)
-        printed = kill(base_dir, script, flags, draw, inside)
-    said = finish(base_dir, flags, 2, script)
-    begun = int(said.split(" at step ")[1].split("\n")[0]) if "resuming" in said else 0
+    if kind != "save":
+        num_steps = draw.randint(1, 3)
+        while len(steps_in(group.log.read_text())) < num_steps and group.processes[0].is_alive():
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.02))
+        group.signal(signal.Signals[kind])
+    codes, said = group.wait(), group.log.read_text()
+    [run] = base_dir.glob(f"{STAGES[script][0]}/d1")
+    saved, last = max(list_steps(run), default=0), max(steps_in(said), default=0)
     # A save that was still being written when all died is lost, the one before it never is.
-    assert begun >= (max(steps_in(printed), default=0) // EVERY - 1) * EVERY, said
-    assert not [*base_dir.glob("*/d1/*.partial"), *base_dir.glob("*/d1/*.deleted")]
-
-
-@pytest.mark.parametrize(
-    ("num_kills", "steps"), [(2, 12), pytest.param(50, 60, marks=pytest.mark.long)]
-)
-def test_killed_at_any_instant(
-    prepared: Path, tmp_path: Path, uninterrupted: Callable, num_kills: int, steps: int
-) -> None:
-    draw = random.Random(0)
-    for number in range(num_kills):
-        folder = tmp_path / f"killed_{number}"
-        inside = number % 2 == 0
-        kill_and_finish(prepared, folder, "base_train", flags(steps), draw, inside)
-        assert end_state(folder) == uninterrupted(steps), number
-        shutil.rmtree(folder)
+    assert saved >= (last // EVERY - 1) * EVERY, said
+    if kind in ("SIGTERM", "SIGINT") and any(codes):
+        assert codes == [128 + signal.Signals[kind]] * 2 and saved == last, said
+        assert f"{kind}: saving" in said and "the same command" in said
+    return any(codes)
 
 
 CHAT = (
@@ -297,62 +259,47 @@ CHAT = (
     "--device_batch_size=4"
 )
 PACKED = (
-    f"{CHAT} --mixture=primer --num_iterations=20 --total_batch_size=256 --max_seq_len=64 "
+    f"{CHAT} --mixture=primer --num_iterations=16 --total_batch_size=256 --max_seq_len=64 "
     "--eval_tokens=256"
 )
 STAGES = {
+    "base_train": ("base", FLAGS),
     "mid_train": ("mid", PACKED),
     "chat_sft": ("sft", PACKED),
     "chat_rl": (
         "rl",
-        f"{CHAT} --task=primer-exact --num_steps=20 --questions_per_step=2 --num_samples=4 "
+        f"{CHAT} --task=primer-exact --num_steps=16 --questions_per_step=2 --num_samples=4 "
         "--max_tokens=8 --num_slots=4 --eval_problems=4 --eval_samples=1",
     ),
 }
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("script", STAGES)
-def test_every_stage_killed_at_five_instants(prepared: Path, tmp_path: Path, script: str) -> None:
+def check_interruptions(source: Path, folder: Path, script: str, num_runs: int) -> None:
+    """A run that is interrupted in every way ends as the one that nobody interrupted."""
     stage, text = STAGES[script]
-    folder = Path(shutil.copytree(prepared, tmp_path / "base_dir"))
-    finish(folder, [*flags(6), "--max_seq_len=128"], 1)
-    whole = Path(shutil.copytree(folder, tmp_path / "whole"))
+    whole = Path(shutil.copytree(source, folder / "whole"))
     finish(whole, text.split(), 2, script)
     draw = random.Random(0)
-    for number in range(5):
-        killed = tmp_path / f"killed_{number}"
-        kill_and_finish(folder, killed, script, text.split(), draw, inside=number % 2 == 0)
-        assert end_state(killed, stage) == end_state(whole, stage), number
+    for number in range(num_runs):
+        base_dir = Path(shutil.copytree(source, folder / f"run_{number}"))
+        kinds = ("save", "SIGKILL", "SIGTERM", "SIGINT")
+        stops = [interrupt(base_dir, script, text.split(), kind, draw) for kind in kinds]
+        assert sum(stops) >= 3
+        finish(base_dir, text.split(), 2, script)
+        assert end_state(base_dir, stage) == end_state(whole, stage), number
+        assert not [*base_dir.glob("*/d1/*.partial"), *base_dir.glob("*/d1/*.deleted")]
 
 
-# --- stopped
+@pytest.mark.parametrize("num_runs", [1, pytest.param(12, marks=pytest.mark.long)])
+def test_interrupted_at_any_instant(prepared: Path, tmp_path: Path, num_runs: int) -> None:
+    check_interruptions(prepared, tmp_path, "base_train", num_runs)
 
 
-def stop(base_dir: Path, steps: int, number: int, at_step: int) -> None:
-    """A signal to all ranks, as torchrun sends it: the run is saved, and exits."""
-    group = launch.start(base_dir, "base_train", flags(steps), 2)
-    group.wait_for(f"step {at_step:05d}/")
-    group.signal(number)
-    codes = group.wait()
-    said = group.log.read_text()
-    assert codes in ([128 + number] * 2, [0, 0]), said
-    if codes[0]:
-        assert list_steps(run_of(base_dir))[-1] == max(steps_in(said)), said
-        assert f"{signal.Signals(number).name}: saving" in said and "the same command" in said
-
-
-@pytest.mark.parametrize(
-    ("steps", "stops"), [(12, 2), pytest.param(60, 20, marks=pytest.mark.long)]
-)
-def test_stopped_by_a_signal(
-    base_dir: Path, uninterrupted: Callable, steps: int, stops: int
-) -> None:
-    for i in range(stops):
-        at_step = 1 + i * (steps - 4) // stops
-        stop(base_dir, steps, signal.SIGINT if i % 4 == 1 else signal.SIGTERM, at_step)
-    finish(base_dir, flags(steps), 2)
-    assert end_state(base_dir) == uninterrupted(steps)
+@pytest.mark.long
+@pytest.mark.parametrize("script", ["mid_train", "chat_sft", "chat_rl"])
+def test_every_stage_interrupted(base_dir: Path, tmp_path: Path, script: str) -> None:
+    finish(base_dir, [*flags(6), "--max_seq_len=128"], 1)
+    check_interruptions(base_dir, tmp_path, script, 2)
 
 
 def slow_steps() -> None:

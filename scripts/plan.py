@@ -29,6 +29,7 @@ from nanochat.common import (
     run_script,
 )
 from scripts import base_loss, base_train, chat_eval, chat_rl, chat_sft, mid_train
+from tasks.spellingbee import SpellingBee
 
 BEST_RATIO = 10.5  # tokens per parameter; karpathy/nanochat's fit of January 2026, flat around it
 GPU_GIB = {"b200": 178, "h200": 139, "h100": 78, "a100": 78, "l40s": 44, "l4": 22}  # usable
@@ -36,9 +37,10 @@ USABLE = 0.95  # of a GPU's memory; the rest is fragmentation and the libraries'
 TOKENS_PER_SHARD = 55e6  # of the public corpora: 100 B tokens in 1,823 shards, 400 B in 6,543
 SHARD_GB = 0.1  # on disk
 # Of the default mixtures (tasks/mixtures.py), 500 tokens to a conversation.
-MID_TOKENS, SFT_TOKENS = 848_000 * 500, 23_000 * 500
+MID_TOKENS, SFT_TOKENS = 849_000 * 500, 22_000 * 500
 CORE_TOKENS, CHOICE_TOKENS = 60e6, 10e6  # read by base_eval, and for ChatCORE's multiple choice
-GSM8K, CHAT_CORE = 1319, 1319 + 164 + 256  # problems answered in words: GSM8K's alone, all of them
+# Problems answered in words: GSM8K's, and those with HumanEval's and SpellingBee's.
+GSM8K, CHAT_CORE = 1319, 1319 + 164 + SpellingBee.num_test
 ANSWER_TOKENS = 150  # sampled for one of them; not measured
 DECODE_STEPS_PER_SECOND = 80  # of one GPU; launch-bound below depth 32 (not measured)
 

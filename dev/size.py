@@ -15,13 +15,11 @@ PROSE_SUFFIXES = {".md", ".json", ".txt", ".svg", ".yml"}
 
 
 def measure(texts: list[str]) -> tuple[int, int]:
-    """(lines, tokens)."""
     encoding = bpe_openai.get_encoding("o200k_base")
     return sum(t.count("\n") for t in texts), sum(len(encoding.encode(t)) for t in texts)
 
 
 def main() -> None:
-    """Print the table."""
     folders = defaultdict(list)
     for path, text in tracked_texts(CODE_SUFFIXES).items():
         folders[f"{path.parts[0]}/" if len(path.parts) > 1 else "top"].append(text)

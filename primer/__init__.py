@@ -1,13 +1,12 @@
 """The primer: a small world in simple English, from which a very small model learns to talk.
 
-`document(split, index)` is a page for pretraining, `conversation(split, index)` a talk for
-midtraining and SFT, `quiz(split, kind, index)` a question whose answer is known. Each is endless
-and made from its own name alone, so item 7 is the same whoever asks first, on every machine.
-Nothing else of this repository is imported here.
+`document(split, index)` is a page for pretraining, `conversation(split, index)` one for midtraining
+and SFT, `quiz(split, kind, index)` a question with a known answer. Each sequence is endless, and an
+item depends on its name alone. Imports nothing else of this repository.
 
-    words.txt facts.txt pages.txt talk.txt    what there is, what is true, told and said
-    world.py       reads these tables and fills their templates
-    questions.py   questions with right replies, conversations, quizzes; what is kept for the test
+    words.txt facts.txt pages.txt talk.txt    the tables
+    world.py       reads them and fills their templates
+    questions.py   questions with correct replies, conversations, quizzes; the held-out tenth
     pages.py       pages of many kinds
 """
 

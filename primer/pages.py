@@ -1,7 +1,7 @@
 """The pages of the primer.
 
-They already hold school questions with `Answer:` and lettered choices, so that a base model can be
-examined, and the chat stages only have to teach manners.
+They include school questions with `Answer:` and lettered choices, so that a base model can be
+examined, and the chat stages need only teach manners.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,12 @@ UNPOETIC = ("rain", "sand", "bed", "snow", "night")  # no poem can have "a rain"
 
 
 def written(dice: Dice, kind: str) -> str:
-    """A story under its title, a letter or a page of a diary."""
+    """A story under its title, a letter or a diary page."""
     title, text = dice.choice(TEXTS[kind])
     return fill(text, dice, **dice.cast(title or kind))
 
 
 def poem(dice: Dice) -> str:
-    """Four lines around a rhyme."""
     slots, rhymes = dice.cast("poem"), TOPICS["rhyme"].facts
     key = dice.choice([key for key in rhymes if key not in UNPOETIC])
     _, text = dice.choice(TEXTS["poem"])
@@ -28,7 +27,6 @@ def poem(dice: Dice) -> str:
 
 
 def animal_page(dice: Dice) -> str:
-    """What there is to know about one animal, in any order."""
     key = dice.choice(WORDS["animal"])
     topics = [TOPICS[name] for name in ("sound", "young", "home", "legs")]
     known = [topic for topic in topics if key in topic.facts]
@@ -39,7 +37,6 @@ def animal_page(dice: Dice) -> str:
 
 
 def facts_page(dice: Dice) -> str:
-    """Some facts of one topic."""
     topic = TOPICS[dice.topic()]
     facts = dice.sample(list(topic.facts.items()), dice.randint(4, 7))
     told = [fill(dice.choice(topic.sentences), key=key, value=value) for key, value in facts]
@@ -47,31 +44,29 @@ def facts_page(dice: Dice) -> str:
 
 
 def mixed_page(dice: Dice) -> str:
-    """Facts from here and there."""
     facts = [ask.ask_fact(dice, brief=False) for _ in range(dice.randint(3, 6))]
     title = dice.choice(("Did you know?", "What we learned today", "Good to know"))
     return "\n".join([title, *(f"- {fact.reply}" for fact in facts)])
 
 
 def school_page(dice: Dice) -> str:
-    """Questions with short answers, in the form in which a base model is examined."""
+    """Questions with short answers, in the form used to examine a base model."""
     facts = [ask.ask_fact(dice, brief=True) for _ in range(dice.randint(3, 6))]
     return "\n\n".join(f"{document_prompt(fact.text)} {fact.answer}" for fact in facts)
 
 
 def document_prompt(question: str) -> str:
-    """The question as a school page puts it; the answer follows after a space."""
+    """The question in a school page's form; the answer follows after a space."""
     return f"Question: {question}\nAnswer:"
 
 
 def exercises(dice: Dice, kind: ask.Ask, most: int) -> str:
-    """Two or more questions with their replies."""
     asked = [kind(dice) for _ in range(dice.randint(2, most))]
     return "\n\n".join(f"{each.prompt}\n{printed(each)}" for each in asked)
 
 
 def printed(question: Question) -> str:
-    """The reply on a page: what is typed into the calculator, and what it shows."""
+    """The reply as text, with calculator input and output."""
     if isinstance(question.reply, str):
         return question.reply
     form = {"text": "{}", "python": "Calculator: {}", "python_output": " -> {}\n"}
@@ -79,12 +74,11 @@ def printed(question: Question) -> str:
 
 
 def ask_calculation(dice: Dice) -> Question:
-    """A sum, at times in a story."""
     return ask.ask_sum(dice, in_words=dice.random() < 0.3)
 
 
 def lettered_page(dice: Dice) -> str:
-    """A list with letters, and which letter stands by what."""
+    """A lettered list, and which letter goes with which item."""
     page = ask.ask_letter(dice)
     lines = [page.lettered_choices]
     pairs = list(zip(page.letters, page.choices, strict=True))
@@ -94,7 +88,6 @@ def lettered_page(dice: Dice) -> str:
 
 
 def counting_page(dice: Dice) -> str:
-    """Numbers in a row: in words, by steps, forwards and backwards."""
     if dice.random() < 0.2:
         return f"We count: {', '.join(WORDS['number'][1 : dice.randint(5, 20)])}."
     step, low, num = dice.choice((1, 1, 1, 2, 5, 10)), dice.randint(0, 50), dice.randint(6, 14)
@@ -105,19 +98,16 @@ def counting_page(dice: Dice) -> str:
 
 
 def sums_page(dice: Dice) -> str:
-    """Small sums to know by heart."""
     sums = [dice.sum(largest=12) for _ in range(dice.randint(5, 9))]
     return "\n".join(["Small sums\n", *("{} {} {} = {}".format(*each) for each in sums)])
 
 
 def spelling_page(dice: Dice) -> str:
-    """Words letter by letter."""
     spelled = dice.sample(list(REPLIES["spell"].items()), dice.randint(5, 9))
     return "\n".join(["Spelling\n", *map(": ".join, spelled)])
 
 
 def dialogue(dice: Dice) -> str:
-    """Two children talk: a greeting, questions and answers."""
     slots = dice.cast("dialogue")
     talk = [ask.ask_talk(dice, "greeting")]
     kinds = (ask.ask_fact, ask.ask_yes_no, ask.ask_bigger, ask.ask_list, ask.ask_nature)
@@ -127,18 +117,15 @@ def dialogue(dice: Dice) -> str:
 
 
 def recipe(dice: Dice) -> str:
-    """How to do something."""
     aim, steps = dice.choice(list(REPLIES["how"].items()))
     return f"How to {aim.replace('my ', 'your ')}\n\n{steps}"
 
 
 def dictionary(dice: Dice) -> str:
-    """What some words mean."""
     return "\n".join(dice.sample(list(REPLIES["define"].values()), dice.randint(3, 5)))
 
 
 def groups_page(dice: Dice) -> str:
-    """The members of some groups, and who is bigger than whom."""
     told = []
     for kind in dice.sample(list(GROUPS), 3):
         members = dice.members(kind, dice.randint(3, 5))
@@ -147,7 +134,6 @@ def groups_page(dice: Dice) -> str:
 
 
 def about_me(dice: Dice) -> str:
-    """Who is writing here."""
     known = [(question, reply) for question, (reply,) in TALK["identity"].items()]
     if dice.random() < 0.5:
         return "\n\n".join(map("\n".join, dice.sample(known, dice.randint(3, 5))))

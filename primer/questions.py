@@ -1,9 +1,9 @@
-"""The questions of the primer, each with a right reply; conversations and quizzes made of them.
+"""The questions of the primer with correct replies, and conversations and quizzes made of them.
 
-The splits are not other seeds but other content. What a question is about (the two operands; the
-phrasing and the fact; the word and the letter) is hashed, and one tenth of all keys never appears
-in the train split, neither in a conversation nor on a page. Facts themselves are in both: no model
-can know a capital that it was never told.
+Splits differ in content, not just in seed: what a question is about (two operands; phrasing and
+fact; word and letter) is hashed, and a tenth of all keys never appears in the train split, neither
+in a conversation nor on a page. Facts themselves are in both: no model can know a capital that it
+was never told.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ LETTERS = "ABC"  # of a quiz
 
 @dataclass(frozen=True)
 class Question:
-    """What a user asks, and a right reply; `accepted` are other replies that are right as well."""
+    """A user's question and a correct reply; `accepted` are other correct replies."""
 
     text: str
     reply: str | list[dict[str, str]]
@@ -33,28 +33,27 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The whole of what the user writes."""
         if not self.choices:
             return self.text
         return f"{self.text}\n{self.lettered_choices}\nAnswer with the letter only."
 
     @property
     def lettered_choices(self) -> str:
-        """A line for each choice, its letter right behind it."""
+        """One choice a line, each followed by its letter."""
         return "\n".join(map("- {} {}".format, self.choices, self.letters))
 
 
 def held_out(*key: object) -> bool:
-    """True for the tenth of all content keys that the train split never holds."""
+    """True for the tenth of content keys that the train split never contains."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") % 10 == 0
 
 
 class Dice(random.Random):
-    """The random numbers of one item, and the choices that keep to the content of its split."""
+    """The random numbers of one item, and choices restricted to its split's content."""
 
     def __init__(self, split: str, kind: str, index: int) -> None:
-        """Seeded with the name of the item, which random.Random hashes the same everywhere."""
+        """Seeded by the item's name, which random.Random hashes the same everywhere."""
         # val and test share what is kept from train
         assert split in ("train", "val", "test"), split
         super().__init__(f"{split}/{kind}/{index}")
@@ -68,15 +67,15 @@ class Dice(random.Random):
                 return key
 
     def one_of_each(self, label: str, *items: Sequence[Any]) -> tuple[Any, ...]:
-        """One of each of the `items`: a key that belongs to the split."""
+        """One of each of the `items`, as a key that belongs to the split."""
         return self.draw(label, lambda: tuple(map(self.choice, items)))
 
     def phrase(self, name: str, **slots: object) -> str:
-        """One of the phrases of that name, filled."""
+        """A random phrase of that name, filled."""
         return fill(self.choice(PHRASES[name]), **slots)
 
     def cast(self, label: str) -> dict[str, str]:
-        """Who and what a text is about: values for the slots of its template."""
+        """Who and what a text is about: values for its template's slots."""
         names = ("hero", "animal", "place", "thing")
         chosen = self.one_of_each(label, *[WORDS[name] for name in names])
         slots: dict[str, str] = dict(zip(names, chosen, strict=True))
@@ -92,12 +91,10 @@ class Dice(random.Random):
         return slots
 
     def topic(self) -> str:
-        """The name of a topic; large ones come more often."""
+        """A topic's name; larger topics are likelier."""
         return self.choices(list(TOPICS), [len(topic.facts) ** 0.5 for topic in TOPICS.values()])[0]
 
     def fact(self) -> tuple[str, str, str, str]:
-        """(topic, key, value, a question for it)."""
-
         def pick() -> tuple[str, str, int]:
             topic = self.topic()
             key = self.choice(list(TOPICS[topic].facts))
@@ -130,7 +127,7 @@ Ask = Callable[[Dice], Question]
 
 
 def ask_fact(dice: Dice, brief: bool | None = None) -> Question:
-    """A fact, answered in a sentence, or in one word when the question says so."""
+    """A fact, answered in a sentence, or in one word if asked for."""
     topic, key, value, text = dice.fact()
     sentences = [fill(sentence, key=key, value=value) for sentence in TOPICS[topic].sentences]
     accepted = (*sentences, f"{capital(value)}.", f"{capital(a(value))}.")
@@ -141,7 +138,7 @@ def ask_fact(dice: Dice, brief: bool | None = None) -> Question:
 
 
 def ask_choice(dice: Dice) -> Question:
-    """A fact with lettered choices, which are other values of the same topic."""
+    """A fact with lettered choices: other values of the same topic."""
     topic, _, value, text = dice.fact()
     wrong = [other for other in TOPICS[topic].values if other != value]
     choices = dice.sample([value, *dice.sample(wrong, len(LETTERS) - 1)], len(LETTERS))
@@ -149,10 +146,10 @@ def ask_choice(dice: Dice) -> Question:
 
 
 def ask_letter(dice: Dice) -> Question:
-    """Which letter stands by a choice: the bare skill that multiple choice needs beside knowledge.
+    """Which letter goes with a choice: the skill that multiple choice needs besides knowledge.
 
-    Short lists and any letters teach to copy a letter before there is anything to choose; from
-    lists of three in their order alone, a small model learns neither (dev/LOG.md).
+    Short lists and arbitrary letters teach copying before choosing; from ordered lists of three
+    alone a small model learns neither (dev/LOG.md).
     """
     choices = dice.sample(TOPICS[dice.choice(list(TOPICS))].values, dice.choice((1, 2, 2, 3, 3)))
     letters = "".join(dice.sample("ABCDEFGH", len(choices)))
@@ -162,8 +159,6 @@ def ask_letter(dice: Dice) -> Question:
 
 
 def ask_yes_no(dice: Dice) -> Question:
-    """Whether something has a colour, or belongs to a group."""
-
     def pick() -> tuple[str, str, str, str]:
         topic = dice.choice(("colour", "kind"))
         key, truth = dice.choice(list(TOPICS[topic].facts.items()))
@@ -178,8 +173,6 @@ def ask_yes_no(dice: Dice) -> Question:
 
 
 def ask_bigger(dice: Dice) -> Question:
-    """Which of two animals is bigger."""
-
     def pick() -> tuple[str, ...]:
         return dice.choice(PHRASES["bigger"]), *dice.sample(WORDS["size"], 2)
 
@@ -194,21 +187,19 @@ def compare(x: str, y: str) -> str:
 
 
 def ask_list(dice: Dice) -> Question:
-    """Some members of a group."""
     phrase, num, kind = dice.one_of_each("list", PHRASES["list"], range(2, 5), list(GROUPS))
     slots = {"n": WORDS["number"][num], "kind": kind, "members": dice.members(kind, num)}
     return Question(fill(phrase, **slots), fill("Here are {n} {s kind}: {members}.", **slots))
 
 
 def ask_counting(dice: Dice) -> Question:
-    """Count from one number to another."""
     low, num = dice.one_of_each("count", range(96), range(3, 10))
     numbers = ", ".join(map(str, range(low, low + num + 1)))
     return Question(dice.phrase("count", a=low, b=low + num), f"{numbers}.")
 
 
 def ask_sum(dice: Dice, in_words: bool = False) -> Question:
-    """Two operands, bare or in a little story, worked out by the calculator."""
+    """Two operands, bare or in a short story, computed with the calculator."""
     x, op, y, result = dice.sum(smallest=2 if in_words else 0)
     slots = dice.cast("problem") if in_words else {}
     word = {"+": "plus", "-": "minus", "*": "times"}[op]
@@ -218,13 +209,12 @@ def ask_sum(dice: Dice, in_words: bool = False) -> Question:
 
 
 def by_tool(code: str, result: object, reply: str) -> list[dict[str, str]]:
-    """The parts of a reply that asks the calculator first."""
     parts = (("python", code), ("python_output", str(result)), ("text", reply))
     return [{"type": kind, "text": text} for kind, text in parts]
 
 
 def ask_letters(dice: Dice, by_hand: bool = False) -> Question:
-    """How often a letter is in a word: by the tool, or by hand first and then checked."""
+    """How often a letter occurs in a word: by the tool, or by hand and then checked."""
 
     def pick() -> tuple[str, str]:
         word = dice.choice(list(REPLIES["spell"]))
@@ -248,7 +238,6 @@ def tally(word: str, letter: str) -> str:
 
 
 def ask_story(dice: Dice) -> Question:
-    """A fable about an animal."""
     slots = dice.cast("fable")
     _, fable = dice.choice(TEXTS["fable"])
     reply = fill(fable, dice, **slots)
@@ -256,14 +245,12 @@ def ask_story(dice: Dice) -> Question:
 
 
 def ask_repeat(dice: Dice) -> Question:
-    """Say after me."""
     slots = dice.cast("repeat")
     what = dice.phrase("repeated", **slots)
     return Question(dice.phrase("repeat", what=what), what)
 
 
 def ask_about(dice: Dice, label: str) -> Question:
-    """How a word is spelled or what it means, what an animal does, how something is done."""
     replies = REPLIES[label]
     phrase, key = dice.one_of_each(label, PHRASES[label], list(replies))
     return Question(fill(phrase, key=key, word=key), replies[key], replies[key])
@@ -299,13 +286,13 @@ QUIZZES: dict[str, tuple[Ask, ...]] = {
 
 
 def quiz(split: str, kind: str, index: int) -> Question:
-    """Question `index` of a kind of quiz: choice, letter, exact, arithmetic or spelling."""
+    """Question `index` of a quiz: choice, letter, exact, arithmetic or spelling."""
     dice = Dice(split, kind, index)
     return dice.choice(QUIZZES[kind])(dice)
 
 
 def conversation(split: str, index: int) -> dict[str, Any]:
-    """Talk `index`: a few questions, at times a system message or a name to remember."""
+    """Conversation `index`: a few questions, sometimes a system message or a name to remember."""
     dice = Dice(split, "conversation", index)
     system, style = "", dice.random()
     if style < 0.04:
@@ -326,7 +313,7 @@ def conversation(split: str, index: int) -> dict[str, Any]:
 
 
 def introduction(dice: Dice) -> list[Question]:
-    """A user who tells a name, talks of something else or not, and asks for it."""
+    """A user gives a name, may change the subject, and asks for the name."""
     slots = dice.cast("name")
     turns = [Question(dice.phrase("name", **slots), dice.phrase("name reply", **slots))]
     if dice.random() < 0.5:

@@ -1,7 +1,7 @@
-"""The tables of the primer, read from the text files beside this one, and templates filled.
+"""The primer's tables, read from the text files beside this one, and template filling.
 
-A table file is a list of sections, each begun by `== NAME` or `== NAME: TITLE`. What stands before
-the first one says how its rows are written.
+A table file is a list of sections that begin with `== NAME` or `== NAME: TITLE`; the text before
+the first explains the rows.
 """
 
 import random
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Topic(NamedTuple):
-    """A bounded set of facts, with the ways to ask for one and the sentences that state it."""
+    """A set of facts, with ways to ask for one and sentences that state it."""
 
     title: str
     questions: list[str]
@@ -22,7 +22,6 @@ class Topic(NamedTuple):
 
     @property
     def values(self) -> list[str]:
-        """The different values, in the order of the facts."""
         return list(dict.fromkeys(self.facts.values()))
 
 
@@ -44,7 +43,7 @@ def lists(rows: list[str], separator: str) -> dict[str, list[str]]:
 
 
 def read_texts() -> dict[str, list[tuple[str, str]]]:
-    """The sections of pages.txt by their kind: (title, text) of each; only stories have a title."""
+    """The sections of pages.txt by kind: (title, text) of each; only stories have a title."""
     texts: dict[str, list[tuple[str, str]]] = {}
     for kind, title, rows in sections("pages.txt"):
         text = " ".join(rows).replace(" / ", "\n")
@@ -53,7 +52,7 @@ def read_texts() -> dict[str, list[tuple[str, str]]]:
 
 
 def read_topics() -> dict[str, Topic]:
-    """The sections of facts.txt, with the facts that follow from other tables."""
+    """The sections of facts.txt, plus facts derived from other tables."""
     topics = {}
     for name, title, (questions, sentences, *rows) in sections("facts.txt"):
         pairs = (fact.split(" = ") for row in rows for fact in row.split("; "))
@@ -71,7 +70,6 @@ def read_topics() -> dict[str, Topic]:
 
 
 def turned(facts: dict[str, str]) -> dict[str, str]:
-    """The same facts, asked from the other end."""
     return {value: key for key, value in facts.items()}
 
 
@@ -96,7 +94,6 @@ def plural(noun: str) -> str:
 
 
 def capital(text: str) -> str:
-    """The text with a capital at its head, the rest as it is."""
     return text[0].upper() + text[1:]
 
 

@@ -1,1 +1,1 @@
-"""The data sets, one file each, and mixtures.py: what midtraining and SFT are made of."""
+"""The data sets, one file each, and mixtures.py, which combines them."""

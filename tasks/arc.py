@@ -1,4 +1,4 @@
-"""ARC: science questions of American schools, in an easy and a challenge set. Multiple choice.
+"""ARC: school science questions, an easy and a challenge set. Multiple choice.
 
 One row of ARC-Easy (train):
     {"id": "ARC-Easy/train/1", "question": "Lichens are symbiotic organisms made of green algae and
@@ -6,8 +6,7 @@ One row of ARC-Easy (train):
      "choices": {"text": ["carbon dioxide", "food", "protection", "water"],
                  "label": ["A", "B", "C", "D"]}, "answerKey": "B"}
 
-Every question is asked with A, B, C, ... by position. Some rows are labelled 1, 2, 3, 4 and some
-have three or five choices; `answerKey` is looked up among the row's own labels.
+Choices are relettered A, B, C, ... by position: some rows use 1, 2, 3, 4, some have three or five.
 
 Source: allenai/ai2_arc on the Hugging Face hub (arXiv 1803.05457), CC BY-SA 4.0.
 """
@@ -19,7 +18,7 @@ from tasks.common import ChoiceTask
 
 
 class ARC(ChoiceTask):
-    """`config` is ARC-Easy or ARC-Challenge; the splits are train, validation and test."""
+    """`config` is ARC-Easy or ARC-Challenge; splits: train, validation, test."""
 
     name = "allenai/ai2_arc"
 

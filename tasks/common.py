@@ -1,9 +1,8 @@
-"""What every task is: a list of conversations that can be cut, mixed, shuffled and scored.
+"""The base of all tasks: a list of conversations to slice, mix, shuffle and score.
 
-A task has `get_example(number)` and, where it is an evaluation, `score`. Rows of Hugging Face data
-sets come from the hub or, with `NANOCHAT_DATASETS=<folder>`, from
-`<folder>/<owner>/<name>/<config>/<split>.jsonl` or `.parquet`. They are shuffled once and for all:
-MMLU is sorted by subject, and the first hundred rows of any task should be a fair sample of it.
+Rows of Hugging Face data sets come from the hub or, with `NANOCHAT_DATASETS=<folder>`, from
+`<folder>/<owner>/<name>/<config>/<split>.jsonl` or `.parquet`. They are shuffled once: MMLU is
+sorted by subject, and the first hundred rows of any task should be a fair sample.
 """
 
 import copy
@@ -22,21 +21,21 @@ from nanochat.tokenizer import Conversation, check_conversation, render_choices
 
 
 class Task(Sequence[Conversation]):
-    """A list of conversations; a slice of it, such as `task[:100]`, is a task as well."""
+    """A list of conversations; a slice such as `task[:100]` is a task, too."""
 
     kind = "generate"  # "choice": the reply is one of the letters in the conversation's "letters"
     baseline = 0.0  # accuracy of guessing
 
     def __init__(self, numbers: Sequence[int]) -> None:
-        """`numbers` go to `get_example`, in this order."""
+        """`numbers` are passed to `get_example`, in this order."""
         self._numbers = numbers
 
     def get_example(self, number: int) -> Conversation:
-        """Conversation `number`, wherever slicing and shuffling have put it."""
+        """Conversation `number`, before slicing and shuffling."""
         raise NotImplementedError
 
     def score(self, conversation: Conversation, reply: str) -> float:
-        """From 0 (wrong) to 1 (right), for evaluation and RL: here, is it the answer itself?"""
+        """From 0 (wrong) to 1 (right), for evaluation and RL; here: equality with the answer."""
         return float(reply.strip() == conversation["answer"])
 
     def __len__(self) -> int:
@@ -57,7 +56,7 @@ class Task(Sequence[Conversation]):
 
 
 class TaskMixture(Task):
-    """Several tasks as one, in an order shuffled by `seed`; a task listed twice comes twice."""
+    """Several tasks as one, shuffled by `seed`; a task listed twice counts twice."""
 
     def __init__(self, tasks: Sequence[Task], seed: int = 0) -> None:
         self.tasks = tasks
@@ -71,7 +70,7 @@ class TaskMixture(Task):
 
 
 class GeneratedTask(Task):
-    """Rows that are made from their number. They have no end; a task is as many as are used."""
+    """Rows generated from their number; endless, so a task has as many as are used."""
 
     num_train, num_test = 20_000, 400
 
@@ -94,7 +93,7 @@ class HubTask(Task):
         super().__init__(numbers)
 
     def get_example(self, number: int) -> Conversation:
-        """Raises UserError, naming the row, where a field is missing or of another kind."""
+        """Raises UserError, naming the row, if a field is missing or malformed."""
         try:
             conversation = self.convert(self._rows[number])
             check_conversation(conversation)
@@ -105,19 +104,19 @@ class HubTask(Task):
         return conversation
 
     def convert(self, row: dict[str, Any]) -> Conversation:
-        """The conversation that a row stands for; an error says that the row is broken."""
+        """A row as a conversation; any error means that the row is malformed."""
         raise NotImplementedError
 
 
 class ChoiceTask(HubTask):
-    """A public data set of multiple-choice questions, most of them with four choices."""
+    """A public data set of multiple-choice questions, mostly with four choices."""
 
     kind = "choice"
     baseline = 0.25
 
     @staticmethod
     def ask(question: str, choices: Sequence[str], right: int) -> Conversation:
-        """The question with its choices by letter; `right` is the position of the right one."""
+        """The question with lettered choices; `right` is the index of the correct one."""
         if not 0 <= right < len(choices):
             raise ValueError(f"answer {right} of {len(choices)} choices")
         letters = list(ascii_uppercase[: len(choices)])
@@ -126,22 +125,21 @@ class ChoiceTask(HubTask):
 
 
 def exchange(question: str, reply: str | list[dict[str, str]]) -> list[dict[str, Any]]:
-    """The messages of one question and its reply."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
 
 
 def load_rows(name: str, config: str, split: str) -> Sequence[dict[str, Any]]:
-    """`load_rows("openai/gsm8k", "main", "train")` reads them from the hub or from local files.
+    """The rows of, say, ("openai/gsm8k", "main", "train"), from the hub or local files.
 
-    Raises UserError where the data set cannot be had or a local file is malformed.
+    Raises UserError if the data set cannot be loaded or a local file is malformed.
     """
     if folder := os.environ.get("NANOCHAT_DATASETS"):
         return _read_local(Path(folder, name, config), split)
     try:
-        import datasets  # here, so that what needs no hub starts without it
+        import datasets  # here: most scripts need no hub
 
         rows = datasets.load_dataset(name, config, split=split)
-        return cast(Sequence[dict[str, Any]], rows)  # a Dataset reads a row when it is asked for
+        return cast(Sequence[dict[str, Any]], rows)  # a Dataset reads rows lazily
     # datasets raises subclasses of FileNotFoundError and ConnectionError, ValueError for splits
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

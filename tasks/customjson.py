@@ -4,7 +4,7 @@ One conversation a line, as an object or as the bare list of its messages:
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
     [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Pip."}]
 
-The whole file is checked before training starts, or a bad line 4,000 would be met an hour later.
+The whole file is checked up front: a bad line 4,000 would otherwise stop training after an hour.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from tasks.common import Task
 
 
 class CustomJSON(Task):
-    """The conversations of one file. Raises UserError with the line that is wrong."""
+    """The conversations of a file; UserError names a bad line."""
 
     def __init__(self, path: Path) -> None:
         self._rows = [_checked(path, number, row) for number, row in numbered_jsonl(path)]

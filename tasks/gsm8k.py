@@ -1,13 +1,12 @@
-"""GSM8K: word problems of school mathematics, solved in steps, each with a call of the calculator.
+"""GSM8K: school maths word problems, solved in steps that each call the calculator.
 
 One row (train):
     {"question": "Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of
      babysitting. How much did she earn?", "answer": "Weng earns 12/60 = $<<12/60=0.2>>0.2 per
      minute.\\nWorking 50 minutes, she earned 0.2 x 50 = $<<0.2*50=10>>10.\\n#### 10"}
 
-`<<12/60=0.2>>` becomes a call of the tool, `12/60`, and what it printed, `0.2`; the text goes on
-behind it. What the tool is shown to print is what the row says, even where it is rounded or ends in
-zeros ("3.50"; one mark in 34), since the text behind the mark repeats it in that form.
+`<<12/60=0.2>>` becomes a tool call, `12/60`, and its output, `0.2`. The output is the row's, even
+if rounded or ending in zeros ("3.50"; one mark in 34), since the following text repeats that form.
 
 Source: openai/gsm8k on the Hugging Face hub, configuration "main" (arXiv 2110.14168), MIT.
 """
@@ -20,12 +19,12 @@ from nanochat.tokenizer import Conversation
 from tasks.common import HubTask, exchange
 
 MARK = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
-# Possessive (++), so that "#### 18.5/3" is not read as 18: what stands behind a number counts.
+# Possessive (++), so that "#### 18.5/3" is not read as 18.
 FINAL = re.compile(r"####\s*([-+]?)\s*\$?\s*([-+]?)([0-9][0-9,]*+(?:\.[0-9]+)?+|\.[0-9]++)(?![/])")
 
 
 class GSM8K(HubTask):
-    """The splits are train (7,473 rows) and test (1,319)."""
+    """Splits: train (7,473 rows), test (1,319)."""
 
     name, config = "openai/gsm8k", "main"
 
@@ -41,7 +40,7 @@ class GSM8K(HubTask):
 
 
 def solution_parts(answer: str) -> list[dict[str, str]]:
-    """The solution as an assistant says it: text, a call of the tool, its output, text again."""
+    """The solution as parts: text, tool call, output, text, ..."""
     # re.split with two groups: text, expression, result, text, expression, result, ..., text
     kinds = ("text", "python", "python_output")
     pieces = [(kinds[i % 3], piece) for i, piece in enumerate(MARK.split(answer))]

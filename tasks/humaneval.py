@@ -5,10 +5,9 @@ One row, its docstring and checks cut short:
      "canonical_solution": "    return x + y\\n", "entry_point": "add",
      "test": "\\n\\ndef check(candidate):\\n    assert candidate(0, 1) == 1\\n ..."}
 
-The reply may be the whole function or its body, in a fenced block or bare. Either way the prompt
-comes before it: it has the imports, in some rows a helper, and the function itself without a body.
-The checks run in a process that never sees the program, only what its function returns
-(nanochat/sandbox_child.py), so they need the prompt too; some call its helper.
+A reply may be the whole function or its body, fenced or bare. It follows the prompt, which has the
+imports and sometimes a helper that the checks need, too: they run in another process, which sees
+only what the function returns (nanochat/sandbox_child.py).
 
 Source: openai/openai_humaneval on the Hugging Face hub (arXiv 2107.03374), MIT.
 """
@@ -25,7 +24,7 @@ FENCED = re.compile(r"```[ \t]*\w*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 class HumanEval(HubTask):
-    """The only split is test (164 rows). `allow_unsafe_exec` scores without isolation too."""
+    """The only split is test (164 rows). `allow_unsafe_exec` scores without isolation, too."""
 
     name, config = "openai/openai_humaneval", "openai_humaneval"
 
@@ -41,7 +40,7 @@ class HumanEval(HubTask):
         return {"messages": exchange(question, reply), **kept}
 
     def score(self, conversation: Conversation, reply: str) -> float:
-        """1 where the program passes; thread-safe. Raises UserError without isolation."""
+        """1 if the program passes; thread-safe. UserError without isolation."""
         prompt, name = conversation["prompt"], conversation["entry_point"]
         program = complete(prompt, name, reply)
         checks = f"{prompt}\n{conversation['test']}"

@@ -6,8 +6,7 @@ One row, made from the facts in identity.json, which you may edit:
     user: Do you make mistakes?
     assistant: Yes. I am small, so I get facts wrong and lose the thread in long talks. I cannot ...
 
-The phrasings are here and only the facts in the file, so that a new name does not take a thousand
-new conversations.
+Phrasings are here and only facts in the file: a new name needs no new conversations.
 """
 
 import json
@@ -63,7 +62,7 @@ class Identity(Task):
 
 
 def read_facts(path: Path) -> dict[str, str]:
-    """The facts of the file. Raises UserError unless each that a reply needs is there as a text."""
+    """The facts of the file; UserError unless every fact that the replies use is a string in it."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # bad JSON and bad UTF-8 are ValueErrors

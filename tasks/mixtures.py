@@ -1,8 +1,8 @@
-"""What midtraining and SFT are made of, and which tasks evaluate a chat model: tables in one place.
+"""What midtraining and SFT are made of, and which tasks evaluate a chat model.
 
-On the primer both stages see the same kinds of talk: a model this small forgets a skill within a
-few hundred steps, so SFT is not narrower, only on other conversations, with more of the quizzes.
-The default mixtures are for a model that holds more, and there SFT is the narrower one.
+On the primer both stages see the same kinds of conversation, SFT with more quizzes: a model this
+small forgets a skill within a few hundred steps. The default SFT mixture is narrower than
+midtraining's.
 """
 
 from collections.abc import Callable
@@ -93,7 +93,7 @@ EVALUATIONS: dict[str, Callable[..., Task]] = {
 
 
 def build_mixture(stage: str, name: str, custom: Path | None = None) -> TaskMixture:
-    """The conversations of a stage (mid, sft or val), with those of a user's own file if given."""
+    """The conversations of a stage (mid, sft or val), plus those of a user's file."""
     own = [CustomJSON(custom)] if custom else []
     return TaskMixture([*MIXTURES[stage, name](), *own])
 
@@ -101,7 +101,7 @@ def build_mixture(stage: str, name: str, custom: Path | None = None) -> TaskMixt
 def build_task(
     name: str, split: str = "test", words: Path | None = None, allow_unsafe_exec: bool = False
 ) -> Task:
-    """The evaluation of that name; SpellingBee heeds `words`, HumanEval `allow_unsafe_exec`."""
+    """The evaluation `name`; `words` is for SpellingBee, `allow_unsafe_exec` for HumanEval."""
     if name not in EVALUATIONS:
         raise UserError(f"the task {name!r} is unknown; choose one of: {', '.join(EVALUATIONS)}")
     if name == "SpellingBee":

@@ -17,7 +17,7 @@ from tasks.common import ChoiceTask
 
 
 class MMLU(ChoiceTask):
-    """The splits are train, dev (five rows a subject), validation and test."""
+    """Splits: train, dev (five rows a subject), validation, test."""
 
     name, config = "cais/mmlu", "all"
 

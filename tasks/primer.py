@@ -4,10 +4,9 @@ One row of PrimerArithmetic:
     user: How much is 347 plus 58?
     assistant: [python] 347+58 [output] 405 [text] 347 + 58 = 405.
 
-A quiz of the split "train" is for practice and RL, of "test" for evaluation: the two share no sum,
-no pair of fact and phrasing, no pair of word and letter (primer/questions.py). A fact may be
-answered in one word or in a sentence that states it, and nothing else: a reply that merely contains
-the right word may say the opposite.
+Quizzes of the splits "train" (practice, RL) and "test" (evaluation) share no sum, no pair of fact
+and phrasing, no pair of word and letter (primer/questions.py). A fact must be answered in one word
+or in a sentence stating it: a reply that merely contains the right word may say the opposite.
 """
 
 import primer
@@ -26,7 +25,7 @@ class PrimerConversations(GeneratedTask):
 
 
 class PrimerQuiz(GeneratedTask):
-    """One kind of the primer's quizzes; the row also carries what `score` compares with."""
+    """One kind of quiz; rows also carry what `score` compares with."""
 
     quiz: str
 
@@ -35,12 +34,12 @@ class PrimerQuiz(GeneratedTask):
         return {"messages": exchange(question.prompt, question.reply), **self.details(question)}
 
     def details(self, question: primer.Question) -> Conversation:
-        """What `score` needs to know besides the messages."""
+        """What `score` needs besides the messages."""
         return {"answer": question.answer}
 
 
 class PrimerChoice(PrimerQuiz):
-    """Facts with lettered choices. A base model is asked the same in document form."""
+    """Facts with lettered choices; a base model gets the same in document form."""
 
     quiz = "choice"
     kind = "choice"
@@ -57,7 +56,7 @@ class PrimerChoice(PrimerQuiz):
 
 
 class PrimerLetter(PrimerQuiz):
-    """Which letter stands by a choice: practice for PrimerChoice."""
+    """Which letter goes with a choice: practice for PrimerChoice."""
 
     quiz = "letter"
 
@@ -75,7 +74,7 @@ class PrimerExact(PrimerQuiz):
 
 
 class PrimerArithmetic(PrimerQuiz):
-    """Two operands, bare or in a little story, through the calculator."""
+    """Two operands, bare or in a short story, through the calculator."""
 
     quiz = "arithmetic"
 

@@ -4,8 +4,8 @@ One row in outline (a system message may come first):
     {"messages": [{"role": "user", "content": "How do I ..."},
                   {"role": "assistant", "content": "You can ..."}], "source": "smol-magpie-ultra"}
 
-This is the "smol" selection (460 K conversations for training, 24 K for testing), not the full one
-of a million: it leaves out function calls and advanced mathematics, and its talks are shorter.
+The "smol" selection (460 K conversations for training, 24 K for testing) of the full million leaves
+out function calls and advanced mathematics, and its conversations are shorter.
 
 Source: HuggingFaceTB/smol-smoltalk on the Hugging Face hub (arXiv 2502.02737), Apache-2.0.
 """
@@ -17,7 +17,7 @@ from tasks.common import HubTask
 
 
 class SmolTalk(HubTask):
-    """The splits are train and test."""
+    """Splits: train, test."""
 
     name, config = "HuggingFaceTB/smol-smoltalk", "default"
 

@@ -104,17 +104,17 @@ def words_of(split: str, file: Path) -> tuple[str, ...]:
 
 
 def normalized(text: str) -> str:
-    """The text in lower case with single spaces and bare ends: `" A  fox. "` -> `"a fox"`."""
+    """Lower case, single spaces, bare ends: `" A  fox. "` -> `"a fox"`."""
     return " ".join(text.lower().split()).strip(" .!?")
 
 
 def last_number(text: str) -> str | None:
-    """The last number of the text, without a full stop: `"37 + 58 = 95."` -> `"95"`."""
+    """The last number: `"37 + 58 = 95."` -> `"95"`."""
     numbers = re.findall(r"(?<![\d.])-?\d+(?:\.\d+)?", text)
     return numbers[-1] if numbers else None
 
 
 def last_count(text: str) -> str | None:
-    """The number before the last "time" or "times": `"... appears 2 times in 'egg'."` -> `"2"`."""
+    """The number before the last "time(s)": `"... appears 2 times in 'egg'."` -> `"2"`."""
     counts = re.findall(r"(\d+) times?\b", text)
     return counts[-1] if counts else last_number(text)

@@ -1,10 +1,10 @@
-"""How long training a BPE takes: ours and the `rustbpe` package of PyPI.
+"""Time of training a BPE: ours and PyPI's `rustbpe`.
 
     python -m dev.bench.bpe_speed --data FOLDER            parquet shards with a column `text`
 
-Each run is a process of its own, and the two take turns, so that a busy machine hurts both alike.
-PyPI's package has the same module name; uv installs it into a temporary folder. Only the training
-is timed: the texts are in memory before. The bar: ours takes at most half the time of PyPI's.
+Runs are separate, interleaved processes, so that a busy machine affects both alike. uv installs
+PyPI's package, whose module has the same name, into a temporary folder. Only training is timed, not
+reading. The bar: at most half of PyPI's time.
 """
 
 import json
@@ -41,7 +41,6 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    """Print the median seconds of both trainers, and their ratio."""
     texts, num_bytes = [], 0
     for text in read_texts(sorted(cfg.data.glob("*.parquet"))):
         texts.append(text)

@@ -3,11 +3,10 @@
     python -m dev.bench.engine_speed
     python -m dev.bench.engine_speed --depth 20 --device cuda --slots 1 16 64
 
-The median of interleaved rounds, so that a busy machine disturbs all alike. In a round every engine
-generates num_tokens for as many requests as it has slots, each with a prompt of 32 tokens; then
-each answers the same questions of a task, as chat_eval and the rollouts of chat_rl do. GB/s is what
-a step must read at least (weights and the keys and values in view) over its time; beside it stands
-what a plain copy reaches here.
+Medians of interleaved rounds, so that a busy machine affects all alike. In a round every engine
+generates num_tokens for one request per slot, with prompts of 32 tokens, then answers a task's
+questions, as chat_eval and chat_rl do. GB/s is the least a step must read (weights, visible keys
+and values) over its time; compare it with the plain copy.
 """
 
 import random
@@ -44,7 +43,7 @@ class Config:
 
 
 def random_model(depth: int, device: str) -> tuple[GPT, Tokenizer]:
-    """A model with a context of 512; its tokens are the bytes and made-up words of letters."""
+    """A model with a context of 512, whose tokens are bytes and letter combinations."""
     words = (bytes(word) for size in (2, 3, 4) for word in product(range(97, 123), repeat=size))
     num_words = VOCAB - 256 - len(SPECIAL_TOKENS)
     tokens = [*(bytes([byte]) for byte in range(256)), *islice(words, num_words)]
@@ -56,7 +55,7 @@ def random_model(depth: int, device: str) -> tuple[GPT, Tokenizer]:
 
 
 def generate(engine: Engine, num_tokens: int, seed: int) -> int:
-    """One full set of requests; how many tokens they got."""
+    """Run one request per slot; returns the tokens generated."""
     ids = random.Random(seed)
     requests = [
         Request(ids.choices(range(256), k=PROMPT), num_tokens, top_k=50, seed=seed + i)
@@ -66,27 +65,26 @@ def generate(engine: Engine, num_tokens: int, seed: int) -> int:
 
 
 def answer(engine: Engine, num_tokens: int, num_questions: int) -> int:
-    """A generative evaluation; how many questions it asked."""
+    """Run a generative evaluation; returns the number of questions."""
     task = PrimerArithmetic("test")
     limits = {"max_tokens": num_tokens, "max_problems": num_questions}
     return len(evaluate_generate(engine, task, temperature=1.0, **limits).records)
 
 
 def copy(source: torch.Tensor, target: torch.Tensor) -> int:
-    """A plain copy; how many bytes it read and wrote."""
+    """Copy once; returns the bytes read and written."""
     target.copy_(source)
     synchronize(source.device)
     return 2 * source.nbytes
 
 
 def rate(work: Callable[..., int], *arguments: Any) -> float:
-    """What `work` counts, per second."""
     begin = time.perf_counter()
     return work(*arguments) / (time.perf_counter() - begin)
 
 
 def step_bytes(model: GPT, num_slots: int, length: int) -> int:
-    """What one decode step reads at least, when every slot holds `length` tokens."""
+    """The least that a decode step reads when every slot holds `length` tokens."""
     tables = ("wte", "value_embeds")  # a few rows of them
     weights = sum(p.nbytes for n, p in model.named_parameters() if n.split(".")[0] not in tables)
     config = model.config
@@ -96,7 +94,6 @@ def step_bytes(model: GPT, num_slots: int, length: int) -> int:
 
 
 def main(cfg: Config) -> None:
-    """Print the medians for each number of slots, and how much faster each is than the first."""
     model, tokenizer = random_model(cfg.depth, cfg.device)
     engines = [Engine(model, tokenizer, n, prefix_reuse=False) for n in cfg.slots]
     source, target = torch.ones(2, 2**26, device=cfg.device).unbind(0)  # 256 MiB each

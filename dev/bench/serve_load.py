@@ -1,13 +1,13 @@
-"""Load on a server: seconds to the first token and between two, tokens per second, who is refused.
+"""Load on a server: time to first token and between tokens, tokens per second, refusals.
 
     python -m dev.bench.serve_load               # 16 clients: 16 slots against one at a time
     python -m dev.bench.serve_load --slots 4 --clients 200 --leave 0.5 --seconds 60
     python -m dev.bench.serve_load --url http://127.0.0.1:8000 --rate 5
 
-Without --url it starts two servers with the same random model, one with --slots and one that
-answers one request at a time, and loads them in turns, so that a busy machine disturbs both alike.
-A client asks again as soon as it is answered; with --rate, requests come at random moments instead,
-so many a second. "lost" is who was neither answered whole, nor refused, nor left on purpose.
+Without --url it starts two servers with one random model, one with --slots and one with a single
+slot, and loads them in turns, so that a busy machine affects both alike. A client asks again once
+answered; with --rate, requests come at random times instead, that many a second. "lost" requests
+were neither answered whole, nor refused, nor abandoned on purpose.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class Config:
 
 
 class Seen:
-    """What the clients of one server saw, in all rounds so far."""
+    """What the clients of one server measured, over all rounds."""
 
     def __init__(self) -> None:
         # Seconds to the first token, between two chunks, and that /health took.
@@ -67,14 +67,14 @@ class Seen:
 
 
 def serve(port: int, slots: int, depth: int) -> None:
-    """Serve a random model; a process of its own."""
+    """Serve a random model; runs as a separate process."""
     model, tokenizer = random_model(depth, "cuda" if torch.cuda.is_available() else "cpu")
     app = create_app([Engine(model, tokenizer, slots)], ServerConfig(temperature=1.0))
     Server(uvicorn.Config(app, port=port, log_level="warning")).run()
 
 
 async def ask(http: httpx.AsyncClient, cfg: Config, rng: random.Random, seen: Seen) -> int:
-    """One question, streamed; how it went is noted in `seen`. Returns the tokens of the answer."""
+    """Stream one answer, recording it in `seen`; returns its tokens."""
     content = "".join(rng.choices("abcdefgh ", k=rng.randint(*cfg.prompt_chars)))
     body = {"messages": [{"role": "user", "content": content}], "stream": True}
     body |= {"max_tokens": rng.randint(*cfg.max_tokens), "stream_options": {"include_usage": True}}
@@ -106,7 +106,6 @@ async def ask(http: httpx.AsyncClient, cfg: Config, rng: random.Random, seen: Se
 
 
 async def watch_health(http: httpx.AsyncClient, seen: Seen) -> None:
-    """Ask /health ten times a second."""
     while True:
         begin = time.perf_counter()
         (await http.get("/health")).raise_for_status()
@@ -115,7 +114,7 @@ async def watch_health(http: httpx.AsyncClient, seen: Seen) -> None:
 
 
 async def load(http: httpx.AsyncClient, cfg: Config, seed: int, seen: Seen) -> None:
-    """One round: load for `seconds`, then let what is under way end."""
+    """One round: load for `seconds`, then let requests in progress finish."""
     rng, begin, num_tokens = random.Random(seed), time.perf_counter(), 0
 
     async def client(own: random.Random) -> None:
@@ -138,7 +137,7 @@ async def load(http: httpx.AsyncClient, cfg: Config, seed: int, seen: Seen) -> N
 
 
 async def show_state(name: str, http: httpx.AsyncClient) -> None:
-    """Print what the server holds when nobody asks any more: a leak would show here."""
+    """Print the idle server's load and memory, which would show a leak."""
     await asyncio.sleep(0.5)
     text = (await http.get("/metrics")).text
     shown = re.findall(r"^(nanochat_num_req\w+|process_resident\w+) (\S+)$", text, re.MULTILINE)
@@ -146,7 +145,7 @@ async def show_state(name: str, http: httpx.AsyncClient) -> None:
 
 
 async def run(cfg: Config, servers: dict[str, str]) -> dict[str, Seen]:
-    """What was seen of each server, the rounds interleaved."""
+    """The measurements of each server, from interleaved rounds."""
     limits = httpx.Limits(max_connections=None)
     seen = {name: Seen() for name in servers}
     clients = {
@@ -169,7 +168,6 @@ async def run(cfg: Config, servers: dict[str, str]) -> dict[str, Seen]:
 
 
 def main(cfg: Config) -> None:
-    """Load one server, or two in turns, and print what was seen."""
     slots = {} if cfg.url else {f"{cfg.slots} slots": cfg.slots, "one at a time": 1}
     servers = {name: f"http://127.0.0.1:{port}" for port, name in enumerate(slots, 8701)}
     start = multiprocessing.get_context("spawn").Process

@@ -1,4 +1,4 @@
-"""Training speed on whatever device there is: tok/s, MFU, memory, and what a small model learns.
+"""Training speed on any device: tok/s, MFU, memory, and what a small model learns.
 
     python -m dev.bench.train_speed --depth 20 --device_batch_size 32
     python -m dev.bench.train_speed --depth 24 --device_batch_size 16 --fp8 --compile yes
@@ -6,14 +6,14 @@
     python -m dev.bench.train_speed --data_only --max_seq_len 512 --device_batch_size 8  # no model
     python -m dev.bench.train_speed --learning FOLDER --threads 2  # bits per byte
 
-The first three time whole steps as base_train makes them, then the parts of a step, waiting for the
-device after each. --data_only times the loader alone: at least 1 M tokens/s on two cores. Both use
-the corpus and the tokenizer prepared last.
+The first three time whole steps as in base_train, then the parts of a step, synchronising after
+each. --data_only times the loader: at least 1 M tokens/s on two cores. Both use the corpus and
+tokenizer prepared last.
 
---learning takes a folder of parquet shards, trains a tokenizer of 4,096 on 20 M characters, and
-with base_train one model per seed: depth 4, T = 512, 300 steps of 4,096 tokens. They are scored on
+--learning takes a folder of parquet shards, trains a tokenizer of 4,096 on 20 M characters and,
+with base_train, one model per seed: depth 4, T = 512, 300 steps of 4,096 tokens. They are scored on
 the first 96 documents of the last shard, each cut to 1,000 characters and read alone. The bar on
-our 77 MB of English is 1.86 at 1.23 M tokens. Only the seconds of training steps count.
+our 77 MB of English is 1.86 at 1.23 M tokens. Seconds are those of training steps only.
 """
 
 import math
@@ -74,7 +74,6 @@ class Config:
 
 
 def make_loader(cfg: Config, runtime: Runtime) -> Loader:
-    """A loader of the corpus prepared last."""
     source = TextSource(Tokenizer.load(tokenizer_dir()), find_corpus().train)
     return Loader(source, cfg.device_batch_size, cfg.max_seq_len, runtime)
 
@@ -102,7 +101,7 @@ def train(cfg: Config, runtime: Runtime, config: GPTConfig, loader: Loader) -> I
 
 
 def time_steps(cfg: Config, runtime: Runtime) -> None:
-    """Print the speed of whole steps, the share of each part, and on a GPU the memory."""
+    """Print the speed of whole steps, the share of each part and, on a GPU, the memory."""
     vocab_size = Tokenizer.load(tokenizer_dir()).vocab_size
     config = depth_to_config(cfg.depth, vocab_size, cfg.max_seq_len)
     loader = make_loader(cfg, runtime)
@@ -142,7 +141,7 @@ def time_steps(cfg: Config, runtime: Runtime) -> None:
 
 
 def time_data(cfg: Config) -> None:
-    """Print tokens per second, and per CPU second, which other processes disturb less."""
+    """Print tokens per second, and per CPU second, which is less sensitive to other processes."""
     loader = make_loader(cfg, set_up("cpu"))
     next(loader)
     speeds = []
@@ -158,7 +157,7 @@ def time_data(cfg: Config) -> None:
 
 
 def learn(cfg: Config, runtime: Runtime) -> None:
-    """Print the score of each seed's model at every hundredth step, then the means."""
+    """Print the score of each seed's model at every hundredth step, then the mean."""
     dataset.main(dataset.Config(source=cfg.learning))
     tok_train.main(tok_train.Config(4096, max_chars=20_000_000, max_doc_chars=20_000_000))
     held_out = islice(read_texts([find_corpus().val]), SCORED_DOCUMENTS)
@@ -189,7 +188,7 @@ def learn(cfg: Config, runtime: Runtime) -> None:
 def score(
     model: torch.nn.Module, tokenizer: Tokenizer, documents: list[str], device: torch.device
 ) -> float:
-    """Bits per byte of documents that are each read alone."""
+    """Bits per byte of documents, each read alone."""
     nats = 0.0
     for ids in tokenizer.encode_batch(documents):
         row = torch.tensor([[tokenizer.bos_id, *ids]], device=device)
@@ -198,7 +197,6 @@ def score(
 
 
 def main(cfg: Config) -> None:
-    """Measure what is asked for."""
     runtime = set_up(cfg.device_type, cfg.dtype)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

@@ -232,6 +232,8 @@ def test_each_conversation_is_learned_once_an_epoch(
     assert loader.num_cropped == num_epochs * len(range(8, 100, 9))
     said = [f"epoch {i} of the conversations begins (100)" for i in range(2, num_epochs + 1)]
     assert capsys.readouterr().out.splitlines() == said
+    end = merge_states([loader.state() or {}])
+    assert list(Loader(chats_of(chats, num_epochs)(), ROWS, 40, on_rank(), end)) == []
 
 
 def test_rows_are_whole_conversations_then_padding() -> None:
@@ -265,20 +267,12 @@ def test_the_global_batch_does_not_depend_on_ranks(streams: Callable, world_size
 def test_resumed_at_any_step_equals_uninterrupted(
     streams: Callable, before: int, after: int
 ) -> None:
-    steps, states = take(streams, before, 24)
-    for step in range(20):
-        again, _ = take(streams, after, 4, states[step])
-        assert all(map(torch.equal, again, steps[step + 1 : step + 5])), step
-
-
-def test_conversations_end_where_they_did_though_resumed() -> None:
-    chats = chats_of(make_chats(60), num_epochs=2)
-    steps, states = take(chats, 4)
+    """Conversations end where they did, too: they have fewer than 60 steps."""
+    steps, states = take(streams, before, 60)
     for step in range(0, len(steps), 3):
-        again, _ = take(chats, 2, None, states[step])
-        assert len(again) == len(steps) - step - 1
-        assert all(map(torch.equal, again, steps[step + 1 :]))
-    assert list(Loader(chats(), ROWS, SEQ_LEN, on_rank(), states[-1])) == []
+        again, _ = take(streams, after, min(6, 59 - step), states[step])
+        expected = steps[step + 1 : step + 7]
+        assert len(again) == len(expected) and all(map(torch.equal, again, expected)), step
 
 
 def test_ranks_resume_often_and_keep_to_the_shards_of_their_run(shards: list[Path]) -> None:

@@ -34,6 +34,7 @@ from nanochat.tokenizer import (
 )
 from scripts.export_hf import Config, main
 from tests.test_gpt import make_model
+from tests.test_tokenizer import fixture_strings
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
 CORPUS = [
@@ -167,33 +168,6 @@ def test_padding_on_the_left_beams_and_a_cache_of_ones_own(tmp_path: Path) -> No
             loaded(ids[:, 20:], past_key_values=past)
         rest = loaded(ids[:, 20:], past_key_values=past, previous_ids=ids[:, 19:20])
     torch.testing.assert_close(rest.logits, whole[:, 20:], rtol=0, atol=1e-5)
-
-
-def fixture_strings() -> list[str]:
-    """2,000 strings of many scripts, code, blanks and what could be taken for a special token."""
-    alphabets = [
-        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJ     ",
-        "0123456789 .,-",
-        "日本語漢字你好世界的一是不了人我在有他这、。",
-        "안녕하세요세계 ",
-        "مرحبا بالعالم السلام ",
-        "नमस्ते दुनिया ",
-        "Привет мир Ελλάδα ßéïñøåſİ ",
-        "👩🚀👨👧👦🇳🇴🏳️🌈✊🏽\u200d\ufe0f",
-        " \t\n\r\u00a0\u2003\u3000\x85",
-        "def f(x):\n    return {}[]<>|=+-*/'\"\\#;",
-        "'sS'tT're'LL'vE'd",
-        "\x00\x7f\u0300\ufeff\uffff\U0001f9ff\U0010ffff<",
-    ]
-    specials = [*SPECIAL_TOKENS, "<|", "|>", "<|bos", "<|bos|><|bos|>"]
-    random_, strings = random.Random(0), []
-    for i in range(2000):
-        own = random_.sample(alphabets, random_.randint(1, 3))
-        pieces = ["".join(random_.choices(a, k=random_.randint(1, 20))) for a in own]
-        if i % 5 == 0:
-            pieces.insert(random_.randrange(len(pieces) + 1), random_.choice(specials))
-        strings.append(" " * random_.choice((0, 0, 1, 2, 7)) + "".join(pieces))
-    return strings
 
 
 @pytest.fixture

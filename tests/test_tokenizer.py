@@ -19,7 +19,6 @@ from nanochat.tokenizer import (
     main,
     render_conversation,
     render_prompt,
-    visualize,
 )
 from tests.test_rustbpe import naive_train, replace
 
@@ -59,12 +58,35 @@ ODD = [
 ]  # fmt: skip
 
 
+def fixture_strings() -> list[str]:
+    """2,000 strings of many scripts, code, blanks and what could be taken for a special token."""
+    alphabets = [
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJ     ",
+        "0123456789 .,-",
+        "日本語漢字你好世界的一是不了人我在有他这、。",
+        "안녕하세요세계 ",
+        "مرحبا بالعالم السلام ",
+        "नमस्ते दुनिया ",
+        "Привет мир Ελλάδα ßéïñøåſİ ",
+        "👩🚀👨👧👦🇳🇴🏳️🌈✊🏽\u200d\ufe0f",
+        " \t\n\r\u00a0\u2003\u3000\x85",
+        "def f(x):\n    return {}[]<>|=+-*/'\"\\#;",
+        "'sS'tT're'LL'vE'd",
+        "\x00\x7f\u0300\ufeff\uffff\U0001f9ff\U0010ffff<",
+    ]
+    specials = [*SPECIAL_TOKENS, "<|", "|>", "<|bos", "<|bos|><|bos|>"]
+    random_, strings = random.Random(0), []
+    for i in range(2000):
+        own = random_.sample(alphabets, random_.randint(1, 3))
+        pieces = ["".join(random_.choices(a, k=random_.randint(1, 20))) for a in own]
+        if i % 5 == 0:
+            pieces.insert(random_.randrange(len(pieces) + 1), random_.choice(specials))
+        strings.append(" " * random_.choice((0, 0, 1, 2, 7)) + "".join(pieces))
+    return strings
+
+
 def test_round_trip_of_odd_and_random_strings(tokenizer: Tokenizer):
-    rng = random.Random(0)
-    ranges = [(0, 0x7F), (0, 0x7F), (0x80, 0x7FF), (0x800, 0xFFFF), (0x10000, 0x10FFFF)]
-    lengths = [rng.randint(0, 60) for _ in range(500)]
-    noise = ["".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(n)) for n in lengths]
-    texts, sizes = [*ODD, *noise], tokenizer.token_bytes()
+    texts, sizes = [*ODD, *fixture_strings()], tokenizer.token_bytes()
     batch = tokenizer.encode_batch(texts, num_threads=3)
     for text, ids in zip(texts, batch, strict=True):
         assert ids == tokenizer.encode(text), repr(text[:20])
@@ -221,29 +243,24 @@ def test_bad_conversations_name_the_message(letters: Tokenizer, conversation, co
             render(letters, conversation)
 
 
-def test_visualize_marks_what_is_learned(letters: Tokenizer, monkeypatch):
-    conversation = {"messages": [USER, {"role": "assistant", "content": "né"}]}
-    ids, mask = render_conversation(letters, conversation)
-    question = "<|bos|><|user_start|>hi<|user_end|><|assistant_start|>"
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    green = "\033[32mné<|assistant_end|>\033[0m"
-    assert visualize(letters, ids, mask) == f"\033[90m{question}\033[0m{green}"
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert visualize(letters, ids, mask) == f"{question}[né<|assistant_end|>]"
-
-
 def test_command_line_shows_one_line_as_the_model_of_a_run_sees_it(
     letters: Tokenizer, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setenv("NO_COLOR", "1")
     letters.save(tmp_path / "sft/d2/tokenizer")
     file = tmp_path / "chats.jsonl"
-    file.write_text("not JSON\n" + json.dumps({"messages": [USER, REPLY]}) + "\n")
+    chat = {"messages": [USER, {"role": "assistant", "content": "né"}]}
+    file.write_text(f"not JSON\n{json.dumps(chat)}\n")
     with pytest.raises(UserError, match="no tokenizer in"):
         main(Config(file=file, index=1))
-    main(Config(file=file, index=1, tokenizer="sft/d2"))
-    assert capsys.readouterr().out.endswith("<|assistant_start|>[ho<|assistant_end|>]\n")
+    asked = "<|bos|><|user_start|>hi<|user_end|><|assistant_start|>"
+    learned = "né<|assistant_end|>"
+    coloured = f"\033[90m{asked}\033[0m\033[32m{learned}\033[0m\n"
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for expected in (coloured, f"{asked}[{learned}]\n"):
+        main(Config(file=file, index=1, tokenizer="sft/d2"))
+        assert capsys.readouterr().out.endswith(expected)
+        monkeypatch.setenv("NO_COLOR", "1")
     for index in (0, 2):
         with pytest.raises(UserError, match=f"line {index} cannot be read"):
             main(Config(file=file, index=index, tokenizer="sft/d2"))

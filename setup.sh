@@ -11,7 +11,7 @@
 # caller's options, and a lock that ends with it.
 
 nanochat_root=$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")" && pwd)
-# Appended, so that what the user already has comes first.
+# Appended, so that the user's tools come first.
 export PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin:$nanochat_root/.uv/bin"
 cd "$nanochat_root" || return 1
 
@@ -23,7 +23,7 @@ if [ "${BASH_SOURCE[0]:-}" != "$0" ]; then
 fi
 
 set -euo pipefail
-UV_VERSION=0.13.9 # installed only where there is no uv
+UV_VERSION=0.13.9 # installed if there is no uv
 
 say() { echo "setup: $*"; }
 fail() { echo "error: $*" >&2 && exit 1; }

@@ -1,8 +1,7 @@
-/* As much of the server's OpenAI-compatible API as the page needs: the model and a streamed reply.
+/* What the page needs of the OpenAI-compatible API: the model and streamed replies.
 
-Addresses are relative, so that the page also works behind a proxy with a path prefix. A stream
-that ends without [DONE] is an error, since a server that dies also closes its connections in
-good order. */
+URLs are relative, so that the page works behind a proxy with a path prefix. A stream that ends
+without [DONE] is an error: a dying server also closes its connections cleanly. */
 
 const NUMBERS = ["temperature", "top_k", "top_p", "max_tokens", "seed"]; // settings, may be empty
 

@@ -1,10 +1,8 @@
-/* The chat page: what happens, and when. view.js has the looks, api.js the server, store.js the
-storage.
+/* The chat page's behaviour; view.js is the looks, api.js the server, store.js the storage.
 
-The address names the conversation in view (#id), so that reload, back and a second tab work. A
-reply goes on being written while another conversation is in view. The log is no live region,
-since a screen reader would read every token: only the finished reply is announced, in a region
-of its own. */
+The URL names the conversation in view (#id), so that reload, back and a second tab work. Replies
+continue in the background. The log is not a live region, as a screen reader would read every
+token: only the finished reply is announced, in a separate region. */
 
 import { ApiError, hasReport, loadModel, streamReply } from "./api.js";
 import { el } from "./markdown.js";
@@ -19,7 +17,7 @@ const page = Object.fromEntries(named.map((element) => [element.id, element]));
 const store = new Store(() => toast(FULL));
 const streams = new Map(); // conversation id -> AbortController of the reply being written
 let model = null; // as /v1/models describes it, once the server has answered
-let shown = null; // the conversation in view; null for one that is yet to begin
+let shown = null; // the conversation in view; null for a new one
 let lastReply = null; // the view of its last reply
 let frame = 0; // the pending animation frame
 let pinned = true; // whether the end of the log stays in view
@@ -161,7 +159,7 @@ async function importFile(file) {
   } catch (error) {
     toast(`${file.name} was not imported: ${error.message}`);
   }
-  page.file.value = ""; // or the same file a second time would be no change
+  page.file.value = ""; // else choosing the same file again would be no change
 }
 
 function exportFile() {
@@ -321,7 +319,7 @@ async function start() {
   showSettings();
   open(store.conversations.get(location.hash.slice(1)) ?? null);
   page.report.hidden = !(await hasReport());
-  await findModel().catch(() => null); // that a server is down is told when it is asked
+  await findModel().catch(() => null); // a server that is down is reported on the first question
   showState();
 }
 

@@ -1,9 +1,8 @@
-/* Markdown becomes page elements, while it is still being written.
+/* Renders Markdown as page elements while it is being written.
 
-markdown-it parses, `build` makes elements of its tokens, and `sync` lays them over the page.
-Elements are made one by one and text stays text: there is no HTML that a reply could break out
-of, hence no sanitizer. Off: raw HTML, images, entities, reference links, indented code,
-underlined headings. */
+markdown-it parses, `build` makes elements of its tokens, and `sync` updates the page. Elements are
+created one by one and text stays text, so no sanitizer is needed. Off: raw HTML, images, entities,
+reference links, indented code, underlined headings. */
 
 import "./vendor/markdown-it.umd.min.js";
 

@@ -1,9 +1,9 @@
-/* Conversations and settings in the browser's local storage, an entry each, so that two tabs hardly
-disturb each other. The server keeps nothing.
+/* Conversations and settings in the browser's local storage, one entry each, so that tabs hardly
+conflict. The server stores nothing.
 
-A conversation is {id, title, updated, messages}. Its messages have the form that nanochat trains
-on, where a reply's content is a list of parts of type text, python or python_output, so that an
-export serves as `--custom FILE`. */
+A conversation is {id, title, updated, messages}. Messages have the form that nanochat trains on
+(a reply is a list of text, python and python_output parts), so an export works as `--custom FILE`.
+*/
 
 const PREFIX = "nanochat:conversation:";
 const SETTINGS = "nanochat:settings";

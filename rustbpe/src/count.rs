@@ -1,8 +1,8 @@
 //! Counts the unique pieces of a stream of texts on several threads.
 //!
-//! The calling thread pulls batches of texts; worker threads split and count them, each into a
-//! table of its own, and at the end the tables are added up. The queue between them is short, so
-//! memory is bounded by the unique pieces, however long the stream is.
+//! The calling thread pulls batches of texts; worker threads split and count them into separate
+//! tables, which are added up at the end. The queue is short, so memory is bounded by the unique
+//! pieces.
 
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,8 +18,8 @@ pub type Pieces = FxHashMap<Box<str>, u64>;
 
 /// Counts the pieces of all texts that `next_batch` returns until it returns `None`.
 ///
-/// The counts depend neither on `num_threads` nor on how the texts are cut into batches. An error
-/// of `next_batch` ends the count and is returned as it is.
+/// Counts do not depend on `num_threads` or the batches. An error of `next_batch` ends the count
+/// and is returned unchanged.
 pub fn count_pieces<E: From<Error>>(
     splitter: &Splitter,
     num_threads: usize,
@@ -45,7 +45,7 @@ pub fn count_pieces<E: From<Error>>(
         for worker in workers {
             let mut pieces = worker.join().expect("a counting thread panicked")?;
             if pieces.len() > total.len() {
-                std::mem::swap(&mut pieces, &mut total); // to walk through the smaller table
+                std::mem::swap(&mut pieces, &mut total); // iterate over the smaller table
             }
             for (piece, count) in pieces {
                 *total.entry(piece).or_default() += count;

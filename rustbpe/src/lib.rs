@@ -4,10 +4,9 @@
 //!
 //! 1. [`split`] cuts it into pieces (words, numbers, punctuation, white space); no token crosses
 //!    from one piece into the next.
-//! 2. [`count`] counts the unique pieces on several threads. From here on the text itself is not
-//!    needed, so memory is bounded by the unique pieces.
+//! 2. [`count`] counts the unique pieces on several threads. The text itself is no longer needed.
 //! 3. `word` lays the unique pieces end to end as token ids, at first one per byte.
-//! 4. [`train`] joins the most frequent pair of neighbours into a new token, over and over.
+//! 4. [`train`] repeatedly joins the most frequent pair of neighbours into a new token.
 //!
 //! ```
 //! use rustbpe::{count::count_pieces, split::{DEFAULT_PATTERN, Splitter}, train};
@@ -21,8 +20,8 @@
 //! # Ok::<(), rustbpe::Error>(())
 //! ```
 //!
-//! The merges depend on nothing but the text, the pattern and their number: of pairs with equal
-//! counts the smaller is merged first, so neither threads nor the order of a hash map can matter.
+//! The merges depend only on the text, the pattern and their number: of pairs with equal counts the
+//! smaller is merged first, so neither threads nor the order of a hash map matters.
 
 #![deny(missing_docs)]
 #![cfg_attr(not(feature = "python"), forbid(unsafe_code))]
@@ -39,7 +38,7 @@ use std::fmt;
 /// Tokens 0 to 255 are the single bytes; merged tokens follow.
 pub const NUM_BYTES: u32 = 256;
 
-/// The ids of two tokens that stand side by side.
+/// The ids of two adjacent tokens.
 pub type Pair = (u32, u32);
 
 /// What a caller can cause.

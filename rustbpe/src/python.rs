@@ -12,8 +12,7 @@ use crate::split::{DEFAULT_PATTERN, Splitter};
 use crate::train::{token_bytes, train};
 use crate::{Error, NUM_BYTES};
 
-/// About how many bytes of text a counting thread gets at a time. With more, the threads wait
-/// longer for each other at the end.
+/// Bytes of text, about, that a counting thread gets at a time; with more, threads finish unevenly.
 const BATCH_BYTES: usize = 1 << 20;
 
 impl From<Error> for PyErr {
@@ -39,11 +38,10 @@ impl Tokenizer {
         }
     }
 
-    /// Train on the texts of an iterator, on RUSTBPE_NUM_THREADS threads, or on all cores. Of
-    /// equally frequent pairs the smaller is merged first, whatever the number of threads.
+    /// Train on an iterator of texts, on RUSTBPE_NUM_THREADS threads or all cores.
     ///
     /// With too little text the vocabulary stays smaller than `vocab_size`. If training fails, the
-    /// tokenizer stays as it was.
+    /// tokenizer is unchanged.
     #[pyo3(signature = (iterator, vocab_size, pattern=None))]
     fn train_from_iterator(
         &mut self,
@@ -90,7 +88,7 @@ impl Tokenizer {
     }
 }
 
-/// `RUSTBPE_NUM_THREADS` where it is set, else the number of cores.
+/// `RUSTBPE_NUM_THREADS` if set, else the number of cores.
 fn num_threads() -> PyResult<usize> {
     let Ok(value) = std::env::var("RUSTBPE_NUM_THREADS") else {
         return Ok(std::thread::available_parallelism().map_or(1, usize::from));

@@ -1,12 +1,12 @@
-//! Finds the merges: join the most frequent pair of neighbours into a new token, over and over.
+//! Finds the merges by repeatedly joining the most frequent pair of neighbours into a new token.
 //!
-//! Nothing is counted twice: every pair knows its count and its places, a merge visits the places
-//! of its pair and corrects the counts of the neighbours, and a heap knows the most frequent pair.
-//! Three facts make this simple.
+//! Nothing is counted twice: every pair has its count and places, a merge visits the places of its
+//! pair and corrects the neighbours' counts, and a heap gives the most frequent pair. Three facts
+//! make this simple.
 //!
 //! - A pair that contains the newest token appears only in the round that makes this token. So its
 //!   places are collected once, in the order of the text, and afterwards its count can only fall.
-//! - So a heap entry is never too low. One that is too high is pushed again when it comes up.
+//! - So a heap entry is never too low; one that is too high is pushed again when popped.
 //! - Both neighbours of a merge belong to such new pairs, so a round sums them in arrays indexed by
 //!   the neighbour, and touches the table of pairs once per neighbour, not once per place.
 //!

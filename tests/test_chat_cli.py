@@ -16,6 +16,7 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
+from nanochat.common import Source
 from nanochat.engine import Engine, Event, Request
 from nanochat.gpt import GPT
 from nanochat.tokenizer import check_conversation, render_prompt
@@ -50,7 +51,9 @@ def test_the_window_forgets_the_oldest_turns_only() -> None:
 
 
 @pytest.mark.parametrize("source", ["sft", "base"])
-def test_five_contexts_of_talk_never_crash(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_five_contexts_of_talk_never_crash(
+    source: Source, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A random model says anything, special tokens included, to messages of any length."""
     engine, random_ = Engine(random_model(), TOKENIZER, num_slots=1), random.Random(0)
     messages: list[dict[str, Any]] = []

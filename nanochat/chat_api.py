@@ -320,7 +320,6 @@ class Completion:
         return b"".join(self._chunk(i, {"role": "assistant", "content": ""}) for i in self.open)
 
     def news(self) -> bytes:
-        """The stream's events since the last call."""
         events = []
         for index in list(self.open):
             choice = self.choices[index]

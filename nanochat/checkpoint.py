@@ -53,7 +53,6 @@ class Checkpoint:
         return GPTConfig(**self.state["model_config"])
 
     def load_weights(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Parameter name -> fp32 tensor on `device`."""
         return load_file(self.folder / "model.safetensors", device=str(device))
 
     def open_optimizer(self) -> Callable[[str, int, int], torch.Tensor]:
@@ -107,7 +106,6 @@ class Checkpoint:
 
 
 def export_generators() -> dict[str, Any]:
-    """The states of Python's, torch's and the GPU's random generators, as JSON."""
     states = {"python": random.getstate(), "torch": torch.get_rng_state().tolist()}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state().tolist()
@@ -202,7 +200,6 @@ def save_checkpoint(
 
 
 def commit(partial: Path, final: Path) -> None:
-    """Seal `partial` with a manifest and rename it."""
     files = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
     write_file(partial / "manifest.json", json.dumps(files, indent=1))
     if final.exists():
@@ -219,7 +216,6 @@ def discard(folder: Path) -> None:
 
 
 def clear_strays(run: Path) -> None:
-    """Delete what killed processes left unfinished."""
     for stray in (*run.glob("step_*.partial"), *run.glob("step_*.deleted")):
         shutil.rmtree(stray)
 
@@ -352,7 +348,6 @@ def saved_at(run: Path) -> float:
 def build_model(
     config: GPTConfig, weights: dict[str, torch.Tensor] | None, runtime: Runtime, seed: int = 0
 ) -> GPT:
-    """A model on the runtime's device with these weights, or initialised from `seed`."""
     # Not via the meta device: there torch imports its compiler, which takes seconds.
     with runtime.device:
         model = GPT(config)

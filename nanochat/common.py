@@ -77,7 +77,6 @@ def tokenizer_dir() -> Path:
 
 
 def run_dir(stage: str, model_tag: str) -> Path:
-    """The folder of a training run, such as `base/d20`; `stage` is base, mid, sft or rl."""
     return base_dir() / stage / model_tag
 
 
@@ -118,8 +117,6 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @dataclass(frozen=True)
 class Runtime:
-    """The machine as a script sees it; made once by `set_up`."""
-
     device: torch.device
     dtype: torch.dtype  # of the matmuls; master weights are always fp32
     rank: int
@@ -134,7 +131,6 @@ class Runtime:
 
 @cache
 def git_revision() -> str:
-    """The checkout's revision, with `-dirty` if modified; `unknown` outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     checkout = Path(__file__).parent
     try:
@@ -212,7 +208,6 @@ def dist_timeout() -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device is idle; no-op on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -220,7 +215,6 @@ def synchronize(device: torch.device) -> None:
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum `values` over the ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
@@ -247,7 +241,6 @@ def barrier() -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes on `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":

@@ -76,7 +76,6 @@ class TextSource:
         return len(document.encode())
 
     def encode(self, documents: list[str]) -> list[np.ndarray]:
-        """The chunk (n, 2) of each document, without <|bos|>."""
         chunks = []
         for ids in self.tokenizer.encode_batch(documents, NUM_THREADS):
             chunk = np.ones((len(ids), 2), np.int32)
@@ -418,7 +417,6 @@ class Loader:
         return replace(batch, inputs=inputs, targets=targets)
 
     def close(self) -> None:
-        """Stop the thread; there are no more batches."""
         self._closed.set()
         while not self._queue.empty():  # the thread may be waiting for room
             self._queue.get()

@@ -57,8 +57,6 @@ MEND_SHARD = "mend or remove it, then run `python -m nanochat.dataset` again"
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus: paths of its shards, in reading order."""
-
     name: str
     train: list[Path]
     val: Path
@@ -137,8 +135,6 @@ def _read_row_group(file: pq.ParquetFile, group: int) -> Iterator[str]:
 
 
 class ShardWriter:
-    """Writes documents to one parquet file, a row group at a time."""
-
     def __init__(self, path: Path) -> None:
         self.file = pq.ParquetWriter(path, SCHEMA, compression="zstd")
         self.num_chars = self.group_chars = 0
@@ -256,7 +252,6 @@ def list_files(path: Path) -> list[Path]:
 
 
 def read_documents(files: Sequence[Path]) -> Iterator[str]:
-    """The documents of `files` in order, except blank ones; UserError for a bad file."""
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": lambda f: read_texts([f])}
     for file in files:
         yield from (text for text in readers[file.suffix](file) if text.strip())

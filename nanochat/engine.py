@@ -160,7 +160,6 @@ class SlotPool:
         return slot
 
     def release(self, slot: Slot, spoiled: bool = False) -> None:
-        """Free a slot; it keeps its tokens unless a failure may have corrupted them."""
         if spoiled:
             slot.cached, slot.prompt = [], None
         self.free.append(slot)
@@ -370,7 +369,6 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """True while `step` has something to do."""
         return bool(self.waiting or self.running)
 
     def submit(self, request: Request) -> None:

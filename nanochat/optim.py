@@ -153,7 +153,6 @@ class Bucket:
         return rows
 
     def own_rows(self, rows: Tensor) -> Tensor:
-        """A view of the packed rows that this rank updates."""
         return rows.chunk(self.num_shards)[self.shard]
 
     def unpack(self, rows: Tensor) -> None:

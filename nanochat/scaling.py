@@ -110,7 +110,6 @@ def flops_per_token(config: GPTConfig) -> float:
 
 
 def training_tokens(config: GPTConfig, target_param_data_ratio: float) -> int:
-    """Tokens to train on: the ratio times the parameters of blocks and head."""
     return round(target_param_data_ratio * scaling_parameters(config))
 
 

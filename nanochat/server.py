@@ -183,7 +183,6 @@ class EngineWorker:
 
     @property
     def ready(self) -> bool:
-        """True if a request would be served."""
         return self.state == "ready" and self.step_age < MAX_STEP_SECONDS
 
     def submit(self, job: Job) -> None:
@@ -391,7 +390,6 @@ async def start_job(body: ChatRequest, chat: Chat) -> AsyncIterator[Job]:
 async def complete_chat(
     http: HttpRequest, body: ChatRequest, job: Annotated[Job, Depends(start_job)]
 ) -> Response:
-    """Answer a conversation, whole or streamed."""
     if body.stream:
         headers = {"X-Accel-Buffering": "no"}
         return EventStream(job.stream(), headers=headers, media_type="text/event-stream")
@@ -403,7 +401,6 @@ async def complete_chat(
 
 @others.get("/health")
 async def health() -> dict[str, str]:
-    """The process is alive."""
     return {"status": "ok"}
 
 

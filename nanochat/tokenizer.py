@@ -94,7 +94,6 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int:
-        """The id that starts every document and conversation: the first special."""
         return len(self._tokens)
 
     def encode(self, text: str) -> list[int]:
@@ -150,8 +149,6 @@ PART_TYPES = ("text", "python", "python_output")
 
 
 class ChatTokens(NamedTuple):
-    """The ids of the special tokens."""
-
     bos: int  # starts every document and conversation
     user_start: int
     user_end: int

@@ -491,9 +491,8 @@ class Run:
         return self.stopping > 0
 
     def stop(self) -> NoReturn:
-        """Exit with the signal's status once the last save is on disk."""
         self.writer.wait()
-        print0(f"stopped by {signal.Signals(self.stopping).name}; the same command goes on")
+        print0(f"stopped by {signal.Signals(self.stopping).name}; the same command resumes")
         raise SystemExit(128 + self.stopping)
 
     def save(

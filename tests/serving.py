@@ -9,7 +9,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -55,17 +55,14 @@ def save_chat_model(base: Path, monkeypatch: pytest.MonkeyPatch, context: int = 
 class ScriptedModel(nn.Module):
     """Says for certain what `next_token` gives it for a slot and the newest token there."""
 
-    def __init__(self, context: int) -> None:
+    def __init__(self, context: int, next_token: Callable[[int, int], int]) -> None:
         super().__init__()
+        self.next_token = next_token
         self.config = GPTConfig(
             context, TOKENIZER.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=2, smear=False
         )
         self.compute_dtype = torch.float32
         self.one = nn.Parameter(torch.ones(1))
-        self.num_prefills = 0
-
-    def next_token(self, slot: int, newest: int) -> int:
-        raise NotImplementedError
 
     def make_cache(self, num_slots: int, max_len: int, device: str = "cpu") -> KVCache:
         return KVCache(1, num_slots, 1, max_len, 2, 2, device, self.compute_dtype)
@@ -80,7 +77,6 @@ class ScriptedModel(nn.Module):
         last_only: bool,
     ) -> torch.Tensor:
         assert last_only
-        self.num_prefills += ids.shape[1] > 1
         step = cache.begin(len(ids), ids.shape[1], slots, num_new)
         cache.finish(step)
         newest = ids[torch.arange(len(ids)), step.last].tolist()
@@ -91,26 +87,12 @@ class ScriptedModel(nn.Module):
         return logits
 
 
-class EchoModel(ScriptedModel):
-    """Answers each request of its engine as that says."""
-
-    engine: "EchoEngine"
-
-    def next_token(self, slot: int, newest: int) -> int:
-        if self.engine.num_failures:
-            self.engine.num_failures -= 1
-            raise RuntimeError("out of order")
-        [asked] = [each for each in self.engine.running if each.slot.index == slot]
-        return self.engine.token(asked.request, asked.num_generated)
-
-
 class EchoEngine(Engine):
     """Says the last user message back."""
 
     def __init__(self, num_slots: int = 4, max_len: int = 256) -> None:
-        model = EchoModel(max_len)
-        model.engine = self
-        super().__init__(cast(GPT, model), TOKENIZER, num_slots, prefix_reuse=False)
+        model = cast(GPT, ScriptedModel(max_len, self.token))
+        super().__init__(model, TOKENIZER, num_slots, prefix_reuse=False)
         self.scripts: dict[str, list[int]] = {}
         self.go = threading.Event()  # cleared: the next step waits
         self.go.set()
@@ -127,14 +109,23 @@ class EchoEngine(Engine):
         time.sleep(self.pace)
         return super().step()
 
-    def token(self, request: Request, index: int) -> int:
-        """Token number `index` of the answer to `request`."""
-        said: list[int] = []  # to the warm-up
-        if CHAT.user_start in request.prompt:
-            begin = len(request.prompt) - request.prompt[::-1].index(CHAT.user_start)
-            said = request.prompt[begin : request.prompt.index(CHAT.user_end, begin)]
+    def token(self, slot: int, _: int) -> int:
+        """The next token of the answer in this slot."""
+        if self.num_failures:
+            self.num_failures -= 1
+            raise RuntimeError("out of order")
+        [asked] = [each for each in self.running if each.slot.index == slot]
+        prompt, said = asked.request.prompt, list[int]()
+        if CHAT.user_start in prompt:  # else it is the warm-up
+            begin = len(prompt) - prompt[::-1].index(CHAT.user_start)
+            said = prompt[begin : prompt.index(CHAT.user_end, begin)]
             said = self.scripts.get(TOKENIZER.decode(said), said)
-        return said[index] if index < len(said) else CHAT.assistant_end
+        return [*said, CHAT.assistant_end][asked.num_generated]
+
+
+def question(content: Any) -> dict[str, Any]:
+    """The body of a request."""
+    return {"messages": [{"role": "user", "content": content}]}
 
 
 class Running:
@@ -148,8 +139,7 @@ class Running:
 
     def ask(self, content: Any = "hello", **more: Any) -> httpx.Response:
         """The response to one question; `more` are fields of the body."""
-        body = {"messages": [{"role": "user", "content": content}]} | more
-        return self.client.post("/v1/chat/completions", json=body)
+        return self.client.post("/v1/chat/completions", json=question(content) | more)
 
     def stream(self, content: Any = "hello", **more: Any) -> "Stream":
         """The whole stream that answers one question."""
@@ -159,8 +149,7 @@ class Running:
 
     def connect(self, content: str, **more: Any) -> socket.socket:
         """A connection that has asked, and can be closed at any moment."""
-        body = {"messages": [{"role": "user", "content": content}]} | more
-        data = json.dumps(body).encode()
+        data = json.dumps(question(content) | more).encode()
         head = "POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nconnection: close\r\n"
         head += f"content-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
         connection = socket.socket()

@@ -1,6 +1,4 @@
-"""The web server's script: its mistakes told, and a whole life from the command line to SIGTERM
-amid a stream.
-"""
+"""The web server's script: mistakes, slots, and a whole life up to SIGTERM amid a stream."""
 
 import json
 import re
@@ -20,7 +18,9 @@ from scripts.chat_web import Config, load_engines
 from tests.serving import save_chat_model
 
 
-def test_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_told_and_slots_fit_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_chat_model(tmp_path, monkeypatch)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -30,10 +30,6 @@ def test_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         load_engines(Config(num_gpus=2, device_type="cpu"))
     with pytest.raises(UserError, match="lower --slots"):
         load_engines(Config(slots=10**9, device_type="cpu"))
-
-
-def test_slots_fit_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_chat_model(tmp_path, monkeypatch)
     (engine,), name = load_engines(Config(device_type="cpu"))
     assert (engine.num_slots, name) == (8, "nanochat-d2-sft")
     monkeypatch.setattr("scripts.chat_web.slots_that_fit", lambda model: 3)

@@ -188,19 +188,19 @@ def test_a_reply_streams_and_tells_what_it_cost(chat: Chat) -> None:
     assert history == ["Hello", [{"type": "text", "text": f"First **half** {text}"}], "And then?"]
 
 
-@pytest.mark.parametrize("way", ["Escape", "Stop", "reload"])
-def test_what_was_said_is_kept(chat: Chat, way: str) -> None:
-    chat.ask("Count", [piece(content="one, two"), Event()])
-    chat.see(".reply .said", "one, two")
-    if way == "reload":
-        chat.page.reload()
-    else:
-        chat.type("Escape") if way == "Escape" else chat.click("Stop")
-    chat.see(".reply .state", re.compile("^(stopped|interrupted) · first token"))
-    chat.see(".reply .said", "one, two")
-    assert chat.server.left.wait(20), "the server was not told"
-    chat.chat("Go on", "three")
-    assert parts(chat.server.asked[1]) == ["Count", "one, two", "Go on"]
+def test_what_was_said_is_kept(chat: Chat) -> None:
+    ways = (lambda: chat.type("Escape"), lambda: chat.click("Stop"), chat.page.reload)
+    for end in ways:
+        chat.type("Control+Shift+O")
+        chat.server.left.clear()
+        chat.ask("Count", [piece(content="one, two"), Event()])
+        chat.see(".reply .said", "one, two")
+        end()
+        chat.see(".reply .state", re.compile("^(stopped|interrupted) · first token"))
+        chat.see(".reply .said", "one, two")
+        assert chat.server.left.wait(20), "the server was not told"
+        chat.chat("Go on", "three")
+        assert parts(chat.server.asked[-1]) == ["Count", "one, two", "Go on"]
 
 
 def test_tool_call_is_a_card_in_the_sentence(chat: Chat) -> None:
@@ -309,7 +309,7 @@ def test_copy_message_and_code(chat: Chat) -> None:
     assert chat.page.evaluate(pasted) == "Code"
 
 
-def test_conversations_are_kept_renamed_and_deleted(chat: Chat) -> None:
+def test_conversations_are_kept_and_deleted_and_a_full_storage_is_told(chat: Chat) -> None:
     gate = Event()
     chat.ask("Alpha", [piece(content="begun"), gate, piece(content=" and ended"), *ending()])
     chat.see(".reply .said", "begun")
@@ -319,22 +319,23 @@ def test_conversations_are_kept_renamed_and_deleted(chat: Chat) -> None:
     chat.count("#list a", 2)
     gate.set()  # what is out of view goes on
     chat.see(".reply .said", "b")
-    chat.click("Rename “Beta”")
-    chat.type("Gamma", "Enter")
-    chat.see("#title", "Gamma")
     chat.page.click("#list a:has-text('Alpha')")
     chat.see(".reply .said", "begun and ended")
     chat.page.go_back()
     chat.page.reload()
-    chat.see("#title", "Gamma")
+    chat.see("#title", "Beta")
     chat.see(".reply .said", "b")
     chat.see(".reply .state", DONE)
-    chat.click("Delete “Gamma”")
+    chat.click("Delete “Beta”")
     chat.see("#list a", "Alpha")
     chat.see("#welcome")
     chat.click("Undo")
     chat.see(".reply .said", "b")
-    assert sorted(conversation["title"] for conversation in chat.stored()) == ["Alpha", "Gamma"]
+    assert sorted(conversation["title"] for conversation in chat.stored()) == ["Alpha", "Beta"]
+    full = "() => { throw new DOMException('full', 'QuotaExceededError'); }"
+    chat.page.evaluate(f"() => {{ Storage.prototype.setItem = {full}; }}")
+    chat.chat("Hello", "Hi")
+    chat.see("#toast", re.compile("storage is full"))
 
 
 def test_export_and_import(chat: Chat, tmp_path: Path) -> None:
@@ -435,13 +436,6 @@ def test_keyboard_alone(chat: Chat) -> None:
     chat.type("Control+Shift+O")
     chat.see("#welcome")
     assert chat.page.evaluate("document.activeElement.id") == "input"
-
-
-def test_full_storage_is_told(chat: Chat) -> None:
-    full = "() => { throw new DOMException('full', 'QuotaExceededError'); }"
-    chat.page.evaluate(f"() => {{ Storage.prototype.setItem = {full}; }}")
-    chat.chat("Hello", "Hi")
-    chat.see("#toast", re.compile("storage is full"))
 
 
 # ---- how it looks ----
@@ -597,9 +591,7 @@ def test_markdown_whole_and_growing(chat: Chat) -> None:
 
 
 def test_no_text_becomes_markup_that_acts(chat: Chat) -> None:
-    """Of any text only plain elements are made, and links to the web and to mail; all else is
-    shown.
-    """
+    """Only plain elements are made, and links to the web and to mail; all else is shown."""
     evil, run = "//evil.example/x", "<script>alert(1)</script>"
     texts = [
         f"<img src={evil} onerror=alert(1)>", run, f"<script src={evil}></script>", "<svg onload=alert(1)>",

@@ -89,7 +89,7 @@ class Checkpoint:
         parts = [saved["loader"] for saved in ranks if saved["loader"]]
         if not parts:
             return None
-        # With as many ranks as before, each continues exactly where it had stopped dealing.
+        # With as many ranks as before, each knows exactly which documents it has assigned.
         mine = parts[rank] if len(parts) == world_size else {}
         return merge_states(parts) | {key: mine[key] for key in mine if key != "lanes"}
 
@@ -283,7 +283,7 @@ class CheckpointWriter:
 
 
 def open_checkpoint(run: Path, step: int, verify: bool = True) -> Checkpoint:
-    """Verify a checkpoint against its manifest (unless another rank has) and read its state.
+    """Verify a checkpoint against its manifest, unless told not to, and read its state.
 
     Raises UserError naming the damaged or missing file.
     """

@@ -276,7 +276,7 @@ def peak_flops(runtime: Runtime) -> tuple[float, str]:
 
 # Types of flags: valid values, and short names for the flags that choose a checkpoint.
 Source = Annotated[Literal["base", "mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
-ChatSource = Annotated[Literal["mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
+ChatStage = Annotated[Literal["mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
 TagName = Annotated[str, Field(pattern=rf"^({FOLDER_NAME})?$")]
 Tag = Annotated[TagName, tyro.conf.arg(aliases=["-g"])]
 StepNumber = Annotated[int | None, tyro.conf.arg(aliases=["-s"])]

@@ -146,7 +146,7 @@ class RowBuffer:
     """The chunks waiting to be packed into one row of the global batch."""
 
     chunks: list[np.ndarray]  # (n, 2) each, oldest first; never written to, so snapshots share them
-    documents: int = 0  # documents below this number have been assigned, here or elsewhere
+    documents: int = 0  # documents below this number have been assigned, to any row
     finished: int = 0  # chunks packed to their end
     cropped: int = 0
 

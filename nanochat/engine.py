@@ -142,8 +142,8 @@ class SlotPool:
     def allocate(self, prompt: list[int]) -> Slot:
         """A free slot, holding as much of the beginning of `prompt` as any slot does.
 
-        The slot that already holds it if that is free and loses little, else the least recently
-        used.
+        The slot that already holds it, if free and at least half of what it holds is shared; else
+        the least recently used.
         """
         source, num_shared = self._longest_prefix(prompt)
         in_place = source in self.free and 2 * num_shared >= len(source.cached)

@@ -115,7 +115,8 @@ def finetune(
             if run.progress >= 1:
                 break
             batch = meter.fetch(loader)
-            num_targets = all_reduce_sum((batch.targets != IGNORED).sum()).clamp(min=1)
+            num_targets = all_reduce_sum((batch.targets != IGNORED).sum())
+            num_targets.clamp_(min=1)  # the last rows may hold nothing to learn
             micro_batches = list(
                 zip(batch.inputs.split(rows), batch.targets.split(rows), strict=True)
             )

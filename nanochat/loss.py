@@ -84,7 +84,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def softcap_loss(
     x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float, reduction: str
 ) -> Tensor:
-    """Loss in nats: a scalar for reduction "mean" or "sum", (M,) for "none"; targets of -1 count 0.
+    """Loss in nats: a scalar for reduction "mean" or "sum", (M,) for "none"; a target of -1 adds 0.
 
     `x` is (M, C) in the compute dtype, `weight` (V, C) the master weight; logits and loss are fp32.
     Rows of `weight` from `vocab_size` on are padding with no probability. The mean of no targets is

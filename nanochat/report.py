@@ -5,10 +5,10 @@
     python -m nanochat.report size       # print the size of the code base
 
 A section is one JSON file, `$NANOCHAT_BASE_DIR/report/<stage>.json`, which a stage that runs again
-replaces. The report lies beside them, and what people read in the working folder too. It is written
-once, as Markdown; markdown-it makes the page of it, with only tables, lists and fences switched on,
-so that nothing that a model or a user wrote can act there. The page needs no other file; matplotlib
-draws its charts from metrics.jsonl, the same bytes for the same numbers.
+replaces. The report lies beside them, report.md and report.html in the working folder as well. It
+is written once, as Markdown; markdown-it makes the page of it, with only tables, lists and fences
+switched on, so that nothing that a model or a user wrote can act there. The page needs no other
+file; matplotlib draws its charts from metrics.jsonl, the same bytes for the same numbers.
 """
 
 import io
@@ -55,7 +55,7 @@ COLUMNS = {
     "SFT": (("chat_sft",), "chat_eval_sft"),
     "RL": (("chat_rl",), "chat_eval_rl"),
 }
-# How metrics begin that are not accuracies. CORE and ChatCORE are centered: 0 is guessing.
+# Metrics that are not accuracies begin with these. CORE and ChatCORE are centered: 0 is guessing.
 NO_ACCURACY = ("val_bpb", "CORE", "ChatCORE")
 START = "start"  # start.json holds what `reset` noted; no stage has this name
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -391,7 +391,7 @@ def read_section(stage: str) -> Section | None:
 
 
 def generate() -> None:
-    """Write the report, what people read into the working folder too."""
+    """Write the report, its two pages into the working folder too."""
     sections = {stage: section for stage in STAGES if (section := read_section(stage))}
     if not sections:
         raise UserError(f"no stage has reported to {report_dir()}; run `bash runcpu.sh` first")

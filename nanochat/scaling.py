@@ -38,13 +38,13 @@ class Rates(NamedTuple):
     weight_decay: float
     by_width: bool  # lr times (width / 768)^-.5
     by_batch: bool  # lr times rate_factor
-    by_length: float  # see rate_factor
+    steps_exponent: float  # of a short run; see rate_factor
     eps: float = 1e-10
 
 
 # While the blocks still add nothing, the norms hide the scalars: their first gradients are rounding
 # errors of 1e-10, which AdamW with a smaller eps would follow.
-RATES = {  # group of GPT.parameter_groups: lr, betas, decay, by width, by batch, by length, eps
+RATES = {  # group of GPT.parameter_groups -> the fields of Rates, in order
     "matrices": Rates(0.02, (0.95, 0.9), 0.28, False, True, 0.5),
     "head": Rates(0.008, (0.8, 0.96), 0.01, True, True, -1 / 6),
     "embedding": Rates(0.3, (0.8, 0.995), 0.001, True, True, 0.5),
@@ -141,22 +141,23 @@ def batch_tokens(num_tokens: float) -> int:
     return 2 ** max(0, round(exponent))
 
 
-def rate_factor(total_batch_size: int, num_steps: int, by_length: float) -> float:
+def rate_factor(total_batch_size: int, num_steps: int, steps_exponent: float) -> float:
     """Learning-rate multiplier: sqrt(batch / 2^19), the published rule, down to 2^18.
 
-    Smaller batches use the rate of 2^18, times (2520 / steps)^by_length if the run has fewer steps
-    than the reference's 2,520. num_steps 1 means unknown: a stage that starts from a trained model.
+    Smaller batches use the rate of 2^18, times (2520 / steps)^steps_exponent if the run has fewer
+    steps than the reference's 2,520. num_steps 1 means unknown: a stage that starts from a trained
+    model.
     """
     factor = (max(total_batch_size, SQRT_RULE_FROM) / REFERENCE_BATCH) ** 0.5
     if total_batch_size >= SQRT_RULE_FROM or num_steps <= 1:
         return factor
-    return factor * max(1.0, REFERENCE_STEPS / num_steps) ** by_length
+    return factor * max(1.0, REFERENCE_STEPS / num_steps) ** steps_exponent
 
 
 def weight_decay(total_batch_size: int, num_steps: int) -> float:
     """Decay of the matrices, such that learning rate x decay x steps matches the reference run."""
     matrices = RATES["matrices"]
-    factor = rate_factor(total_batch_size, num_steps, matrices.by_length)
+    factor = rate_factor(total_batch_size, num_steps, matrices.steps_exponent)
     return matrices.weight_decay * REFERENCE_STEPS / num_steps / factor
 
 
@@ -171,7 +172,7 @@ def make_optimizer(
         if rates.by_width:
             lr *= (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
         if rates.by_batch:
-            lr *= rate_factor(total_batch_size, num_steps, rates.by_length)
+            lr *= rate_factor(total_batch_size, num_steps, rates.steps_exponent)
         if group["kind"] == "muon":
             momentum, beta2 = rates.betas
             decay = weight_decay(total_batch_size, num_steps)

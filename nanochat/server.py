@@ -165,7 +165,7 @@ class EngineWorker:
         self.engine, self.metrics = engine, metrics
         self.capacity = engine.num_slots + queue
         self.state = "loading"  # then ready, at the end dead
-        self.jobs: dict[Request, Job] = {}  # by what has not ended; the event loop's
+        self.jobs: dict[Request, Job] = {}  # of requests that have not ended; the event loop's
         self.inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # None: end
         self.step_began: float | None = None
         self.loop = asyncio.get_running_loop()

@@ -7,8 +7,8 @@ line every `--log_every` steps and writes an object per step to metrics.jsonl an
 
 Losses stay on the device until a line or a save is due: reading one blocks the host. Ranks agree
 on SIGTERM and SIGINT once a step; the script then saves and exits. Three steps in a row with a
-non-finite gradient stop the run. A rank that waits too long for another prints its threads' stacks
-and exits; torchrun then ends or restarts all ranks.
+non-finite gradient stop the run at its next line or save. A rank that waits too long for another
+prints its threads' stacks and exits; torchrun then ends or restarts all ranks.
 """
 
 import faulthandler

@@ -62,7 +62,7 @@ class Config:
     model_tag: Tag = ""  # empty: the one saved last
     step: StepNumber = None  # default: the newest
     hf_path: str = ""  # instead, a model of transformers: its name on the hub, or a folder
-    tasks: Annotated[str, tyro.conf.arg(aliases=["-a"])] = "core"  # or a|b of it, or primer-choice
+    tasks: Annotated[str, tyro.conf.arg(aliases=["-a"])] = "core"  # or A|B, or primer-choice
     eval_bundle: str = ""  # folder with core.yaml; empty: downloaded once
     max_per_task: Count | None = None  # items of each task; default: all
     batch_size: Count = 32  # items that the model reads at once

@@ -4,7 +4,7 @@ Depth is the one dial: width, heads, tokens, batch, learning rates and decay fol
 (nanochat/scaling.py). Killed at any instant, the same command resumes from the last checkpoint.
 
     python -m scripts.base_train --depth 12                         # one GPU
-    torchrun --nproc_per_node=8 -m scripts.base_train --depth 20    # eight
+    torchrun --nproc_per_node=8 -m scripts.base_train -- --depth 20    # eight
     python -m scripts.base_train --depth 4 --max_seq_len 512 \\
         --total_batch_size 4096 --num_iterations 300                # laptop
 

@@ -1,7 +1,7 @@
 """Evaluate a chat model: its accuracy on every task, and a record of every reply.
 
     python -m scripts.chat_eval -i sft                                          # one GPU, ChatCORE
-    torchrun --nproc_per_node=8 -m scripts.chat_eval -i sft                     # eight
+    torchrun --nproc_per_node=8 -m scripts.chat_eval -- -i sft                     # eight
     python -m scripts.chat_eval -i rl -a 'ARC-Easy|GSM8K' --max_problems 50
     python -m scripts.chat_eval -i rl -a 'primer-choice|primer-exact'           # laptop
 
@@ -23,7 +23,7 @@ import tyro
 
 from nanochat.checkpoint import load_model
 from nanochat.common import (
-    ChatSource,
+    ChatStage,
     Count,
     DeviceType,
     Dtype,
@@ -50,7 +50,7 @@ Tasks = Annotated[str, tyro.conf.arg(aliases=["-a", "--task_name"])]
 
 @dataclass
 class Config:
-    source: ChatSource = "sft"  # stage
+    source: ChatStage = "sft"  # stage
     tasks: Tasks = ""  # names with | between; ChatCORE's six if empty
     model_tag: Tag = ""  # empty: the one saved last
     step: StepNumber = None  # default: the newest

@@ -21,7 +21,7 @@ import uvicorn
 from nanochat.chat_api import ServerConfig
 from nanochat.checkpoint import load_model
 from nanochat.common import (
-    ChatSource,
+    ChatStage,
     Count,
     DeviceType,
     Dtype,
@@ -42,7 +42,7 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 @dataclass
 class Config(ServerConfig):
-    source: ChatSource = "sft"  # stage
+    source: ChatStage = "sft"  # stage
     model_tag: Tag = ""  # empty: the one saved last
     step: StepNumber = None  # default: the newest
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: open to other machines

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,34 +21,20 @@ import uvicorn
 from torch import nn
 
 from nanochat.chat_api import ServerConfig
-from nanochat.checkpoint import save_checkpoint
-from nanochat.common import Runtime, run_dir
 from nanochat.engine import Engine, Event, Request
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache
 from nanochat.server import ChatServer, Server, create_app, listen
-from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, chat_tokens
+from nanochat.tokenizer import chat_tokens
+from tests.models import TOKENIZER, random_gpt, save_model
 
-TOKENIZER = Tokenizer([bytes([byte]) for byte in range(256)], SPECIAL_TOKENS, SPLIT_PATTERN)
 CHAT = chat_tokens(TOKENIZER)
-
-
-def random_gpt(context: int = 64) -> GPT:
-    """A small random model."""
-    config = GPTConfig(context, TOKENIZER.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
-    model = GPT(config)
-    model.init_weights(0)
-    return model.eval()
 
 
 def save_chat_model(base: Path, monkeypatch: pytest.MonkeyPatch, context: int = 64) -> None:
     """Make `base` the folder of all artifacts, with a random model in it: sft/d2, step 3."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    model = random_gpt(context)
-    TOKENIZER.save(run_dir("sft", "d2") / "tokenizer")
-    state = {"step": 3, "model_config": asdict(model.config)}
-    runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
-    save_checkpoint(run_dir("sft", "d2"), state, model.state_dict(), {}, None, runtime)
+    save_model(random_gpt(context), "sft", "d2", step=3)
 
 
 class ScriptedModel(nn.Module):

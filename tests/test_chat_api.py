@@ -22,7 +22,7 @@ from nanochat.chat_api import (
 )
 from nanochat.engine import Event, Request
 from nanochat.tokenizer import render_prompt
-from tests.serving import TOKENIZER
+from tests.models import TOKENIZER
 
 HELLO = [{"role": "user", "content": "hello"}]
 

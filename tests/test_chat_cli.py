@@ -19,7 +19,8 @@ from nanochat.common import Source
 from nanochat.engine import Engine, Event, Request
 from nanochat.tokenizer import check_conversation, render_prompt
 from scripts.chat_cli import HELP, Config, answer, fit_window, main, obey, questions, show
-from tests.serving import CHAT, TOKENIZER, random_gpt, save_chat_model
+from tests.models import TOKENIZER, random_gpt
+from tests.serving import CHAT, save_chat_model
 
 CONTEXT = 64
 

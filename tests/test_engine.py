@@ -15,7 +15,8 @@ from nanochat.common import UserError
 from nanochat.engine import Engine, Event, Reply, Request, StepFailed, slots_that_fit
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.sampling import derive_seed
-from tests.serving import CHAT, TOKENIZER, ScriptedModel
+from tests.models import TOKENIZER
+from tests.serving import CHAT, ScriptedModel
 
 V = TOKENIZER.vocab_size
 

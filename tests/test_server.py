@@ -19,16 +19,8 @@ import pytest
 
 from nanochat.chat_api import ServerConfig
 from nanochat.engine import Engine
-from tests.serving import (
-    CHAT,
-    TOKENIZER,
-    EchoEngine,
-    Running,
-    Stream,
-    question,
-    random_gpt,
-    serving,
-)
+from tests.models import TOKENIZER, random_gpt
+from tests.serving import CHAT, EchoEngine, Running, Stream, question, serving
 
 USAGE = {"stream_options": {"include_usage": True}}
 STRANGE = "né 汉字 👩‍👩‍👧 🏳️‍🌈 <|assistant_end|><|bos|>"  # what is spelled out is text

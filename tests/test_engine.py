@@ -109,7 +109,7 @@ def say(
 ) -> list[tuple[int, int, list[float]]]:
     """(token, mask, logits) of each step of `one`, while all requests come at random moments."""
     engine.reset()
-    queue, ids, said = [one, *others], list(one.prompt), []
+    queue, ids, said, slot = [one, *others], list(one.prompt), [], engine.slots.all[0]
     random_.shuffle(queue)
     while queue or engine.busy:
         for _ in range(random_.randint(1, 8)):
@@ -117,7 +117,11 @@ def say(
                 engine.submit(queue.pop())
         for event in engine.step():
             if event.request is one:
-                slot = next(slot for slot in engine.slots.all if slot.cached == ids)
+                # Its own slot, as a mate with the same prompt may hold the same tokens; at the last
+                # token it is no longer running, and if that is the first, any such slot will do.
+                mine = [each.slot for each in engine.running if each.request is one]
+                same = [each for each in engine.slots.all if each.cached == ids]
+                slot = (mine or ([slot] if said else same))[0]
                 said.append((event.token, event.mask, engine.slots.logits[slot.index].tolist()))
                 ids.append(event.token)
     return said

@@ -84,8 +84,9 @@ launch() {
   shift
   # Not in the stage's command, so that another name for wandb does not start a stage over.
   case $module in *_train | *.chat_sft | *.chat_rl) set -- "$@" --run="${WANDB_RUN:-dummy}" ;; esac
-  # After a signal torchrun kills its ranks in 30 s, before a long step or a large save may be over.
-  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+  # Seconds from a signal to torchrun's kill: a step and a save may take more than its 30, but ranks
+  # that wait for one that died are restarted only after them.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}"
   torchrun "${where[@]}" --rdzv_id="$module" --nproc_per_node="${processes:?}" \
     --max-restarts="${MAX_RESTARTS:-3}" -m "$module" -- "$@"
 }

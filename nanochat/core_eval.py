@@ -407,10 +407,12 @@ def _read_index(folder: Path) -> dict[str, tuple[Path, CoreTask]]:
             percent = {row["Eval Task"]: float(row["Random baseline"]) for row in table}
         text = (folder / "core.yaml").read_text(encoding="utf-8")
         for entry in yaml.safe_load(text)["icl_tasks"]:
-            label, shots = entry["label"], entry["num_fewshot"]
+            label, kind, shots = entry["label"], entry["icl_task_type"], entry["num_fewshot"]
+            if kind not in FIELDS or not 0 <= percent[label] < 100:
+                raise ValueError(f"{label}: {kind}, {percent[label]} %")
             task = CoreTask(
                 label,
-                kind=entry["icl_task_type"],
+                kind=kind,
                 rows=(),
                 baseline=percent[label] / 100,
                 num_fewshot=shots[0] if isinstance(shots, list) else shots,
@@ -427,9 +429,14 @@ def _read_rows(path: Path, task: CoreTask) -> CoreTask:
     """The task with its rows."""
     fields, rows = FIELDS[task.kind], []
     for number, row in numbered_jsonl(path):
-        if not isinstance(row, dict) or not row.keys() >= set(fields):
-            raise UserError(f"{path}, line {number}: expected {', '.join(fields)}; mend that line")
-        rows.append({field: row[field] for field in fields} | {"id": number})
+        try:
+            kept = {field: row[field] for field in fields}
+            if kept.get("gold", 0) not in range(len(options(task, kept))):
+                raise LookupError("gold")
+        except (LookupError, TypeError, AttributeError):
+            expected = f"expected {', '.join(fields)}"
+            raise UserError(f"{path}, line {number}: {expected}; mend that line") from None
+        rows.append(kept | {"id": number})
     if len(rows) <= task.num_fewshot:
         few = f"{len(rows)} rows are too few for {task.num_fewshot} examples and an item"
         raise UserError(f"{path}: {few}; complete or remove it")

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import Runtime, UserError, base_dir, fsync, print0, write_file
+from nanochat.common import CheckpointFlags, Runtime, UserError, base_dir, fsync, print0, write_file
 from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import StateShard
@@ -360,15 +360,15 @@ def build_model(
 
 
 def load_model(
-    source: str, model_tag: str, step: int | None, runtime: Runtime, train: bool = False
+    chosen: CheckpointFlags, runtime: Runtime, train: bool = False
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """(model, its run's tokenizer, the checkpoint's state + "name", "model_tag", "weights").
 
     To `train`, the weights stay in fp32; otherwise they are cast to the runtime's dtype. Raises
     UserError if there is no such checkpoint or it is damaged.
     """
-    run, checkpoint = find_checkpoint(source, model_tag, step)
+    run, checkpoint = find_checkpoint(chosen.source, chosen.model_tag, chosen.step)
     model = build_model(checkpoint.model_config, checkpoint.load_weights(runtime.device), runtime)
-    name = f"{source}/{run.name} step {checkpoint.state['step']}"
+    name = f"{chosen.source}/{run.name} step {checkpoint.state['step']}"
     meta = checkpoint.state | {"name": name, "model_tag": run.name, "weights": checkpoint.digest}
     return model if train else model.to(runtime.dtype), Tokenizer.load(run / "tokenizer"), meta

@@ -293,6 +293,18 @@ Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=100)]
 
+
+@dataclass
+class CheckpointFlags:
+    """The flags of every script that loads a model."""
+
+    source: Source = "sft"  # stage of the checkpoint
+    model_tag: Tag = ""  # its run; empty: the one saved last
+    step: StepNumber = None  # its step; default: the newest
+    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
+    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
+
+
 # Faults of the machine or a path, not of the program.
 MACHINE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
 

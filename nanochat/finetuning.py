@@ -13,16 +13,13 @@ import torch
 
 from nanochat.checkpoint import load_model
 from nanochat.common import (
+    CheckpointFlags,
     Count,
     Derived,
-    DeviceType,
-    Dtype,
     Positive,
     Rows,
     Share,
     Source,
-    StepNumber,
-    Tag,
     all_reduce_sum,
     print0,
     set_up,
@@ -37,13 +34,10 @@ MOMENTUM = 0.95  # of Muon; constant, since a stage starts from a trained model
 
 
 @dataclass
-class FinetuneConfig:
+class FinetuneConfig(CheckpointFlags):
     """The settings of midtraining; SFT has the same, with some other defaults."""
 
-    # start
     source: Source = "base"  # stage of the checkpoint to start from
-    model_tag: Tag = ""  # its run; empty: the one saved last
-    step: StepNumber = None  # its step; default: the newest
     # data
     mixture: Literal["default", "primer"] = "default"  # public data sets, or the embedded world
     custom: Path | None = None  # your own conversations, .jsonl, added to the mixture
@@ -55,9 +49,6 @@ class FinetuneConfig:
     device_batch_size: Rows = 32  # rows per micro-batch; auto: what fits
     lr_scale: Positive = 1.0  # multiplies the learning rates of pretraining
     warmdown: Share = 0.2  # final share of the run over which the learning rate falls to 0
-    # machine
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
-    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on a GPU
     seed: int = 0  # of the order of the conversations
     # the run
@@ -78,7 +69,7 @@ def finetune(
     Returns the results; None if the run was already finished.
     """
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
-    model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime, train=True)
+    model, tokenizer, meta = load_model(cfg, runtime, train=True)
     print0(f"{stage} from {meta['name']}")
     settings = vars(cfg) | {"weights": meta["weights"]}
     seq_len = cfg.max_seq_len if cfg.max_seq_len > 0 else model.config.sequence_len

@@ -22,13 +22,10 @@ import tyro
 
 from nanochat.checkpoint import load_model
 from nanochat.common import (
+    CheckpointFlags,
     Count,
-    DeviceType,
-    Dtype,
     Runtime,
     Source,
-    StepNumber,
-    Tag,
     UserError,
     barrier,
     print0,
@@ -57,17 +54,13 @@ PRIMER = "primer-choice"
 
 
 @dataclass
-class Config:
+class Config(CheckpointFlags):
     source: Source = "base"  # stage of the checkpoint
-    model_tag: Tag = ""  # empty: the one saved last
-    step: StepNumber = None  # default: the newest
     hf_path: str = ""  # instead, a model of transformers: its name on the hub, or a folder
     tasks: Annotated[str, tyro.conf.arg(aliases=["-a"])] = "core"  # or A|B, or primer-choice
     eval_bundle: str = ""  # folder with core.yaml; empty: downloaded once
     max_per_task: Count | None = None  # items of each task; default: all
     batch_size: Count = 32  # items that the model reads at once
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
-    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
 class HFReader:
@@ -135,7 +128,7 @@ def main(cfg: Config) -> None:
         reader = HFReader(cfg.hf_path, runtime)
         folder = run_dir("hf", cfg.hf_path.strip("/").replace("/", "--"))
     else:
-        model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
+        model, tokenizer, meta = load_model(cfg, runtime)
         print0(f"examining {meta['name']}")
         reader = GPTReader(model, tokenizer, cfg.batch_size)
         settings = settings | {"model_tag": meta["model_tag"], "step": meta["step"]}

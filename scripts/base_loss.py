@@ -12,12 +12,9 @@ from dataclasses import dataclass
 
 from nanochat.checkpoint import load_model
 from nanochat.common import (
+    CheckpointFlags,
     Count,
-    DeviceType,
-    Dtype,
     Source,
-    StepNumber,
-    Tag,
     print0,
     run_script,
     set_up,
@@ -39,15 +36,11 @@ SAMPLE_PROMPTS = (
 
 
 @dataclass
-class Config:
+class Config(CheckpointFlags):
     source: Source = "base"  # stage of the checkpoint
-    model_tag: Tag = ""  # its run; empty: the one saved last
-    step: StepNumber = None  # its step; default: the newest
     data: str = ""  # corpus; empty: the one it was trained on, if known, or prepared last
     eval_tokens: Count = 10_485_760  # tokens of each of the two measurements
     device_batch_size: Count = 32  # rows read at a time on one device
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
-    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
 def packed_rows(eval_tokens: int, seq_len: int, world_size: int) -> int:
@@ -58,7 +51,7 @@ def packed_rows(eval_tokens: int, seq_len: int, world_size: int) -> int:
 
 def main(cfg: Config) -> None:
     runtime = set_up(cfg.device_type, cfg.dtype)
-    model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
+    model, tokenizer, meta = load_model(cfg, runtime)
     trained = meta.get("config", {})  # an imported model has none
     corpus = find_corpus(cfg.data or trained.get("corpus") or trained.get("data", ""))
     print0(f"measuring {meta['name']} on the corpus {corpus.name}")

@@ -26,14 +26,10 @@ import tyro
 
 from nanochat.checkpoint import load_model
 from nanochat.common import (
+    CheckpointFlags,
     Count,
-    DeviceType,
-    Dtype,
     Natural,
     Share,
-    Source,
-    StepNumber,
-    Tag,
     Temperature,
     base_dir,
     print0,
@@ -55,18 +51,13 @@ questions. Ctrl-C stops an answer."""
 
 
 @dataclass
-class Config:
-    source: Source = "sft"  # stage: base, mid, sft or rl
-    model_tag: Tag = ""  # empty: the one saved last
-    step: StepNumber = None  # default: the newest
+class Config(CheckpointFlags):
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""  # answer this and end
     temperature: Temperature = 0.6  # 0: always the likeliest token
     top_k: Natural = 50  # sample among this many tokens; 0: off
     top_p: Share = 1.0  # and among the likeliest that hold this share; 1: off
     max_tokens: Count = 512  # of one answer; at most half the context
     seed: int = 0  # of the sampling
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
-    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
 def fit_window(
@@ -154,7 +145,7 @@ def questions() -> Iterator[str]:
 
 def main(cfg: Config) -> None:
     runtime = set_up(cfg.device_type, cfg.dtype)
-    model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
+    model, tokenizer, meta = load_model(cfg, runtime)
     engine = Engine(model, tokenizer, num_slots=1)
     where = f"{meta['name']} on {runtime.device_name}"
     messages: list[dict[str, Any]] = []

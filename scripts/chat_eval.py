@@ -13,6 +13,8 @@ reads: <source>/<model tag>/, the tasks' data sets
 writes: <source>/<model tag>/chat_eval_<task>.jsonl, report/chat_eval_<source>.json
 """
 
+# pyright: reportIncompatibleVariableOverride=false
+
 import json
 import time
 from dataclasses import dataclass
@@ -24,11 +26,8 @@ import tyro
 from nanochat.checkpoint import load_model
 from nanochat.common import (
     ChatStage,
+    CheckpointFlags,
     Count,
-    DeviceType,
-    Dtype,
-    StepNumber,
-    Tag,
     Temperature,
     UserError,
     print0,
@@ -49,11 +48,9 @@ Tasks = Annotated[str, tyro.conf.arg(aliases=["-a", "--task_name"])]
 
 
 @dataclass
-class Config:
+class Config(CheckpointFlags):
     source: ChatStage = "sft"  # stage
     tasks: Tasks = ""  # names with | between; ChatCORE's six if empty
-    model_tag: Tag = ""  # empty: the one saved last
-    step: StepNumber = None  # default: the newest
     num_samples: Count = 1  # replies per problem
     max_problems: Count | None = None  # per task; default: all
     batch_size: Count = 32  # replies in flight, or choices read at once, on one device
@@ -62,8 +59,6 @@ class Config:
     seed: int = 0  # of the sampling
     words: Path | None = None  # SpellingBee: a file of words; tasks/spellingbee.txt if left out
     allow_unsafe_exec: bool = False  # HumanEval: run programs even where nothing isolates them
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
-    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
 def choose_tasks(cfg: Config) -> tuple[dict[str, Task], str | None]:
@@ -118,7 +113,7 @@ def main(cfg: Config) -> None:
         raise UserError("--num_samples above 1 needs a --temperature above 0; at 0 all are alike")
     tasks, reason = choose_tasks(cfg)
     runtime = set_up(cfg.device_type, cfg.dtype)
-    model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime)
+    model, tokenizer, meta = load_model(cfg, runtime)
     print0(f"examining {meta['name']}")
     if reason:
         print0(f"HumanEval is skipped: {reason}; --allow_unsafe_exec runs its programs anyway")

@@ -20,14 +20,10 @@ import torch
 
 from nanochat.checkpoint import load_model
 from nanochat.common import (
+    CheckpointFlags,
     Count,
-    DeviceType,
-    Dtype,
     Positive,
     Runtime,
-    Source,
-    StepNumber,
-    Tag,
     all_reduce_sum,
     print0,
     run_script,
@@ -51,11 +47,7 @@ ROUND_UP = 32  # rows are padded to a multiple of this many tokens, so that few 
 
 
 @dataclass
-class Config:
-    # start
-    source: Source = "sft"  # stage of the checkpoint to start from
-    model_tag: Tag = ""  # its run; empty: the one saved last
-    step: StepNumber = None  # its step; default: the newest
+class Config(CheckpointFlags):
     # problems and answers
     task: str = "GSM8K"  # a generative task that scores its answers
     num_steps: Count = 100  # updates
@@ -67,9 +59,6 @@ class Config:
     # batch and steps
     device_batch_size: Count = 32  # rows per micro-batch on one device
     lr_scale: Positive = 0.05  # multiplies pretraining's learning rates; falls linearly to 0
-    # machine
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
-    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
     seed: int = 0  # of the questions' order and the samples
     # the run
     run: str = "dummy"  # wandb name; dummy: no wandb
@@ -195,7 +184,7 @@ def summarize(groups: Sequence[Sequence[Rollout]], device: torch.device) -> tupl
 
 def main(cfg: Config) -> None:
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
-    model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, runtime, train=True)
+    model, tokenizer, meta = load_model(cfg, runtime, train=True)
     print0(f"rl from {meta['name']}")
     task, held_out = build_task(cfg.task, "train"), build_task(cfg.task, "test")
     settings = vars(cfg) | {"weights": meta["weights"]}

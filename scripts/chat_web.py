@@ -11,6 +11,8 @@ reads: <source>/<model tag>/, report/report.html
 writes: nothing
 """
 
+# pyright: reportIncompatibleVariableOverride=false
+
 import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,13 +24,10 @@ from nanochat.chat_api import ServerConfig
 from nanochat.checkpoint import load_model
 from nanochat.common import (
     ChatStage,
+    CheckpointFlags,
     Count,
-    DeviceType,
-    Dtype,
     Natural,
     Port,
-    StepNumber,
-    Tag,
     UserError,
     print0,
     run_script,
@@ -41,16 +40,12 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 
 @dataclass
-class Config(ServerConfig):
+class Config(ServerConfig, CheckpointFlags):
     source: ChatStage = "sft"  # stage
-    model_tag: Tag = ""  # empty: the one saved last
-    step: StepNumber = None  # default: the newest
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: open to other machines
     port: Port = 8000  # 0: any free one
     slots: Natural = 0  # concurrent answers per GPU; 0: 64, on a CPU 8, or what fits
     num_gpus: Count = 1  # GPUs, each with a copy of the model
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
-    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
 
 
 def load_engines(cfg: Config) -> tuple[list[Engine], str]:
@@ -62,7 +57,7 @@ def load_engines(cfg: Config) -> tuple[list[Engine], str]:
     for index in range(cfg.num_gpus):
         device = torch.device("cuda", index) if present > 1 else runtime.device
         own = replace(runtime, device=device)
-        model, tokenizer, meta = load_model(cfg.source, cfg.model_tag, cfg.step, own)
+        model, tokenizer, meta = load_model(cfg, own)
         usual = max(1, min(64 if device.type == "cuda" else 8, slots_that_fit(model)))
         engines.append(Engine(model, tokenizer, num_slots=cfg.slots or usual))
         name = f"nanochat-{meta['model_tag']}-{cfg.source}"

@@ -19,7 +19,7 @@ def run(base: Path) -> Path:
 def test_two_tasks_are_recorded_and_reported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = "primer-choice|primer-arithmetic"
     sampling = {"num_samples": 2, "temperature": 1.0, "max_tokens": 8, "batch_size": 4}
-    main(Config("mid", tasks, max_problems=5, device_type="cpu", **sampling))
+    main(Config("mid", tasks=tasks, max_problems=5, device_type="cpu", **sampling))
     rows = {}
     for name, num_replies in (("primer-choice", 1), ("primer-arithmetic", 2)):
         lines = (run / f"chat_eval_{name}.jsonl").read_text().splitlines()
@@ -38,10 +38,10 @@ def test_two_tasks_are_recorded_and_reported(run: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     "config",
     [
-        Config("mid", "no-such-task"),
+        Config("mid", tasks="no-such-task"),
         Config("mid", num_samples=3),
-        Config("rl", "primer-choice", device_type="cpu"),
-        Config("mid", "primer-choice", model_tag="d99", device_type="cpu"),
+        Config("rl", tasks="primer-choice", device_type="cpu"),
+        Config("mid", tasks="primer-choice", model_tag="d99", device_type="cpu"),
     ],
     ids=["task", "samples", "stage", "tag"],
 )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nanochat import checkpoint
-from nanochat.common import UserError, run_dir, write_file
+from nanochat.common import CheckpointFlags, UserError, run_dir, write_file
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.scaling import make_optimizer
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -68,9 +68,8 @@ def test_weights_are_narrow_for_inference_and_wide_for_training(run: Path) -> No
     save(run, 20, model)
     Tokenizer.train(["the hen"], 300, SPECIAL_TOKENS).save(run / "tokenizer")
     narrow = replace(CPU, dtype=torch.bfloat16)
-    wide, thin = (
-        checkpoint.load_model("base", "d2", 20, narrow, train)[0] for train in (True, False)
-    )
+    chosen = CheckpointFlags("base", "d2", 20)
+    wide, thin = (checkpoint.load_model(chosen, narrow, train)[0] for train in (True, False))
     assert {weight.dtype for weight in wide.parameters()} == {torch.float32}
     assert {weight.dtype for weight in thin.parameters()} == {torch.bfloat16}
     ids = torch.arange(24).view(2, 12)

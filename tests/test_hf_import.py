@@ -13,7 +13,7 @@ import tiktoken
 import torch
 
 from nanochat.checkpoint import load_model, save_checkpoint
-from nanochat.common import Runtime, UserError, base_dir, run_dir
+from nanochat.common import CheckpointFlags, Runtime, UserError, base_dir, run_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts import chat_cli, export_hf
@@ -73,9 +73,10 @@ def test_the_first_generation_loads_and_talks(
     main(Config(str(base / "d2")))
     main(Config(str(base / "d2"), stage="base", model_tag="old", step=90))
     ids = torch.randint(0, TOKENIZER.bos_id, (2, 40), generator=torch.Generator().manual_seed(0))
-    for stage, tag, step, model in (("sft", "d2", 700, newest), ("base", "old", 90, older)):
-        loaded, tokenizer, meta = load_model(stage, tag, None, CPU)
-        assert meta["step"] == step and meta["model_tag"] == tag
+    first, second = CheckpointFlags("sft", "d2"), CheckpointFlags("base", "old")
+    for chosen, step, model in ((first, 700, newest), (second, 90, older)):
+        loaded, tokenizer, meta = load_model(chosen, CPU)
+        assert meta["step"] == step and meta["model_tag"] == chosen.model_tag
         with torch.inference_mode():
             assert torch.equal(loaded(ids), model(ids))
         text = "The hen's hat <|bos|> 2024 日本"
@@ -183,7 +184,7 @@ def test_a_model_on_the_hub_is_downloaded_by_pattern(
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     main(Config("someone/nanochat", stage="mid"))
     assert "model*" in asked["someone/nanochat"]
-    loaded, rows = load_model("mid", "d2", None, CPU)[0], TOKENIZER.vocab_size
+    loaded, rows = load_model(CheckpointFlags("mid", "d2"), CPU)[0], TOKENIZER.vocab_size
     assert torch.equal(loaded.lm_head.weight[:rows], model.lm_head.weight[:rows])
 
 
@@ -199,7 +200,7 @@ def test_export_and_import_give_back_the_model(
     export_hf.main(export_hf.Config(base / "out", source=stage))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base / "detour"))
     main(Config(str(base / "out"), stage=stage))
-    loaded, tokenizer, meta = load_model(stage, "d2", None, CPU)
+    loaded, tokenizer, meta = load_model(CheckpointFlags(stage, "d2"), CPU)
     assert loaded.config == config and meta["step"] == 50
     rows = {"wte.weight", "lm_head.weight"} | {n for n in weights if n.startswith("value_embeds")}
     for name, tensor in loaded.state_dict().items():  # but for the rows of padding

@@ -33,6 +33,7 @@ import torch
 from nanochat import dataset, fp8
 from nanochat.checkpoint import build_model, load_model
 from nanochat.common import (
+    CheckpointFlags,
     DeviceType,
     Dtype,
     Runtime,
@@ -175,7 +176,8 @@ def learn(cfg: Config, runtime: Runtime) -> None:
         records = {record["step"]: record for record in read_metrics(run_dir("base", tag))}
         bpb = math.nan
         for step in range(SCORE_EVERY, LEARNING_STEPS + 1, SCORE_EVERY):
-            model, tokenizer, _ = load_model("base", tag, step, runtime, train=True)
+            chosen = CheckpointFlags("base", tag, step)
+            model, tokenizer, _ = load_model(chosen, runtime, train=True)
             bpb = score(model, tokenizer, documents, runtime.device)
             tokens, seconds = records[step]["tokens"], records[step]["seconds"]
             lines.append(f"{seed:4} {step:5} {tokens:9,} {seconds:8.1f} {bpb:7.3f}")

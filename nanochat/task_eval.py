@@ -10,9 +10,10 @@ Shapes: B rows, T time, V vocabulary.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -20,8 +21,7 @@ import torch
 
 from nanochat.common import gather, own_part, progress_bar
 from nanochat.core_eval import Score, padded
-from nanochat.engine import Engine, Reply, Request
-from nanochat.gpt import GPT
+from nanochat.engine import Engine, Request
 from nanochat.sampling import derive_seed
 from nanochat.tokenizer import Conversation, render_prompt
 
@@ -43,40 +43,32 @@ class EvalResult:
     records: list[dict[str, Any]]  # per item: index, scores, the replies, the whole conversation
 
 
-def evaluate_choice(
-    engine: Engine, task: EvalTask, batch_size: int = 32, max_problems: int | None = None
-) -> EvalResult:
+@torch.inference_mode()
+def evaluate_choice(engine: Engine, task: EvalTask, batch_size: int = 32) -> EvalResult:
     """Score the offered letter with the highest logit after the prompt, for every item."""
     model, tokenizer = engine.model, engine.tokenizer
-    rows = [(index, task[index]) for index in _own_items(task, max_problems)]
-    prompts = [_fit(render_prompt(tokenizer, row), model.config.sequence_len) for _, row in rows]
-    order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
-    records = []
+    items = {index: task[index] for index in own_part(len(task))}
+    prompts = {
+        index: _fit(render_prompt(tokenizer, item), model.config.sequence_len)
+        for index, item in items.items()
+    }
+    order = sorted(items, key=lambda index: -len(prompts[index]))
+    said: dict[int, list[tuple[str, Any]]] = {}
     for start in progress_bar(range(0, len(order), batch_size), "batch"):
         batch = order[start : start + batch_size]
-        logits = next_logits(model, [prompts[i] for i in batch])
-        for i, row_logits in zip(batch, logits, strict=True):
-            index, conversation = rows[i]
-            letters = conversation["letters"]
+        rows = [prompts[index] for index in batch]
+        # Through a cache, for the last token's logits only: all would take B * T * V floats.
+        cache = model.make_cache(len(rows), max(map(len, rows)))
+        inputs = padded(rows).to(cache.keys.device)  # (B, T)
+        num_new = torch.tensor([len(row) for row in rows])
+        logits = model(inputs, cache=cache, num_new=num_new, last_only=True)[:, 0].cpu()  # (B, V)
+        for index, item_logits in zip(batch, logits, strict=True):
+            letters = items[index]["letters"]
             ids = [tokenizer.encode(letter) for letter in letters]
             assert all(len(id) == 1 for id in ids), f"a letter of {letters} is not one token"
-            letter = letters[int(row_logits[[id[0] for id in ids]].argmax())]
-            records.append(_record(task, index, conversation, [letter], [letter]))
-    return _result(records)
-
-
-@torch.inference_mode()
-def next_logits(model: GPT, prompts: Sequence[list[int]]) -> torch.Tensor:
-    """(B, V) fp32 logits after each prompt, on the CPU.
-
-    Through a cache, which gives only the last token's logits; all would take B * T * V floats.
-    """
-    device = next(model.parameters()).device
-    longest = max(map(len, prompts))
-    cache = model.make_cache(len(prompts), longest)
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    ids = padded(prompts).to(device)  # (B, T)
-    return model(ids, cache=cache, num_new=lengths, last_only=True)[:, 0].cpu()
+            letter = letters[int(item_logits[[id[0] for id in ids]].argmax())]
+            said[index] = [(letter, letter)]
+    return _judge(task, items, said)
 
 
 def evaluate_generate(
@@ -86,37 +78,25 @@ def evaluate_generate(
     max_tokens: int = 512,
     temperature: float = 0.0,
     seed: int = 0,
-    max_problems: int | None = None,
 ) -> EvalResult:
     """Score `num_samples` replies to every item.
 
     A reply gets at most half the context; a prompt longer than the rest loses its beginning.
     """
-    items = {index: task[index] for index in _own_items(task, max_problems)}
+    items = {index: task[index] for index in own_part(len(task))}
     max_tokens = min(max_tokens, engine.max_len // 2)
-    asked: dict[Request, tuple[int, int]] = {}
-    for index, conversation in items.items():
-        prompt = _fit(render_prompt(engine.tokenizer, conversation), engine.max_len - max_tokens)
-        for k in range(num_samples):
-            request = Request(prompt, max_tokens, temperature, seed=derive_seed(seed, index, k))
-            asked[request] = (index, k)
-    replies: dict[tuple[int, int], Reply] = {}
-    for request, reply in progress_bar(engine.complete(asked), "reply", len(asked)):
-        replies[asked[request]] = reply
-
-    def judge(index: int) -> dict[str, Any]:
-        said = [replies[index, k] for k in range(num_samples)]
-        texts, parts = [reply.text for reply in said], [reply.parts for reply in said]
-        return _record(task, index, items[index], texts, parts)
-
-    # In threads: scoring a program means waiting for it.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        records = list(progress_bar(pool.map(judge, items), "score", len(items)))
-    return _result(records)
-
-
-def _own_items(task: EvalTask, max_problems: int | None) -> range:
-    return own_part(len(task) if max_problems is None else min(len(task), max_problems))
+    requests: dict[int, list[Request]] = {}
+    for index, item in items.items():
+        prompt = _fit(render_prompt(engine.tokenizer, item), engine.max_len - max_tokens)
+        seeds = [derive_seed(seed, index, k) for k in range(num_samples)]
+        requests[index] = [Request(prompt, max_tokens, temperature, seed=own) for own in seeds]
+    asked = list(chain.from_iterable(requests.values()))
+    replies = dict(progress_bar(engine.complete(asked), "reply", len(asked)))
+    said = {
+        index: [(replies[request].text, replies[request].parts) for request in own]
+        for index, own in requests.items()
+    }
+    return _judge(task, items, said)
 
 
 def _fit(prompt: list[int], max_len: int) -> list[int]:
@@ -124,14 +104,22 @@ def _fit(prompt: list[int], max_len: int) -> list[int]:
     return prompt if len(prompt) <= max_len else prompt[:1] + prompt[len(prompt) - max_len + 1 :]
 
 
-def _record(
-    task: EvalTask, index: int, conversation: Conversation, texts: Sequence[str], replies: Sequence
-) -> dict[str, Any]:
-    scores = [float(task.score(conversation, text)) for text in texts]
-    return {"index": index, "scores": scores, "replies": replies, "conversation": conversation}
+def _judge(
+    task: EvalTask,
+    items: Mapping[int, Conversation],
+    said: Mapping[int, Sequence[tuple[str, Any]]],
+) -> EvalResult:
+    """The outcome for `said`: of every sample of an item, the text to score and what to record."""
 
+    def record(index: int) -> dict[str, Any]:
+        scores = [float(task.score(items[index], text)) for text, _ in said[index]]
+        replies = [reply for _, reply in said[index]]
+        outcome = {"index": index, "scores": scores, "replies": replies}
+        return outcome | {"conversation": items[index]}
 
-def _result(records: list[dict[str, Any]]) -> EvalResult:
+    # In threads: scoring a program means waiting for it.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        records = list(progress_bar(pool.map(record, items), "score", len(items)))
     records = sorted(gather(records), key=lambda record: record["index"])
     means = [fmean(record["scores"]) for record in records]
     accuracy = fmean(means)

@@ -68,7 +68,7 @@ def choose_tasks(cfg: Config) -> tuple[dict[str, Task], str | None]:
     if reason:
         names.remove("HumanEval")
     tasks = {
-        name: build_task(name, words=cfg.words, allow_unsafe_exec=cfg.allow_unsafe_exec)
+        name: build_task(name, "test", cfg.words, cfg.allow_unsafe_exec)[: cfg.max_problems]
         for name in names
     }
     return tasks, reason
@@ -76,7 +76,7 @@ def choose_tasks(cfg: Config) -> tuple[dict[str, Task], str | None]:
 
 def evaluate(cfg: Config, engine: Engine, task: Task) -> EvalResult:
     if task.kind == "choice":
-        return evaluate_choice(engine, task, cfg.batch_size, cfg.max_problems)
+        return evaluate_choice(engine, task, cfg.batch_size)
     return evaluate_generate(
         engine,
         task,
@@ -84,7 +84,6 @@ def evaluate(cfg: Config, engine: Engine, task: Task) -> EvalResult:
         max_tokens=cfg.max_tokens,
         temperature=cfg.temperature,
         seed=cfg.seed,
-        max_problems=cfg.max_problems,
     )
 
 

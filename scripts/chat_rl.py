@@ -160,7 +160,6 @@ def evaluate(cfg: Config, engine: Engine, held_out: Task) -> dict[str, float]:
         max_tokens=cfg.max_tokens,
         temperature=cfg.temperature if sampled else 0.0,
         seed=cfg.seed,
-        max_problems=cfg.eval_problems,
     )
     best = {f"pass_at_{num}": result.best_of} if sampled else {}
     accuracy, stderr = result.score
@@ -186,7 +185,7 @@ def main(cfg: Config) -> None:
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
     model, tokenizer, meta = load_model(cfg, runtime, train=True)
     print0(f"rl from {meta['name']}")
-    task, held_out = build_task(cfg.task, "train"), build_task(cfg.task, "test")
+    task, held_out = build_task(cfg.task, "train"), build_task(cfg.task)[: cfg.eval_problems]
     settings = vars(cfg) | {"weights": meta["weights"]}
     with Run("rl", meta["model_tag"], settings, runtime) as run:
         if run.is_finished:

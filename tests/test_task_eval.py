@@ -117,7 +117,6 @@ def test_several_samples_per_item() -> None:
 def test_prompts_longer_than_the_context() -> None:
     engine = Engine(random_model(context=16), TOKENIZER, num_slots=2)
     assert len(evaluate_generate(engine, Letters(4), max_tokens=50).records) == 4
-    assert len(evaluate_generate(engine, Letters(4), max_problems=3).records) == 3
 
 
 def outcome() -> list[Any]:

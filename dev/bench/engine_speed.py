@@ -66,9 +66,8 @@ def generate(engine: Engine, num_tokens: int, seed: int) -> int:
 
 def answer(engine: Engine, num_tokens: int, num_questions: int) -> int:
     """Run a generative evaluation; returns the number of questions."""
-    task = PrimerArithmetic("test")
-    limits = {"max_tokens": num_tokens, "max_problems": num_questions}
-    return len(evaluate_generate(engine, task, temperature=1.0, **limits).records)
+    task = PrimerArithmetic("test")[:num_questions]
+    return len(evaluate_generate(engine, task, max_tokens=num_tokens, temperature=1.0).records)
 
 
 def copy(source: torch.Tensor, target: torch.Tensor) -> int:

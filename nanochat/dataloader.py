@@ -5,7 +5,8 @@ the fewest bytes so far (ties: the lowest). It tokenises and packs only its own 
 depends on data, tokenizer and step alone. A thread packs a few batches ahead. A saved state holds
 each row's waiting tokens (8 to 9 rows of them), not file positions: resuming retokenises nothing.
 
-Shapes: R rows of this rank, T tokens of a row. A chunk is (n, 2): token ids and their loss mask.
+Shapes: R rows of this rank, T tokens of a row. A token that is not to be learned is ~id, in pieces,
+rows and saved states.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -76,12 +77,8 @@ class TextSource:
         return len(document.encode())
 
     def encode(self, documents: list[str]) -> list[np.ndarray]:
-        chunks = []
-        for ids in self.tokenizer.encode_batch(documents, NUM_THREADS):
-            chunk = np.ones((len(ids), 2), np.int32)
-            chunk[:, 0] = ids
-            chunks.append(chunk)
-        return chunks
+        batch = self.tokenizer.encode_batch(documents, NUM_THREADS)
+        return [np.array(ids, np.int32) for ids in batch]
 
 
 class ChatSource:
@@ -136,62 +133,55 @@ class ChatSource:
         return num_bytes
 
     def encode(self, documents: list[Conversation]) -> list[np.ndarray]:
-        """The chunk (n, 2) of each conversation, without <|bos|>."""
-        rendered = [render_conversation(self.tokenizer, document) for document in documents]
-        return [np.array([ids[1:], mask[1:]], np.int32).T for ids, mask in rendered]
+        """The piece of each conversation, without <|bos|>."""
+        rendered = (np.array(render_conversation(self.tokenizer, d), np.int32) for d in documents)
+        return [np.where(mask, ids, ~ids)[1:] for ids, mask in rendered]
 
 
 @dataclass
 class RowBuffer:
-    """The chunks waiting to be packed into one row of the global batch."""
+    """The pieces waiting to be packed into one row of the global batch."""
 
-    chunks: list[np.ndarray]  # (n, 2) each, oldest first; never written to, so snapshots share them
+    pieces: list[np.ndarray]  # of tokens, oldest first; never written to, so snapshots share them
     documents: int = 0  # documents below this number have been assigned, to any row
-    finished: int = 0  # chunks packed to their end
+    finished: int = 0  # pieces packed to their end
     cropped: int = 0
 
     def num_tokens(self) -> int:
-        """Tokens that the chunks would fill, with a <|bos|> each."""
-        return sum(map(len, self.chunks)) + len(self.chunks)
+        """Tokens that the pieces would fill, with a <|bos|> each."""
+        return sum(map(len, self.pieces)) + len(self.pieces)
 
     def fill(self, row: np.ndarray, window: int, split: bool) -> None:
-        """Pack chunks into `row` (T+1, 2), prefilled with <|bos|>: best fit first.
+        """Pack pieces into `row` (T+1,), prefilled with <|bos|>: best fit first.
 
-        If no chunk fits whole, the longest is split; without `split` the rest stays padding.
+        If no piece fits whole, the longest is split; without `split` the rest stays padding.
         Splitting the longest keeps the most context: on average 55.4 tokens before a target,
         against 47.4 for the shortest and 54.9 for the oldest (primer, T = 256; web-like text at
-        2048: 641, 606, 618). Only the oldest `window` tokens of chunks are considered: one rank may
+        2048: 641, 606, 618). Only the oldest `window` tokens of pieces are considered: one rank may
         have read further than another, and that must not matter.
         """
         place = 0
-        while place < len(row) and self.chunks:
-            space = len(row) - place - 1  # beside the <|bos|> of the chunk
-            fitting, longest = self._choose(space, window)
-            if fitting is not None:
-                chunk = self.chunks.pop(fitting)
+        while place < len(row) and self.pieces:
+            space = len(row) - place - 1  # beside the <|bos|> of the piece
+            lengths, num_seen = [], 0
+            for piece in self.pieces:
+                lengths.append(len(piece))
+                num_seen += len(piece) + 1
+                if num_seen >= window:
+                    break
+            best = max((length for length in lengths if length <= space), default=None)
+            if best is not None:
+                piece = self.pieces.pop(lengths.index(best))  # ties: the older
                 self.finished += 1
             elif split:
-                whole = self.chunks[longest]
-                chunk, self.chunks[longest] = whole[:space], whole[space:]
+                longest = lengths.index(max(lengths))
+                whole = self.pieces[longest]
+                piece, self.pieces[longest] = whole[:space], whole[space:]
                 self.cropped += 1
             else:
                 return
-            row[place + 1 : place + 1 + len(chunk)] = chunk
-            place += 1 + len(chunk)
-
-    def _choose(self, space: int, window: int) -> tuple[int | None, int]:
-        """(the largest chunk that fits into `space`, the longest chunk); ties: the older."""
-        fitting, fitting_len, longest, longest_len, seen = None, -1, 0, -1, 0
-        for i, chunk in enumerate(self.chunks):
-            num = len(chunk)
-            if fitting_len < num <= space:
-                fitting, fitting_len = i, num
-            if num > longest_len:
-                longest, longest_len = i, num
-            seen += num + 1
-            if seen >= window:
-                break
-        return fitting, longest
+            row[place + 1 : place + 1 + len(piece)] = piece
+            place += 1 + len(piece)
 
 
 class Packer:
@@ -202,21 +192,17 @@ class Packer:
         source: TextSource | ChatSource,
         num_rows: int,
         seq_len: int,
-        *,
-        rank: int,
-        world_size: int,
+        runtime: Runtime,
         state: dict[str, Any] | None,
     ) -> None:
         """Raises UserError if the rows do not divide or the state is of another stream."""
-        if num_rows < 1 or num_rows % world_size:
-            raise UserError(
-                f"a batch of {num_rows} rows does not divide among {world_size} ranks; "
-                "change --total_batch_size"
-            )
-        num_local = num_rows // world_size
-        own_rows = range(rank * num_local, (rank + 1) * num_local)
+        num_local, num_odd = divmod(num_rows, runtime.world_size)
+        if num_local < 1 or num_odd:
+            ranks = f"{runtime.world_size} ranks; change --total_batch_size"
+            raise UserError(f"a batch of {num_rows} rows does not divide among {ranks}")
+        first = runtime.rank * num_local
         self.source, self.seq_len = source, seq_len
-        self.buffers = {row: RowBuffer([]) for row in own_rows}
+        self.buffers = {row: RowBuffer([]) for row in range(first, first + num_local)}
         self.assigned = [(0, row) for row in range(num_rows)]  # (bytes, row): a heap
         self.num_documents = 0  # read so far
         if state:
@@ -225,7 +211,7 @@ class Packer:
         self.ended = False
 
     def _resume(self, state: dict[str, Any]) -> None:
-        """Continue from all ranks' merged state. On disk, a token not to be learned is ~id."""
+        """Continue from all ranks' merged state."""
         num_rows = len(self.assigned)
         if not self.source.resume(state["source"]):
             raise UserError(
@@ -241,23 +227,20 @@ class Packer:
         self.num_documents = state["documents"]
         self.assigned = [(num_bytes, row) for row, num_bytes in enumerate(state["dealt"])]
         heapq.heapify(self.assigned)
-        saved = {lane["lane"]: lane for lane in state["lanes"]}
-        for row in self.buffers:
-            chunks = []
-            for piece in saved[row]["pieces"]:
-                signed = np.array(piece, np.int32)
-                ids = np.where(signed < 0, ~signed, signed)
-                chunks.append(np.stack([ids, signed >= 0], axis=1))
-            counts = {name: saved[row][name] for name in ("documents", "finished", "cropped")}
-            self.buffers[row] = RowBuffer(chunks, **counts)
+        for lane in state["lanes"]:
+            if lane["lane"] in self.buffers:
+                pieces = [np.array(piece, np.int32) for piece in lane["pieces"]]
+                counts = lane["documents"], lane["finished"], lane["cropped"]
+                self.buffers[lane["lane"]] = RowBuffer(pieces, *counts)
 
     def next_rows(self) -> np.ndarray:
-        """(R, T+1, 2): ids and loss mask; rows without documents left are padding."""
+        """(R, T+1) tokens; rows without documents left are padding."""
         row_len = self.seq_len + 1
         window = WINDOW_ROWS * row_len
-        rows = np.empty((len(self.buffers), row_len, 2), np.int32)
         # <|bos|> is a target in text; among conversations neither it nor padding is one.
-        rows[:] = self.source.tokenizer.bos_id, self.source.splits
+        bos = self.source.tokenizer.bos_id
+        filling = bos if self.source.splits else ~bos
+        rows = np.full((len(self.buffers), row_len), filling, np.int32)
         for row, buffer in zip(rows, self.buffers.values(), strict=True):
             # One row more than the window, which must still be full at the last placement.
             while not self.ended and buffer.num_tokens() < window + row_len:
@@ -285,30 +268,24 @@ class Packer:
                 ours.append((buffer, document))
                 ours_bytes += num_bytes
             self.num_documents += 1
-        chunks = self.source.encode([document for _, document in ours])
-        for (buffer, _), chunk in zip(ours, chunks, strict=True):
-            if not self.source.splits and len(chunk) > self.seq_len:
-                chunk = chunk[: self.seq_len]
+        pieces = self.source.encode([document for _, document in ours])
+        for (buffer, _), piece in zip(ours, pieces, strict=True):
+            if not self.source.splits and len(piece) > self.seq_len:
+                piece = piece[: self.seq_len]
                 buffer.cropped += 1
-            buffer.chunks.append(chunk)
+            buffer.pieces.append(piece)
 
     def snapshot(self) -> Callable[[], dict[str, Any]]:
         """A function that returns the present state as JSON, now or later; cheap to make."""
         num_documents, assigned = self.num_documents, self.assigned.copy()
-        buffers = {row: replace(b, chunks=b.chunks.copy()) for row, b in self.buffers.items()}
+        buffers = {
+            row: replace(b, pieces=b.pieces.copy(), documents=max(b.documents, num_documents))
+            for row, b in self.buffers.items()
+        }
 
         def state() -> dict[str, Any]:
             lanes = [
-                {
-                    "lane": row,
-                    "documents": max(buffer.documents, num_documents),
-                    "finished": buffer.finished,
-                    "cropped": buffer.cropped,
-                    "pieces": [
-                        np.where(chunk[:, 1], chunk[:, 0], ~chunk[:, 0]).tolist()
-                        for chunk in buffer.chunks
-                    ],
-                }
+                {"lane": row, **vars(buffer), "pieces": [piece.tolist() for piece in buffer.pieces]}
                 for row, buffer in buffers.items()
             ]
             return {
@@ -322,8 +299,7 @@ class Packer:
         return state
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """One step's rows of this rank."""
 
     inputs: torch.Tensor  # (R, T) int64
@@ -335,7 +311,7 @@ class Loader:
 
     Three attributes describe the stream up to the latest batch:
     state        a function that returns this rank's part of the position as JSON
-    num_cropped  chunks split or cropped in this rank's rows
+    num_cropped  pieces split or cropped in this rank's rows
     progress     packed share of a finite source, the same on all ranks; the loader stops at 1
     """
 
@@ -352,10 +328,7 @@ class Loader:
         Raises UserError if the rows do not divide or the state does not match.
         """
         self.device, self.world_size, self.total = runtime.device, runtime.world_size, source.total
-        self.packer = Packer(
-            source, num_rows, seq_len,
-            rank=runtime.rank, world_size=runtime.world_size, state=state,
-        )  # fmt: skip
+        self.packer = Packer(source, num_rows, seq_len, runtime, state)
         self.state: Callable[[], dict[str, Any] | None] = lambda: state
         self.num_cropped = 0
         num_finished = sum(lane["finished"] for lane in state["lanes"]) if state else 0
@@ -379,13 +352,11 @@ class Loader:
 
     def _pack(self) -> tuple[Batch, Callable[[], dict[str, Any]], int, int]:
         """(batch in host memory, state after it, crops, conversations fully packed)."""
-        rows = self.packer.next_rows()  # (R, T+1, 2)
-        ids, mask = rows[..., 0], rows[..., 1]
-        inputs = torch.from_numpy(ids[:, :-1].astype(np.int64))
-        targets = torch.from_numpy(np.where(mask, ids, IGNORED)[:, 1:].astype(np.int64))
+        rows = self.packer.next_rows()  # (R, T+1)
+        parts = np.where(rows < 0, ~rows, rows)[:, :-1], np.maximum(rows, IGNORED)[:, 1:]
+        batch = Batch(*(torch.from_numpy(part.astype(np.int64)) for part in parts))
         if self.device.type == "cuda":
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        batch = Batch(inputs, targets)
+            batch = Batch(*(tensor.pin_memory() for tensor in batch))
         buffers = self.packer.buffers.values()
         num_cropped = sum(buffer.cropped for buffer in buffers)
         num_finished = sum(buffer.finished for buffer in buffers)
@@ -412,9 +383,7 @@ class Loader:
                 num_finished = all_reduce_sum(torch.tensor(num_finished, device=self.device)).item()
             self.progress = num_finished / self.total
         # The copies run on the consumer's stream, which orders them before what follows.
-        inputs = batch.inputs.to(self.device, non_blocking=True)
-        targets = batch.targets.to(self.device, non_blocking=True)
-        return replace(batch, inputs=inputs, targets=targets)
+        return Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
 
     def close(self) -> None:
         self._closed.set()

@@ -164,33 +164,29 @@ def test_every_token_of_a_text_is_a_target_exactly_once(shards: list[Path]) -> N
     assert ((after == before + 1) | (after == BOS) | (before == BOS)).all()
 
 
-def chunk(start: int, num: int) -> np.ndarray:
-    return np.stack([np.arange(start, start + num), np.ones(num, int)], axis=1)
-
-
 def test_best_fit_and_split_by_hand() -> None:
-    buffer = RowBuffer([chunk(n * 100, n) for n in (12, 3, 5, 4, 20)])
+    buffer = RowBuffer([np.arange(n * 100, n * 101) for n in (12, 3, 5, 4, 20)])
 
     def fill(window: int, split: bool = True) -> list[int]:
-        row = np.zeros((10, 2), int)
+        row = np.zeros(10, int)
         buffer.fill(row, window, split)
-        return row[:, 0].tolist()
+        return row.tolist()
 
     # The 5 fits best, then the 3 into the 4 places left (its bos and 3 tokens).
     assert fill(1000) == [0, 500, 501, 502, 503, 504, 0, 300, 301, 302]
-    # The 4 fits; nothing into the 5 places left: the longest gives 4 tokens, its rest is a chunk.
+    # The 4 fits; nothing into the 5 places left: the longest gives 4 tokens, its rest is a piece.
     assert fill(1000) == [0, 400, 401, 402, 403, 0, 2000, 2001, 2002, 2003]
-    assert [len(chunk) for chunk in buffer.chunks] == [12, 16]
-    # The window ends with the oldest chunk, so that is split although it is not the longest.
+    assert [len(piece) for piece in buffer.pieces] == [12, 16]
+    # The window ends with the oldest piece, so that is split although it is not the longest.
     assert fill(13) == [0, *range(1200, 1209)]
     assert (buffer.finished, buffer.cropped) == (3, 2)
     # 3 are left: they fit; then 6 places for the 16, whose rest is 11.
     assert fill(1000) == [0, 1209, 1210, 1211, 0, *range(2004, 2009)]
     assert fill(1000, split=False) == [0] * 10
     # One place that is left holds a <|bos|> and takes nothing.
-    buffer.chunks.insert(0, chunk(800, 8))
+    buffer.pieces.insert(0, np.arange(800, 808))
     assert fill(1000) == [0, *range(800, 808), 0]
-    assert [len(chunk) for chunk in buffer.chunks] == [11]
+    assert [len(piece) for piece in buffer.pieces] == [11]
 
 
 def test_exact_mask_of_conversations_through_the_packer() -> None:

@@ -126,7 +126,8 @@ def read_texts(shards: Sequence[Path], skip: int = 0) -> Iterator[str]:
                         yield from islice(_read_row_group(file, group), skip, None)
                     skip = max(0, skip - num_rows)
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error}); {MEND_SHARD}") from error
+            reason = " ".join(str(error).split())  # of several lines, where Arrow adds details
+            raise UserError(f"{path} is damaged ({reason}); {MEND_SHARD}") from error
 
 
 def _read_row_group(file: pq.ParquetFile, group: int) -> Iterator[str]:

@@ -1,19 +1,29 @@
-"""What many tests share: a tokenizer of bytes, and small random models on the CPU."""
+"""What many tests share: refusals, a tokenizer of bytes, and small random models on the CPU."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from nanochat.checkpoint import save_checkpoint
-from nanochat.common import Runtime, run_dir
+from nanochat.common import Runtime, UserError, run_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
 TOKENIZER = Tokenizer([bytes([byte]) for byte in range(256)], SPECIAL_TOKENS, SPLIT_PATTERN)
+
+
+def refuses(match: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """What `function` raises of `arguments`: a UserError of one line that `match` is found in."""
+    with pytest.raises(UserError, match=match) as caught:
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def random_gpt(

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from nanochat import core_eval
-from nanochat.common import UserError, report_dir, run_dir
+from nanochat.common import report_dir, run_dir
 from nanochat.core_eval import CoreTask, evaluate, item_documents, load_tasks
 from scripts.base_eval import Config, HFReader, main
 from tasks.mixtures import build_task
-from tests.models import CPU, random_gpt, save_model
+from tests.models import CPU, random_gpt, refuses, save_model
 from tests.test_core_eval import write_bundle
 
 NUM = {"copa": 4, "lambada_openai": 4, "winograd": 4}  # items with --max_per_task 4
@@ -93,9 +93,7 @@ def test_refusals_leave_nothing_behind(bundle: str, base: Path, run: Path, case:
     save_model(broken, "base", "broken", step=5)
     options, message = REFUSED[case]
     options = {key: bundle if value == "BUNDLE" else value for key, value in options.items()}
-    with pytest.raises(UserError, match=message) as refusal:
-        main(Config(device_type="cpu", **{"model_tag": "d1", **options}))
-    assert "\n" not in str(refusal.value)
+    refuses(message, main, Config(device_type="cpu", **{"model_tag": "d1", **options}))
     assert not list(base.rglob("base_eval.*"))
     assert not (base / "eval_bundle").exists()
 
@@ -166,9 +164,6 @@ def test_without_transformers_and_without_the_model(
 ) -> None:
     options: dict[str, Any] = {"eval_bundle": bundle, "device_type": "cpu"}
     pytest.importorskip("transformers")
-    with pytest.raises(UserError, match="--hf_path=") as refusal:
-        main(Config(hf_path=str(tmp_path), **options))
-    assert "\n" not in str(refusal.value)
+    refuses("--hf_path=", main, Config(hf_path=str(tmp_path), **options))
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match="uv pip install transformers"):
-        main(Config(hf_path="gpt2", **options))
+    refuses("uv pip install transformers", main, Config(hf_path="gpt2", **options))

@@ -7,10 +7,11 @@ import pytest
 
 from nanochat import dataset
 from nanochat.checkpoint import list_steps
-from nanochat.common import UserError, run_dir
+from nanochat.common import run_dir
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.trainer import Run, read_metrics
 from scripts import base_train
+from tests.models import refuses
 
 TINY = base_train.Config(
     depth=2, aspect_ratio=16, head_dim=16, max_seq_len=32, total_batch_size=256,
@@ -49,11 +50,9 @@ def test_resumed_equals_uninterrupted(base_dir: Path, monkeypatch: pytest.Monkey
 
 
 def test_what_is_missing_is_told_before_anything_is_written(base: Path) -> None:
-    with pytest.raises(UserError, match="python -m nanochat.dataset"):
-        base_train.main(TINY)
+    refuses("python -m nanochat.dataset", base_train.main, TINY)
     dataset.main(dataset.Config(corpus="primer", num_documents=20))
-    with pytest.raises(UserError, match="python -m scripts.tok_train"):
-        base_train.main(TINY)
+    refuses("python -m scripts.tok_train", base_train.main, TINY)
     assert not (base / "base").exists()
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from nanochat.common import UserError
 from nanochat.server import listen
 from scripts.chat_web import Config, load_engines
+from tests.models import refuses
 from tests.serving import save_chat_model
 
 
@@ -24,12 +24,9 @@ def test_mistakes_are_told_and_slots_fit_the_device(
     save_chat_model(tmp_path, monkeypatch)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"127.0.0.1:{port}: .*choose another --port"):
-            listen("127.0.0.1", port)
-    with pytest.raises(UserError, match="--num_gpus=2: there are 1"):
-        load_engines(Config(num_gpus=2, device_type="cpu"))
-    with pytest.raises(UserError, match="lower --slots"):
-        load_engines(Config(slots=10**9, device_type="cpu"))
+        refuses(f"127.0.0.1:{port}: .*choose another --port", listen, "127.0.0.1", port)
+    refuses("--num_gpus=2: there are 1", load_engines, Config(num_gpus=2, device_type="cpu"))
+    refuses("lower --slots", load_engines, Config(slots=10**9, device_type="cpu"))
     (engine,), name = load_engines(Config(device_type="cpu"))
     assert (engine.num_slots, name) == (8, "nanochat-d2-sft")
     monkeypatch.setattr("scripts.chat_web.slots_that_fit", lambda model: 3)

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from nanochat import checkpoint
-from nanochat.common import CheckpointFlags, UserError, run_dir, write_file
+from nanochat.common import CheckpointFlags, run_dir, write_file
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.scaling import make_optimizer
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
-from tests.models import CPU
+from tests.models import CPU, refuses
 
 CONFIG = GPTConfig(
     sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, window_pattern="SL"
@@ -112,8 +112,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
         named = path.name in said or path.name == "manifest.json"
         assert named and "step_000020" in said and "trying the one before" in said, said
         if case < 15:
-            with pytest.raises(UserError, match="use --step=10"):
-                checkpoint.find_checkpoint("base", "d2", 20)
+            refuses("use --step=10", checkpoint.find_checkpoint, "base", "d2", 20)
         path.write_bytes(whole[path])
     newest = checkpoint.newest_checkpoint(run)
     assert newest is not None and newest.state["step"] == 20
@@ -136,13 +135,10 @@ def test_strays_are_passed_over_and_what_a_killed_process_left_is_cleared(run: P
 
 
 def test_what_is_not_there_is_told_with_its_mend(run: Path) -> None:
-    with pytest.raises(UserError, match="run `python -m scripts.base_train`"):
-        checkpoint.find_checkpoint("base")
+    refuses("run `python -m scripts.base_train`", checkpoint.find_checkpoint, "base")
     save(run, 10, new_model())
-    with pytest.raises(UserError, match=r"no model tag d9 .*there: d2"):
-        checkpoint.find_checkpoint("base", "d9")
-    with pytest.raises(UserError, match="no step 11"):
-        checkpoint.find_checkpoint("base", "d2", 11)
+    refuses(r"no model tag d9 .*there: d2", checkpoint.find_checkpoint, "base", "d9")
+    refuses("no step 11", checkpoint.find_checkpoint, "base", "d2", 11)
 
 
 def test_an_evaluation_does_not_make_a_run_the_one_written_last(run: Path) -> None:
@@ -153,8 +149,7 @@ def test_an_evaluation_does_not_make_a_run_the_one_written_last(run: Path) -> No
     write_file(run / "base_eval.jsonl", "{}\n")
     assert checkpoint.find_checkpoint("base")[0] == newer
     (newer / "step_000020" / "manifest.json").unlink()  # damaged, and still the one written last
-    with pytest.raises(UserError, match="new/step_000020 is incomplete.*use --step=10"):
-        checkpoint.find_checkpoint("base")
+    refuses("new/step_000020 is incomplete.*use --step=10", checkpoint.find_checkpoint, "base")
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(
@@ -207,8 +202,8 @@ def test_a_disk_that_refuses_is_told_by_the_next_save(
 
     monkeypatch.setattr(checkpoint, refusing, full)
     writer.start(state_of(20, model), *arguments)
-    with pytest.raises(UserError, match=r"cannot save.*No space left.*are intact"):
-        writer.start(state_of(30, model), *arguments)
+    told = r"cannot save.*No space left.*are intact"
+    refuses(told, writer.start, state_of(30, model), *arguments)
     monkeypatch.undo()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(run.parent.parent))
     assert checkpoint.list_steps(run)[0] == 10 and not list(run.glob("*.partial"))
@@ -218,7 +213,5 @@ def test_a_disk_that_refuses_is_told_by_the_next_save(
 def test_moments_that_are_not_all_there_are_told(run: Path) -> None:
     save(run, 10, new_model())
     read = checkpoint.open_checkpoint(run, 10).open_optimizer()
-    with pytest.raises(UserError, match=r"lacks elements 0 to 3 of nothing\.mean"):
-        read("nothing.mean", 0, 3)
-    with pytest.raises(UserError, match=r"lacks elements .* of lm_head\.weight\.mean"):
-        read("lm_head.weight.mean", 0, 10**6)
+    refuses(r"lacks elements 0 to 3 of nothing\.mean", read, "nothing.mean", 0, 3)
+    refuses(r"lacks elements .* of lm_head\.weight\.mean", read, "lm_head.weight.mean", 0, 10**6)

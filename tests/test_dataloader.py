@@ -22,6 +22,7 @@ from nanochat import dataloader
 from nanochat.common import Runtime, UserError
 from nanochat.dataloader import ChatSource, Loader, RowBuffer, TextSource, merge_states
 from nanochat.tokenizer import SPECIAL_TOKENS, ChatTokens, chat_tokens
+from tests.models import refuses
 
 SEQ_LEN = 31
 ROWS = 4
@@ -373,22 +374,17 @@ def test_an_error_in_the_thread_is_raised_by_next(shards: list[Path]) -> None:
 
 def test_bad_input_is_told(shards: list[Path], tmp_path: Path) -> None:
     texts = texts_of(shards)
-    with pytest.raises(UserError, match="4 rows does not divide among 3 ranks"):
-        take(texts, 3)
+    refuses("4 rows does not divide among 3 ranks", take, texts, 3)
     _, (state,) = take(texts, 1, 1)
-    with pytest.raises(UserError, match="other data"):
-        take(texts_of(shards[:2]), 1, 1, state)
-    with pytest.raises(UserError, match="4 rows of 31 tokens, not 8 of 31"):
-        take(texts, 1, 1, state, num_rows=8)
-    with pytest.raises(UserError, match="no text in 1 training shards"):
-        take(texts_of(write_shards(tmp_path / "empty", [0, 0], 1)), 1, 1)
-    with pytest.raises(UserError, match="no conversations"):
-        take(chats_of([]))
-    with pytest.raises(UserError, match="message 0 has the role 'assistant'"):
-        take(chats_of([*make_chats(5), {"messages": [{"role": "assistant", "content": "hi"}]}]))
+    refuses("other data", take, texts_of(shards[:2]), 1, 1, state)
+    refuses("4 rows of 31 tokens, not 8 of 31", take, texts, 1, 1, state, num_rows=8)
+    empty = texts_of(write_shards(tmp_path / "empty", [0, 0], 1))
+    refuses("no text in 1 training shards", take, empty, 1, 1)
+    refuses("no conversations", take, chats_of([]))
+    bad = [*make_chats(5), {"messages": [{"role": "assistant", "content": "hi"}]}]
+    refuses("message 0 has the role 'assistant'", take, chats_of(bad))
     _, (state,) = take(chats_of(make_chats(5), None), 1, 1)
-    with pytest.raises(UserError, match="other data"):
-        take(chats_of(make_chats(6)), 1, 1, state)
+    refuses("other data", take, chats_of(make_chats(6)), 1, 1, state)
 
 
 def progress_of(rank: int, world_size: int) -> Iterator[float]:

@@ -12,7 +12,6 @@ import pytest
 
 import primer
 from nanochat import dataset
-from nanochat.common import UserError
 from nanochat.dataset import (
     DOCUMENT_CHARS,
     Config,
@@ -26,6 +25,7 @@ from nanochat.dataset import (
     write_shards,
 )
 from tests.hub import Fault, Hub
+from tests.models import refuses
 
 
 @pytest.fixture(autouse=True)
@@ -124,14 +124,11 @@ def test_bad_shards_are_named(tmp_path: Path):
     }
     for name, complaint in cases.items():
         for action in (check_shard, lambda path: list(read_texts([folder / "whole", path]))):
-            with pytest.raises(UserError, match=f"{name} .*{complaint}") as caught:
-                action(folder / name)
-            assert "\n" not in str(caught.value)
-            assert "python -m nanochat.dataset" in str(caught.value)
+            said = refuses(f"{name} .*{complaint}", action, folder / name)
+            assert "python -m nanochat.dataset" in said
         assert not is_whole(folder / name)
     assert check_shard(folder / "whole") == 1000
-    with pytest.raises(UserError, match="rot is damaged"):
-        list(read_texts([folder / "rot"]))
+    refuses("rot is damaged", list, read_texts([folder / "rot"]))
 
 
 # A user's own files
@@ -182,8 +179,7 @@ BAD_LINES = ["no JSON", "[1]", '{"body": "x"}', '{"text": 3}', "null"]
 )
 def test_a_bad_file_is_named_by_its_line(tmp_path: Path, name: str, content: str, complaint: str):
     (tmp_path / name).write_text(f'{{"text": "good"}}\n{content}\n', encoding="latin-1")
-    with pytest.raises(UserError, match=f"{name}.* {complaint}"):
-        list(read_documents(list_files(tmp_path)))
+    refuses(f"{name}.* {complaint}", list, read_documents(list_files(tmp_path)))
 
 
 # Corpora
@@ -225,13 +221,12 @@ def test_one_document_in_twenty_is_for_validation_and_at_least_one(tmp_path: Pat
         assert list(read_texts([corpus.val])) == val
     shard = find_corpus("halves").train[0]
     shard.write_bytes(shard.read_bytes()[:50])
-    with pytest.raises(UserError, match="shard_00000.parquet is no whole parquet file"):
-        find_corpus("halves")
+    refuses("shard_00000.parquet is no whole parquet file", find_corpus, "halves")
     main(Config(source=tmp_path / "halves"))  # a damaged import is made again
     assert list(read_texts([shard])) == ["one two\n"]
     for name, text in (("none", b""), ("letter", b"x")):
-        with pytest.raises(UserError, match=f"--from=.*{name}: too little text"):
-            main(Config(source=folder_of(tmp_path / name, {"a.txt": text})))
+        source = folder_of(tmp_path / name, {"a.txt": text})
+        refuses(f"--from=.*{name}: too little text", main, Config(source=source))
 
 
 def test_a_bad_import_leaves_nothing_behind(tmp_path: Path, base: Path):
@@ -243,9 +238,7 @@ def test_a_bad_import_leaves_nothing_behind(tmp_path: Path, base: Path):
         "line": {"b.jsonl": b'{"text": "x"}\n{"text": "y"}\n{"text": "z"}\noops\n'},
     }
     for name, files in bad.items():
-        with pytest.raises(UserError, match=r"/b\.") as caught:
-            main(Config(source=folder_of(tmp_path / name, files)))
-        assert "\n" not in str(caught.value)
+        refuses(r"/b\.", main, Config(source=folder_of(tmp_path / name, files)))
     assert sorted(path.name for path in base.iterdir()) == ["current", "good"]
     assert find_corpus().name == "good"
 
@@ -253,28 +246,21 @@ def test_a_bad_import_leaves_nothing_behind(tmp_path: Path, base: Path):
 @pytest.mark.parametrize("name", ["climbmix", "primer", "current", "../up", ".hidden", "a b"])
 def test_reserved_and_odd_names_are_refused(tmp_path: Path, name: str):
     source = folder_of(tmp_path / "texts", {"a.txt": b"one two"})
-    with pytest.raises(UserError, match="choose another with --name"):
-        main(Config(source=source, name=name))
+    refuses("choose another with --name", main, Config(source=source, name=name))
 
 
 def test_what_is_not_there_is_told(tmp_path: Path):
     for name in ("", "books"):
-        with pytest.raises(UserError, match="run `python -m nanochat.dataset"):
-            find_corpus(name)
+        refuses("run `python -m nanochat.dataset", find_corpus, name)
     mine = folder_of(tmp_path / "mine", {"a.txt": b"one two"})
     main(Config(source=mine))
-    with pytest.raises(UserError, match="no corpus --data=books .*there are mine"):
-        find_corpus("books")
-    with pytest.raises(UserError, match="--name goes with --from"):
-        main(Config(name="x"))
-    with pytest.raises(UserError, match="no such file or folder"):
-        main(Config(source=tmp_path / "typo"))
+    refuses("no corpus --data=books .*there are mine", find_corpus, "books")
+    refuses("--name goes with --from", main, Config(name="x"))
+    refuses("no such file or folder", main, Config(source=tmp_path / "typo"))
     (mine / "a.txt").rename(mine / "a.md")
-    with pytest.raises(UserError, match="found no .parquet, .txt or .jsonl"):
-        main(Config(source=mine))
+    refuses("found no .parquet, .txt or .jsonl", main, Config(source=mine))
     for num_shards in (0, -2, 6543):
-        with pytest.raises(UserError, match="climbmix has 1 to 6542 training shards"):
-            main(Config(num_shards=num_shards))
+        refuses("climbmix has 1 to 6542 training shards", main, Config(num_shards=num_shards))
 
 
 def test_primer_corpus_holds_the_primers_documents(capsys):
@@ -348,16 +334,14 @@ def test_a_failed_download_is_one_line_and_keeps_what_arrived(hub: Hub, base: Pa
     hub.files["shard_00002.parquet"] = b"<html>blocked</html>"
     where = f"{REPO} could not be downloaded from {hub.address}"
     for num_shards in (2, 3):
-        with pytest.raises(UserError, match=f"shard_00001.parquet of {where}") as caught:
-            main(Config(num_shards=num_shards, num_workers=1))
-        assert "\n" not in str(caught.value)
-        assert "HF_ENDPOINT" in str(caught.value)
+        config = Config(num_shards=num_shards, num_workers=1)
+        assert "HF_ENDPOINT" in refuses(f"shard_00001.parquet of {where}", main, config)
     assert not (base / "current").exists()
     arrived = sorted(path.name for path in (base / "climbmix").glob("*.parquet"))
     assert arrived == ["shard_00000.parquet", "shard_00004.parquet"]
-    with monkeypatch.context() as away, pytest.raises(UserError, match="127.0.0.1:9 .*[Rr]efused"):
+    with monkeypatch.context() as away:
         away.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-        main(Config(num_shards=3))
+        refuses("127.0.0.1:9 .*[Rr]efused", main, Config(num_shards=3))
     hub.files, hub.revision = dict(SHARDS), "1" * 40
     hub.gets.clear()
     main(Config(num_shards=3))

@@ -11,11 +11,10 @@ from typing import Any, cast
 import pytest
 import torch
 
-from nanochat.common import UserError
 from nanochat.engine import Engine, Event, Reply, Request, StepFailed, slots_that_fit
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.sampling import derive_seed
-from tests.models import TOKENIZER
+from tests.models import TOKENIZER, refuses
 from tests.serving import CHAT, ScriptedModel
 
 V = TOKENIZER.vocab_size
@@ -177,8 +176,7 @@ def test_what_ends_a_reply() -> None:
 def test_what_cannot_fit_is_refused_before_any_work() -> None:
     engine = scripted([10])
     for request in (Request([CHAT.bos] * 191, 10), Request([], 10), Request([CHAT.bos], 0)):
-        with pytest.raises(UserError):
-            list(engine.run([Request([CHAT.bos], 5), request]))
+        refuses("prompt", list, engine.run([Request([CHAT.bos], 5), request]))
     assert engine.slots.num_prefilled == 0 and not engine.busy
     [(tokens, _)] = collect(engine, [Request([CHAT.bos] * 190, 10)])
     assert tokens == [10, CHAT.assistant_end]
@@ -499,8 +497,7 @@ def test_slots_are_refused_where_memory_is_short(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("nanochat.engine.free_memory", lambda device: 10 * each)
     assert slots_that_fit(model) == 8 and slots_that_fit(model, 255) == 16
     Engine(model, TOKENIZER, num_slots=8)
-    with pytest.raises(UserError, match="9 slots are more than the 8 .* --slots"):
-        Engine(model, TOKENIZER, num_slots=9)
+    refuses("9 slots are more than the 8 .* --slots", Engine, model, TOKENIZER, num_slots=9)
 
 
 @pytest.mark.gpu

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from nanochat import sandbox
-from nanochat.common import UserError
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, render_conversation
 from tasks.humaneval import HumanEval
+from tests.models import refuses
 
 ROW = {  # of openai/openai_humaneval, MIT
     "task_id": "HumanEval/53",
@@ -98,6 +98,6 @@ def test_nothing_runs_without_isolation(
     task: HumanEval, rows: dict[str, dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sandbox, "isolation", lambda: "there is none")
-    with pytest.raises(UserError, match="there is none; --allow_unsafe_exec"):
-        HumanEval("test").score(rows["add"], "    return x + y")
-    assert task.score(rows["add"], "    return x + y") == 1
+    asked = rows["add"], "    return x + y"
+    refuses("there is none; --allow_unsafe_exec", HumanEval("test").score, *asked)
+    assert task.score(*asked) == 1

@@ -7,8 +7,8 @@ from types import ModuleType
 
 import pytest
 
-from nanochat.common import UserError
 from scripts import base_loss, base_train, chat_eval, chat_rl, chat_sft, mid_train, plan
+from tests.models import refuses
 
 CHANGES = [
     (base_train, {"eval_every": 10}), (base_train, {"eval_tokens": 2**26}),
@@ -69,10 +69,9 @@ def test_money_buys_as_many_tokens_as_it_pays_for(budget: int, depth: int | None
 
 
 def test_mistakes_are_told() -> None:
-    with pytest.raises(UserError, match="--gpu=h9 is unknown; choose one of: b200"):
-        plan.make_plan(plan.Config(gpu="h9"), 24, 12)
-    with pytest.raises(UserError, match="--dollars=0.5 pays for no run on 8 h100"):
-        plan.choose(plan.Config(), 0.5)
+    unknown = plan.Config(gpu="h9")
+    refuses("--gpu=h9 is unknown; choose one of: b200", plan.make_plan, unknown, 24, 12)
+    refuses("--dollars=0.5 pays for no run on 8 h100", plan.choose, plan.Config(), 0.5)
 
 
 def test_the_page_and_one_number_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:

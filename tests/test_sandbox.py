@@ -21,8 +21,8 @@ from textwrap import dedent
 import pytest
 
 from nanochat import sandbox
-from nanochat.common import UserError
 from nanochat.sandbox import isolation, run_program
+from tests.models import refuses
 
 MARK = f"f_{time.time_ns()}"  # the function's name; the command lines of all processes show it
 SHORT = 1.0  # seconds, for what only the deadline ends
@@ -302,8 +302,7 @@ def test_the_escapes_work_where_nothing_holds_them(
         "connects to an abstract socket",
         "reads the checks",
     ):
-        with pytest.raises(UserError, match="there is none; --allow_unsafe_exec"):
-            run(name, outside)
+        refuses("there is none; --allow_unsafe_exec", run, name, outside)
         assert run(name, outside, allow_unsafe=True)[0] == "AssertionError", name
     assert run("takes 10 GB", outside, allow_unsafe=True)[0] == ""  # the limits hold everywhere
     assert run("reads the environment", outside, allow_unsafe=True)[0] == ""

@@ -7,7 +7,6 @@ import re
 import pytest
 import regex
 
-from nanochat.common import UserError
 from nanochat.tokenizer import (
     FILE_NAME,
     MAX_BLANKS,
@@ -20,6 +19,7 @@ from nanochat.tokenizer import (
     render_conversation,
     render_prompt,
 )
+from tests.models import refuses
 from tests.test_rustbpe import naive_train, replace
 
 SPECIALS = ("<|bos|>", "<|end|>")
@@ -111,8 +111,7 @@ def test_vocabulary_counts_the_specials(tokenizer: Tokenizer):
     assert tokenizer.vocab_size == 350
     assert tokenizer.specials == {"<|bos|>": tokenizer.bos_id, "<|end|>": 349}
     assert Tokenizer.train(TEXTS, 258, SPECIALS).encode("the") == list(b"the")
-    with pytest.raises(UserError, match="at least 258"):
-        Tokenizer.train(TEXTS, 257, SPECIALS)
+    refuses("at least 258", Tokenizer.train, TEXTS, 257, SPECIALS)
 
 
 def test_saved_and_loaded_is_the_same(tokenizer: Tokenizer, tmp_path):
@@ -124,8 +123,7 @@ def test_saved_and_loaded_is_the_same(tokenizer: Tokenizer, tmp_path):
 
 
 def test_missing_or_damaged_file_is_one_line(tokenizer: Tokenizer, tmp_path):
-    with pytest.raises(UserError, match="no tokenizer in .*python -m scripts.tok_train"):
-        Tokenizer.load(tmp_path)
+    refuses("no tokenizer in .*python -m scripts.tok_train", Tokenizer.load, tmp_path)
     tokenizer.save(tmp_path)
     path = tmp_path / FILE_NAME
     whole = path.read_bytes()
@@ -134,9 +132,7 @@ def test_missing_or_damaged_file_is_one_line(tokenizer: Tokenizer, tmp_path):
     cuts = (whole[: len(whole) // 2], whole[:-3], b"\xff" + whole)
     for content in [b"", b"{}", b"[]", *cuts, json.dumps(swapped).encode()]:
         path.write_bytes(content)
-        with pytest.raises(UserError, match="damaged") as caught:
-            Tokenizer.load(tmp_path)
-        assert "\n" not in str(caught.value)
+        refuses("damaged", Tokenizer.load, tmp_path)
 
 
 TOOL_PARTS = [
@@ -167,8 +163,7 @@ def test_the_nine_special_tokens_in_order(letters: Tokenizer):
     names = [*names.split(), "output_start", "output_end"]
     assert [f"<|{name}|>" for name in names] == list(SPECIAL_TOKENS)
     assert chat_tokens(letters) == tuple(range(256, 265))
-    with pytest.raises(UserError, match="lacks <.user_start.>"):
-        chat_tokens(Tokenizer.train(["x"], 257, SPECIAL_TOKENS[:1]))
+    refuses("lacks <.user_start.>", chat_tokens, Tokenizer.train(["x"], 257, SPECIAL_TOKENS[:1]))
 
 
 def test_golden_ids_and_mask_with_tool_parts(letters: Tokenizer):
@@ -239,8 +234,7 @@ SYSTEM = {"role": "system", "content": "be"}
 )
 def test_bad_conversations_name_the_message(letters: Tokenizer, conversation, complaint: str):
     for render in (render_conversation, render_prompt):
-        with pytest.raises(UserError, match=complaint):
-            render(letters, conversation)
+        refuses(complaint, render, letters, conversation)
 
 
 def test_command_line_shows_one_line_as_the_model_of_a_run_sees_it(
@@ -251,8 +245,7 @@ def test_command_line_shows_one_line_as_the_model_of_a_run_sees_it(
     file = tmp_path / "chats.jsonl"
     chat = {"messages": [USER, {"role": "assistant", "content": "né"}]}
     file.write_text(f"not JSON\n{json.dumps(chat)}\n")
-    with pytest.raises(UserError, match="no tokenizer in"):
-        main(Config(file=file, index=1))
+    refuses("no tokenizer in", main, Config(file=file, index=1))
     asked = "<|bos|><|user_start|>hi<|user_end|><|assistant_start|>"
     learned = "né<|assistant_end|>"
     coloured = f"\033[90m{asked}\033[0m\033[32m{learned}\033[0m\n"
@@ -262,7 +255,6 @@ def test_command_line_shows_one_line_as_the_model_of_a_run_sees_it(
         assert capsys.readouterr().out.endswith(expected)
         monkeypatch.setenv("NO_COLOR", "1")
     for index in (0, 2):
-        with pytest.raises(UserError, match=f"line {index} cannot be read"):
-            main(Config(file=file, index=index, tokenizer="sft/d2"))
-    with pytest.raises(UserError, match="--tokenizer=sft/d3: no .*; name a run such as sft/d20"):
-        main(Config(file=file, tokenizer="sft/d3"))
+        refuses(f"line {index} cannot be read", main, Config(file, index, "sft/d2"))
+    told = "--tokenizer=sft/d3: no .*; name a run such as sft/d20"
+    refuses(told, main, Config(file, tokenizer="sft/d3"))

@@ -25,7 +25,7 @@ from nanochat.optim import Bucket, MuonAdamW
 from nanochat.scaling import make_optimizer
 from nanochat.trainer import Meter, Run, read_metrics, row_choices
 from tests import launch
-from tests.models import CPU
+from tests.models import CPU, refuses
 
 CONFIG = GPTConfig(sequence_len=64, vocab_size=64, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
 EVERY = 5
@@ -42,15 +42,11 @@ FLAGS = (
 def test_rows_of_a_micro_batch_divide_those_of_a_rank() -> None:
     for device_batch_size, expected in ((8, 8), (16, 8), (4, 4), (1, 1)):
         assert row_choices(8, device_batch_size, 64, CONFIG, CPU) == [expected]
-    with pytest.raises(UserError, match="--device_batch_size=4 or --device_batch_size=6"):
-        row_choices(12, 5, 64, CONFIG, CPU)
+    refuses("--device_batch_size=4 or --device_batch_size=6", row_choices, 12, 5, 64, CONFIG, CPU)
     five = Runtime(CPU.device, CPU.dtype, 0, 5, "cpu")
-    with pytest.raises(UserError, match="does not divide among 5 ranks"):
-        row_choices(12, 4, 64, CONFIG, five)
-    with pytest.raises(UserError, match="use 512 or 1024"):
-        trainer.batch_rows(1000, 512)
-    with pytest.raises(UserError, match="use 512"):
-        trainer.batch_rows(100, 512)
+    refuses("does not divide among 5 ranks", row_choices, 12, 4, 64, CONFIG, five)
+    refuses("use 512 or 1024", trainer.batch_rows, 1000, 512)
+    refuses("use 512", trainer.batch_rows, 100, 512)
 
 
 def test_auto_takes_the_first_micro_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,8 +67,8 @@ def test_auto_takes_the_first_micro_batch_that_fits(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
     _, rows = trainer.compile_for_training(model, "yes", [12, 6, 4, 3], 64, CPU.device)
     assert rows == 4 and tried == [12, 6, 4]
-    with pytest.raises(UserError, match="--device_batch_size=6; try --device_batch_size=3"):
-        trainer.compile_for_training(model, "yes", [12, 6], 64, CPU.device)
+    told = "--device_batch_size=6; try --device_batch_size=3"
+    refuses(told, trainer.compile_for_training, model, "yes", [12, 6], 64, CPU.device)
 
 
 # --- the run folder
@@ -92,11 +88,8 @@ def start(run: Run, model: GPT, rows: int = 4) -> Meter:
 
 
 def test_a_run_folder_belongs_to_one_process(base: Path) -> None:
-    with (
-        Run("base", "d1", settings(), CPU),
-        pytest.raises(UserError, match=f"being trained in by process {os.getpid()}"),
-    ):
-        Run("base", "d1", settings(), CPU)
+    with Run("base", "d1", settings(), CPU):
+        refuses(f"being trained in by process {os.getpid()}", Run, "base", "d1", settings(), CPU)
     with Run("base", "d1", settings(), CPU) as run:
         assert not run.is_finished
 
@@ -123,8 +116,7 @@ def test_records_line_and_resume(base: Path, capsys: pytest.CaptureFixture[str])
     assert gc.get_freeze_count() == 0
     assert "step 00003/00004 (75.0%) | loss 1.5000 | lrm 0.500" in capsys.readouterr().out
     assert [record["step"] for record in read_metrics(run.folder)] == [0, 1, 2]
-    with pytest.raises(UserError, match=r"--seed was 0, is 1.*--fresh"):
-        Run("base", "d1", settings(seed=1), CPU)
+    refuses(r"--seed was 0, is 1.*--fresh", Run, "base", "d1", settings(seed=1), CPU)
     # What does not change the weights may differ.
     with Run("base", "d1", settings(log_every=2), CPU) as run:
         meter = start(run, model)

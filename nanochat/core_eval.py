@@ -24,9 +24,10 @@ import tempfile
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import islice
+from os.path import commonprefix  # of any sequences
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -45,7 +46,7 @@ from nanochat.common import (
     print0,
     progress_bar,
 )
-from nanochat.dataloader import Batch, ChatSource, Loader, TextSource
+from nanochat.dataloader import ChatSource, Loader, TextSource
 from nanochat.dataset import numbered_jsonl
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
@@ -59,36 +60,6 @@ class Score(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate_bpb(
-    model: GPT,
-    batches: Iterator[Batch],
-    token_bytes: Sequence[int],
-    num_steps: int,
-    rows: int = 1 << 30,
-) -> float:
-    """Bits per byte over the next `num_steps` batches of every rank, read `rows` rows at a time.
-
-    The nats of every target that stands for bytes, over ln 2 times those bytes, so it does not
-    depend on the vocabulary. Specials, of 0 `token_bytes`, and targets of -1 do not count; without
-    any bytes it is infinite.
-    """
-    device = next(model.parameters()).device
-    lengths = torch.tensor(token_bytes, device=device)  # (V,)
-    exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
-    sums = torch.zeros(2, dtype=exact, device=device)  # nats, bytes
-    for _ in range(num_steps):
-        batch = next(batches)
-        parts = zip(batch.inputs.split(rows), batch.targets.split(rows), strict=True)
-        for inputs, wanted in parts:
-            targets = wanted.reshape(-1)  # (R * T,)
-            nats = model(inputs, wanted, reduction="none").reshape(-1)
-            num_bytes = torch.where(targets >= 0, lengths[targets.clamp(min=0)], 0)
-            sums[0] += torch.where(num_bytes > 0, nats, 0.0).sum(dtype=exact)
-            sums[1] += num_bytes.sum()
-    nats_total, bytes_total = all_reduce_sum(sums).tolist()
-    return nats_total / (math.log(2) * bytes_total) if bytes_total else math.inf
-
-
 def source_bpb(
     model: GPT,
     source: TextSource | ChatSource,
@@ -101,13 +72,26 @@ def source_bpb(
 ) -> float:
     """Bits per byte on the first `num_tokens` tokens of `source`, packed into `num_rows` rows.
 
-    The rows of all ranks fix the packing, and so the figure; `rows` are read at a time.
+    The nats of every target that stands for bytes, over ln 2 times those bytes, so it does not
+    depend on the vocabulary. Specials, of 0 bytes, and targets of -1 do not count; without any
+    bytes it is infinite. The rows of all ranks fix the packing, and so the figure; `rows` are read
+    at a time.
     """
+    lengths = torch.tensor(source.tokenizer.token_bytes(), device=runtime.device)  # (V,)
+    exact = torch.float32 if runtime.device.type == "mps" else torch.float64  # MPS has no fp64
+    sums = torch.zeros(2, dtype=exact, device=runtime.device)  # nats, bytes
     loader = Loader(source, num_rows, seq_len, runtime)
-    num_steps = max(1, num_tokens // (num_rows * seq_len))
-    bpb = evaluate_bpb(model, loader, source.tokenizer.token_bytes(), num_steps, rows)
+    for batch in islice(loader, max(1, num_tokens // (num_rows * seq_len))):
+        parts = zip(batch.inputs.split(rows), batch.targets.split(rows), strict=True)
+        for inputs, wanted in parts:
+            targets = wanted.reshape(-1)  # (R * T,)
+            nats = model(inputs, wanted, reduction="none").reshape(-1)
+            num_bytes = torch.where(targets >= 0, lengths[targets.clamp(min=0)], 0)
+            sums[0] += torch.where(num_bytes > 0, nats, 0.0).sum(dtype=exact)
+            sums[1] += num_bytes.sum()
     loader.close()
-    return bpb
+    nats_total, bytes_total = all_reduce_sum(sums).tolist()
+    return nats_total / (math.log(2) * bytes_total) if bytes_total else math.inf
 
 
 CORE_TASKS = (
@@ -219,11 +203,9 @@ def padded(rows: Sequence[list[int]]) -> torch.Tensor:
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """An item as ids: what its options share, and the rest of each, scored at its end."""
 
-    number: int
     prefix: list[int]
     tails: list[list[int]]
     num_scored: list[int]  # per tail; at least one more stands before them
@@ -238,20 +220,21 @@ def evaluate(
     infinity, which JSON does not have.
     """
     numbers = own_part(min(len(task.rows), max_items or len(task.rows)))
-    items = [encode_item(reader, task, number) for number in numbers]
-    items.sort(key=lambda item: -len(item.prefix) - max(map(len, item.tails)))
-    records: list[tuple[int, dict[str, Any]]] = []
-    for begin in progress_bar(range(0, len(items), batch_size), f" batch of {task.label}"):
-        batch = items[begin : begin + batch_size]
-        for item, losses, likeliest in zip(batch, *score_items(reader, batch), strict=True):
-            row = task.rows[item.number]
+    items = {number: encode_item(reader, task, number) for number in numbers}
+    order = sorted(items, key=lambda n: -len(items[n].prefix) - max(map(len, items[n].tails)))
+    records: dict[int, dict[str, Any]] = {}
+    for begin in progress_bar(range(0, len(order), batch_size), f" batch of {task.label}"):
+        batch = order[begin : begin + batch_size]
+        scored = score_items(reader, [items[number] for number in batch])
+        for number, losses, likeliest in zip(batch, *scored, strict=True):
+            row, item = task.rows[number], items[number]
             if task.kind == "language_modeling":
                 prediction, gold = reader.decode(likeliest), row["continuation"]
                 correct = likeliest == item.tails[0][-item.num_scored[0] :]
             else:
                 prediction, gold = losses.index(min(losses)), row["gold"]  # the first of equals
                 correct = prediction == gold
-            record = {
+            records[number] = {
                 "task": task.label,
                 "id": row["id"],
                 "prediction": prediction,
@@ -259,8 +242,7 @@ def evaluate(
                 "correct": correct,
                 "losses": [loss if loss < math.inf else None for loss in losses],
             }
-            records.append((item.number, record))
-    return [record for _, record in sorted(gather(records), key=lambda pair: pair[0])]
+    return [record for _, record in sorted(gather(list(records.items())))]
 
 
 def score_items(reader: Reader, items: Sequence[Item]) -> tuple[list[list[float]], list[list[int]]]:
@@ -291,7 +273,7 @@ def encode_item(reader: Reader, task: CoreTask, number: int) -> Item:
     documents = [ids[:1] + ids[1 + cut :] for ids, cut in zip(documents, cuts, strict=True)]
     num_scored = [min(num, len(ids) - 1) for num, ids in zip(num_scored, documents, strict=True)]
     begin = num_shared(documents, num_scored)
-    return Item(number, documents[0][:begin], [ids[begin:] for ids in documents], num_scored)
+    return Item(documents[0][:begin], [ids[begin:] for ids in documents], num_scored)
 
 
 def item_documents(
@@ -305,11 +287,12 @@ def item_documents(
     pairs = options(task, task.rows[number])
     documents = [reader.encode(before + task.delimiter.join(pair)) for pair in pairs]
     if task.kind == "schema":
-        return documents, [num_common([ids[::-1] for ids in documents])] * len(documents)
+        ends = [ids[::-1] for ids in documents]
+        return documents, [len(commonprefix(ends))] * len(documents)
     alike = documents
     if task.kind == "language_modeling":
         alike = [documents[0], reader.encode((before + pairs[0][0] + task.delimiter).rstrip())]
-    return documents, [len(ids) - num_common(alike) for ids in documents]
+    return documents, [len(ids) - len(commonprefix(alike)) for ids in documents]
 
 
 def options(task: CoreTask, row: dict[str, Any]) -> list[tuple[str, str]]:
@@ -321,16 +304,10 @@ def options(task: CoreTask, row: dict[str, Any]) -> list[tuple[str, str]]:
     return [(row["context"].strip(), row["continuation"])]
 
 
-def num_common(sequences: Sequence[list[int]]) -> int:
-    """How many ids all sequences begin with."""
-    alike = takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False))
-    return sum(1 for _ in alike)
-
-
 def num_shared(documents: Sequence[list[int]], num_scored: Sequence[int]) -> int:
     """How many ids to read once for all: the one before a score stays out, for its logits."""
     num_before = [len(ids) - num for ids, num in zip(documents, num_scored, strict=True)]
-    return min(num_common(documents), *num_before) - 1
+    return min(len(commonprefix(documents)), *num_before) - 1
 
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -385,21 +362,20 @@ def download(folder: Path) -> None:
 
 def load_tasks(folder: Path, labels: Sequence[str] = CORE_TASKS) -> list[CoreTask]:
     """The tasks of CORE with these labels; says which of them have no data in the bundle."""
-    wanted = dict.fromkeys(labels)
-    if unknown := sorted(set(wanted) - set(CORE_TASKS)):
+    if unknown := sorted(set(labels) - set(CORE_TASKS)):
         known = ", ".join(("core", "primer-choice", *CORE_TASKS))
         raise UserError(f"--tasks: {unknown[0]!r} is unknown; choose of {known}")
     index = _read_index(folder)
-    available = [label for label in wanted if label in index and index[label][0].is_file()]
-    if len(available) < len(wanted):
-        print0(f"{folder} has no data of {', '.join(sorted(set(wanted) - set(available)))}")
-    if not available:
+    if missing := sorted(set(labels) - set(index)):
+        print0(f"{folder} has no data of {', '.join(missing)}")
+    tasks = [_read_rows(*index[label]) for label in dict.fromkeys(labels) if label in index]
+    if not tasks:
         raise UserError(f"{folder} has no data of any task; {HINT}")
-    return [_read_rows(*index[label]) for label in available]
+    return tasks
 
 
 def _read_index(folder: Path) -> dict[str, tuple[Path, CoreTask]]:
-    """Label -> (the file of its rows, the task without them)."""
+    """Label -> (the file of its rows, the task without them), where that file is there."""
     index = {}
     try:
         with (folder / "eval_meta_data.csv").open(encoding="utf-8", newline="") as file:
@@ -410,15 +386,12 @@ def _read_index(folder: Path) -> dict[str, tuple[Path, CoreTask]]:
             label, kind, shots = entry["label"], entry["icl_task_type"], entry["num_fewshot"]
             if kind not in FIELDS or not 0 <= percent[label] < 100:
                 raise ValueError(f"{label}: {kind}, {percent[label]} %")
-            task = CoreTask(
-                label,
-                kind=kind,
-                rows=(),
-                baseline=percent[label] / 100,
-                num_fewshot=shots[0] if isinstance(shots, list) else shots,
-                delimiter=entry.get("continuation_delimiter", " "),
-            )
-            index[label] = (folder / "eval_data" / entry["dataset_uri"], task)
+            num_fewshot = shots[0] if isinstance(shots, list) else shots
+            delimiter = entry.get("continuation_delimiter", " ")
+            path = folder / "eval_data" / entry["dataset_uri"]
+            if path.is_file():
+                task = CoreTask(label, kind, (), percent[label] / 100, num_fewshot, delimiter)
+                index[label] = path, task
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
         reason = f"core.yaml or eval_meta_data.csv in {folder}: {_line(error)}"
         raise UserError(f"{reason}; {HINT}") from error

@@ -9,7 +9,6 @@ import json
 import math
 import random
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,15 @@ from nanochat.core_eval import (
     accuracy,
     centered_score,
     evaluate,
-    evaluate_bpb,
     find_bundle,
     load_tasks,
+    source_bpb,
 )
-from nanochat.dataloader import Batch
+from nanochat.dataloader import Batch, ChatSource, Loader
 from nanochat.gpt import GPT
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from tests.launch import on_ranks
-from tests.models import memorise, random_gpt, refuses
+from tests.models import CPU, memorise, random_gpt, refuses
 
 # All bytes, and merges that take the blank before a word into its token, across the end of a
 # prompt.
@@ -297,9 +296,6 @@ def test_core_is_the_mean_of_centered_accuracies() -> None:
 
 # Bits per byte
 
-V = 40
-TOKEN_BYTES = [1 + i % 4 for i in range(V - 3)] + [0, 0, 0]  # the last three are specials
-
 
 @torch.inference_mode()
 def slow_bpb(model: GPT, batches: list[Batch]) -> float:
@@ -309,24 +305,26 @@ def slow_bpb(model: GPT, batches: list[Batch]) -> float:
         probabilities = model(batch.inputs).double().log_softmax(-1)
         for row, targets in enumerate(batch.targets.tolist()):
             for time, target in enumerate(targets):
-                if target >= 0 and TOKEN_BYTES[target] > 0:
+                if 0 <= target < len(TOKENS):
                     nats -= float(probabilities[row, time, target])
-                    num_bytes += TOKEN_BYTES[target]
+                    num_bytes += len(TOKENS[target])
     return nats / math.log(2) / num_bytes
 
 
 def test_bits_per_byte_equal_the_slow_sum() -> None:
-    model, generator = random_gpt(16, V, head_std=0.5), torch.Generator().manual_seed(3)
-    batches = []
-    for _ in range(3):
-        inputs = torch.randint(0, V, (3, 16), generator=generator)
-        targets = torch.randint(-1, V, (3, 16), generator=generator)
-        batches.append(Batch(inputs, targets))
+    model = random_gpt(16, TOKENIZER.vocab_size, head_std=0.5)
+    asked = {"role": "user", "content": "the sky?"}
+    told = [{"role": "assistant", "content": reply} for reply in ("the blue", "é", "")]
+    talk = ChatSource(TOKENIZER, [{"messages": [asked, reply]} for reply in told], num_epochs=None)
+    loader = Loader(talk, 3, 16, CPU)
+    batches = [next(loader) for _ in range(3)]
+    loader.close()
     for num_steps, rows in ((3, 2), (2, 100)):
-        measured = evaluate_bpb(model, iter(batches), TOKEN_BYTES, num_steps, rows)
-        assert measured == pytest.approx(slow_bpb(model, batches[:num_steps]), rel=1e-5)
-    nothing = replace(batches[0], targets=torch.full_like(batches[0].targets, -1))
-    assert evaluate_bpb(model, iter([nothing]), TOKEN_BYTES, 1) == math.inf
+        num_tokens = num_steps * 3 * 16 + 5  # only whole steps count
+        found = source_bpb(model, talk, CPU, num_tokens, rows, num_rows=3, seq_len=16)
+        assert found == pytest.approx(slow_bpb(model, batches[:num_steps]), rel=1e-5)
+    nothing = ChatSource(TOKENIZER, [{"messages": [asked]}], num_epochs=None)
+    assert source_bpb(model, nothing, CPU, 1, 9, num_rows=3, seq_len=16) == math.inf
 
 
 # The bundle: where it is found, how it is downloaded, what is read of it, and what is refused.

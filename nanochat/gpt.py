@@ -39,7 +39,6 @@ class Role(NamedTuple):
     """How parameters of one name are initialised and trained."""
 
     group: str
-    optimizer: str
     # normal: std a; uniform: std a / sqrt(n_embd); constant: a; linear: a to b over the layers
     init: str
     a: float = 0.0
@@ -48,20 +47,20 @@ class Role(NamedTuple):
 
 # Last part of a parameter's name -> its role. Values: karpathy/nanochat, tuned at depths 12 to 24.
 ROLES = {
-    "wte": Role("embedding", "adamw", "normal", 0.8),
-    "lm_head": Role("head", "adamw", "normal", 0.001),  # logits near 0: the first loss is ln V
-    "c_q": Role("matrices", "muon", "uniform", 1.0),
-    "c_k": Role("matrices", "muon", "uniform", 1.0),
-    "c_v": Role("matrices", "muon", "uniform", 1.0),
-    "c_fc": Role("matrices", "muon", "uniform", 0.4),
-    "c_proj": Role("matrices", "muon", "constant", 0.0),  # a block adds nothing at first
-    "value_embeds": Role("value_embeddings", "adamw", "uniform", 1.0),  # as large as what c_v gives
-    "ve_gate": Role("gates", "adamw", "constant", 0.0),  # half open
-    "smear_gate": Role("gates", "adamw", "constant", 0.0),
-    "resid_lambdas": Role("resid_scalars", "adamw", "linear", 1.15, 1.05),
-    "x0_lambdas": Role("x0_scalars", "adamw", "linear", 0.20, 0.05),
-    "smear_lambda": Role("smear_backout", "adamw", "constant", 0.0),
-    "backout_lambda": Role("smear_backout", "adamw", "constant", 0.2),
+    "wte": Role("embedding", "normal", 0.8),
+    "lm_head": Role("head", "normal", 0.001),  # logits near 0: the first loss is ln V
+    "c_q": Role("matrices", "uniform", 1.0),
+    "c_k": Role("matrices", "uniform", 1.0),
+    "c_v": Role("matrices", "uniform", 1.0),
+    "c_fc": Role("matrices", "uniform", 0.4),
+    "c_proj": Role("matrices", "constant", 0.0),  # a block adds nothing at first
+    "value_embeds": Role("value_embeddings", "uniform", 1.0),  # as large as what c_v gives
+    "ve_gate": Role("gates", "constant", 0.0),  # half open
+    "smear_gate": Role("gates", "constant", 0.0),
+    "resid_lambdas": Role("resid_scalars", "linear", 1.15, 1.05),
+    "x0_lambdas": Role("x0_scalars", "linear", 0.20, 0.05),
+    "smear_lambda": Role("smear_backout", "constant", 0.0),
+    "backout_lambda": Role("smear_backout", "constant", 0.2),
 }
 
 
@@ -154,8 +153,7 @@ class Embedding(nn.Embedding):
         """No-op: see init_weights."""
 
 
-@dataclass
-class Context:
+class Context(NamedTuple):
     """What all layers of one forward call share."""
 
     angles: tuple[Tensor, Tensor]  # (cos, sin), (1 or B, T, 1, D / 2)
@@ -194,14 +192,10 @@ class Attention(nn.Module):
             y = context.append.attend(self.layer, (q, k, v), self.window, self.scale)
         else:
             mask = context.mask if self.window else None
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            gqa = q.shape[1] != k.shape[1]
             y = F.scaled_dot_product_attention(
-                q.transpose(1, 2),
-                k.transpose(1, 2),
-                v.transpose(1, 2),
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=self.scale,
-                enable_gqa=q.shape[2] != k.shape[2],
+                q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=gqa
             ).transpose(1, 2)
         return self.c_proj(y.reshape(batch, time, -1))
 
@@ -291,7 +285,8 @@ class GPT(nn.Module):
         groups: dict[str, dict[str, Any]] = {}
         for name, weight in self.named_parameters():
             role = _role(name)
-            fresh = {"name": role.group, "kind": role.optimizer, "names": [], "params": []}
+            kind = "muon" if role.group == "matrices" else "adamw"
+            fresh = {"name": role.group, "kind": kind, "names": [], "params": []}
             group = groups.setdefault(role.group, fresh)
             group["names"].append(name)
             group["params"].append(weight)
@@ -315,25 +310,17 @@ class GPT(nn.Module):
         is padding with meaningless logits. `last_only` gives (B, 1, vocab_size), after each row's
         last token. Raises ValueError, with the cache untouched, if a sequence would outgrow it.
         """
-        batch, time = ids.shape
         append = None
         if cache is not None:
-            append = cache.begin(batch, time, slots, num_new, self.compute_dtype)
+            append = cache.begin(len(ids), ids.shape[1], slots, num_new, self.compute_dtype)
         x = self._trunk(ids, append)  # (B, T, C)
         if append is not None:
             append.cache.finish(append)
         if targets is not None:
-            loss = softcap_loss(
-                x.flatten(0, 1),
-                self.lm_head.weight,
-                targets.flatten(),
-                self.config.vocab_size,
-                self.config.softcap,
-                reduction,
-            )
-            return loss.view(batch, time) if reduction == "none" else loss
+            size, softcap = self.config.vocab_size, self.config.softcap
+            return softcap_loss(x, self.lm_head.weight, targets, size, softcap, reduction)
         if last_only:
-            rows = torch.arange(batch, device=x.device)
+            rows = torch.arange(len(x), device=x.device)
             x = x[:, -1:] if append is None else x[rows, append.last][:, None]
         logits = self.lm_head(x)[..., : self.config.vocab_size].float()
         return self.config.softcap * torch.tanh(logits / self.config.softcap)

@@ -84,17 +84,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def softcap_loss(
     x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float, reduction: str
 ) -> Tensor:
-    """Loss in nats: a scalar for reduction "mean" or "sum", (M,) for "none"; a target of -1 adds 0.
+    """Loss in nats, a scalar for reduction "mean" or "sum", (B, T) for "none"; targets of -1 add 0.
 
-    `x` is (M, C) in the compute dtype, `weight` (V, C) the master weight; logits and loss are fp32.
-    Rows of `weight` from `vocab_size` on are padding with no probability. The mean of no targets is
-    0.
+    `x` is (B, T, C) in the compute dtype, `weight` (V, C) the master weight; logits and loss are
+    fp32. Rows of `weight` from `vocab_size` on are padding with no probability. The mean of no
+    targets is 0.
     """
     assert reduction in ("mean", "sum", "none"), reduction
     sum_at_once = reduction != "none" and torch.is_grad_enabled()
-    loss = _SoftcapLoss.apply(x, weight, targets, (vocab_size, softcap), sum_at_once)
+    settings = vocab_size, softcap
+    loss = _SoftcapLoss.apply(x.flatten(0, -2), weight, targets.flatten(), settings, sum_at_once)
     if reduction == "none":
-        return loss
+        return loss.view_as(targets)
     return loss.sum() / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else loss.sum()
 
 

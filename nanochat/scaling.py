@@ -36,23 +36,23 @@ class Rates(NamedTuple):
     lr: float
     betas: tuple[float, float]  # AdamW's; of Muon: momentum, and beta2 of its second moment
     weight_decay: float
-    by_width: bool  # lr times (width / 768)^-.5
-    by_batch: bool  # lr times rate_factor
-    steps_exponent: float  # of a short run; see rate_factor
+    width_exponent: float  # lr times (width / 768)^width_exponent
+    batch_exponent: float  # see rate_factor
+    steps_exponent: float
     eps: float = 1e-10
 
 
 # While the blocks still add nothing, the norms hide the scalars: their first gradients are rounding
 # errors of 1e-10, which AdamW with a smaller eps would follow.
 RATES = {  # group of GPT.parameter_groups -> the fields of Rates, in order
-    "matrices": Rates(0.02, (0.95, 0.9), 0.28, False, True, 0.5),
-    "head": Rates(0.008, (0.8, 0.96), 0.01, True, True, -1 / 6),
-    "embedding": Rates(0.3, (0.8, 0.995), 0.001, True, True, 0.5),
-    "value_embeddings": Rates(0.15, (0.8, 0.995), 0.01, True, True, 0.5),
-    "resid_scalars": Rates(0.005, (0.8, 0.95), 0.05, False, True, 0.0, 1e-7),
-    "x0_scalars": Rates(0.5, (0.96, 0.95), 0.0, False, True, 0.0, 1e-7),
-    "gates": Rates(0.02, (0.8, 0.95), 0.0, False, True, 0.0, 1e-7),
-    "smear_backout": Rates(0.2, (0.8, 0.95), 0.0, False, False, 0.0, 1e-7),
+    "matrices": Rates(0.02, (0.95, 0.9), 0.28, 0.0, 0.5, 0.5),
+    "head": Rates(0.008, (0.8, 0.96), 0.01, -0.5, 0.5, -1 / 6),
+    "embedding": Rates(0.3, (0.8, 0.995), 0.001, -0.5, 0.5, 0.5),
+    "value_embeddings": Rates(0.15, (0.8, 0.995), 0.01, -0.5, 0.5, 0.5),
+    "resid_scalars": Rates(0.005, (0.8, 0.95), 0.05, 0.0, 0.5, 0.0, 1e-7),
+    "x0_scalars": Rates(0.5, (0.96, 0.95), 0.0, 0.0, 0.5, 0.0, 1e-7),
+    "gates": Rates(0.02, (0.8, 0.95), 0.0, 0.0, 0.5, 0.0, 1e-7),
+    "smear_backout": Rates(0.2, (0.8, 0.95), 0.0, 0.0, 0.0, 0.0, 1e-7),
 }
 
 
@@ -141,24 +141,24 @@ def batch_tokens(num_tokens: float) -> int:
     return 2 ** max(0, round(exponent))
 
 
-def rate_factor(total_batch_size: int, num_steps: int, steps_exponent: float) -> float:
-    """Learning-rate multiplier: sqrt(batch / 2^19), the published rule, down to 2^18.
+def rate_factor(rates: Rates, total_batch_size: int, num_steps: int) -> float:
+    """Learning-rate multiplier: (batch / 2^19)^batch_exponent, .5 in the published rule, to 2^18.
 
     Smaller batches use the rate of 2^18, times (2520 / steps)^steps_exponent if the run has fewer
     steps than the reference's 2,520. num_steps 1 means unknown: a stage that starts from a trained
     model.
     """
-    factor = (max(total_batch_size, SQRT_RULE_FROM) / REFERENCE_BATCH) ** 0.5
+    factor = (max(total_batch_size, SQRT_RULE_FROM) / REFERENCE_BATCH) ** rates.batch_exponent
     if total_batch_size >= SQRT_RULE_FROM or num_steps <= 1:
         return factor
-    return factor * max(1.0, REFERENCE_STEPS / num_steps) ** steps_exponent
+    return factor * max(1.0, REFERENCE_STEPS / num_steps) ** rates.steps_exponent
 
 
 def weight_decay(total_batch_size: int, num_steps: int) -> float:
     """Decay of the matrices, such that learning rate x decay x steps matches the reference run."""
-    matrices = RATES["matrices"]
-    factor = rate_factor(total_batch_size, num_steps, matrices.steps_exponent)
-    return matrices.weight_decay * REFERENCE_STEPS / num_steps / factor
+    rates = RATES["matrices"]
+    factor = rate_factor(rates, total_batch_size, num_steps)
+    return rates.weight_decay * REFERENCE_STEPS / num_steps / factor
 
 
 def make_optimizer(
@@ -168,11 +168,8 @@ def make_optimizer(
     groups = []
     for group in model.parameter_groups():
         rates = RATES[group["name"]]
-        lr = rates.lr
-        if rates.by_width:
-            lr *= (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
-        if rates.by_batch:
-            lr *= rate_factor(total_batch_size, num_steps, rates.steps_exponent)
+        lr = rates.lr * (model.config.n_embd / REFERENCE_WIDTH) ** rates.width_exponent
+        lr *= rate_factor(rates, total_batch_size, num_steps)
         if group["kind"] == "muon":
             momentum, beta2 = rates.betas
             decay = weight_decay(total_batch_size, num_steps)

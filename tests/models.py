@@ -41,10 +41,25 @@ def random_gpt(
     return model.eval()
 
 
+def busy_gpt(config: GPTConfig, seed: int = 0) -> GPT:
+    """Every parameter is random: the zeros of initialisation would hide faults."""
+    model = GPT(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.15, generator=generator)
+    return model.eval()
+
+
+def random_ids(rows: int, time: int, vocab_size: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocab_size, (rows, time), generator=generator)
+
+
 def save_model(
     model: GPT, stage: str, tag: str, step: int, tokenizer: Tokenizer = TOKENIZER, **state: Any
 ) -> Path:
-    """The folder of a run, with one checkpoint in it."""
+    """The folder of a run, with one checkpoint in it; `state` is more of what it holds."""
     folder = run_dir(stage, tag)
     tokenizer.save(folder / "tokenizer")
     state |= {"step": step, "model_config": asdict(model.config)}

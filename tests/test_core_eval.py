@@ -32,7 +32,7 @@ from nanochat.dataloader import Batch, ChatSource, Loader
 from nanochat.gpt import GPT
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from tests.launch import on_ranks
-from tests.models import CPU, memorise, random_gpt, refuses
+from tests.models import CPU, busy_gpt, memorise, random_gpt, refuses
 
 # All bytes, and merges that take the blank before a word into its token, across the end of a
 # prompt.
@@ -145,12 +145,7 @@ def slow_record(model: GPT, task: CoreTask, number: int) -> dict[str, Any]:
 
 
 def random_model() -> GPT:
-    model = random_gpt(CONTEXT, TOKENIZER.vocab_size)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return busy_gpt(random_gpt(CONTEXT, TOKENIZER.vocab_size).config)
 
 
 def memorising_model() -> GPT:

@@ -14,22 +14,16 @@ import torch
 from nanochat.engine import Engine, Event, Reply, Request, StepFailed, slots_that_fit
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.sampling import derive_seed
-from tests.models import TOKENIZER, refuses
+from tests.models import TOKENIZER, busy_gpt, refuses
 from tests.serving import CHAT, ScriptedModel
 
 V = TOKENIZER.vocab_size
 
 
-def tiny_gpt(seed: int = 0) -> GPT:
+def tiny_gpt() -> GPT:
     """A random model with every addition on and a window (128) shorter than its context (512)."""
-    config = GPTConfig(sequence_len=512, vocab_size=V, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
-    model = GPT(config)
-    model.init_weights(seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+    sizes = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
+    return busy_gpt(GPTConfig(sequence_len=512, vocab_size=V, **sizes))
 
 
 def scripted(said: list[int]) -> Engine:
@@ -374,8 +368,8 @@ def test_a_long_prompt_delays_nobody_by_more_than_a_chunk() -> None:
 def test_logprobs_are_those_of_the_full_forward() -> None:
     model = tiny_gpt()
     engine = Engine(model, TOKENIZER, num_slots=3)
-    asked = Request(words(5, 30), 6, temperature=1.5, top_k=9, logprobs=4, stop={-1})
-    one = Request(words(5, 30), 6, temperature=1.5, top_k=9, logprobs=1, stop={-1})
+    asked = Request(words(9, 30), 6, temperature=1.5, top_k=9, logprobs=4, stop={-1})
+    one = Request(words(9, 30), 6, temperature=1.5, top_k=9, logprobs=1, stop={-1})
     silent = Request(words(6, 30), 6)
     for request in (asked, one, silent):
         engine.submit(request)

@@ -10,24 +10,10 @@ import torch.nn.functional as F
 
 from nanochat import loss
 from nanochat.gpt import GPT, GPTConfig
-from tests.models import refuses
+from tests.models import busy_gpt, random_ids, refuses
 
 SMALL: dict[str, Any] = {"sequence_len": 160, "vocab_size": 90, "n_layer": 3}
 SMALL |= {"n_head": 4, "n_kv_head": 2, "n_embd": 64}
-
-
-def make_model(config: GPTConfig, seed: int = 0) -> GPT:
-    """Every parameter busy: the zeros of initialisation would hide faults."""
-    model = GPT(config)
-    random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.normal_(0, 0.15, generator=random)
-    return model
-
-
-def text(rows: int, time: int, vocab: int = 90, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, vocab, (rows, time), generator=torch.Generator().manual_seed(seed))
 
 
 # --- a second implementation, from the definitions, one token and one head at a time, in fp64
@@ -107,8 +93,8 @@ def test_logits_equal_the_slow_implementation(plain: bool, n_kv_head: int) -> No
     """140 tokens, since the short window is 128; and a control that turns the other way."""
     sizes = {**SMALL, "n_kv_head": n_kv_head, "n_embd": 48}
     config = GPTConfig.plain(**sizes) if plain else GPTConfig(**sizes)
-    model = make_model(config)
-    ids = text(1, 140)
+    model = busy_gpt(config)
+    ids = random_ids(1, 140, 90)
     with torch.inference_mode():
         logits = model(ids)[0]
         slow = slow_logits(model, ids[0].tolist())
@@ -150,7 +136,7 @@ def test_first_loss_is_ln_v(vocab: int) -> None:
     """Padded rows of the vocabulary take no probability, so V is the vocabulary asked for."""
     model = GPT(GPTConfig(**{**SMALL, "vocab_size": vocab}))
     model.init_weights()
-    ids = text(2, 50, vocab)
+    ids = random_ids(2, 50, vocab)
     assert model(ids, ids).item() == pytest.approx(math.log(vocab), abs=0.01)
     assert model(ids).shape == (2, 50, vocab)
 
@@ -165,7 +151,7 @@ def test_loss_and_gradients_equal_plain_autograd(
     random = torch.Generator().manual_seed(0)
     x = torch.randn(23, 16, generator=random, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(96, 16, generator=random, dtype=torch.float64, requires_grad=True)
-    targets = text(1, 23)[0]
+    targets = random_ids(1, 23, 90)[0]
     targets[::5] = -1
     above = torch.randn(23, generator=random, dtype=torch.float64)
 
@@ -195,9 +181,9 @@ def test_hand_written_gradients_pass_gradcheck() -> None:
 
 def test_gradients_of_the_whole_model_reach_every_parameter() -> None:
     """Against a central difference in fp64 along a random direction of all parameters at once."""
-    model = make_model(GPTConfig(**SMALL)).double()
+    model = busy_gpt(GPTConfig(**SMALL)).double()
     model.set_compute_dtype(torch.float64)
-    ids, random = text(2, 140), torch.Generator().manual_seed(2)
+    ids, random = random_ids(2, 140, 90), torch.Generator().manual_seed(2)
     weights = list(model.parameters())
     gradients = torch.autograd.grad(model(ids, ids.roll(-1, 1)), weights)
     assert all(gradient.abs().max() > 0 for gradient in gradients)
@@ -214,8 +200,8 @@ def test_gradients_of_the_whole_model_reach_every_parameter() -> None:
 
 
 def test_ignored_targets_and_the_last_position_alone() -> None:
-    model = make_model(GPTConfig(**SMALL))
-    ids = text(2, 20)
+    model = busy_gpt(GPTConfig(**SMALL))
+    ids = random_ids(2, 20, 90)
     targets = ids.roll(-1, 1)
     targets[:, ::3] = -1
     each = model(ids, targets, reduction="none")
@@ -229,8 +215,8 @@ def test_ignored_targets_and_the_last_position_alone() -> None:
 
 
 def test_bf16_stays_close_and_masters_stay_fp32() -> None:
-    model = make_model(GPTConfig(**SMALL))
-    ids, weights, found = text(2, 140), list(model.parameters()), []
+    model = busy_gpt(GPTConfig(**SMALL))
+    ids, weights, found = random_ids(2, 140, 90), list(model.parameters()), []
     for dtype in (torch.float32, torch.bfloat16):
         model.set_compute_dtype(dtype)
         loss = model(ids, ids)
@@ -252,9 +238,9 @@ def test_texts_longer_than_trained_for_keep_their_positions() -> None:
         near, far = loss.rotate(x, *loss.rotary_angles(positions, 32, 100000.0))[0, :, 0]
         scores.append((near @ far).item())
     assert scores[0] == pytest.approx(scores[1], abs=0.05)
-    short = make_model(GPTConfig(**{**SMALL, "sequence_len": 16}))
-    long = make_model(GPTConfig(**SMALL))
-    ids = text(1, 150)
+    short = busy_gpt(GPTConfig(**{**SMALL, "sequence_len": 16}))
+    long = busy_gpt(GPTConfig(**SMALL))
+    ids = random_ids(1, 150, 90)
     assert torch.equal(short(ids), long(ids))  # 16 and 160 have the same short window, 128
 
 
@@ -273,8 +259,8 @@ def test_parameter_groups_hold_each_parameter_once() -> None:
 @pytest.mark.slow
 def test_torch_compile_takes_the_step_in_one_graph() -> None:
     """No graph break: dynamo would raise. The backend only traces, so this is quick."""
-    model = make_model(GPTConfig(**{**SMALL, "n_layer": 2}))
-    ids = text(2, 140)
+    model = busy_gpt(GPTConfig(**{**SMALL, "n_layer": 2}))
+    ids = random_ids(2, 140, 90)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     weights = list(model.parameters())
     traced, eager = compiled(ids, ids), model(ids, ids)

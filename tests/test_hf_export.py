@@ -21,7 +21,6 @@ from transformers.models.nanochat import modeling_nanochat
 
 from nanochat import report
 from nanochat.checkpoint import save_checkpoint
-from nanochat.common import Runtime, run_dir
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf_export import GUARD, tokenizer_json
@@ -33,11 +32,9 @@ from nanochat.tokenizer import (
     render_prompt,
 )
 from scripts.export_hf import Config, main
-from tests.models import refuses
-from tests.test_gpt import make_model
+from tests.models import CPU, busy_gpt, random_ids, refuses, save_model
 from tests.test_tokenizer import fixture_strings
 
-CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
 CORPUS = [
     "The hen sat on the hay; the hat is on the hen. It's 12345 o'clock, isn't it? We'll see.\n" * 4,
     "naïve café, Straße, Ελλάδα, Привет, мир! 日本語のテキスト 你好，世界 안녕하세요 "
@@ -74,40 +71,28 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [modules, *sys.path])
 
 
-def new_config(kind: str, depth: int = 2, num_kv_heads: int = 2, **settings: Any) -> GPTConfig:
-    sizes = {"n_layer": depth, "n_head": 4, "n_kv_head": num_kv_heads, "n_embd": 64}
-    make = GPTConfig.plain if kind == "plain" else GPTConfig
-    return make(**{"sequence_len": 256, "vocab_size": TOKENIZER.vocab_size, **sizes, **settings})
-
-
-def new_model(config: GPTConfig) -> GPT:
+def new_model(kind: str, depth: int = 2, num_kv_heads: int = 2, **settings: Any) -> GPT:
     """Random weights; no special token is ever likely."""
-    model = make_model(config)
+    sizes = {"n_layer": depth, "n_head": 4, "n_kv_head": num_kv_heads, "n_embd": 64}
+    sizes |= {"sequence_len": 256, "vocab_size": TOKENIZER.vocab_size}
+    make = GPTConfig.plain if kind == "plain" else GPTConfig
+    model = busy_gpt(make(**sizes, **settings))
     with torch.no_grad():
         model.lm_head.weight[TOKENIZER.bos_id : TOKENIZER.vocab_size] *= 1e-3
-    return model.eval()
-
-
-def save_run(model: GPT, **changes: torch.Tensor | None) -> None:
-    """The run sft/d2 at step 7; `changes` replace tensors, or take them away."""
-    weights = model.state_dict() | changes
-    kept = {name: weight for name, weight in weights.items() if weight is not None}
-    state = {"stage": "sft", "step": 7, "model_config": asdict(model.config)}
-    TOKENIZER.save(run_dir("sft", "d2") / "tokenizer")
-    save_checkpoint(run_dir("sft", "d2"), state, kept, {}, None, CPU)
+    return model
 
 
 def export(model: GPT, out: Path) -> Any:
     """What transformers makes of the export of `model`."""
-    save_run(model)
+    save_model(model, "sft", "d2", 7, TOKENIZER)
     main(Config(out))
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     assert loaded.dtype == torch.float32
     return loaded
 
 
-def some_ids(shape: tuple[int, int]) -> torch.Tensor:
-    return torch.randint(0, TOKENIZER.bos_id, shape, generator=torch.Generator().manual_seed(5))
+def some_ids(rows: int, time: int) -> torch.Tensor:
+    return random_ids(rows, time, TOKENIZER.bos_id)
 
 
 @torch.inference_mode()
@@ -122,13 +107,13 @@ def largest_difference(model: GPT, loaded: Any, ids: torch.Tensor) -> float:
 def test_logits_and_greedy_tokens_are_equal(
     kind: str, depth: int, num_kv_heads: int, tmp_path: Path
 ) -> None:
-    model = new_model(new_config(kind, depth, num_kv_heads))
+    model = new_model(kind, depth, num_kv_heads)
     loaded = export(model, tmp_path / "out")
     own_class = modeling_nanochat.NanoChatForCausalLM
     assert isinstance(loaded, own_class) == (kind == "plain")
     assert loaded.get_output_embeddings().weight.shape[0] == TOKENIZER.vocab_size  # no padding
-    assert largest_difference(model, loaded, some_ids((2, 200))) <= 1e-5  # beyond the window of 128
-    prompt = some_ids((1, 120))
+    assert largest_difference(model, loaded, some_ids(2, 200)) <= 1e-5  # beyond the window of 128
+    prompt = some_ids(1, 120)
     engine = Engine(model, TOKENIZER, num_slots=1)
     request = Request(prompt[0].tolist(), 64, temperature=0.0)
     ours = [token for _, token, _ in engine.run([request])]
@@ -141,16 +126,16 @@ def test_logits_and_greedy_tokens_are_equal(
 )
 def test_each_addition_alone(addition: str, tmp_path: Path) -> None:
     changes = {"qk_scale": {"qk_scale": 1.2}, "SL": {"window_pattern": "SL"}}
-    model = new_model(new_config("plain", **changes.get(addition, {addition: True})))
+    model = new_model("plain", **changes.get(addition, {addition: True}))
     loaded = export(model, tmp_path / "out")
     assert type(loaded).__name__ == "NanoChatXForCausalLM"
-    assert largest_difference(model, loaded, some_ids((2, 200))) <= 1e-5
+    assert largest_difference(model, loaded, some_ids(2, 200)) <= 1e-5
 
 
 def test_padding_on_the_left_beams_and_a_cache_of_ones_own(tmp_path: Path) -> None:
     """The modelling file by itself: a batch is its rows, and a cache changes nothing."""
-    loaded = export(new_model(new_config("additions")), tmp_path / "out")
-    ids = some_ids((2, 30))
+    loaded = export(new_model("additions"), tmp_path / "out")
+    ids = some_ids(2, 30)
     greedy = {"max_new_tokens": 20, "do_sample": False}
     short = loaded.generate(ids[:1, 9:], **greedy)
     mask = torch.ones_like(ids)
@@ -174,8 +159,7 @@ def test_padding_on_the_left_beams_and_a_cache_of_ones_own(tmp_path: Path) -> No
 @pytest.fixture
 def theirs(tmp_path: Path) -> Any:
     """The tokenizer of an export, as transformers loads it."""
-    save_run(new_model(new_config("plain")))
-    main(Config(tmp_path / "out"))
+    export(new_model("plain"), tmp_path / "out")
     return transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
 
 
@@ -232,7 +216,7 @@ def test_the_card_holds_the_table_of_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    save_run(new_model(new_config("additions")))
+    save_model(new_model("additions"), "sft", "d2", 7, TOKENIZER)
     main(Config(tmp_path / "before"))
     assert "|" not in (tmp_path / "before/README.md").read_text()
     report.write_section("chat_eval_sft", "Quizzes", {}, {"ARC-Easy": 0.8512}, seconds=1.0)
@@ -243,19 +227,17 @@ def test_the_card_holds_the_table_of_the_report(
     assert "85.1 %" in row and "d2, sft, step 7" in card and "trust_remote_code=True" in card
 
 
-@pytest.mark.parametrize(
-    ("name", "tensor"),
-    [
+def test_a_tensor_that_is_amiss_is_named(tmp_path: Path) -> None:
+    model = new_model("plain")
+    run = save_model(model, "sft", "d2", 7, TOKENIZER)
+    refuses("--out", main, Config(tmp_path))  # a folder that exists is left alone
+    for name, tensor in (
         ("extra.weight", torch.zeros(2, 2)),
         ("blocks.1.mlp.c_fc.weight", None),
         ("wte.weight", torch.zeros(10, 64)),
-    ],
-    ids=["unknown", "missing", "shape"],
-)
-def test_a_tensor_that_is_amiss_is_named(
-    name: str, tensor: torch.Tensor | None, tmp_path: Path
-) -> None:
-    save_run(new_model(new_config("plain")), **{name: tensor})
-    refuses("--out", main, Config(tmp_path))  # a folder that exists is left alone
-    refuses(name, main, Config(tmp_path / "out"))
-    assert not list(tmp_path.glob("out*"))
+    ):
+        weights = {n: t for n, t in (model.state_dict() | {name: tensor}).items() if t is not None}
+        state = {"step": 8, "model_config": asdict(model.config)}
+        save_checkpoint(run, state, weights, {}, None, CPU)
+        refuses(name, main, Config(tmp_path / "out"))
+        assert not list(tmp_path.glob("out*"))

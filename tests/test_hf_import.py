@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,14 @@ import pytest
 import tiktoken
 import torch
 
-from nanochat.checkpoint import load_model, save_checkpoint
-from nanochat.common import CheckpointFlags, Runtime, base_dir, run_dir
+from nanochat.checkpoint import load_model
+from nanochat.common import CheckpointFlags, base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts import chat_cli, export_hf
 from scripts.import_hf import Config, main
-from tests.models import refuses
-from tests.test_gpt import make_model
+from tests.models import CPU, busy_gpt, random_ids, refuses, save_model
 
-CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, "cpu")
 TOKENIZER = Tokenizer.train(["The hen sat on the hay; the hat is on the hen."], 300, SPECIAL_TOKENS)
 SIZES: dict[str, Any] = {"sequence_len": 64, "vocab_size": TOKENIZER.vocab_size}
 SIZES |= {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
@@ -47,7 +44,7 @@ def pickled(**changes: Any) -> bytes:
 
 def write_first_generation(folder: Path, step: int = 700, prefix: str = "", seed: int = 0) -> GPT:
     """A first-generation checkpoint, its embedding in bf16; returns the model that it holds."""
-    model = make_model(GPTConfig.plain(**SIZES), seed)
+    model = busy_gpt(GPTConfig.plain(**SIZES), seed)
     rows, tensors = TOKENIZER.vocab_size, {}
     for name, tensor in model.state_dict().items():
         theirs = name if name.startswith("lm_head") else f"transformer.{name}"
@@ -73,7 +70,7 @@ def test_the_first_generation_loads_and_talks(
     older = write_first_generation(base / "d2", 90, prefix, seed=1)
     main(Config(str(base / "d2")))
     main(Config(str(base / "d2"), stage="base", model_tag="old", step=90))
-    ids = torch.randint(0, TOKENIZER.bos_id, (2, 40), generator=torch.Generator().manual_seed(0))
+    ids = random_ids(2, 40, TOKENIZER.bos_id)
     first, second = CheckpointFlags("sft", "d2"), CheckpointFlags("base", "old")
     for chosen, step, model in ((first, 700, newest), (second, 90, older)):
         loaded, tokenizer, meta = load_model(chosen, CPU)
@@ -188,10 +185,9 @@ def test_export_and_import_give_back_the_model(
     kind: str, stage: Any, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = GPTConfig.plain(**SIZES) if kind == "plain" else GPTConfig(**SIZES)
-    weights = make_model(config).state_dict()
-    TOKENIZER.save(run_dir(stage, "d2") / "tokenizer")
-    state = {"stage": stage, "step": 50, "model_config": asdict(config)}
-    save_checkpoint(run_dir(stage, "d2"), state, weights, {}, None, CPU)
+    model = busy_gpt(config)
+    weights = model.state_dict()
+    save_model(model, stage, "d2", 50, TOKENIZER)
     export_hf.main(export_hf.Config(base / "out", source=stage))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base / "detour"))
     main(Config(str(base / "out"), stage=stage))

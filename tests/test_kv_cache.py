@@ -9,24 +9,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import Append, KVCache
+from tests.models import busy_gpt, random_ids
 
 CONTEXT = 640  # short windows see 256 keys
 VOCAB = 96
 
 
-def make_model(seed: int = 0, **changes) -> GPT:
-    """Three small layers, of which the first two see a short window; every parameter busy."""
+def make_model(**changes) -> GPT:
+    """Three small layers, of which the first two see a short window."""
     sizes = {"n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
-    model = GPT(GPTConfig(sequence_len=CONTEXT, vocab_size=VOCAB, **{**sizes, **changes}))
-    random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.normal_(0, 0.15, generator=random)
-    return model
+    return busy_gpt(GPTConfig(sequence_len=CONTEXT, vocab_size=VOCAB, **{**sizes, **changes}))
 
 
 def text(rows: int, time: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, VOCAB, (rows, time), generator=torch.Generator().manual_seed(seed))
+    return random_ids(rows, time, VOCAB, seed)
 
 
 @pytest.fixture(autouse=True)

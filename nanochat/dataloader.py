@@ -138,6 +138,15 @@ class ChatSource:
         return [np.where(mask, ids, ~ids)[1:] for ids, mask in rendered]
 
 
+def local_rows(num_rows: int, runtime: Runtime) -> range:
+    """This rank's rows of the global batch; UserError unless all ranks have as many."""
+    num, num_odd = divmod(num_rows, runtime.world_size)
+    if num < 1 or num_odd:
+        ranks = f"{runtime.world_size} ranks; change --total_batch_size"
+        raise UserError(f"a batch of {num_rows} rows does not divide among {ranks}")
+    return range(runtime.rank * num, (runtime.rank + 1) * num)
+
+
 @dataclass
 class RowBuffer:
     """The pieces waiting to be packed into one row of the global batch."""
@@ -196,13 +205,8 @@ class Packer:
         state: dict[str, Any] | None,
     ) -> None:
         """Raises UserError if the rows do not divide or the state is of another stream."""
-        num_local, num_odd = divmod(num_rows, runtime.world_size)
-        if num_local < 1 or num_odd:
-            ranks = f"{runtime.world_size} ranks; change --total_batch_size"
-            raise UserError(f"a batch of {num_rows} rows does not divide among {ranks}")
-        first = runtime.rank * num_local
         self.source, self.seq_len = source, seq_len
-        self.buffers = {row: RowBuffer([]) for row in range(first, first + num_local)}
+        self.buffers = {row: RowBuffer([]) for row in local_rows(num_rows, runtime)}
         self.assigned = [(0, row) for row in range(num_rows)]  # (bytes, row): a heap
         self.num_documents = 0  # read so far
         if state:

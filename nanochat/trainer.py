@@ -51,7 +51,7 @@ from nanochat.common import (
     run_dir,
     write_file,
 )
-from nanochat.dataloader import Batch, Loader
+from nanochat.dataloader import Batch, Loader, local_rows
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import flops_per_token, memory_bytes, parameter_counts
@@ -101,12 +101,7 @@ def row_choices(
     Either `device_batch_size`, capped at a rank's rows, or for "auto" on a GPU all sizes that its
     memory may hold. Raises UserError naming the nearest sizes that divide.
     """
-    local, left = divmod(num_rows, runtime.world_size)
-    if left:
-        raise UserError(
-            f"a batch of {num_rows} rows does not divide among {runtime.world_size} ranks; "
-            "change --total_batch_size"
-        )
+    local = len(local_rows(num_rows, runtime))
     sizes = divisors(local)
     if device_batch_size != "auto":
         rows = min(device_batch_size, local)

@@ -9,25 +9,22 @@ from collections import defaultdict
 
 import bpe_openai
 
-from nanochat.report import CODE_SUFFIXES, tracked_texts
+from nanochat.report import CODE, tracked_texts
 
-PROSE_SUFFIXES = {".md", ".json", ".txt", ".svg", ".yml"}
-
-
-def measure(texts: list[str]) -> tuple[int, int]:
-    encoding = bpe_openai.get_encoding("o200k_base")
-    return sum(t.count("\n") for t in texts), sum(len(encoding.encode(t)) for t in texts)
+PROSE = ("*.md", "*.json", "*.txt", "*.svg", "*.yml")
 
 
 def main() -> None:
     folders = defaultdict(list)
-    for path, text in tracked_texts(CODE_SUFFIXES).items():
+    for path, text in tracked_texts(CODE).items():
         folders[f"{path.parts[0]}/" if len(path.parts) > 1 else "top"].append(text)
     folders["total"] = [text for texts in folders.values() for text in texts]
-    folders["prose, tables"] = list(tracked_texts(PROSE_SUFFIXES).values())
+    folders["prose, tables"] = list(tracked_texts(PROSE).values())
+    encoding = bpe_openai.get_encoding("o200k_base")
     print(f"{'':13}  lines   tokens")
     for name, texts in folders.items():
-        lines, tokens = measure(texts)
+        lines = sum(text.count("\n") for text in texts)
+        tokens = sum(len(encoding.encode(text)) for text in texts)
         print(f"{name:13} {lines:6,} {tokens:8,}")
 
 

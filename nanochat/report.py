@@ -2,7 +2,6 @@
 
     python -m nanochat.report reset      # before a run: clear the sections, note time and machine
     python -m nanochat.report generate   # after it: write report.md, report.html and report.json
-    python -m nanochat.report size       # print the size of the code base
 
 A section is one JSON file, `$NANOCHAT_BASE_DIR/report/<stage>.json`, which a stage that runs again
 replaces. The report lies beside them, report.md and report.html in the working folder as well. It
@@ -16,10 +15,9 @@ import json
 import os
 import platform
 import re
-import socket
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -47,19 +45,19 @@ STAGES = (
     "tok_train", "tok_eval", "base_train", "base_loss", "base_eval",
     "mid_train", "chat_sft", "chat_rl", "chat_eval_mid", "chat_eval_sft", "chat_eval_rl",
 )  # fmt: skip
-# Column of the last table -> (stages that may hold val_bpb, first found wins; stage of the
-# accuracies).
+# Column of the last table -> the stages that may hold val_bpb, the first found wins; and, last, the
+# stage of the accuracies.
 COLUMNS = {
-    "BASE": (("base_loss", "base_train"), "base_eval"),
-    "MID": (("mid_train",), "chat_eval_mid"),
-    "SFT": (("chat_sft",), "chat_eval_sft"),
-    "RL": (("chat_rl",), "chat_eval_rl"),
+    "BASE": ("base_loss", "base_train", "base_eval"),
+    "MID": ("mid_train", "chat_eval_mid"),
+    "SFT": ("chat_sft", "chat_eval_sft"),
+    "RL": ("chat_rl", "chat_eval_rl"),
 }
 # Metrics that are not accuracies begin with these. CORE and ChatCORE are centered: 0 is guessing.
 NO_ACCURACY = ("val_bpb", "CORE", "ChatCORE")
 START = "start"  # start.json holds what `reset` noted; no stage has this name
 REPOSITORY = Path(__file__).resolve().parent.parent
-CODE_SUFFIXES = {".py", ".pyi", ".rs", ".sh", ".js", ".css", ".html", ".toml"}
+CODE = ("*.py", "*.pyi", "*.rs", "*.sh", "*.js", "*.css", "*.html", "*.toml")
 MAX_POINTS = 300
 QUIET, LINE, TEAL = "#5c6668", "#dcd4c2", "#1b636b"  # of the variables in ui/base.css
 SETTINGS: dict[Any, Any] = {
@@ -76,30 +74,21 @@ UNITS = {
     "tokens": ((1e9, "billion tokens"), (1e6, "million tokens"), (1, "tokens")),
     "seconds": ((3600, "hours"), (60, "minutes"), (1, "seconds")),
 }
-
-
-class Curve(NamedTuple):
-    """One key of metrics.jsonl over another; a share is printed in percent."""
-
-    key: str
-    over: str
-    title: str
-    share: bool = False
-
-
-CURVES = (
-    Curve("loss", "tokens", "Loss over tokens"),
-    Curve("loss", "seconds", "Loss over time"),
-    Curve("val_bpb", "tokens", "Validation bits per byte over tokens"),
-    Curve("val_bpb", "seconds", "Validation bits per byte over time"),
-    Curve("reward", "step", "Reward over steps"),
-    Curve("accuracy", "step", "Held-out accuracy over steps", share=True),
-    Curve("useful_groups", "step", "Useful groups over steps", share=True),
-    Curve("answer_tokens", "step", "Tokens of an answer over steps"),
-    Curve("lrm", "step", "Learning rate multiplier over steps"),
-    Curve("tok_per_second", "seconds", "Tokens per second over time"),
-    Curve("mfu", "seconds", "Model FLOPs utilisation over time", share=True),
-)
+# Title of a chart -> (key of metrics.jsonl, the key that it is drawn over).
+CURVES = {
+    "Loss over tokens": ("loss", "tokens"),
+    "Loss over time": ("loss", "seconds"),
+    "Validation bits per byte over tokens": ("val_bpb", "tokens"),
+    "Validation bits per byte over time": ("val_bpb", "seconds"),
+    "Reward over steps": ("reward", "step"),
+    "Held-out accuracy over steps": ("accuracy", "step"),
+    "Useful groups over steps": ("useful_groups", "step"),
+    "Tokens of an answer over steps": ("answer_tokens", "step"),
+    "Learning rate multiplier over steps": ("lrm", "step"),
+    "Tokens per second over time": ("tok_per_second", "seconds"),
+    "Model FLOPs utilisation over time": ("mfu", "seconds"),
+}
+SHARES = ("accuracy", "useful_groups", "mfu")  # printed in percent
 
 
 class Section(NamedTuple):
@@ -110,9 +99,9 @@ class Section(NamedTuple):
     seconds: float | None
     git: str
     host: str
-    settings: dict[str, Any]
-    results: dict[str, Any]  # a score is {"value": ..., "stderr": ...}
-    samples: list[str]
+    settings: Mapping[str, Any]
+    results: Mapping[str, Any]  # a score is {"value": ..., "stderr": ...}
+    samples: Sequence[str]
 
 
 class Chapter(NamedTuple):
@@ -176,9 +165,8 @@ def html_page(chapters: Sequence[Chapter]) -> str:
         parts += f'<section>\n<h2 id="{chapter.anchor}">{link}</h2>\n'
         parts += markdown.render(chapter.markdown)
         parts += f'<div class="charts">{"".join(chapter.figures.values())}</div>\n</section>\n'
-    logo = (ASSETS / "logo.svg").read_text(encoding="utf-8")
-    sheets = (ASSETS / "base.css", ASSETS / "report.css")
-    style = "".join(sheet.read_text(encoding="utf-8") for sheet in sheets)
+    names = ("logo.svg", "base.css", "report.css")
+    logo, *sheets = ((ASSETS / name).read_text("utf-8") for name in names)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -188,7 +176,7 @@ def html_page(chapters: Sequence[Chapter]) -> str:
 <meta name="color-scheme" content="light dark">
 <title>{TITLE}</title>
 <style>
-{style}</style>
+{"".join(sheets)}</style>
 </head>
 <body>
 <header>{logo}<h1>{TITLE}</h1></header>
@@ -232,27 +220,28 @@ def draw_run(records: Sequence[dict[str, Any]], name: str) -> dict[str, str]:
     """{title: <figure>} of all that a run's records have numbers for; `name` begins the ids."""
     reinforced = any("reward" in record for record in records)
     figures = {}
-    for curve in CURVES:
-        if reinforced and curve.key == "loss":  # that of a policy gradient measures nothing
+    for title, (key, over) in CURVES.items():
+        if reinforced and key == "loss":  # that of a policy gradient measures nothing
             continue
         points = [
-            [record[curve.over], record[curve.key], record.get(f"{curve.key}_stderr", np.nan)]
+            [record[over], record[key], record.get(f"{key}_stderr", np.nan)]
             for record in records
-            if curve.key in record
+            if key in record
         ]
         if points:
-            figures[curve.title] = draw(curve, np.array(points, dtype=float), name)
+            figures[title] = draw(title, np.array(points, dtype=float), f"{name}-{key}-{over}")
     return figures
 
 
-def draw(curve: Curve, points: np.ndarray, name: str) -> str:
+def draw(title: str, points: np.ndarray, name: str) -> str:
     """The <figure> of `points` (N, 3): place, value and standard error (NaN: none)."""
     # Imported here, since it takes a second that `report reset` should not wait for.
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    units, share = UNITS[curve.over], curve.share
+    key, over = CURVES[title]
+    units, share = UNITS[over], key in SHARES
     size, unit = next((u for u in units if u[0] <= points[-1, 0]), units[-1])
     stretches = np.array_split(points, min(len(points), MAX_POINTS))
     place, value, error = np.array([stretch.mean(axis=0) for stretch in stretches]).T
@@ -270,14 +259,14 @@ def draw(curve: Curve, points: np.ndarray, name: str) -> str:
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         chart.savefig(file, format="svg", transparent=True, metadata=no_metadata)
     first, last = (show(y, percent=share) for y in points[[0, -1], 1].tolist())
-    label = f"{curve.title}, from {first} to {last}"
+    label = f"{title}, from {first} to {last}"
     # As an element of a page: without the XML before it, its ids its own, colours of the page.
     svg = file.getvalue()
     svg = f'<svg role="img" aria-label="{label}" {svg[svg.index("<svg") + 4 :].strip()}'
-    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-{curve.key}-{curve.over}-", svg)
+    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     for variable, colour in (("quiet", QUIET), ("line", LINE), ("teal", TEAL)):
         svg = svg.replace(colour, f"var(--{variable})")
-    return f"<figure><figcaption>{curve.title} <b>{last}</b></figcaption>{svg}</figure>\n"
+    return f"<figure><figcaption>{title} <b>{last}</b></figcaption>{svg}</figure>\n"
 
 
 def write_section(
@@ -298,16 +287,8 @@ def write_section(
     if int(os.environ.get("RANK", 0)) != 0:
         return
     scores = {name: s._asdict() if isinstance(s, Score) else s for name, s in results.items()}
-    section = Section(
-        title=title,
-        time=time.time(),
-        seconds=seconds,
-        git=git_revision(),
-        host=socket.gethostname(),
-        settings=dict(settings),
-        results=scores,
-        samples=list(samples),
-    )
+    git, host = git_revision(), platform.node()
+    section = Section(title, time.time(), seconds, git, host, settings, scores, samples)
     text = json.dumps(section._asdict(), indent=1, default=str)
     write_file(report_dir() / f"{stage}.json", text)
 
@@ -321,33 +302,31 @@ def with_errors(results: Mapping[str, Any]) -> dict[str, Any]:
     return scores
 
 
-def tracked_texts(suffixes: Set[str], root: Path = REPOSITORY) -> dict[Path, str]:
-    """The files with these suffixes that git tracks under `root`, without tests and vendored code.
+def tracked_texts(patterns: Iterable[str], root: Path = REPOSITORY) -> dict[Path, str]:
+    """The files with such names that git tracks under `root`, without tests and vendored code.
 
     Empty outside git.
     """
-    command = ["git", "-C", root, "ls-files", "-z"]
+    others = [f":(exclude,glob)**/{folder}/**" for folder in ("tests", "vendor")]
+    command = ["git", "-C", root, "ls-files", "-z", *patterns, *others]
     try:
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return {}
-    names = [Path(name) for name in listing.split("\0") if Path(name).suffix in suffixes]
-    own = [name for name in names if not {"tests", "vendor"} & {*name.parts}]
-    return {name: (root / name).read_text("utf-8") for name in own if (root / name).is_file()}
+    names = [Path(name) for name in listing.split("\0")]
+    return {name: (root / name).read_text("utf-8") for name in names if (root / name).is_file()}
 
 
 def code_size(root: Path = REPOSITORY) -> dict[str, int]:
     """Files, lines and characters of the code under `root`; empty outside git."""
-    texts = tracked_texts(CODE_SUFFIXES, root).values()
-    if not texts:
-        return {}
-    lock = root / "requirements.lock"
-    return {
+    texts, lock = tracked_texts(CODE, root).values(), root / "requirements.lock"
+    size = {
         "files": len(texts),
         "lines": sum(text.count("\n") for text in texts),
         "characters": sum(map(len, texts)),
         "lines of the dependency lock": lock.read_text().count("\n") if lock.is_file() else 0,
     }
+    return size if texts else {}
 
 
 def machine() -> dict[str, str]:
@@ -357,7 +336,7 @@ def machine() -> dict[str, str]:
     cpu = re.search(r"model name\s*:\s*(.+)", table.read_text()) if table.is_file() else None
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
-        "host": socket.gethostname(),
+        "host": platform.node(),
         "CPU": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores",
         "GPU": ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus) or "-",
         "memory": f"{memory / 2**30:.1f} GiB",
@@ -427,7 +406,7 @@ def stage_chapter(stage: str, section: Section) -> Chapter:
     took = f", took {format_seconds(section.seconds)}" if section.seconds is not None else ""
     text = f"{format_time(section.time)} on {section.host}, revision {section.git}{took}.\n\n"
     results = section.results
-    if stage in {test for _, test in COLUMNS.values()}:
+    if stage in {test for *_, test in COLUMNS.values()}:
         text += score_table("Results", "Task", results, {"Score": results})
     else:
         text += facts("Results", results)
@@ -442,7 +421,7 @@ def summarize(sections: Mapping[str, Section]) -> dict[str, dict[str, Any]]:
     """{column: {"val_bpb": ..., and the results of its evaluation}} for all of COLUMNS."""
     results = {stage: section.results for stage, section in sections.items()}
     summary = {}
-    for column, (trainers, test) in COLUMNS.items():
+    for column, (*trainers, test) in COLUMNS.items():
         bpb = [results[s]["val_bpb"] for s in trainers if "val_bpb" in results.get(s, {})]
         summary[column] = {"val_bpb": bpb[0] if bpb else None, **results.get(test, {})}
     return summary
@@ -464,17 +443,13 @@ def format_time(seconds: float) -> str:
 
 @dataclass
 class Config:
-    action: tyro.conf.Positional[Literal["reset", "generate", "size"]]  # what to do
+    action: tyro.conf.Positional[Literal["reset", "generate"]]  # what to do
 
 
 def main(config: Config) -> None:
     """What the command line asks for."""
-    if config.action == "reset":
-        reset()
-    elif config.action == "generate":
-        generate()
-    else:
-        print0("\n".join(f"{name}: {value:,}" for name, value in code_size().items()) or "size: -")
+    actions = {"reset": reset, "generate": generate}
+    actions[config.action]()
 
 
 if __name__ == "__main__":

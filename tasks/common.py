@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any, cast, overload
+from typing import Any, cast
 
 import pyarrow.parquet as parquet
 
@@ -26,33 +26,27 @@ class Task(Sequence[Conversation]):
     kind = "generate"  # "choice": the reply is one of the letters in the conversation's "letters"
     baseline = 0.0  # accuracy of guessing
 
-    def __init__(self, numbers: Sequence[int]) -> None:
-        """`numbers` are passed to `get_example`, in this order."""
-        self._numbers = numbers
+    def __init__(self, keys: Sequence[Any]) -> None:
+        """`keys`, in this order, are what `get_example` makes the conversations from."""
+        self._keys = keys
 
-    def get_example(self, number: int) -> Conversation:
-        """Conversation `number`, before slicing and shuffling."""
-        raise NotImplementedError
+    def get_example(self, key: Any, /) -> Conversation:
+        """The conversation of a key; here the key is one."""
+        return key
 
     def score(self, conversation: Conversation, reply: str) -> float:
         """From 0 (wrong) to 1 (right), for evaluation and RL; here: equality with the answer."""
         return float(reply.strip() == conversation["answer"])
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._keys)
 
-    @overload
-    def __getitem__(self, index: int) -> Conversation: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> "Task": ...
-
-    def __getitem__(self, index: int | slice) -> "Conversation | Task":
+    def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             part = copy.copy(self)
-            part._numbers = self._numbers[index]
+            part._keys = self._keys[index]
             return part
-        return self.get_example(self._numbers[index])
+        return self.get_example(self._keys[index])
 
 
 class TaskMixture(Task):
@@ -60,12 +54,12 @@ class TaskMixture(Task):
 
     def __init__(self, tasks: Sequence[Task], seed: int = 0) -> None:
         self.tasks = tasks
-        self._order = [(t, i) for t, task in enumerate(tasks) for i in range(len(task))]
-        random.Random(seed).shuffle(self._order)
-        super().__init__(range(len(self._order)))
+        places = [(t, i) for t, task in enumerate(tasks) for i in range(len(task))]
+        random.Random(seed).shuffle(places)
+        super().__init__(places)
 
-    def get_example(self, number: int) -> Conversation:
-        task, row = self._order[number]
+    def get_example(self, place: tuple[int, int]) -> Conversation:
+        task, row = place
         return self.tasks[task][row]
 
 

@@ -19,13 +19,9 @@ class CustomJSON(Task):
     """The conversations of a file; UserError names a bad line."""
 
     def __init__(self, path: Path) -> None:
-        self._rows = [_checked(path, number, row) for number, row in numbered_jsonl(path)]
-        if not self._rows:
+        super().__init__([_checked(path, number, row) for number, row in numbered_jsonl(path)])
+        if not len(self):
             raise UserError(f"--custom={path}: the file holds no conversation")
-        super().__init__(range(len(self._rows)))
-
-    def get_example(self, number: int) -> Conversation:
-        return self._rows[number]
 
 
 def _checked(path: Path, number: int, row: object) -> Conversation:

@@ -13,9 +13,10 @@ Source: openai/gsm8k on the Hugging Face hub, configuration "main" (arXiv 2110.1
 
 import re
 from decimal import Decimal
+from itertools import cycle
 from typing import Any
 
-from nanochat.tokenizer import Conversation
+from nanochat.tokenizer import PART_TYPES, Conversation
 from tasks.common import HubTask, exchange
 
 MARK = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
@@ -31,20 +32,15 @@ class GSM8K(HubTask):
     def convert(self, row: dict[str, Any]) -> Conversation:
         if final_number(row["answer"]) is None:
             raise ValueError("the answer has no number after ####")
-        messages = exchange(row["question"], solution_parts(row["answer"]))
+        # Split at two groups: text, expression, result, text, expression, result, ..., text.
+        pieces = zip(cycle(PART_TYPES), MARK.split(row["answer"]), strict=False)
+        solution = [{"type": kind, "text": text} for kind, text in pieces if text]
+        messages = exchange(row["question"], solution)
         return {"messages": messages, "answer": row["answer"].rpartition("####")[2].strip()}
 
     def score(self, conversation: Conversation, reply: str) -> float:
         said = final_number(reply)
         return float(said is not None and said == final_number(f"#### {conversation['answer']}"))
-
-
-def solution_parts(answer: str) -> list[dict[str, str]]:
-    """The solution as parts: text, tool call, output, text, ..."""
-    # re.split with two groups: text, expression, result, text, expression, result, ..., text
-    kinds = ("text", "python", "python_output")
-    pieces = [(kinds[i % 3], piece) for i, piece in enumerate(MARK.split(answer))]
-    return [{"type": kind, "text": text} for kind, text in pieces if text]
 
 
 def final_number(text: str) -> Decimal | None:

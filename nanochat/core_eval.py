@@ -25,7 +25,6 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import islice
 from os.path import commonprefix  # of any sequences
 from pathlib import Path
@@ -105,8 +104,7 @@ SHOT_SEED = 1234  # plus the number of the item
 CPU_CHUNK, CPU_TOKENS = 256, 1024  # tokens of a row, and of all rows, that a CPU reads at a time
 
 
-@dataclass(frozen=True)
-class CoreTask:
+class CoreTask(NamedTuple):
     """A task; each row has the fields of its kind and an "id"."""
 
     label: str
@@ -159,10 +157,9 @@ class GPTReader:
     def __init__(self, model: GPT, tokenizer: Tokenizer, num_slots: int) -> None:
         self.model, self.max_len = model, model.config.sequence_len
         self.tokenizer, self.decode = tokenizer, tokenizer.decode
-        device = next(model.parameters()).device
         self.cache = model.make_cache(num_slots, self.max_len)
         # A CPU is fastest while what a call computes stays in its cache.
-        on_cpu = device.type == "cpu"
+        on_cpu = self.cache.keys.device.type == "cpu"
         self.chunk, self.budget = (CPU_CHUNK, CPU_TOKENS) if on_cpu else (self.max_len, 2**30)
 
     def encode(self, text: str) -> list[int]:
@@ -188,13 +185,9 @@ class GPTReader:
         return self._read(slots, tails, last=False)
 
     def _read(self, slots: Sequence[int], rows: Sequence[list[int]], last: bool) -> torch.Tensor:
-        return self.model(
-            padded(rows).to(self.cache.keys.device),
-            cache=self.cache,
-            slots=torch.tensor(slots),
-            num_new=torch.tensor([len(row) for row in rows]),
-            last_only=last,
-        )
+        ids, num_new = padded(rows).to(self.cache.keys.device), torch.tensor(list(map(len, rows)))
+        where = torch.tensor(slots)
+        return self.model(ids, cache=self.cache, slots=where, num_new=num_new, last_only=last)
 
 
 def padded(rows: Sequence[list[int]]) -> torch.Tensor:
@@ -414,7 +407,7 @@ def _read_rows(path: Path, task: CoreTask) -> CoreTask:
         few = f"{len(rows)} rows are too few for {task.num_fewshot} examples and an item"
         raise UserError(f"{path}: {few}; complete or remove it")
     random.Random(SHUFFLE_SEED).shuffle(rows)
-    return replace(task, rows=rows)
+    return task._replace(rows=rows)
 
 
 def _line(error: BaseException) -> str:

@@ -46,11 +46,7 @@ def isolation() -> str | None:
 
 
 def run_program(
-    program: str,
-    name: str,
-    checks: str,
-    seconds: float = 5.0,
-    allow_unsafe: bool = False,
+    program: str, name: str, checks: str, seconds: float = 5.0, allow_unsafe: bool = False
 ) -> str:
     """Why the function `name` of `program` fails; "" if `check` of `checks` returns for it.
 

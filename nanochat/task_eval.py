@@ -12,10 +12,9 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -34,8 +33,7 @@ class EvalTask(Protocol):
     def score(self, conversation: Conversation, reply: str, /) -> float: ...
 
 
-@dataclass(frozen=True)
-class EvalResult:
+class EvalResult(NamedTuple):
     """The outcome over all ranks."""
 
     score: Score  # mean over items, of several samples per item over them too (pass@1)

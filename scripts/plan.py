@@ -19,15 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from nanochat import scaling
-from nanochat.common import (
-    PEAK_BF16_FLOPS,
-    Count,
-    Positive,
-    PositiveShare,
-    UserError,
-    print0,
-    run_script,
-)
+from nanochat.common import PEAK_BF16_FLOPS, Count, Positive, PositiveShare, UserError, run_script
 from scripts import base_loss, base_train, chat_eval, chat_rl, chat_sft, mid_train
 from tasks.spellingbee import SpellingBee
 
@@ -169,7 +161,7 @@ def describe(cfg: Config, plan: Plan) -> str:
 
 def main(cfg: Config) -> None:
     plan = choose(cfg, cfg.dollars) if cfg.dollars else make_plan(cfg, cfg.depth or 24, cfg.ratio)
-    print0(str(getattr(plan, cfg.only)) if cfg.only else describe(cfg, plan))
+    print(str(getattr(plan, cfg.only)) if cfg.only else describe(cfg, plan))
 
 
 if __name__ == "__main__":

@@ -47,17 +47,14 @@ def main(cfg: Config) -> None:
     tokenizer = Tokenizer.train(texts, cfg.vocab_size, SPECIAL_TOKENS)
     seconds = time.perf_counter() - begin
     tokenizer.save(tokenizer_dir())
-    print0(
-        f"{read['characters']:,} characters of {read['documents']:,} documents in {seconds:.1f} s"
-    )
-    if tokenizer.vocab_size < cfg.vocab_size:
-        print0(
-            f"the text holds no more than {tokenizer.vocab_size:,} ids: nothing is left to merge"
-        )
+    text = f"{read['characters']:,} characters of {read['documents']:,} documents"
+    print0(f"{text} in {seconds:.1f} s")
+    if (num_ids := tokenizer.vocab_size) < cfg.vocab_size:
+        print0(f"the text holds no more than {num_ids:,} ids: nothing is left to merge")
     lengths = [length for length in tokenizer.token_bytes() if length > 0]
     results = {
         "corpus": corpus.name,
-        "vocabulary": tokenizer.vocab_size,
+        "vocabulary": num_ids,
         **read,
         "mean bytes of a token": sum(lengths) / len(lengths),
         "longest token in bytes": max(lengths),

@@ -7,19 +7,15 @@ const NUMBERS = ["temperature", "top_k", "top_p", "max_tokens", "seed"]; // sett
 
 export class ApiError extends Error {}
 
-/* The events of a server-sent stream: {data} or {comment}. Chunks may cut characters and lines. */
-async function* readEvents(stream) {
+/* The lines of a stream, whose chunks may cut characters and lines. */
+async function* readLines(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
-  let [carry, data] = ["", []];
+  let carry = "";
   try {
     for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
       const lines = (carry + chunk.value).split(/\r?\n/);
       carry = lines.pop();
-      for (const line of lines) {
-        if (line.startsWith(":")) yield { comment: line.slice(1).trim() };
-        else if (line.startsWith("data:")) data.push(line.slice(5).trimStart());
-        else if (line === "" && data.length) yield { data: data.splice(0).join("\n") };
-      }
+      yield* lines;
     }
   } finally {
     reader.cancel().catch(() => undefined); // the connection is gone already, or is to go
@@ -55,7 +51,7 @@ export async function hasReport() {
   return fetch("report", { method: "HEAD" }).then((response) => response.ok, () => false);
 }
 
-/* The reply to `messages` in pieces: {queued}, {text}, {tool}, {finish}, last {usage, timings}. */
+/* The reply to `messages` in pieces: some of {queued, text, tool, finish, usage, timings} each. */
 export async function* streamReply(model, messages, settings, signal) {
   const system = settings.system?.trim() ? [{ role: "system", content: settings.system }] : [];
   const body = { model, messages: [...system, ...messages], stream: true };
@@ -64,22 +60,18 @@ export async function* streamReply(model, messages, settings, signal) {
   const options = { method: "POST", body: JSON.stringify(body), signal };
   const response = await request("v1/chat/completions", settings, options);
   try {
-    for await (const { data, comment } of readEvents(response.body)) {
-      if (comment?.startsWith("queued")) yield { queued: comment.slice(6).trim() };
-      if (data === "[DONE]") return;
-      if (data) yield* pieces(JSON.parse(data));
+    for await (const line of readLines(response.body)) {
+      const [, field, value] = /^(\w*): *(.*)/s.exec(line) ?? [];
+      if (field === "" && value.startsWith("queued")) yield { queued: value.slice(7) };
+      if (field !== "data") continue;
+      if (value === "[DONE]") return;
+      const { error, choices, usage, timings } = JSON.parse(value);
+      if (error) throw new ApiError(error.message);
+      const { delta, finish_reason: finish } = choices[0] ?? {};
+      yield { text: delta?.content, tool: delta?.tool, finish, usage, timings };
     }
   } catch (error) {
     if (signal.aborted || error instanceof ApiError) throw error;
   }
   throw new ApiError("the connection broke off before the answer was complete");
-}
-
-function* pieces({ error, choices, usage, timings }) {
-  if (error) throw new ApiError(error.message);
-  const { delta, finish_reason: finish } = choices[0] ?? {};
-  if (delta?.tool) yield { tool: delta.tool };
-  if (delta?.content) yield { text: delta.content };
-  if (finish) yield { finish };
-  if (usage) yield { usage, timings };
 }

@@ -7,8 +7,7 @@ token: only the finished reply is announced, in a separate region. */
 import { ApiError, hasReport, loadModel, streamReply } from "./api.js";
 import { el } from "./markdown.js";
 import { Store, textOf } from "./store.js";
-import { button, copy, entersMessage, entryView, isTouch } from "./view.js";
-import { QuestionView, ReplyView } from "./view.js";
+import { button, copy, entersMessage, entryView, isTouch, questionView, ReplyView } from "./view.js";
 
 const TOAST_MS = 10_000;
 const FULL = "The browser's storage is full: export your conversations and delete old ones.";
@@ -18,7 +17,7 @@ const store = new Store(() => toast(FULL));
 const streams = new Map(); // conversation id -> AbortController of the reply being written
 let model = null; // as /v1/models describes it, once the server has answered
 let shown = null; // the conversation in view; null for a new one
-let lastReply = null; // the view of its last reply
+let lastReply = null; // the view of its last reply, if it has one
 let frame = 0; // the pending animation frame
 let pinned = true; // whether the end of the log stays in view
 let lastTop = 0;
@@ -30,15 +29,13 @@ function show(conversation) {
   shown = conversation;
   const messages = conversation?.messages ?? [];
   const hadFocus = page.log.contains(document.activeElement);
-  const views = messages.map((message, i) => {
+  const elements = messages.map((message, i) => {
     const onEdit = (text) => resend(conversation, i, text);
-    if (message.role === "user") return new QuestionView(message, onEdit);
-    const view = new ReplyView(message, () => again(conversation));
-    view.update(false);
-    return view;
+    if (message.role === "user") return questionView(message, onEdit);
+    lastReply = new ReplyView(message, () => again(conversation));
+    return lastReply.element;
   });
-  lastReply = views.at(-1);
-  page.log.replaceChildren(...views.map((view) => view.element));
+  page.log.replaceChildren(...elements);
   page.welcome.hidden = messages.length > 0;
   if (hadFocus) page.log.focus({ preventScroll: true });
   showState();
@@ -54,9 +51,11 @@ function showState() {
   page.send.classList.toggle("stop", live);
   const used = shown?.messages.findLast(({ tokens }) => tokens)?.tokens ?? 0;
   const length = model?.context_length;
-  page.gauge.style.width = length ? `${Math.min(100, (100 * used) / length)}%` : "0";
-  const [part, whole] = [used, length ?? 0].map((number) => number.toLocaleString("en"));
-  page.context.textContent = length ? `context ${part} of ${whole}` : "";
+  if (length) {
+    const [part, whole] = [used, length].map((number) => number.toLocaleString("en"));
+    page.context.textContent = `context ${part} of ${whole}`;
+    page.gauge.style.width = `${(100 * used) / length}%`;
+  }
   follow();
 }
 
@@ -224,13 +223,12 @@ async function answer(conversation) {
 
 function take(reply, { text, tool, finish, usage, timings }, seconds) {
   const last = reply.content.at(-1);
+  const add = (type, text) => reply.content.push({ type, text });
   if (text || tool) reply.stats ??= `first token ${seconds.toFixed(2)} s`;
   if (text && last?.type === "text") last.text += text;
-  else if (text) reply.content.push({ type: "text", text });
-  if (tool) reply.content.push({ type: "python", text: tool.expression });
-  if (tool && tool.result !== null) {
-    reply.content.push({ type: "python_output", text: tool.result });
-  }
+  else if (text) add("text", text);
+  if (tool) add("python", tool.expression);
+  if (tool && tool.result !== null) add("python_output", tool.result);
   if (finish) reply.note = finish === "length" ? "ended by the limit on tokens" : "";
   if (usage) reply.tokens = usage.total_tokens;
   if (timings) {
@@ -291,7 +289,7 @@ function listen() {
     const code = target.closest("figure")?.querySelector("code");
     if (target.matches(".copy-code")) copy(code.textContent, target);
   };
-  for (const name of ["new", "newSmall"]) page[name].onclick = () => open(null);
+  page.new.onclick = page.newSmall.onclick = () => open(null);
   page.export.onclick = exportFile;
   page.import.onclick = () => page.file.click();
   page.file.onchange = () => importFile(page.file.files[0]);

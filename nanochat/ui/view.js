@@ -30,36 +30,36 @@ export const isTouch = () => matchMedia("(pointer: coarse)").matches;
 export const entersMessage = ({ key, shiftKey, isComposing }) =>
   key === "Enter" && !shiftKey && !isComposing && !isTouch();
 
-export class QuestionView {
-  /* `onEdit` gets the new text. */
-  constructor(message, onEdit) {
-    const edit = button("Edit", () => this.edit(message.content, onEdit), { className: "change" });
-    this.said = el("div", { className: "said", dir: "auto" }, message.content);
-    this.actions = actionsOf(edit, copyButton(message));
-    const who = el("h2", { className: "who" }, "You");
-    this.element = el("article", { className: "question" }, who, this.said, this.actions);
-  }
+const article = (className, who, ...children) =>
+  el("article", { className }, el("h2", { className: "who" }, who), ...children);
 
-  edit(text, onEdit) {
-    const field = el("textarea", { value: text, ariaLabel: "Edit your message", rows: 3 });
-    const done = () => {
-      form.replaceWith(this.said, this.actions);
-      this.actions.firstChild.focus();
-    };
-    const send = () => field.value.trim() && onEdit(field.value.trim());
-    const buttons = [button("Send again", send), button("Cancel", done)];
-    const form = el("div", { className: "edit" }, field, actionsOf(...buttons));
-    field.onkeydown = (event) => {
-      if (event.key === "Escape") done();
-      else if (entersMessage(event)) send();
-      else return;
-      event.preventDefault();
-      event.stopPropagation();
-    };
-    this.actions.remove();
-    this.said.replaceWith(form);
-    field.focus();
-  }
+/* A question; `onEdit` gets its new text. */
+export function questionView(message, onEdit) {
+  const field = el("textarea", { ariaLabel: "Edit your message", rows: 3 });
+  const show = (focused, ...parts) => {
+    element.replaceChildren(element.firstChild, ...parts);
+    focused.focus();
+  };
+  const open = () => {
+    field.value = message.content;
+    show(field, form);
+  };
+  const close = () => show(edit, said, actions);
+  const send = () => field.value.trim() && onEdit(field.value.trim());
+  field.onkeydown = (event) => {
+    if (event.key === "Escape") close();
+    else if (entersMessage(event)) send();
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  };
+  const edit = button("Edit", open, { className: "change" });
+  const said = el("div", { className: "said", dir: "auto" }, message.content);
+  const actions = actionsOf(edit, copyButton(message));
+  const choices = actionsOf(button("Send again", send), button("Cancel", close));
+  const form = el("div", { className: "edit" }, field, choices);
+  const element = article("question", "You", said, actions);
+  return element;
 }
 
 export class ReplyView {
@@ -74,8 +74,8 @@ export class ReplyView {
     this.reason = el("p");
     this.problem = el("div", { className: "problem", role: "alert" }, this.reason, again("Retry"));
     const actions = actionsOf(copyButton(message), again("Regenerate"), this.state);
-    const who = el("h2", { className: "who" }, "nanochat");
-    this.element = el("article", { className: "reply" }, who, this.said, this.problem, actions);
+    this.element = article("reply", "nanochat", this.said, this.problem, actions);
+    this.update(false);
   }
 
   /* Shows what the reply holds by now. */

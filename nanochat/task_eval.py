@@ -22,7 +22,7 @@ from nanochat.common import gather, own_part, progress_bar
 from nanochat.core_eval import Score, padded
 from nanochat.engine import Engine, Request
 from nanochat.sampling import derive_seed
-from nanochat.tokenizer import Conversation, render_prompt
+from nanochat.tokenizer import Conversation, crop_prompt, render_prompt
 
 
 class EvalTask(Protocol):
@@ -47,7 +47,7 @@ def evaluate_choice(engine: Engine, task: EvalTask, batch_size: int = 32) -> Eva
     model, tokenizer = engine.model, engine.tokenizer
     items = {index: task[index] for index in own_part(len(task))}
     prompts = {
-        index: _fit(render_prompt(tokenizer, item), model.config.sequence_len)
+        index: crop_prompt(render_prompt(tokenizer, item), model.config.sequence_len)
         for index, item in items.items()
     }
     order = sorted(items, key=lambda index: -len(prompts[index]))
@@ -85,7 +85,7 @@ def evaluate_generate(
     max_tokens = min(max_tokens, engine.max_len // 2)
     requests: dict[int, list[Request]] = {}
     for index, item in items.items():
-        prompt = _fit(render_prompt(engine.tokenizer, item), engine.max_len - max_tokens)
+        prompt = crop_prompt(render_prompt(engine.tokenizer, item), engine.max_len - max_tokens)
         seeds = [derive_seed(seed, index, k) for k in range(num_samples)]
         requests[index] = [Request(prompt, max_tokens, temperature, seed=own) for own in seeds]
     asked = list(chain.from_iterable(requests.values()))
@@ -95,11 +95,6 @@ def evaluate_generate(
         for index, own in requests.items()
     }
     return _judge(task, items, said)
-
-
-def _fit(prompt: list[int], max_len: int) -> list[int]:
-    """`prompt`, or its first token (bos) and its end if it is longer than `max_len`."""
-    return prompt if len(prompt) <= max_len else prompt[:1] + prompt[len(prompt) - max_len + 1 :]
 
 
 def _judge(

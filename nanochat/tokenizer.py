@@ -230,6 +230,11 @@ def render_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
     return [*ids, chat_tokens(tokenizer).assistant_start]
 
 
+def crop_prompt(prompt: list[int], max_len: int) -> list[int]:
+    """`prompt`, or its first token, <|bos|>, and its end if it is longer than `max_len`."""
+    return prompt if len(prompt) <= max_len else prompt[:1] + prompt[len(prompt) - max_len + 1 :]
+
+
 def _render(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     tokens = chat_tokens(tokenizer)
     ids, mask, system = [tokens.bos], [0], ""

@@ -39,7 +39,7 @@ from nanochat.common import (
 )
 from nanochat.engine import Engine, Event, Reply, Request
 from nanochat.sampling import derive_seed
-from nanochat.tokenizer import Tokenizer, render_prompt
+from nanochat.tokenizer import Tokenizer, crop_prompt, render_prompt
 
 HELP = """\
 /clear                forget the conversation
@@ -74,7 +74,7 @@ def fit_window(
         while len(prompt) > max_len and len(messages) > 1:
             del messages[:2]  # a question and its answer
             prompt = render_prompt(tokenizer, {"messages": messages})
-    return prompt if len(prompt) <= max_len else prompt[:1] + prompt[len(prompt) - max_len + 1 :]
+    return crop_prompt(prompt, max_len)
 
 
 def show(event: Event) -> None:

@@ -7,7 +7,8 @@ token: only the finished reply is announced, in a separate region. */
 import { ApiError, hasReport, loadModel, streamReply } from "./api.js";
 import { el } from "./markdown.js";
 import { Store, textOf } from "./store.js";
-import { button, copy, entersMessage, entryView, isTouch, questionView, ReplyView } from "./view.js";
+import { button, copy, entersMessage, isTouch } from "./view.js";
+import { entryView, questionView, ReplyView } from "./view.js";
 
 const TOAST_MS = 10_000;
 const FULL = "The browser's storage is full: export your conversations and delete old ones.";

@@ -23,7 +23,7 @@ tests/test_layout.py reads this list and holds the order.
     engine         many requests at once: prefill, batched decode, tool calls, prefix reuse
     sandbox_child  inside the sandbox: a program and its checks, in two processes on one wire
     sandbox        run model-written Python isolated and within limits
-    task_eval      categorical and generative evaluation, batched through the engine
+    task_eval      tasks, and categorical and generative evaluation of a chat model on one
     report         what each stage wrote -> report.md, report.html, report.json
     hf_modeling    a model with the additions as transformers runs it; exports carry the file
     hf_export      settings, tensor names, tokenizer and chat template for transformers

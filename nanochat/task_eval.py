@@ -1,4 +1,4 @@
-"""Evaluate a chat model on a task: by the logits of the letters, or by its replies.
+"""Tasks, and how a chat model does on one: by the logits of the letters, or by its replies.
 
 `evaluate_choice` compares the logits of the offered letters right after the prompt.
 `evaluate_generate` has all items and samples of a task in flight at once; the task scores the text
@@ -8,13 +8,14 @@ r + 2n, ..., and every rank gets the same result.
 Shapes: B rows, T time, V vocabulary.
 """
 
+import copy
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from statistics import fmean
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,12 +26,33 @@ from nanochat.sampling import derive_seed
 from nanochat.tokenizer import Conversation, crop_prompt, render_prompt
 
 
-class EvalTask(Protocol):
-    """What an evaluation needs of a task; `tasks.common.Task` is one."""
+class Task(Sequence[Conversation]):
+    """A list of conversations; a slice such as `task[:100]` is a task, too."""
 
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Conversation: ...
-    def score(self, conversation: Conversation, reply: str, /) -> float: ...
+    kind = "generate"  # "choice": the reply is one of the letters in the conversation's "letters"
+    baseline = 0.0  # accuracy of guessing
+
+    def __init__(self, keys: Sequence[Any]) -> None:
+        """`keys`, in this order, are what `get_example` makes the conversations from."""
+        self._keys = keys
+
+    def get_example(self, key: Any, /) -> Conversation:
+        """The conversation of a key; here the key is one."""
+        return key
+
+    def score(self, conversation: Conversation, reply: str) -> float:
+        """From 0 (wrong) to 1 (right), for evaluation and RL; here: equality with the answer."""
+        return float(reply.strip() == conversation["answer"])
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            part = copy.copy(self)
+            part._keys = self._keys[index]
+            return part
+        return self.get_example(self._keys[index])
 
 
 class EvalResult(NamedTuple):
@@ -42,7 +64,7 @@ class EvalResult(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate_choice(engine: Engine, task: EvalTask, batch_size: int = 32) -> EvalResult:
+def evaluate_choice(engine: Engine, task: Task, batch_size: int = 32) -> EvalResult:
     """Score the offered letter with the highest logit after the prompt, for every item."""
     model, tokenizer = engine.model, engine.tokenizer
     items = {index: task[index] for index in own_part(len(task))}
@@ -62,16 +84,16 @@ def evaluate_choice(engine: Engine, task: EvalTask, batch_size: int = 32) -> Eva
         logits = model(inputs, cache=cache, num_new=num_new, last_only=True)[:, 0].cpu()  # (B, V)
         for index, item_logits in zip(batch, logits, strict=True):
             letters = items[index]["letters"]
-            ids = [tokenizer.encode(letter) for letter in letters]
-            assert all(len(id) == 1 for id in ids), f"a letter of {letters} is not one token"
-            letter = letters[int(item_logits[[id[0] for id in ids]].argmax())]
+            ids = [id for letter in letters for id in tokenizer.encode(letter)]
+            assert len(ids) == len(letters), f"a letter of {letters} is not one token"
+            letter = letters[int(item_logits[ids].argmax())]
             said[index] = [(letter, letter)]
     return _judge(task, items, said)
 
 
 def evaluate_generate(
     engine: Engine,
-    task: EvalTask,
+    task: Task,
     num_samples: int = 1,
     max_tokens: int = 512,
     temperature: float = 0.0,
@@ -98,9 +120,7 @@ def evaluate_generate(
 
 
 def _judge(
-    task: EvalTask,
-    items: Mapping[int, Conversation],
-    said: Mapping[int, Sequence[tuple[str, Any]]],
+    task: Task, items: dict[int, Conversation], said: dict[int, list[tuple[str, Any]]]
 ) -> EvalResult:
     """The outcome for `said`: of every sample of an item, the text to score and what to record."""
 

@@ -40,8 +40,7 @@ from nanochat.core_eval import Score, centered_score
 from nanochat.engine import Engine
 from nanochat.report import show, write_section
 from nanochat.sandbox import isolation
-from nanochat.task_eval import EvalResult, evaluate_choice, evaluate_generate
-from tasks.common import Task
+from nanochat.task_eval import EvalResult, Task, evaluate_choice, evaluate_generate
 from tasks.mixtures import CHAT_CORE, build_task
 
 Tasks = Annotated[str, tyro.conf.arg(aliases=["-a", "--task_name"])]

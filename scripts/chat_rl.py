@@ -35,10 +35,9 @@ from nanochat.gpt import GPT
 from nanochat.report import write_section
 from nanochat.sampling import derive_seed
 from nanochat.scaling import lr_multiplier_at, make_optimizer
-from nanochat.task_eval import evaluate_generate
+from nanochat.task_eval import Task, evaluate_generate
 from nanochat.tokenizer import render_prompt
 from nanochat.trainer import Run
-from tasks.common import Task
 from tasks.mixtures import build_task
 
 MOMENTUM = 0.95  # of Muon; constant, since the stage starts from a trained model

@@ -1,11 +1,10 @@
-"""The base of all tasks: a list of conversations to slice, mix, shuffle and score.
+"""The bases of the tasks: mixed of others, generated, or read from a public data set.
 
 Rows of Hugging Face data sets come from the hub or, with `NANOCHAT_DATASETS=<folder>`, from
 `<folder>/<owner>/<name>/<config>/<split>.jsonl` or `.parquet`. They are shuffled once: MMLU is
 sorted by subject, and the first hundred rows of any task should be a fair sample.
 """
 
-import copy
 import os
 import random
 from collections.abc import Sequence
@@ -17,36 +16,8 @@ import pyarrow.parquet as parquet
 
 from nanochat.common import UserError
 from nanochat.dataset import numbered_jsonl
+from nanochat.task_eval import Task
 from nanochat.tokenizer import Conversation, check_conversation, render_choices
-
-
-class Task(Sequence[Conversation]):
-    """A list of conversations; a slice such as `task[:100]` is a task, too."""
-
-    kind = "generate"  # "choice": the reply is one of the letters in the conversation's "letters"
-    baseline = 0.0  # accuracy of guessing
-
-    def __init__(self, keys: Sequence[Any]) -> None:
-        """`keys`, in this order, are what `get_example` makes the conversations from."""
-        self._keys = keys
-
-    def get_example(self, key: Any, /) -> Conversation:
-        """The conversation of a key; here the key is one."""
-        return key
-
-    def score(self, conversation: Conversation, reply: str) -> float:
-        """From 0 (wrong) to 1 (right), for evaluation and RL; here: equality with the answer."""
-        return float(reply.strip() == conversation["answer"])
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            part = copy.copy(self)
-            part._keys = self._keys[index]
-            return part
-        return self.get_example(self._keys[index])
 
 
 class TaskMixture(Task):

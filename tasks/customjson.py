@@ -11,8 +11,8 @@ from pathlib import Path
 
 from nanochat.common import UserError
 from nanochat.dataset import numbered_jsonl
+from nanochat.task_eval import Task
 from nanochat.tokenizer import Conversation, check_conversation
-from tasks.common import Task
 
 
 class CustomJSON(Task):

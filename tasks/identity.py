@@ -15,8 +15,9 @@ import re
 from pathlib import Path
 
 from nanochat.common import UserError
+from nanochat.task_eval import Task
 from nanochat.tokenizer import Conversation
-from tasks.common import Task, exchange
+from tasks.common import exchange
 
 FACTS = Path(__file__).with_name("identity.json")
 OPENINGS = ("", "", "", "Hi! ", "Hello. ", "Hey! ", "Good morning. ", "Quick question: ", "Tell me: ")  # fmt: skip

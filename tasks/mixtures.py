@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from nanochat.common import UserError
+from nanochat.task_eval import Task
 from tasks.arc import ARC
-from tasks.common import Task, TaskMixture
+from tasks.common import TaskMixture
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval

@@ -13,7 +13,7 @@ import torch
 
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
-from nanochat.task_eval import evaluate_choice, evaluate_generate
+from nanochat.task_eval import Task, evaluate_choice, evaluate_generate
 from nanochat.tokenizer import Conversation, render_conversation, render_prompt
 from tests.launch import on_ranks
 from tests.models import TOKENIZER, memorise, random_gpt
@@ -23,16 +23,13 @@ def random_model(context: int = 64) -> GPT:
     return random_gpt(context, width=64, head_std=0.1)
 
 
-class Letters:
+class Letters(Task):
     """Choices of 2 to 4 letters; the right one alternates."""
 
     def __init__(self, num: int) -> None:
-        self.num = num
+        super().__init__(range(num))
 
-    def __len__(self) -> int:
-        return self.num
-
-    def __getitem__(self, index: int) -> Conversation:
+    def get_example(self, index: int) -> Conversation:
         letters = list("ABCD"[: 2 + index % 3])
         question, answer = "which?" + "." * (index * 7 % 11), letters[index % 2]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -45,7 +42,7 @@ class Letters:
 class Sums(Letters):
     """Small sums through the tool, said aloud after it."""
 
-    def __getitem__(self, index: int) -> Conversation:
+    def get_example(self, index: int) -> Conversation:
         call = [
             {"type": "python", "text": f"{index}+1"},
             {"type": "python_output", "text": f"{index + 1}"},

@@ -19,6 +19,7 @@ import pytest
 
 import primer
 from nanochat.calculator import calculate
+from nanochat.task_eval import Task
 from nanochat.tokenizer import (
     SPECIAL_TOKENS,
     Conversation,
@@ -27,7 +28,7 @@ from nanochat.tokenizer import (
     render_choices,
     render_conversation,
 )
-from tasks.common import Task, TaskMixture, load_rows
+from tasks.common import TaskMixture, load_rows
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, final_number
 from tasks.identity import FACTS, Identity

@@ -42,7 +42,7 @@ class Task(Sequence[Conversation]):
 
     def score(self, conversation: Conversation, reply: str) -> float:
         """From 0 (wrong) to 1 (right), for evaluation and RL; here: equality with the answer."""
-        return float(reply.strip() == conversation["answer"])
+        return reply.strip() == conversation["answer"]
 
     def __len__(self) -> int:
         return len(self._keys)

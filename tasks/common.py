@@ -7,7 +7,8 @@ sorted by subject, and the first hundred rows of any task should be a fair sampl
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import cycle
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, cast
@@ -17,7 +18,7 @@ import pyarrow.parquet as parquet
 from nanochat.common import UserError
 from nanochat.dataset import numbered_jsonl
 from nanochat.task_eval import Task
-from nanochat.tokenizer import Conversation, check_conversation, render_choices
+from nanochat.tokenizer import PART_TYPES, Conversation, check_conversation, render_choices
 
 
 class TaskMixture(Task):
@@ -91,6 +92,12 @@ class ChoiceTask(HubTask):
 
 def exchange(question: str, reply: str | list[dict[str, str]]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+
+
+def in_parts(texts: Iterable[str]) -> list[dict[str, str]]:
+    """Texts as a reply's parts: text, tool call, its output, text, ...; without empty ones."""
+    kinds = zip(cycle(PART_TYPES), texts, strict=False)
+    return [{"type": kind, "text": text} for kind, text in kinds if text]
 
 
 def load_rows(name: str, config: str, split: str) -> Sequence[dict[str, Any]]:

@@ -13,11 +13,10 @@ Source: openai/gsm8k on the Hugging Face hub, configuration "main" (arXiv 2110.1
 
 import re
 from decimal import Decimal
-from itertools import cycle
 from typing import Any
 
-from nanochat.tokenizer import PART_TYPES, Conversation
-from tasks.common import HubTask, exchange
+from nanochat.tokenizer import Conversation
+from tasks.common import HubTask, exchange, in_parts
 
 MARK = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 # Possessive (++), so that "#### 18.5/3" is not read as 18.
@@ -33,14 +32,12 @@ class GSM8K(HubTask):
         if final_number(row["answer"]) is None:
             raise ValueError("the answer has no number after ####")
         # Split at two groups: text, expression, result, text, expression, result, ..., text.
-        pieces = zip(cycle(PART_TYPES), MARK.split(row["answer"]), strict=False)
-        solution = [{"type": kind, "text": text} for kind, text in pieces if text]
-        messages = exchange(row["question"], solution)
+        messages = exchange(row["question"], in_parts(MARK.split(row["answer"])))
         return {"messages": messages, "answer": row["answer"].rpartition("####")[2].strip()}
 
     def score(self, conversation: Conversation, reply: str) -> float:
         said = final_number(reply)
-        return float(said is not None and said == final_number(f"#### {conversation['answer']}"))
+        return said is not None and said == final_number(f"#### {conversation['answer']}")
 
 
 def final_number(text: str) -> Decimal | None:

@@ -45,7 +45,7 @@ class HumanEval(HubTask):
         program = complete(prompt, name, reply)
         checks = f"{prompt}\n{conversation['test']}"
         reason = run_program(program, name, checks, allow_unsafe=self.allow_unsafe_exec)
-        return float(not reason)
+        return not reason
 
 
 def complete(prompt: str, name: str, reply: str) -> str:

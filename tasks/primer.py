@@ -70,7 +70,7 @@ class PrimerExact(PrimerQuiz):
         return {"answer": question.answer, "accepted": [question.answer, *question.accepted]}
 
     def score(self, conversation: Conversation, reply: str) -> float:
-        return float(normalized(reply) in map(normalized, conversation["accepted"]))
+        return normalized(reply) in map(normalized, conversation["accepted"])
 
 
 class PrimerArithmetic(PrimerQuiz):
@@ -79,7 +79,7 @@ class PrimerArithmetic(PrimerQuiz):
     quiz = "arithmetic"
 
     def score(self, conversation: Conversation, reply: str) -> float:
-        return float(last_number(reply) == conversation["answer"])
+        return last_number(reply) == conversation["answer"]
 
 
 class PrimerSpelling(PrimerQuiz):
@@ -90,4 +90,4 @@ class PrimerSpelling(PrimerQuiz):
     def score(self, conversation: Conversation, reply: str) -> float:
         answer = conversation["answer"]
         said = last_count(reply) if answer.isdecimal() else normalized(reply)
-        return float(said == normalized(answer))
+        return said == normalized(answer)

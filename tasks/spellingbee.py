@@ -21,7 +21,7 @@ from string import ascii_lowercase
 
 from nanochat.common import UserError
 from nanochat.tokenizer import Conversation
-from tasks.common import GeneratedTask, exchange
+from tasks.common import GeneratedTask, exchange, in_parts
 
 WORDS = Path(__file__).with_suffix(".txt")
 ASK_SPELLING = (
@@ -56,7 +56,7 @@ class SpellWord(GeneratedTask):
         return {"messages": exchange(question, spelled), "answer": spelled}
 
     def score(self, conversation: Conversation, reply: str) -> float:
-        return float(normalized(reply) == conversation["answer"])
+        return normalized(reply) == conversation["answer"]
 
 
 class SpellingBee(SpellWord):
@@ -72,17 +72,13 @@ class SpellingBee(SpellWord):
             tally.append(f"{each} {count}" if each == letter else each)
         times = "1 time" if count == 1 else f"{count} times"
         by_hand = f"{', '.join(tally)}. By hand I count {count}. I check it: "
-        reply = [
-            {"type": "text", "text": by_hand},
-            {"type": "python", "text": f"'{word}'.count('{letter}')"},
-            {"type": "python_output", "text": str(count)},
-            {"type": "text", "text": f"The letter {letter} appears {times} in '{word}'."},
-        ]
+        said = f"The letter {letter} appears {times} in '{word}'."
+        reply = in_parts([by_hand, f"'{word}'.count('{letter}')", str(count), said])
         question = rng.choice(ASK_COUNT.split(" | ")).format(word=word, letter=letter)
         return {"messages": exchange(question, reply), "answer": str(count)}
 
     def score(self, conversation: Conversation, reply: str) -> float:
-        return float(last_count(reply) == conversation["answer"])
+        return last_count(reply) == conversation["answer"]
 
 
 @cache

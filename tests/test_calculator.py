@@ -26,34 +26,16 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("expression", "printed"),
-    [
-        ("2+2", "4"),
-        (" 12 * (3 + 4) ", "84"),
-        ("8/2", "4"),
-        ("0.5*4", "2"),
-        ("7/2", "3.5"),
-        ("1/3", "0.3333333333333333"),
-        ("-3--4", "1"),
-        ("1e20", "1e+20"),
-        ("9" * MAX_DIGITS, "9" * MAX_DIGITS),
-        ("(" * 20 + "1" + ")" * 20, "1"),
-        ("1" + "+1" * 99, "100"),
-        ("'banana'.count('a')", "3"),
-        ("'straw' 'berry'.count('r') * 2", "6"),
-        ('"it\'s".count("\'")', "1"),
-        ("'((('.count('(')", "3"),
-        ("'日本日'.count('日')", "2"),
-    ],
-)
-def test_prints(expression: str, printed: str) -> None:
-    assert calculate(expression) == printed
-
-
-@pytest.mark.parametrize("expression", HOSTILE, ids=range(len(HOSTILE)))
-def test_refuses(expression: str) -> None:
-    assert calculate(expression) is None
+def test_prints_what_is_right_and_refuses_the_rest() -> None:
+    printed = {
+        "2+2": "4", " 12 * (3 + 4) ": "84", "8/2": "4", "0.5*4": "2", "7/2": "3.5",
+        "1/3": "0.3333333333333333", "-3--4": "1", "1e20": "1e+20", "1" + "+1" * 99: "100",
+        "9" * MAX_DIGITS: "9" * MAX_DIGITS, "(" * 20 + "1" + ")" * 20: "1",
+        "'banana'.count('a')": "3", "'straw' 'berry'.count('r') * 2": "6",
+        '"it\'s".count("\'")': "1", "'((('.count('(')": "3", "'日本日'.count('日')": "2",
+    }  # fmt: skip
+    assert {expression: calculate(expression) for expression in printed} == printed
+    assert not [expression for expression in HOSTILE if calculate(expression) is not None]
 
 
 def sum_of(random_: random.Random, depth: int) -> str:

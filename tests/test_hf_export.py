@@ -73,7 +73,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def new_model(kind: str, depth: int = 2, num_kv_heads: int = 2, **settings: Any) -> GPT:
     """Random weights; no special token is ever likely."""
-    sizes = {"n_layer": depth, "n_head": 4, "n_kv_head": num_kv_heads, "n_embd": 64}
+    sizes: Any = {"n_layer": depth, "n_head": 4, "n_kv_head": num_kv_heads, "n_embd": 64}
     sizes |= {"sequence_len": 256, "vocab_size": TOKENIZER.vocab_size}
     make = GPTConfig.plain if kind == "plain" else GPTConfig
     model = busy_gpt(make(**sizes, **settings))

@@ -24,7 +24,8 @@ from nanochat.trainer import FREE_SETTINGS
 from tests.hub import Fault, Hub
 from tests.test_core_eval import write_bundle
 from tests.test_dataset import parquet
-from tests.test_tasks import GSM, MMLU_ALL, PENS, PLANTS, SMOL, SUM, TALK
+from tests.test_humaneval import ROW
+from tests.test_tasks import DATASETS
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = [
@@ -302,19 +303,8 @@ def shard(first: int) -> bytes:
 
 def write_datasets(folder: Path) -> None:
     """A few rows of every data set that the default mixtures and ChatCORE read."""
-    code = {
-        "task_id": "HumanEval/0", "prompt": "def one():\n    return", "canonical_solution": " 1\n",
-        "test": "def check(candidate):\n    assert candidate() == 1\n", "entry_point": "one",
-    }  # fmt: skip
-    rows = {
-        "allenai/ai2_arc/ARC-Easy": ("train test", PLANTS),
-        "allenai/ai2_arc/ARC-Challenge": ("train test", PLANTS),
-        MMLU_ALL: ("auxiliary_train validation test", SUM),
-        GSM: ("train test", PENS),
-        SMOL: ("train test", TALK),
-        "openai/openai_humaneval/openai_humaneval": ("test", code),
-    }
-    for name, (splits, row) in rows.items():
+    rows = DATASETS | {"openai/openai_humaneval/openai_humaneval": ("test", ROW, 1)}
+    for name, (splits, row, _) in rows.items():
         (folder / name).mkdir(parents=True)
         for split in splits.split():
             (folder / name / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 20)
@@ -399,20 +389,16 @@ def test_from_nothing_to_a_report_though_killed_in_every_stage(
     assert again.read_text().count("done before") == len(STAGES)
 
 
-@pytest.mark.parametrize(
-    ("command", "code", "said"),
-    [
-        ("runcpu.sh --help", 0, "bash runcpu.sh --from FOLDER"),
-        ("runcpu.sh --from", 2, "error: --from needs a folder\n"),
-        ("runcpu.sh --fresh --from=", 2, "error: --from needs a folder\n"),
-        ("runcpu.sh --from=/nowhere", 2, "error: --from /nowhere is no folder\n"),
-        ("runcpu.sh --form", 2, "error: unknown option --form;"),
-        ("speedrun.sh --frehs", 2, "error: unknown option --frehs; the only one is --fresh"),
-        ("run1000.sh 8", 2, "error: unknown option 8; the only one is --fresh"),
-    ],
-)  # fmt: skip
-def test_the_shell_scripts_know_their_options(command: str, code: int, said: str) -> None:
-    done = subprocess.run(
-        ["bash", *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=20
-    )
-    assert done.returncode == code and said in done.stdout + done.stderr
+def test_the_shell_scripts_know_their_options() -> None:
+    for command, said in {
+        "runcpu.sh --help": "bash runcpu.sh --from FOLDER",
+        "runcpu.sh --from": "error: --from needs a folder\n",
+        "runcpu.sh --fresh --from=": "error: --from needs a folder\n",
+        "runcpu.sh --from=/nowhere": "error: --from /nowhere is no folder\n",
+        "runcpu.sh --form": "error: unknown option --form;",
+        "speedrun.sh --frehs": "error: unknown option --frehs; the only one is --fresh",
+        "run1000.sh 8": "error: unknown option 8; the only one is --fresh",
+    }.items():
+        done = subprocess.run(f"bash {command}".split(), cwd=ROOT, capture_output=True, text=True)
+        assert said in done.stdout + done.stderr
+        assert done.returncode == (0 if command.endswith("--help") else 2)

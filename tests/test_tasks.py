@@ -11,7 +11,6 @@ from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -63,6 +62,16 @@ TALK = {
 }
 
 
+# What the default mixtures read: data set -> its splits, a row, and how many of it a test writes.
+DATASETS: dict[str, tuple[str, dict, int]] = {
+    ARC_EASY: ("train test", PLANTS, 3),
+    "allenai/ai2_arc/ARC-Challenge": ("train test", PLANTS, 3),
+    MMLU_ALL: ("auxiliary_train validation test", SUM, 4),
+    GSM: ("train test", PENS, 5),
+    SMOL: ("train test", TALK, 6),
+}
+
+
 class Numbers(Task):
     """The conversations 0, 1, 2, ..., 9."""
 
@@ -104,14 +113,9 @@ def write_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteRows:
 
 @pytest.fixture
 def all_data(write_rows: WriteRows) -> None:
-    for config in ("ARC-Easy", "ARC-Challenge"):
-        for split in ("train", "test"):
-            write_rows(f"allenai/ai2_arc/{config}/{split}", [PLANTS] * 3)
-    for split in ("auxiliary_train", "validation", "test"):
-        write_rows(f"{MMLU_ALL}/{split}", [SUM] * 4)
-    for split in ("train", "test"):
-        write_rows(f"{GSM}/{split}", [PENS] * 5)
-        write_rows(f"{SMOL}/{split}", [TALK] * 6)
+    for name, (splits, row, num_rows) in DATASETS.items():
+        for split in splits.split():
+            write_rows(f"{name}/{split}", [row] * num_rows)
 
 
 # --- cutting, mixing, reading
@@ -136,23 +140,20 @@ def test_a_mixture_holds_every_row_as_often_as_its_task_is_listed() -> None:
     assert mixed == contents(TaskMixture(tasks, seed=1)) != contents(TaskMixture(tasks, seed=2))
 
 
-@pytest.mark.parametrize(
-    ("stage", "name", "size"),
-    [
+def test_the_mixtures_hold_every_row(all_data: None) -> None:
+    for stage, name, size in (
         ("mid", "default", 6 + 4 + 5 + 1000 + 1000 + 200_000 + 80_000),
         ("sft", "default", 3 + 3 + 5 + 6 + 1000 + 300 + 300),
         ("val", "default", 6 + 4 + 5 + 200 + 200),
         ("mid", "primer", 20_000 + 14_000 + 6_000 + 4_000 + 2_000),
         ("sft", "primer", 10_000 + 3_000 + 3_000 + 3_000 + 2_000 + 2_000),
         ("val", "primer", 400),
-    ],
-)
-def test_the_mixtures_hold_every_row(all_data: None, stage: str, name: str, size: int) -> None:
-    mixture = build_mixture(stage, name)
-    assert len(mixture) == size
-    for index in range(0, size, max(1, size // 100)):
-        check_conversation(mixture[index])
-        assert mixture[index]["messages"][-1]["role"] == "assistant"
+    ):
+        mixture = build_mixture(stage, name)
+        assert len(mixture) == size
+        for index in range(0, size, max(1, size // 100)):
+            check_conversation(mixture[index])
+            assert mixture[index]["messages"][-1]["role"] == "assistant"
 
 
 def test_the_first_rows_are_a_sample_of_all(write_rows: WriteRows) -> None:
@@ -191,9 +192,8 @@ def test_the_hub_is_asked_by_name_and_its_failure_told(monkeypatch: pytest.Monke
     refuses(told, load_rows, "cais/mmlu", "all", "train")
 
 
-@pytest.mark.parametrize(
-    ("name", "split", "row", "reason"),
-    [
+def test_a_malformed_row_is_named(write_rows: WriteRows) -> None:
+    for name, split, row, reason in (
         ("MMLU", MMLU_ALL, SUM | {"answer": 4}, "answer 4 of 4 choices"),
         ("MMLU", MMLU_ALL, SUM | {"answer": -1}, "answer -1 of 4 choices"),
         ("MMLU", MMLU_ALL, {"question": "2 + 2?"}, "no 'choices'"),
@@ -202,14 +202,10 @@ def test_the_hub_is_asked_by_name_and_its_failure_told(monkeypatch: pytest.Monke
         ("GSM8K", GSM, PENS | {"answer": "13"}, "no number after ####"),
         ("GSM8K", GSM, PENS | {"question": None}, "content must be a string"),
         ("GSM8K", GSM, ["a list"], "indices"),
-    ],
-)
-def test_a_malformed_row_is_named(
-    write_rows: WriteRows, name: str, split: str, row: Any, reason: str
-) -> None:
-    write_rows(f"{split}/test", [row])
-    told = refuses(r"test\), row 0 from 0: .*fetch the data set", lambda: build_task(name)[0])
-    assert reason in told
+    ):
+        write_rows(f"{split}/test", [row])
+        told = rf"test\), row 0 from 0: .*{reason}.*fetch the data set"
+        refuses(told, build_task(name).__getitem__, 0)
 
 
 # --- scoring
@@ -325,19 +321,18 @@ def test_marks_become_calls_of_the_tool(write_rows: WriteRows) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("said", "number"),
-    [
-        ("#### 18", "18"), ("so it is 4.\n####18 eggs.", "18"), ("#### 1,080", "1080"),
-        ("#### $2,520,000.", "2520000"), ("#### -5", "-5"), ("#### -$5.50", "-5.5"),
-        ("#### $-5.50", "-5.5"), ("#### +7", "7"), ("#### .5", "0.5"), ("#### 18.00", "18"),
-        ("#### 3 no, #### 4", "4"), ("#### 1,01,3", "1013"),
-        ("18", None), ("#### none", None), ("#### 18/3", None),
-        ("#### 1,8.5/3", None), ("### 18", None), ("", None),
-    ],
-)  # fmt: skip
-def test_the_number_behind_the_hashes(said: str, number: str | None) -> None:
-    assert final_number(said) == (None if number is None else Decimal(number))
+def test_the_number_behind_the_hashes() -> None:
+    numbers = {
+        "#### 18": "18", "so it is 4.\n####18 eggs.": "18", "#### 1,080": "1080",
+        "#### $2,520,000.": "2520000", "#### -5": "-5", "#### -$5.50": "-5.5",
+        "#### $-5.50": "-5.5", "#### +7": "7", "#### .5": "0.5", "#### 18.00": "18",
+        "#### 3 no, #### 4": "4", "#### 1,01,3": "1013",
+    }  # fmt: skip
+    assert {said: final_number(said) for said in numbers} == {
+        said: Decimal(number) for said, number in numbers.items()
+    }
+    for said in ("18", "#### none", "#### 18/3", "#### 1,8.5/3", "### 18", ""):
+        assert final_number(said) is None
 
 
 # --- conversations
@@ -362,13 +357,9 @@ def test_identity_tells_the_facts_of_the_file(tmp_path: Path) -> None:
     own.write_text(json.dumps(json.loads(FACTS.read_text()) | {"name": "Pip", "maker": "Ann"}))
     told = " ".join(m["content"] for row in Identity(facts=own) for m in row["messages"][1::2])
     assert "I am Pip" in told and "I was made by Ann." in told and "I am nanochat" not in told
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"name": "Pip"}', '{"name": 3}'])
-def test_broken_facts_are_told(tmp_path: Path, text: str) -> None:
-    own = tmp_path / "facts.json"
-    own.write_text(text)
-    refuses(r"^[^\n]*facts\.json[^\n]*$", Identity, facts=own)
+    for broken in ("{", "[]", '{"name": "Pip"}', '{"name": 3}'):
+        own.write_text(broken)
+        refuses("facts.json", Identity, facts=own)
 
 
 def test_custom_conversations_join_the_mixture(tmp_path: Path) -> None:
@@ -379,26 +370,19 @@ def test_custom_conversations_join_the_mixture(tmp_path: Path) -> None:
     mixture = build_mixture("val", "primer", custom=file)
     assert len(mixture) == 402
     assert sum(row["messages"] == talk for row in mixture) == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"messages": [', "line 2: not JSON"),
-        ('"hello"', "line 2: expected"),
-        ('{"text": "hello"}', "line 2: .*messages"),
-        ('[{"role": "assistant", "content": "hi"}]', "line 2: message 0 has the role 'assistant'"),
-        ('[{"role": "user", "content": "hi"}]', "line 2: no assistant message"),
-        ('[{"role": "user", "content": 3}]', "line 2: message 0"),
-        ("", "no conversation"),
-        (None, "cannot read"),
-    ],
-)
-def test_a_bad_custom_file_is_told(tmp_path: Path, text: str | None, message: str) -> None:
-    file = tmp_path / "own.jsonl"
-    if text is not None:
-        file.write_text(f"{json.dumps(TALK)}\n{text}\n" if text else "\n")
-    refuses(message, CustomJSON, file)
+    for text, told in {
+        '{"messages": [': "line 2: not JSON",
+        '"hello"': "line 2: expected",
+        '{"text": "hello"}': "line 2: .*messages",
+        '[{"role": "assistant", "content": "hi"}]': "line 2: message 0 has the role 'assistant'",
+        '[{"role": "user", "content": "hi"}]': "line 2: no assistant message",
+        '[{"role": "user", "content": 3}]': "line 2: message 0",
+    }.items():
+        file.write_text(f"{json.dumps(TALK)}\n{text}\n")
+        refuses(told, CustomJSON, file)
+    file.write_text("\n")
+    refuses("no conversation", CustomJSON, file)
+    refuses("cannot read", CustomJSON, tmp_path / "nowhere")
 
 
 # --- spelling

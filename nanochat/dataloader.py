@@ -12,9 +12,9 @@ rows and saved states.
 import hashlib
 import heapq
 import os
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -30,7 +30,7 @@ from nanochat.tokenizer import Conversation, Tokenizer, check_conversation, rend
 IGNORED = -1  # target of a token that is not to be learned
 WINDOW_ROWS = 8  # rows of tokens considered when packing; 16 and 32 gained nothing (simulated)
 ENCODE_BYTES = 1 << 18  # tokenised at a time, about
-QUEUE_BATCHES = 4  # how far the thread may be ahead
+BATCHES_AHEAD = 4  # packed or being packed by the thread
 NUM_THREADS = min(4, os.cpu_count() or 1)  # of the tokenizer; eight were slower
 BYTES_PER_TOKEN = 4  # typical of English
 MARK_BYTES = 8  # of a message, for the two special tokens around it
@@ -337,22 +337,8 @@ class Loader:
         self.num_cropped = 0
         num_finished = sum(lane["finished"] for lane in state["lanes"]) if state else 0
         self.progress = num_finished / self.total if self.total else 0.0
-        self._queue: queue.Queue[Any] = queue.Queue(QUEUE_BATCHES)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(
-            target=self._fill_queue, name="nanochat-loader", daemon=True
-        )
-        self._thread.start()
-
-    def _fill_queue(self) -> None:
-        try:
-            # Else page-locking would initialise GPU 0 in every rank's process.
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device.index or 0)
-            while not self._closed.is_set():
-                self._queue.put(self._pack())
-        except BaseException as error:
-            self._queue.put(error)
+        self._thread = ThreadPoolExecutor(1, "nanochat-loader")
+        self._ahead = deque(self._thread.submit(self._pack) for _ in range(BATCHES_AHEAD))
 
     def _pack(self) -> tuple[Batch, Callable[[], dict[str, Any]], int, int]:
         """(batch in host memory, state after it, crops, conversations fully packed)."""
@@ -360,6 +346,8 @@ class Loader:
         parts = np.where(rows < 0, ~rows, rows)[:, :-1], np.maximum(rows, IGNORED)[:, 1:]
         batch = Batch(*(torch.from_numpy(part.astype(np.int64)) for part in parts))
         if self.device.type == "cuda":
+            # Else page-locking would initialise GPU 0 in every rank's process.
+            torch.cuda.set_device(self.device.index or 0)
             batch = Batch(*(tensor.pin_memory() for tensor in batch))
         buffers = self.packer.buffers.values()
         num_cropped = sum(buffer.cropped for buffer in buffers)
@@ -373,13 +361,12 @@ class Loader:
         """The next batch, on the device; raises the thread's error, if any."""
         if self.progress >= 1:
             self.close()
-        if self._closed.is_set():
+        if not self._ahead:
             raise StopIteration
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            self._queue.put(item)  # for the next call
-            raise item
-        batch, self.state, self.num_cropped, num_finished = item
+        # An error stays in front, for the next call.
+        batch, self.state, self.num_cropped, num_finished = self._ahead[0].result()
+        self._ahead.popleft()
+        self._ahead.append(self._thread.submit(self._pack))
         if self.total:
             # No rank knows when the others run out, so they sum what they have packed. That waits
             # for the device, but rendering all conversations on all ranks would cost far more.
@@ -390,10 +377,8 @@ class Loader:
         return Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
 
     def close(self) -> None:
-        self._closed.set()
-        while not self._queue.empty():  # the thread may be waiting for room
-            self._queue.get()
-        self._thread.join()
+        self._ahead.clear()
+        self._thread.shutdown(cancel_futures=True)
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -176,17 +176,18 @@ def check_conversation(conversation: Conversation) -> None:
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise UserError('a conversation needs "messages": a list of at least one user message')
+    num_system = 0
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise UserError(f'message {i} is not an object with "role" and "content"')
-        _check_content(i, message["role"], message["content"])
-    roles = [message["role"] for message in messages]
-    num_system = int(roles[0] == "system")
-    for i, role in enumerate(roles[num_system:]):
-        wanted = ("user", "assistant")[i % 2]
-        if role != wanted:
-            raise UserError(f"message {i + num_system} has the role {role!r}; expected {wanted!r}")
-    if len(roles) == num_system:
+        role = message["role"]
+        _check_content(i, role, message["content"])
+        wanted = ("user", "assistant")[(i - num_system) % 2]
+        if i == 0 and role == "system":
+            num_system = 1
+        elif role != wanted:
+            raise UserError(f"message {i} has the role {role!r}; expected {wanted!r}")
+    if len(messages) == num_system:
         raise UserError("message 0 is a system message and no user message follows")
 
 
@@ -217,25 +218,6 @@ def render_conversation(
     UserError if malformed.
     """
     check_conversation(conversation)
-    return _render(tokenizer, conversation["messages"])
-
-
-def render_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
-    """The ids that the model is to continue; a reply at the end is left out."""
-    check_conversation(conversation)
-    messages = conversation["messages"]
-    if messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    ids, _ = _render(tokenizer, messages)
-    return [*ids, chat_tokens(tokenizer).assistant_start]
-
-
-def crop_prompt(prompt: list[int], max_len: int) -> list[int]:
-    """`prompt`, or its first token, <|bos|>, and its end if it is longer than `max_len`."""
-    return prompt if len(prompt) <= max_len else prompt[:1] + prompt[len(prompt) - max_len + 1 :]
-
-
-def _render(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     tokens = chat_tokens(tokenizer)
     ids, mask, system = [tokens.bos], [0], ""
 
@@ -243,7 +225,7 @@ def _render(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list
         ids.extend(piece)
         mask.extend([learned] * len(piece))
 
-    for message in messages:
+    for message in conversation["messages"]:
         content = message["content"]
         if message["role"] == "system":
             system = f"{content}\n\n"
@@ -264,6 +246,21 @@ def _render(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list
                     add([tokens.output_start, *piece, tokens.output_end], 0)
             add([tokens.assistant_end], 1)
     return ids, mask
+
+
+def render_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
+    """The ids that the model is to continue; a reply at the end is left out."""
+    check_conversation(conversation)
+    messages = conversation["messages"]
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    ids, _ = render_conversation(tokenizer, {"messages": messages})
+    return [*ids, chat_tokens(tokenizer).assistant_start]
+
+
+def crop_prompt(prompt: list[int], max_len: int) -> list[int]:
+    """`prompt`, or its first token, <|bos|>, and its end if it is longer than `max_len`."""
+    return prompt if len(prompt) <= max_len else prompt[:1] + prompt[len(prompt) - max_len + 1 :]
 
 
 def render_choices(question: str, choices: Sequence[str]) -> str:

@@ -344,7 +344,7 @@ def test_the_order_of_conversations_follows_from_seed_and_epoch() -> None:
 
 
 def loader_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "nanochat-loader"]
+    return [thread.name for thread in threading.enumerate() if "nanochat-loader" in thread.name]
 
 
 def test_close_ends_the_thread(shards: list[Path]) -> None:
@@ -369,7 +369,8 @@ def test_an_error_in_the_thread_is_raised_by_next(shards: list[Path]) -> None:
         with pytest.raises(UserError, match="shard_0000[12]"):
             for _ in range(100):
                 next(loader)
-        assert not loader_threads()
+    loader.close()
+    assert not loader_threads()
 
 
 def test_bad_input_is_told(shards: list[Path], tmp_path: Path) -> None:

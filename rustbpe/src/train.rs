@@ -51,7 +51,7 @@ pub fn token_bytes(merges: &[Pair]) -> Vec<Vec<u8>> {
 }
 
 /// How often a pair or a neighbour occurs in the text, and where.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Occurrences {
     count: u64,
     places: Vec<Place>,
@@ -82,11 +82,9 @@ impl Side {
     }
 
     /// Empties this side: every token that was seen, with its occurrences.
-    fn drain(&mut self) -> impl Iterator<Item = (u32, Occurrences)> {
-        let by_token = &mut self.by_token;
-        self.seen
-            .drain(..)
-            .map(|token| (token, take(&mut by_token[token as usize])))
+    fn drain(&mut self) -> Vec<(u32, Occurrences)> {
+        let occurrences = |token| (token, take(&mut self.by_token[token as usize]));
+        self.seen.drain(..).map(occurrences).collect()
     }
 }
 
@@ -102,8 +100,7 @@ impl Trainer {
     fn new(words: Words) -> Self {
         // Pairs of bytes fit an array, faster than the table for this pass over all places.
         let index = |(left, right): Pair| (left * NUM_BYTES + right) as usize;
-        let mut by_pair: Vec<Occurrences> = Vec::new();
-        by_pair.resize_with((NUM_BYTES * NUM_BYTES) as usize, Occurrences::default);
+        let mut by_pair = vec![Occurrences::default(); (NUM_BYTES * NUM_BYTES) as usize];
         words.for_each_pair(|pair, place| by_pair[index(pair)].add(words.count(place), place));
 
         let mut trainer = Self {
@@ -115,10 +112,6 @@ impl Trainer {
         };
         for (pair, occurrences) in (0..).zip(by_pair) {
             trainer.add_pair((pair / NUM_BYTES, pair % NUM_BYTES), occurrences);
-        }
-        for side in [&mut trainer.before, &mut trainer.after] {
-            side.by_token
-                .resize_with(NUM_BYTES as usize, Occurrences::default);
         }
         trainer
     }
@@ -156,19 +149,17 @@ impl Trainer {
     fn merge(&mut self, pair: Pair) {
         let (left, right) = pair;
         let token = self.words.add_token(pair);
-        self.before.by_token.push(Occurrences::default());
-        self.after.by_token.push(Occurrences::default());
-        let mut twins = Occurrences::default(); // the new token beside itself
-
+        for side in [&mut self.before, &mut self.after] {
+            let num_tokens = token as usize + 1;
+            side.by_token.resize_with(num_tokens, Occurrences::default);
+        }
         let places = self.pairs.remove(&pair).unwrap_or_default().places;
         for place in places {
             let Some((before, after)) = self.words.merge(place, pair, token) else {
                 continue;
             };
             let count = self.words.count(place);
-            if before == token {
-                twins.add(count, self.words.place_before(place, before));
-            } else if before != SEPARATOR {
+            if before != SEPARATOR {
                 let place_before = self.words.place_before(place, before);
                 self.before.add(before, count, place_before);
             }
@@ -177,20 +168,15 @@ impl Trainer {
             }
         }
 
-        let (mut before, mut after) = (take(&mut self.before), take(&mut self.after));
-        for (neighbour, occurrences) in before.drain() {
+        for (neighbour, occurrences) in self.after.drain() {
+            self.lower_count((right, neighbour), occurrences.count);
+            self.add_pair((token, neighbour), occurrences);
+        }
+        // In this order: of two new tokens side by side, the first was added with the left token of
+        // the second as its neighbour, a moment before that was merged itself.
+        for (neighbour, occurrences) in self.before.drain() {
             self.lower_count((neighbour, left), occurrences.count);
             self.add_pair((neighbour, token), occurrences);
         }
-        for (neighbour, mut occurrences) in after.drain() {
-            self.lower_count((right, neighbour), occurrences.count);
-            if neighbour == left {
-                // Here the left token of a twin was seen, a moment before it was merged itself.
-                occurrences.count -= twins.count;
-            }
-            self.add_pair((token, neighbour), occurrences);
-        }
-        self.add_pair((token, token), twins);
-        (self.before, self.after) = (before, after);
     }
 }

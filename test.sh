@@ -20,4 +20,5 @@ bash dev/check.sh "$@"
 # One thread: those of tiny models wait for each other, sixteen times slower on a busy machine.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # The odd expansion: bash 3.2, a Mac's, takes an empty array for an unset variable.
-python -m pytest --durations=5 -m "$chosen" ${arguments[@]+"${arguments[@]}"}
+python -m pytest -n auto --maxprocesses=4 --dist worksteal --durations=5 -m "$chosen" \
+  ${arguments[@]+"${arguments[@]}"}

@@ -16,6 +16,7 @@ from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from nanochat.tokenizer import ChatTokens, Tokenizer, chat_tokens
 CHUNK = 256  # prompt tokens per step, padding included
 ROUND_UP = 16  # chunks are padded to a multiple of this, so that few shapes occur
 MIN_SHARED = 16  # tokens; shorter common prefixes are prefilled again
+UTF8 = codecs.getincrementaldecoder("utf-8")
 NUM_WARM_UPS = 3  # eager runs before capture, in which cuBLAS allocates its workspaces
 
 
@@ -265,9 +267,7 @@ class RunningRequest:
     part: str = "text"  # of the next token: text, python or python_output
     expression: list[int] = field(default_factory=list)  # tokens of an open tool call
     forced: deque[int] = field(default_factory=deque)  # pending tokens of a tool result
-
-    def __post_init__(self) -> None:
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder: codecs.IncrementalDecoder = field(default_factory=partial(UTF8, "replace"))
 
     @property
     def is_prefilled(self) -> bool:
@@ -357,6 +357,7 @@ class Engine:
             )
         self.slots = SlotPool(model, num_slots, self.max_len, prefix_reuse)
         self.device = self.slots.device
+        self.lay_out = lru_cache(1)(SamplingBatch)  # the same in most steps
         self.reset()
 
     def reset(self) -> None:
@@ -365,7 +366,6 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.started: list[Request] = []  # got a slot in the last step
         self.running: list[RunningRequest] = []  # all but the last are prefilled
-        self.in_batch: list[Request] = []  # by slot, the requests that `batch` was made for
 
     @property
     def busy(self) -> bool:
@@ -491,21 +491,20 @@ class Engine:
         """Read at most CHUNK prompt tokens, oldest first, giving free slots to waiting requests."""
         room = CHUNK
         while True:
-            if not self.running or self.running[-1].is_prefilled:
-                if not (self.waiting and self.slots.free):
-                    return
-                slot = self.slots.allocate(self.waiting[0].prompt)
-                self.started.append(self.waiting.popleft())
-                self.running.append(
-                    RunningRequest(self.started[-1], slot, self.tokenizer, self.chat)
-                )
-            newest = self.running[-1]
-            if not newest.is_prefilled:
+            if self.running and not self.running[-1].is_prefilled:
+                newest = self.running[-1]
                 with self._dropping([newest]):
                     num_tokens = self.slots.prefill(newest.slot, newest.request.prompt, room)
                 if num_tokens == 0:
                     return
                 room -= num_tokens
+            elif self.waiting and self.slots.free:
+                request = self.waiting.popleft()
+                slot = self.slots.allocate(request.prompt)
+                self.started.append(request)
+                self.running.append(RunningRequest(request, slot, self.tokenizer, self.chat))
+            else:
+                return
 
     def _sample(self, ready: list[RunningRequest], logits: torch.Tensor) -> list[list[list[float]]]:
         """Per slot [[id]], or `with_logprobs` rows if any request wants them; one transfer."""
@@ -513,13 +512,11 @@ class Engine:
         for each in ready:
             requests[each.slot.index] = each.request
             counts[each.slot.index] = each.num_generated
-        if requests != self.in_batch:
-            rows = [(r.temperature, r.top_k, r.top_p) for r in requests]
-            self.in_batch = requests
-            self.batch = SamplingBatch(rows, logits.shape[1], self.device)
+        settings = tuple((r.temperature, r.top_k, r.top_p) for r in requests)
+        batch = self.lay_out(settings, logits.shape[1], self.device)
         seeds = torch.tensor([request.seed & (2**63 - 1) for request in requests])
         uniform = counter_uniform(seeds, torch.tensor(counts)).to(self.device)
-        ids = sample(logits, self.batch, uniform)
+        ids = sample(logits, batch, uniform)
         num_top = max(request.logprobs for request in requests)
         if num_top == 0:
             return ids[:, None, None].tolist()

@@ -34,6 +34,7 @@ from nanochat.tokenizer import Tokenizer, render_prompt
 
 MAX_BODY_BYTES, MAX_MESSAGES, MAX_CHARS = 1 << 20, 500, 32_000
 INT64 = 2**63
+# Accepted only if empty.
 REFUSED = ("tools", "functions", "logit_bias", "presence_penalty", "frequency_penalty")
 
 
@@ -113,7 +114,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Positive = Annotated[int, Field(ge=1, lt=INT64)]
 
 
-class ChatRequest(Strict):
+class ChatRequest(Strict, extra="allow"):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[Quick[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -130,13 +131,6 @@ class ChatRequest(Strict):
     stream_options: dict[str, Any] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    # Accepted only if empty; see check_supported.
-    tools: Any = None
-    functions: Any = None
-    logit_bias: Any = None
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
-    response_format: Any = None
 
     @property
     def stops(self) -> list[str]:
@@ -148,8 +142,9 @@ class ChatRequest(Strict):
 
     def check_supported(self, num_slots: int) -> None:
         """Raise ApiError for what this server cannot do and must not ignore."""
-        wrong = [name for name in REFUSED if getattr(self, name)]
-        if self.response_format not in (None, {"type": "text"}):
+        others = self.model_extra or {}
+        wrong = [name for name in REFUSED if others.get(name)]
+        if others.get("response_format") not in (None, {"type": "text"}):
             wrong.append("response_format")
         if wrong:
             text = f"{wrong[0]} is not supported by this server; leave it out"
@@ -340,11 +335,11 @@ class Completion:
     def whole(self) -> dict[str, Any]:
         choices = []
         for index, choice in enumerate(self.choices):
-            deltas, logprobs = choice.take()
-            text = choice.shown.text
-            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-            if any("tool" in delta for delta in deltas):
-                message["parts"] = choice.shown.parts
+            said = choice.shown
+            message: dict[str, Any] = {"role": "assistant", "content": said.text, "refusal": None}
+            if any(part["type"] != "text" for part in said.parts):
+                message["parts"] = said.parts
+            logprobs = choice.take()[1]
             about = {"index": index, "finish_reason": choice.finish, "logprobs": logprobs}
             choices.append(about | {"message": message})
         return self.head | {"object": "chat.completion", "choices": choices, "usage": self.usage}

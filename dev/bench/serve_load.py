@@ -53,6 +53,7 @@ class Seen:
     def __init__(self) -> None:
         # Seconds to the first token, between two chunks, and that /health took.
         self.times: dict[str, list[float]] = {"first token": [], "between": [], "/health": []}
+        self.num_tokens = 0
         self.speeds: list[float] = []  # tokens per second, by round
         self.ends = Counter[str]()
 
@@ -73,13 +74,13 @@ def serve(port: int, slots: int, depth: int) -> None:
     Server(uvicorn.Config(app, port=port, log_level="warning")).run()
 
 
-async def ask(http: httpx.AsyncClient, cfg: Config, rng: random.Random, seen: Seen) -> int:
-    """Stream one answer, recording it in `seen`; returns its tokens."""
+async def ask(http: httpx.AsyncClient, cfg: Config, rng: random.Random, seen: Seen) -> None:
+    """Stream one answer, recording it in `seen`."""
     content = "".join(rng.choices("abcdefgh ", k=rng.randint(*cfg.prompt_chars)))
     body = {"messages": [{"role": "user", "content": content}], "stream": True}
     body |= {"max_tokens": rng.randint(*cfg.max_tokens), "stream_options": {"include_usage": True}}
     patience = rng.uniform(0, 3) if rng.random() < cfg.leave else None
-    end, last, num_tokens, label = "lost", time.perf_counter(), 0, "first token"
+    end, last, label = "lost", time.perf_counter(), "first token"
     try:
         async with (
             asyncio.timeout(patience),
@@ -92,7 +93,8 @@ async def ask(http: httpx.AsyncClient, cfg: Config, rng: random.Random, seen: Se
                     seen.times[label].append(time.perf_counter() - last)
                     label, last = "between", time.perf_counter()
                 elif '"completion_tokens"' in line:
-                    num_tokens = json.loads(line[len("data: ") :])["usage"]["completion_tokens"]
+                    usage = json.loads(line[len("data: ") :])["usage"]
+                    seen.num_tokens += usage["completion_tokens"]
                 elif "[DONE]" in line:
                     end = "answered"
     except TimeoutError:
@@ -102,7 +104,6 @@ async def ask(http: httpx.AsyncClient, cfg: Config, rng: random.Random, seen: Se
     seen.ends[end] += 1
     if end == "refused with 429":
         await asyncio.sleep(rng.uniform(0.5, 1.5))
-    return num_tokens
 
 
 async def watch_health(http: httpx.AsyncClient, seen: Seen) -> None:
@@ -115,25 +116,21 @@ async def watch_health(http: httpx.AsyncClient, seen: Seen) -> None:
 
 async def load(http: httpx.AsyncClient, cfg: Config, seed: int, seen: Seen) -> None:
     """One round: load for `seconds`, then let requests in progress finish."""
-    rng, begin, num_tokens = random.Random(seed), time.perf_counter(), 0
+    rng, begin, num_before = random.Random(seed), time.perf_counter(), seen.num_tokens
 
     async def client(own: random.Random) -> None:
-        nonlocal num_tokens
-        while True:
-            said = await ask(http, cfg, own, seen)
-            num_tokens += said  # in two steps: another client may have added since
-            if cfg.rate or time.perf_counter() > begin + cfg.seconds:
-                return
+        while time.perf_counter() < begin + cfg.seconds:
+            await ask(http, cfg, own, seen)
 
     health = asyncio.create_task(watch_health(http, seen))
     async with asyncio.TaskGroup() as group:
         while cfg.rate and time.perf_counter() < begin + cfg.seconds:
-            group.create_task(client(random.Random(rng.random())))
+            group.create_task(ask(http, cfg, random.Random(rng.random()), seen))
             await asyncio.sleep(rng.expovariate(cfg.rate))
         for _ in range(0 if cfg.rate else cfg.clients):
             group.create_task(client(random.Random(rng.random())))
     health.cancel()
-    seen.speeds.append(num_tokens / (time.perf_counter() - begin))
+    seen.speeds.append((seen.num_tokens - num_before) / (time.perf_counter() - begin))
 
 
 async def show_state(name: str, http: httpx.AsyncClient) -> None:
@@ -168,21 +165,13 @@ async def run(cfg: Config, servers: dict[str, str]) -> dict[str, Seen]:
 
 
 def main(cfg: Config) -> None:
+    servers = {cfg.url: cfg.url} if cfg.url else {}
     slots = {} if cfg.url else {f"{cfg.slots} slots": cfg.slots, "one at a time": 1}
-    servers = {name: f"http://127.0.0.1:{port}" for port, name in enumerate(slots, 8701)}
-    start = multiprocessing.get_context("spawn").Process
-    processes = [
-        start(target=serve, args=(port, number, cfg.depth))
-        for port, number in enumerate(slots.values(), 8701)
-    ]
-    try:
-        for process in processes:
-            process.start()
-        seen = asyncio.run(run(cfg, servers or {cfg.url: cfg.url}))
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
+    process = multiprocessing.get_context("spawn").Process
+    for port, (name, number) in enumerate(slots.items(), 8701):
+        process(target=serve, args=(port, number, cfg.depth), daemon=True).start()  # ends with us
+        servers[name] = f"http://127.0.0.1:{port}"
+    seen = asyncio.run(run(cfg, servers))
     for name, own in seen.items():
         own.report(name)
     if len(seen) == 2:

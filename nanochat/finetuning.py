@@ -14,6 +14,7 @@ import torch
 from nanochat.checkpoint import load_model
 from nanochat.common import (
     CheckpointFlags,
+    Compile,
     Count,
     Derived,
     Positive,
@@ -49,7 +50,7 @@ class FinetuneConfig(CheckpointFlags):
     device_batch_size: Rows = 32  # rows per micro-batch; auto: what fits
     lr_scale: Positive = 1.0  # multiplies the learning rates of pretraining
     warmdown: Share = 0.2  # final share of the run over which the learning rate falls to 0
-    compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on a GPU
+    compile: Compile = "auto"  # torch.compile; auto: on a GPU
     seed: int = 0  # of the order of the conversations
     # the run
     run: str = "dummy"  # wandb name; dummy: no wandb

@@ -25,7 +25,7 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn, Self, cast
+from typing import IO, Any, NoReturn, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,8 @@ from nanochat.checkpoint import (
     open_checkpoint,
 )
 from nanochat.common import (
+    Compile,
+    Rows,
     Runtime,
     UserError,
     barrier,
@@ -90,11 +92,7 @@ def divisors(number: int) -> list[int]:
 
 
 def row_choices(
-    num_rows: int,
-    device_batch_size: int | Literal["auto"],
-    seq_len: int,
-    config: GPTConfig,
-    runtime: Runtime,
+    num_rows: int, device_batch_size: Rows, seq_len: int, config: GPTConfig, runtime: Runtime
 ) -> list[int]:
     """Rows per micro-batch to try, in this order, for a global batch of `num_rows`.
 
@@ -148,11 +146,7 @@ def fits_memory(model: torch.nn.Module, rows: int, seq_len: int, device: torch.d
 
 
 def compile_for_training(
-    model: GPT,
-    choice: Literal["auto", "yes", "no"],
-    row_choices: list[int],
-    seq_len: int,
-    device: torch.device,
+    model: GPT, choice: Compile, row_choices: list[int], seq_len: int, device: torch.device
 ) -> tuple[torch.nn.Module, int]:
     """(the model, compiled if `choice` says so; the rows that fit on every rank).
 
@@ -491,11 +485,7 @@ class Run:
         raise SystemExit(128 + self.stopping)
 
     def save(
-        self,
-        model: GPT,
-        optimizer: MuonAdamW,
-        meter: Meter,
-        loader: Loader | None = None,
+        self, model: GPT, optimizer: MuonAdamW, meter: Meter, loader: Loader | None = None
     ) -> None:
         """Write a checkpoint of this step in the background, unless already saved."""
         if self.step == self.saved_step:

@@ -14,13 +14,13 @@ writes: base/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json),
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from nanochat import fp8
 from nanochat.checkpoint import build_model, list_steps
 from nanochat.common import (
+    Compile,
     Count,
     Derived,
     DeviceType,
@@ -79,7 +79,7 @@ class Config:
     device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
     fp8: bool = False  # matmuls of the blocks in 8-bit floats, on GPUs that have them
-    compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on a GPU
+    compile: Compile = "auto"  # torch.compile; auto: on a GPU
     seed: int = 0  # of the initial weights
     # the run
     run: str = "dummy"  # wandb name; dummy: no wandb

@@ -26,7 +26,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -34,6 +33,7 @@ from nanochat import dataset, fp8
 from nanochat.checkpoint import build_model, load_model
 from nanochat.common import (
     CheckpointFlags,
+    Compile,
     DeviceType,
     Dtype,
     Runtime,
@@ -64,7 +64,7 @@ class Config:
     num_steps: int = 20  # of each pass; three of whole steps and one of their parts
     num_warmup: int = 5  # steps that are not counted: compilation, caches
     fp8: bool = False  # 8-bit matmuls
-    compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on a GPU
+    compile: Compile = "auto"  # torch.compile; auto: on a GPU
     device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
     threads: int = 0  # of torch on a CPU; 0: as many as torch takes

@@ -4,7 +4,7 @@ They include school questions with `Answer:` and lettered choices, so that a bas
 examined, and the chat stages need only teach manners.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 from primer import questions as ask
 from primer.questions import Dice, Question
@@ -141,19 +141,18 @@ def about_me(dice: Dice) -> str:
     return "About nanochat\n\n" + " ".join(dice.sample(alone, 4))
 
 
-PAGES: list[tuple[int, Callable[[Dice], str]]] = [  # (weight, kind)
-    (16, lambda dice: written(dice, "story")), (3, lambda dice: written(dice, "letter")),
-    (5, lambda dice: written(dice, "diary")), (4, lambda dice: printed(ask.ask_story(dice))),
-    (2, poem), (5, animal_page), (16, facts_page), (6, mixed_page), (12, school_page),
-    (10, lambda dice: exercises(dice, ask.ask_choice, 3)), (70, lettered_page), (3, counting_page),
-    (3, sums_page), (8, lambda dice: exercises(dice, ask_calculation, 4)), (6, spelling_page),
-    (5, lambda dice: exercises(dice, ask.ask_by_hand, 3)), (8, dialogue), (2, recipe),
-    (4, dictionary), (3, groups_page), (3, about_me),
+PAGES: list[tuple[Any, ...]] = [  # (weight, kind, its arguments)
+    (16, written, "story"), (3, written, "letter"), (5, written, "diary"),
+    (4, lambda dice: printed(ask.ask_story(dice))), (2, poem), (5, animal_page), (16, facts_page),
+    (6, mixed_page), (12, school_page), (10, exercises, ask.ask_choice, 3), (70, lettered_page),
+    (3, counting_page), (3, sums_page), (8, exercises, ask_calculation, 4), (6, spelling_page),
+    (5, exercises, ask.ask_by_hand, 3), (8, dialogue), (2, recipe), (4, dictionary),
+    (3, groups_page), (3, about_me),
 ]  # fmt: skip
 
 
 def document(split: str, index: int) -> str:
     """Page `index` of the split: a few hundred bytes of text."""
     dice = Dice(split, "document", index)
-    _, page = dice.choices(PAGES, [weight for weight, _ in PAGES])[0]
-    return page(dice)
+    _, page, *arguments = dice.choices(PAGES, [weight for weight, *_ in PAGES])[0]
+    return page(dice, *arguments)

@@ -9,19 +9,17 @@ was never told.
 import hashlib
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from string import ascii_lowercase
-from typing import Any
+from typing import Any, NamedTuple
 
 from primer.world import GROUPS, PHRASES, REPLIES, TALK, TEXTS, TOPICS, WORDS, a, capital, fill
 
 LETTERS = "ABC"  # of a quiz
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A user's question and a correct reply; `accepted` are other correct replies."""
 
     text: str
@@ -251,9 +249,9 @@ def ask_repeat(dice: Dice) -> Question:
 
 
 def ask_about(dice: Dice, label: str) -> Question:
-    replies = REPLIES[label]
-    phrase, key = dice.one_of_each(label, PHRASES[label], list(replies))
-    return Question(fill(phrase, key=key, word=key), replies[key], replies[key])
+    phrase, key = dice.one_of_each(label, PHRASES[label], list(REPLIES[label]))
+    reply = REPLIES[label][key]
+    return Question(fill(phrase, key=key, word=key), reply, reply)
 
 
 def ask_talk(dice: Dice, *names: str) -> Question:
@@ -266,15 +264,13 @@ ask_problem = partial(ask_sum, in_words=True)
 ask_by_hand = partial(ask_letters, by_hand=True)
 ask_spelling = partial(ask_about, label="spell")
 ask_nature = partial(ask_about, label="nature")
-QUESTIONS: list[tuple[int, Ask]] = [  # (weight, kind) of those in conversations
+QUESTIONS: list[tuple[Any, ...]] = [  # (weight, kind, its arguments) of those in conversations
     (22, ask_fact), (14, ask_choice), (8, ask_letter), (14, ask_sum), (6, ask_problem),
-    (8, ask_spelling), (6, ask_letters), (2, ask_by_hand),
-    (5, lambda dice: ask_talk(dice, "identity")),
-    (8, lambda dice: ask_talk(dice, "greeting", "small talk")),
+    (8, ask_spelling), (6, ask_letters), (2, ask_by_hand), (5, ask_talk, "identity"),
+    (8, ask_talk, "greeting", "small talk"),
     (1, lambda dice: Question(dice.phrase("unknown"), dice.phrase("unknown reply"))),
-    (3, ask_story), (4, lambda dice: ask_about(dice, "define")), (5, ask_yes_no), (3, ask_bigger),
-    (3, ask_list), (2, ask_counting), (3, ask_repeat), (2, lambda dice: ask_about(dice, "how")),
-    (3, ask_nature),
+    (3, ask_story), (4, ask_about, "define"), (5, ask_yes_no), (3, ask_bigger), (3, ask_list),
+    (2, ask_counting), (3, ask_repeat), (2, ask_about, "how"), (3, ask_nature),
 ]  # fmt: skip
 QUIZZES: dict[str, tuple[Ask, ...]] = {
     "choice": (ask_choice,),
@@ -303,13 +299,12 @@ def conversation(split: str, index: int) -> dict[str, Any]:
     else:
         system = dice.phrase("system") if dice.random() < 0.08 else ""
         num_turns = dice.choices((1, 2, 3), (60, 28, 12))[0]
-        kinds = dice.choices(QUESTIONS, [weight for weight, _ in QUESTIONS], k=num_turns)
-        turns = [ask(dice) for _, ask in kinds]
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        kinds = dice.choices(QUESTIONS, [weight for weight, *_ in QUESTIONS], k=num_turns)
+        turns = [ask(dice, *arguments) for _, ask, *arguments in kinds]
+    said = [("system", system)] if system else []
     for turn in turns:
-        messages.append({"role": "user", "content": turn.prompt})
-        messages.append({"role": "assistant", "content": turn.reply})
-    return {"messages": messages}
+        said += [("user", turn.prompt), ("assistant", turn.reply)]
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
 
 
 def introduction(dice: Dice) -> list[Question]:

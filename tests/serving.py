@@ -75,13 +75,13 @@ class ScriptedModel(nn.Module):
 class EchoEngine(Engine):
     """Says the last user message back."""
 
-    def __init__(self, num_slots: int = 4, max_len: int = 256) -> None:
+    def __init__(self, num_slots: int = 4, max_len: int = 256, pace: float = 0.0) -> None:
         model = cast(GPT, ScriptedModel(max_len, self.token))
         super().__init__(model, TOKENIZER, num_slots, prefix_reuse=False)
         self.scripts: dict[str, list[int]] = {}
         self.go = threading.Event()  # cleared: the next step waits
         self.go.set()
-        self.pace = 0.0  # seconds that a step takes at least
+        self.pace = pace  # seconds that a step takes at least
         self.num_failures = 0  # so many of the next steps fail
         self.cancelled: list[Request] = []
 

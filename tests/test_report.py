@@ -20,12 +20,9 @@ from tests.models import refuses
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A base folder and a working folder of the test's own."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    monkeypatch.delenv("RANK", raising=False)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def section(stage: str, results: dict | None = None, **more) -> None:
@@ -39,7 +36,7 @@ def table_rows(title: str = "Summary") -> dict[str, list[str]]:
     return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
 
 
-def test_report_lists_stages_in_pipeline_order_and_ends_with_table_and_time(folder: Path) -> None:
+def test_report_lists_stages_in_pipeline_order_and_ends_with_table_and_time() -> None:
     report.reset()
     for stage in reversed(report.STAGES):
         section(stage)
@@ -158,13 +155,9 @@ def test_code_size_counts_tracked_code_without_tests_and_vendored_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {
-        "a.py": "x = 1\n" * 4,
-        "src/b.rs": "fn b() {}\n",
-        "tests/test_a.py": "y\n" * 99,
-        "src/vendor/theirs.js": "v\n" * 99,
-        "notes.md": "n\n",
-        "requirements.lock": "pin\n" * 7,
-    }
+        "a.py": "x = 1\n" * 4, "src/b.rs": "fn b() {}\n", "tests/test_a.py": "y\n" * 99,
+        "src/vendor/theirs.js": "v\n" * 99, "notes.md": "n\n", "requirements.lock": "pin\n" * 7,
+    }  # fmt: skip
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -178,16 +171,12 @@ def test_code_size_counts_tracked_code_without_tests_and_vendored_code(
     assert report.code_size(tmp_path) == size
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "-"), ("", "-"), (0.0, "0.0000"), (0.85, "0.8500"), (3e-5, "3e-05"),
-        (1.5e15, "1.5e+15"), (15784.98, "15,785"), (-20000.4, "-20,000"), (32768, "32,768"),
-        (True, "True"), ("auto", "auto"),
-    ],
-)  # fmt: skip
-def test_values_print_short(value: object, text: str) -> None:
-    assert format_value(value) == text
+def test_values_print_short() -> None:
+    printed = {
+        None: "-", "": "-", 0.0: "0.0000", 0.85: "0.8500", 3e-5: "3e-05", 1.5e15: "1.5e+15",
+        15784.98: "15,785", -20000.4: "-20,000", 32768: "32,768", True: "True", "auto": "auto",
+    }  # fmt: skip
+    assert {value: format_value(value) for value in printed} == printed
 
 
 # The page: html.parser reads it back.
@@ -233,8 +222,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def report_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with the report of a run: hostile texts, and metrics of two trainings."""
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """The report of a run: hostile texts, and metrics of two trainings."""
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder / "base"))
@@ -254,12 +243,7 @@ def report_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         report.write_section("chat_eval_rl", HOSTILE, {}, scores)
         report.write_section("mid_train", "Without metrics.jsonl", {}, {"folder": "mid/none"})
         report.generate()
-    return folder
-
-
-@pytest.fixture
-def page(report_folder: Path) -> Page:
-    return Page((report_folder / "report.html").read_text())
+    return Page((folder / "report.html").read_text())
 
 
 def test_the_page_is_well_formed_and_needs_nothing_else(page: Page) -> None:
@@ -328,6 +312,10 @@ def test_style_sheets_have_every_variable_that_is_used() -> None:
         f"--{name}" for name in re.findall(r'\("(\w+)", [A-Z]+\)', plots)
     }
     assert len(sheets) == 3 and used == set(re.findall(r"(--[\w-]+):", "".join(sheets)))
+    figure = draw_run(training(20), "x")["Loss over tokens"]
+    assert not re.findall(r"(?:fill|stroke): #", figure)
+    drawn = set(re.findall(r"var\(--\w+\)", figure))
+    assert drawn == {"var(--quiet)", "var(--line)", "var(--teal)"}
 
 
 # The charts: the points of the SVG are those of the records.
@@ -339,10 +327,8 @@ def training(num_steps: int) -> list[dict[str, float]]:
     """Records as a trainer writes them; validated at the first and every tenth step."""
     records = [{"step": 0, "tokens": 0, "seconds": 0.0, "val_bpb": 3.5}]
     for step in range(1, num_steps + 1):
-        records.append({
-            "step": step, "tokens": 4096 * step, "seconds": 40.0 * step,
-            "loss": 5 / step, "lrm": 1 / step,
-        })  # fmt: skip
+        times = {"step": step, "tokens": 4096 * step, "seconds": 40.0 * step}
+        records.append(times | {"loss": 5 / step, "lrm": 1 / step})
         if step % 10 == 0:
             records[-1]["val_bpb"] = 1 + 1 / step
     return records
@@ -378,7 +364,7 @@ def assert_affine(drawn: np.ndarray, true: list[float]) -> None:
 def test_every_point_is_where_its_record_says() -> None:
     records = training(60)
     figures = draw_run(records, "base_train")
-    assert len(figures) == 5
+    assert len(figures) == 5 and ">tokens</text>" in figures["Loss over tokens"]
     for title, over, key in (
         ("Loss over tokens", "tokens", "loss"),
         ("Validation bits per byte over time", "seconds", "val_bpb"),
@@ -418,20 +404,9 @@ def test_charts_show_the_numbers_that_are_there() -> None:
     for seconds, unit in ((40, "seconds"), (60, "minutes"), (4e3, "hours")):
         [figure] = draw_run([{"seconds": seconds, "mfu": 0.5}], "x").values()
         assert [text.text for text in ET.fromstring(figure).iter(f"{SVG}text")].count(unit) == 1
-    assert list(draw_run(training(0), "x")) == [
-        "Validation bits per byte over tokens",
-        "Validation bits per byte over time",
-    ]
+    titles = [f"Validation bits per byte over {what}" for what in ("tokens", "time")]
+    assert list(draw_run(training(0), "x")) == titles
     diverged = training(5)
     diverged[-1]["loss"] = math.nan
     figure = draw_run(diverged, "x")["Loss over tokens"]
     assert len(curve_points(figure)) == 4 and "to nan" in figure
-
-
-def test_colours_are_those_of_the_page_and_text_is_text() -> None:
-    figure = draw_run(training(20), "x")["Loss over tokens"]
-    assert not re.findall(r"(?:fill|stroke): #", figure)
-    assert {"var(--quiet)", "var(--line)", "var(--teal)"} == set(
-        re.findall(r"var\(--\w+\)", figure)
-    )
-    assert "million tokens" not in figure and ">tokens</text>" in figure

@@ -72,9 +72,8 @@ def test_a_streamed_answer(echo: Running) -> None:
     assert all("usage" not in chunk and chunk["choices"] for chunk in stream.chunks)
 
 
-@pytest.mark.parametrize(
-    ("fields", "text", "finish", "num_tokens"),
-    [
+def test_ends(echo: Running) -> None:
+    cases: list[tuple[dict[str, Any], str, str, int]] = [
         ({}, "hello", "stop", 6),
         ({"max_tokens": 1}, "h", "length", 1),
         ({"max_completion_tokens": 5}, "hello", "length", 5),
@@ -82,16 +81,14 @@ def test_a_streamed_answer(echo: Running) -> None:
         ({"stop": "l"}, "he", "stop", 3),
         ({"stop": ["zz", "lo"]}, "hel", "stop", 5),
         ({"stop": "hello"}, "", "stop", 5),
-    ],
-)
-def test_ends(echo: Running, fields: dict, text: str, finish: str, num_tokens: int) -> None:
-    answer = echo.ask("hello", **fields).json()
-    (choice,) = answer["choices"]
-    assert (choice["message"]["content"], choice["finish_reason"]) == (text, finish)
-    stream = echo.stream("hello", **fields, **USAGE)
-    assert (stream.text(), stream.finish) == (text, [finish])
-    for usage in (answer["usage"], stream.chunks[-1]["usage"]):
-        assert usage["completion_tokens"] == num_tokens
+    ]
+    for fields, text, finish, num_tokens in cases:
+        answer, stream = echo.ask("hello", **fields).json(), echo.stream("hello", **fields, **USAGE)
+        (choice,) = answer["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (text, finish)
+        assert (stream.text(), stream.finish) == (text, [finish])
+        for usage in (answer["usage"], stream.chunks[-1]["usage"]):
+            assert usage["completion_tokens"] == num_tokens
 
 
 def test_several_choices_and_logprobs(echo: Running) -> None:
@@ -212,8 +209,7 @@ def test_openais_client(echo: Running) -> None:
 
 
 def test_a_failure_amid_a_stream_is_no_stop() -> None:
-    engine = EchoEngine()
-    engine.pace = 0.01
+    engine = EchoEngine(pace=0.01)
     with serving([engine]) as server, client_of(server) as client:
         with background(server, 1) as (failing,):
             server.until(lambda: any(each.num_generated > 3 for each in engine.running))
@@ -297,8 +293,7 @@ def test_several_engines_share_the_load() -> None:
 @pytest.mark.parametrize("num_before", [0, 1])
 def test_who_leaves_frees_what_he_held(num_before: int) -> None:
     """In the slot, or in the queue behind another; and so does a stop string."""
-    engine = EchoEngine(num_slots=1)
-    engine.pace = 0.01
+    engine = EchoEngine(num_slots=1, pace=0.01)
     with serving([engine]) as server:
         for stream in (True, False):
             engine.cancelled.clear()
@@ -334,8 +329,7 @@ def test_who_does_not_read_is_dropped(
 
 def test_an_answer_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nanochat.server.ANSWER_SECONDS", 0.5)
-    engine = EchoEngine()
-    engine.pace = 0.02
+    engine = EchoEngine(pace=0.02)
     with serving([engine]) as server:
         response = server.ask("x" * 100)
         assert (response.status_code, response.json()["error"]["code"]) == (503, "timeout")
@@ -348,9 +342,7 @@ def test_an_answer_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_silent_stream_is_pinged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nanochat.server.PING_SECONDS", 0.1)
     monkeypatch.setattr("nanochat.server.QUEUE_SECONDS", 0.02)
-    engine = EchoEngine(num_slots=1)
-    engine.pace = 0.25
-    with serving([engine]) as server:
+    with serving([EchoEngine(num_slots=1, pace=0.25)]) as server:
         comments = server.stream("a").comments
         assert set(comments) == {": ping"} and len(comments) >= 2
 
@@ -396,8 +388,7 @@ def test_the_end_waits_for_answers_under_way(
     in_time: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nanochat.server.DRAIN_SECONDS", 20.0 if in_time else 0.3)
-    engine = EchoEngine()
-    engine.pace = 0.01 if in_time else 0.05
+    engine = EchoEngine(pace=0.01 if in_time else 0.05)
     with serving([engine]) as server:
         with background(server, 1) as (under_way,):
             server.until(lambda: bool(engine.running))
@@ -456,12 +447,9 @@ def test_prompts_stay_out_of_the_log(wanted: bool, caplog: pytest.LogCaptureFixt
     caplog.set_level(logging.DEBUG, logger="uvicorn")
     engine = EchoEngine()
     with serving([engine], ServerConfig(log_conversations=wanted)) as server:
-        for fields in (
-            {"stream": True},
-            {"temperature": 9},
-            {"response_format": {"type": "my secret"}},
-        ):
-            server.ask("my secret", **fields)
+        server.ask("my secret", stream=True)
+        server.ask("my secret", temperature=9)
+        server.ask("my secret", response_format={"type": "my secret"})
         engine.num_failures = 1
         server.ask("my secret")
     assert ("my secret" in caplog.text) == wanted and "the model failed" in caplog.text
@@ -498,8 +486,7 @@ def test_pages_and_their_policies(
 
 def test_a_crowd_of_leavers_leaks_nothing() -> None:
     """100 clients at once on 4 slots, half of which leave after so many lines."""
-    engine = EchoEngine(num_slots=4)
-    engine.pace = 0.001
+    engine = EchoEngine(num_slots=4, pace=0.001)
 
     def one(i: int) -> int:
         with server.connect("x" * 50, stream=bool(i % 3)) as connection:

@@ -55,7 +55,7 @@ class Score(NamedTuple):
     """A measured value and its standard error."""
 
     value: float
-    stderr: float | None = None
+    stderr: float
 
 
 @torch.inference_mode()
@@ -125,7 +125,7 @@ def centered_mean(scores: Sequence[Score], baselines: Sequence[float]) -> Score:
     """Mean accuracy once guessing is taken out of each: 0 is guessing, 1 is everything right."""
     rooms = [1 - baseline for baseline in baselines]
     values = [1 - (1 - score.value) / room for score, room in zip(scores, rooms, strict=True)]
-    errors = [(score.stderr or 0) / room for score, room in zip(scores, rooms, strict=True)]
+    errors = [score.stderr / room for score, room in zip(scores, rooms, strict=True)]
     return Score(sum(values) / len(values), math.hypot(*errors) / len(values))
 
 
@@ -371,11 +371,9 @@ def _read_index(folder: Path) -> dict[str, tuple[Path, CoreTask]]:
     """Label -> (the file of its rows, the task without them), where that file is there."""
     index = {}
     try:
-        with (folder / "eval_meta_data.csv").open(encoding="utf-8", newline="") as file:
-            table = csv.DictReader(file)
-            percent = {row["Eval Task"]: float(row["Random baseline"]) for row in table}
-        text = (folder / "core.yaml").read_text(encoding="utf-8")
-        for entry in yaml.safe_load(text)["icl_tasks"]:
+        table = csv.DictReader((folder / "eval_meta_data.csv").read_text("utf-8").splitlines())
+        percent = {row["Eval Task"]: float(row["Random baseline"]) for row in table}
+        for entry in yaml.safe_load((folder / "core.yaml").read_bytes())["icl_tasks"]:
             label, kind, shots = entry["label"], entry["icl_task_type"], entry["num_fewshot"]
             if kind not in FIELDS or not 0 <= percent[label] < 100:
                 raise ValueError(f"{label}: {kind}, {percent[label]} %")

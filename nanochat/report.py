@@ -131,13 +131,6 @@ def score_table(
     return f"{caption}:\n\n{''.join(lines)}\n"
 
 
-def samples(texts: Sequence[str]) -> str:
-    """Texts as a model wrote them, each behind a fence longer than any run of backticks in it."""
-    fences = ["`" + max(["``", *re.findall("`+", text)], key=len) for text in texts]
-    fenced = [f"{fence}text\n{text}\n{fence}\n" for fence, text in zip(fences, texts, strict=True)]
-    return "Samples:\n\n" + "\n".join(fenced) + "\n"
-
-
 def markdown_page(chapters: Sequence[Chapter]) -> str:
     """The whole report as Markdown, which cannot hold the figures and says where they are."""
     parts = [f"# {TITLE}\n\n"]
@@ -190,9 +183,8 @@ def html_page(chapters: Sequence[Chapter]) -> str:
 
 def cell(text: str) -> str:
     """A value that stays in its Markdown line or table cell and reads as it was written."""
-    for mark, escaped in (("\\", "\\\\"), ("&", "&amp;"), ("<", "&lt;"), ("|", "\\|")):
-        text = text.replace(mark, escaped)
-    return " ".join(text.split())
+    marks = str.maketrans({"\\": "\\\\", "&": "&amp;", "<": "&lt;", "|": "\\|"})
+    return " ".join(text.translate(marks).split())
 
 
 def show(value: Any, percent: bool = False) -> str:
@@ -410,8 +402,10 @@ def stage_chapter(stage: str, section: Section) -> Chapter:
         text += score_table("Results", "Task", results, {"Score": results})
     else:
         text += facts("Results", results)
-    if section.samples:
-        text += samples(section.samples)
+    text += "Samples:\n\n" if section.samples else ""
+    for sample in section.samples:
+        fence = "`" + max(["``", *re.findall("`+", sample)], key=len)  # longer than any in it
+        text += f"{fence}text\n{sample}\n{fence}\n\n"
     text += facts("Settings", section.settings)
     figures = draw_run(read_metrics(base_dir() / results.get("folder", "-")), stage)
     return Chapter(stage, section.title, text, figures)

@@ -136,9 +136,6 @@ def _judge(
     records = sorted(gather(records), key=lambda record: record["index"])
     means = [fmean(record["scores"]) for record in records]
     accuracy = fmean(means)
-    spread = fmean((mean - accuracy) ** 2 for mean in means)
-    return EvalResult(
-        score=Score(accuracy, math.sqrt(spread / max(len(means) - 1, 1))),
-        best_of=fmean(max(record["scores"]) for record in records),
-        records=records,
-    )
+    stderr = math.sqrt(fmean((mean - accuracy) ** 2 for mean in means) / max(len(means) - 1, 1))
+    best_of = fmean(max(record["scores"]) for record in records)
+    return EvalResult(Score(accuracy, stderr), best_of, records)

@@ -161,8 +161,7 @@ def evaluate(cfg: Config, engine: Engine, held_out: Task) -> dict[str, float]:
         seed=cfg.seed,
     )
     best = {f"pass_at_{num}": result.best_of} if sampled else {}
-    accuracy, stderr = result.score
-    return {"accuracy": accuracy, "accuracy_stderr": stderr or 0.0, **best}
+    return {"accuracy": result.score.value, "accuracy_stderr": result.score.stderr, **best}
 
 
 def summarize(groups: Sequence[Sequence[Rollout]], device: torch.device) -> tuple[dict, int]:

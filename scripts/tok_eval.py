@@ -77,17 +77,11 @@ def find_yardsticks() -> dict[str, Callable[[str], Sized]]:
     return found or {"bytes": str.encode, "words": str.split}
 
 
-def gather_texts(cfg: Config) -> dict[str, list[str]]:
-    corpus = find_corpus(cfg.data)
-    texts = {name: [text] for name, text in SAMPLES.items()}
-    for split, shard in (("train", corpus.train[0]), ("val", corpus.val)):
-        texts[f"{corpus.name}, {split}"] = list(islice(read_texts([shard]), cfg.num_documents))
-    return texts
-
-
 def main(cfg: Config) -> None:
     tokenizer = Tokenizer.load(tokenizer_dir())
-    texts = gather_texts(cfg)
+    corpus, texts = find_corpus(cfg.data), {name: [text] for name, text in SAMPLES.items()}
+    for split, shard in (("train", corpus.train[0]), ("val", corpus.val)):
+        texts[f"{corpus.name}, {split}"] = list(islice(read_texts([shard]), cfg.num_documents))
     yardsticks = {"ours": tokenizer.encode, **find_yardsticks()}
     results: dict[str, str | float] = {"vocabulary": tokenizer.vocab_size}
     print0(f"{'bytes per token':20}" + "".join(f"{name:>9}" for name in yardsticks))

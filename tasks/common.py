@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any, cast
+from typing import Any
 
 import pyarrow.parquet as parquet
 
@@ -110,8 +110,8 @@ def load_rows(name: str, config: str, split: str) -> Sequence[dict[str, Any]]:
     try:
         import datasets  # here: most scripts need no hub
 
-        rows = datasets.load_dataset(name, config, split=split)
-        return cast(Sequence[dict[str, Any]], rows)  # a Dataset reads rows lazily
+        rows: Any = datasets.load_dataset(name, config, split=split)
+        return rows  # a Dataset, which reads them lazily
     # datasets raises subclasses of FileNotFoundError and ConnectionError, ValueError for splits
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -12,27 +12,26 @@ from pathlib import Path
 from nanochat.common import UserError
 from nanochat.dataset import numbered_jsonl
 from nanochat.task_eval import Task
-from nanochat.tokenizer import Conversation, check_conversation
+from nanochat.tokenizer import check_conversation
 
 
 class CustomJSON(Task):
     """The conversations of a file; UserError names a bad line."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__([_checked(path, number, row) for number, row in numbered_jsonl(path)])
-        if not len(self):
+        conversations = []
+        for number, row in numbered_jsonl(path):
+            conversation = {"messages": row} if isinstance(row, list) else row
+            where = f"--custom={path}, line {number}"
+            if not isinstance(conversation, dict):
+                raise UserError(f'{where}: expected {{"messages": [...]}} or a list of messages')
+            try:
+                check_conversation(conversation)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+            if not any(message["role"] == "assistant" for message in conversation["messages"]):
+                raise UserError(f"{where}: no assistant message, so there is nothing to learn from")
+            conversations.append(conversation)
+        if not conversations:
             raise UserError(f"--custom={path}: the file holds no conversation")
-
-
-def _checked(path: Path, number: int, row: object) -> Conversation:
-    conversation = {"messages": row} if isinstance(row, list) else row
-    where = f"--custom={path}, line {number}"
-    if not isinstance(conversation, dict):
-        raise UserError(f'{where}: expected {{"messages": [...]}} or a list of messages')
-    try:
-        check_conversation(conversation)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    if not any(message["role"] == "assistant" for message in conversation["messages"]):
-        raise UserError(f"{where}: no assistant message, so there is nothing to learn from")
-    return conversation
+        super().__init__(conversations)

@@ -49,7 +49,16 @@ class Identity(Task):
     """Conversations of one to three questions about the model itself."""
 
     def __init__(self, facts: Path = FACTS) -> None:
-        self._facts = read_facts(facts)
+        """UserError unless every fact that the replies use is a string in the file `facts`."""
+        try:
+            self._facts = json.loads(facts.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:  # bad JSON and bad UTF-8 are ValueErrors
+            raise UserError(f"cannot read {facts}: {error}; mend the file") from error
+        replies = " ".join(replies for _, replies in TOPICS)
+        for name in sorted(set(re.findall(r"{(\w+)}", replies))):
+            if not isinstance(self._facts, dict) or not isinstance(self._facts.get(name), str):
+                missing = f'"{name}" is missing or no text; give it as "{name}": "..."'
+                raise UserError(f"{facts}: {missing}")
         super().__init__(range(1_000))
 
     def get_example(self, number: int) -> Conversation:
@@ -60,16 +69,3 @@ class Identity(Task):
             reply = rng.choice(replies.split(" | ")).format(**self._facts)
             messages += exchange(opening + rng.choice(questions.split(" | ")), reply)
         return {"messages": messages}
-
-
-def read_facts(path: Path) -> dict[str, str]:
-    """The facts of the file; UserError unless every fact that the replies use is a string in it."""
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # bad JSON and bad UTF-8 are ValueErrors
-        raise UserError(f"cannot read {path}: {error}; mend the file") from error
-    replies = " ".join(replies for _, replies in TOPICS)
-    for name in sorted(set(re.findall(r"{(\w+)}", replies))):
-        if not isinstance(facts, dict) or not isinstance(facts.get(name), str):
-            raise UserError(f'{path}: "{name}" is missing or no text; give it as "{name}": "..."')
-    return facts

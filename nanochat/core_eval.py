@@ -38,6 +38,7 @@ from nanochat.common import (
     Runtime,
     UserError,
     all_reduce_sum,
+    barrier,
     eval_bundle_dir,
     fsync,
     gather,
@@ -317,7 +318,7 @@ FIELDS = {
 
 
 def find_bundle(given: str = "") -> Path:
-    """The folder `given`, or that of NANOCHAT_EVAL_BUNDLE, or the one that is downloaded once.
+    """The folder `given`, or that of NANOCHAT_EVAL_BUNDLE, or what the main rank downloads once.
 
     core.yaml             label, file, kind, number of examples, delimiter of each task
     eval_meta_data.csv    what guessing scores on it, in percent
@@ -325,8 +326,10 @@ def find_bundle(given: str = "") -> Path:
     """
     given = given or os.environ.get("NANOCHAT_EVAL_BUNDLE", "")
     folder = Path(given).expanduser() if given else eval_bundle_dir()
-    if not given and not folder.exists():
-        download(folder)
+    if not given:
+        if os.environ.get("RANK", "0") == "0" and not folder.exists():
+            download(folder)
+        barrier()
     if not (folder / "core.yaml").is_file():
         raise UserError(f"there is no core.yaml in {folder}; {HINT}")
     return folder

@@ -27,7 +27,6 @@ from nanochat.common import (
     Runtime,
     Source,
     UserError,
-    barrier,
     print0,
     run_dir,
     run_script,
@@ -100,8 +99,7 @@ class HFReader:
         return logits[torch.arange(len(at))[:, None], at.clamp(max=num - 1)]
 
 
-def choose_tasks(cfg: Config, runtime: Runtime) -> list[CoreTask]:
-    """The tasks of `--tasks`; one rank fetches the bundle for all."""
+def choose_tasks(cfg: Config) -> list[CoreTask]:
     names, tasks = cfg.tasks.split("|"), []
     if PRIMER in names:
         quiz, names = build_task(PRIMER), [name for name in names if name != PRIMER]
@@ -111,9 +109,6 @@ def choose_tasks(cfg: Config, runtime: Runtime) -> list[CoreTask]:
         ]
         tasks.append(CoreTask(PRIMER, "multiple_choice", rows, quiz.baseline, delimiter=""))
     if names:
-        if runtime.is_main:
-            find_bundle(cfg.eval_bundle)
-        barrier()
         labels = [own for name in names for own in (CORE_TASKS if name == "core" else [name])]
         tasks += load_tasks(find_bundle(cfg.eval_bundle), labels)
     return tasks
@@ -122,7 +117,7 @@ def choose_tasks(cfg: Config, runtime: Runtime) -> list[CoreTask]:
 def main(cfg: Config) -> None:
     began = time.perf_counter()
     runtime = set_up(cfg.device_type, cfg.dtype)
-    tasks, settings = choose_tasks(cfg, runtime), vars(cfg)
+    tasks, settings = choose_tasks(cfg), vars(cfg)
     if cfg.hf_path:
         print0(f"examining {cfg.hf_path}")
         reader = HFReader(cfg.hf_path, runtime)

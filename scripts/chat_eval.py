@@ -77,12 +77,7 @@ def evaluate(cfg: Config, engine: Engine, task: Task) -> EvalResult:
     if task.kind == "choice":
         return evaluate_choice(engine, task, cfg.batch_size)
     return evaluate_generate(
-        engine,
-        task,
-        num_samples=cfg.num_samples,
-        max_tokens=cfg.max_tokens,
-        temperature=cfg.temperature,
-        seed=cfg.seed,
+        engine, task, cfg.num_samples, cfg.max_tokens, cfg.temperature, cfg.seed
     )
 
 

@@ -152,14 +152,8 @@ def backward(
 def evaluate(cfg: Config, engine: Engine, held_out: Task) -> dict[str, float]:
     """Accuracy on the held-out problems: of several answers the mean, with pass@k beside it."""
     num, sampled = cfg.eval_samples, cfg.eval_samples > 1
-    result = evaluate_generate(
-        engine,
-        held_out,
-        num_samples=num,
-        max_tokens=cfg.max_tokens,
-        temperature=cfg.temperature if sampled else 0.0,
-        seed=cfg.seed,
-    )
+    temperature = cfg.temperature if sampled else 0.0
+    result = evaluate_generate(engine, held_out, num, cfg.max_tokens, temperature, cfg.seed)
     best = {f"pass_at_{num}": result.best_of} if sampled else {}
     return {"accuracy": result.score.value, "accuracy_stderr": result.score.stderr, **best}
 

@@ -75,10 +75,7 @@ MIXTURES: dict[tuple[str, str], Callable[[], list[Task]]] = {
     ("val", "primer"): lambda: [PrimerConversations("val")],
 }
 
-# The six tasks of ChatCORE, in the order of the report.
-CHAT_CORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
-
-# Name -> the task of a split, which is "test" or, for practice, "train".
+# Name -> the task of a split, which is "test" or, for practice, "train"; ChatCORE's six first.
 EVALUATIONS: dict[str, Callable[..., Task]] = {
     "ARC-Easy": partial(ARC, "ARC-Easy"),
     "ARC-Challenge": partial(ARC, "ARC-Challenge"),
@@ -91,6 +88,7 @@ EVALUATIONS: dict[str, Callable[..., Task]] = {
     "primer-arithmetic": PrimerArithmetic,
     "primer-spelling": PrimerSpelling,
 }
+CHAT_CORE = tuple(EVALUATIONS)[:6]
 
 
 def build_mixture(stage: str, name: str, custom: Path | None = None) -> TaskMixture:

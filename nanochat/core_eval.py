@@ -134,8 +134,7 @@ def centered_score(
     name: str, total: int, scores: Sequence[Score], baselines: Sequence[float]
 ) -> tuple[str, Score]:
     """(name, centered mean); the name says how many of `total` tasks there are, unless all."""
-    num = len(scores)
-    label = name if num == total else f"{name} ({num} of {total})"
+    label = name if len(scores) == total else f"{name} ({len(scores)} of {total})"
     return label, centered_mean(scores, baselines)
 
 

@@ -215,13 +215,10 @@ def draw_run(records: Sequence[dict[str, Any]], name: str) -> dict[str, str]:
     for title, (key, over) in CURVES.items():
         if reinforced and key == "loss":  # that of a policy gradient measures nothing
             continue
-        points = [
-            [record[over], record[key], record.get(f"{key}_stderr", np.nan)]
-            for record in records
-            if key in record
-        ]
+        rows = [record for record in records if key in record]
+        points = [[row[over], row[key], row.get(f"{key}_stderr", np.nan)] for row in rows]
         if points:
-            figures[title] = draw(title, np.array(points, dtype=float), f"{name}-{key}-{over}")
+            figures[title] = draw(title, np.array(points, dtype=float), name)
     return figures
 
 
@@ -255,7 +252,7 @@ def draw(title: str, points: np.ndarray, name: str) -> str:
     # As an element of a page: without the XML before it, its ids its own, colours of the page.
     svg = file.getvalue()
     svg = f'<svg role="img" aria-label="{label}" {svg[svg.index("<svg") + 4 :].strip()}'
-    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-{key}-{over}-", svg)
     for variable, colour in (("quiet", QUIET), ("line", LINE), ("teal", TEAL)):
         svg = svg.replace(colour, f"var(--{variable})")
     return f"<figure><figcaption>{title} <b>{last}</b></figcaption>{svg}</figure>\n"
@@ -348,9 +345,7 @@ def reset() -> None:
 
 
 def read_section(stage: str) -> Section | None:
-    """The section of a stage, None where it has not run. A NaN, which JSON does not know, is a
-    missing number.
-    """
+    """A stage's section, None where it has not run; NaN, which JSON lacks, is a missing number."""
     path = report_dir() / f"{stage}.json"
     if not path.is_file():
         return None

@@ -44,8 +44,7 @@ class HumanEval(HubTask):
         prompt, name = conversation["prompt"], conversation["entry_point"]
         program = complete(prompt, name, reply)
         checks = f"{prompt}\n{conversation['test']}"
-        reason = run_program(program, name, checks, allow_unsafe=self.allow_unsafe_exec)
-        return not reason
+        return not run_program(program, name, checks, allow_unsafe=self.allow_unsafe_exec)
 
 
 def complete(prompt: str, name: str, reply: str) -> str:

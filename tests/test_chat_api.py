@@ -66,23 +66,23 @@ WRONG_MESSAGES = [
     ({"role": "tool", "content": "x"}, "messages.0.role"),
     ({"role": "user", "content": PARTS}, "messages.0.content.1.type"),
 ]
-REFUSALS = [
-    ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
-    *(({name: value}, name) for name, values in WRONG.items() for value in values),
-    *(({"messages": [message]}, param) for message, param in WRONG_MESSAGES),
-]
 
 
-@pytest.mark.parametrize(("fields", "param"), REFUSALS)
-def test_what_is_refused_names_its_parameter(fields: dict[str, Any], param: str) -> None:
-    with pytest.raises((ValidationError, ApiError)) as caught:
-        ChatRequest.model_validate({"messages": HELLO} | fields).check_supported(num_slots=4)
-    error = caught.value
-    if isinstance(error, ValidationError):
-        error = validation_error([e | {"loc": ("body", *e["loc"])} for e in error.errors()])
-    shown = error.body["error"]
-    assert (error.status, shown["type"], shown["param"]) == (400, "invalid_request_error", param)
-    assert shown["code"] == ("unsupported_parameter" if param in UNSUPPORTED else None)
+def test_what_is_refused_names_its_parameter() -> None:
+    refusals: list[tuple[dict[str, Any], str]] = [
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        *(({name: value}, name) for name, values in WRONG.items() for value in values),
+        *(({"messages": [message]}, param) for message, param in WRONG_MESSAGES),
+    ]
+    for fields, param in refusals:
+        with pytest.raises((ValidationError, ApiError)) as caught:
+            ChatRequest.model_validate({"messages": HELLO} | fields).check_supported(num_slots=4)
+        error = caught.value
+        if isinstance(error, ValidationError):
+            error = validation_error([e | {"loc": ("body", *e["loc"])} for e in error.errors()])
+        told = error.body["error"]
+        assert (error.status, told["type"], told["param"]) == (400, "invalid_request_error", param)
+        assert told["code"] == ("unsupported_parameter" if param in UNSUPPORTED else None)
 
 
 def test_a_megabyte_of_bad_items_is_refused_at_the_first() -> None:
@@ -92,9 +92,8 @@ def test_a_megabyte_of_bad_items_is_refused_at_the_first() -> None:
         assert caught.value.error_count() <= 3
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
+def test_what_is_taken() -> None:
+    for fields in (
         {"user": "me", "metadata": {}, "store": True, "service_tier": "auto"},
         {"parallel_tool_calls": True, "tools": [], "logit_bias": {}, "unheard_of": [1]},
         {"presence_penalty": 0, "frequency_penalty": 0.0, "response_format": {"type": "text"}},
@@ -103,10 +102,8 @@ def test_a_megabyte_of_bad_items_is_refused_at_the_first() -> None:
         {"logprobs": True, "top_logprobs": 20, "stream_options": {"include_usage": True}},
         {"messages": [{"role": "developer", "content": "", "name": "x"}]},
         {"messages": [{"role": "user", "content": PARTS[:1] * 2}]},
-    ],
-)
-def test_what_is_taken(fields: dict[str, Any]) -> None:
-    ChatRequest.model_validate({"messages": HELLO} | fields).check_supported(4)
+    ):
+        ChatRequest.model_validate({"messages": HELLO} | fields).check_supported(4)
 
 
 def test_messages_fold_into_turns() -> None:
@@ -149,23 +146,19 @@ def requests_of(max_len: int = 64, **fields: Any) -> list[Request]:
 OWN = {"temperature": 0, "top_k": 0, "top_p": 0.9, "max_tokens": 64 - 9}
 
 
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
+def test_defaults_and_what_overrides_them() -> None:
+    cases: list[tuple[dict[str, Any], dict[str, float]]] = [
         ({}, {"temperature": 0.5, "top_k": 40, "top_p": 1.0, "max_tokens": 30, "logprobs": 0}),
         ({"max_len": 9 + 10}, {"max_tokens": 10}),  # the default yields to the context
         *[({name: value}, {name: value}) for name, value in OWN.items()],
         ({"logprobs": True}, {"logprobs": 1}),
         ({"logprobs": True, "top_logprobs": 5}, {"logprobs": 5}),
         ({"max_completion_tokens": 3, "max_tokens": 9}, {"max_tokens": 3}),
-    ],
-)
-def test_defaults_and_what_overrides_them(
-    fields: dict[str, Any], expected: dict[str, float]
-) -> None:
-    [request] = requests_of(**fields)
-    assert {name: getattr(request, name) for name in expected} == expected
-    assert len(request.prompt) == 9  # bos, user start and end, assistant start, "hello"
+    ]
+    for fields, expected in cases:
+        [request] = requests_of(**fields)
+        assert {name: getattr(request, name) for name in expected} == expected
+        assert len(request.prompt) == 9  # bos, user start and end, assistant start, "hello"
 
 
 def test_a_seed_gives_each_choice_its_own() -> None:

@@ -33,29 +33,17 @@ from nanochat.tokenizer import (
 )
 from scripts.export_hf import Config, main
 from tests.models import CPU, busy_gpt, random_ids, refuses, save_model
+from tests.test_rustbpe import MULTILINGUAL
 from tests.test_tokenizer import fixture_strings
 
-CORPUS = [
-    "The hen sat on the hay; the hat is on the hen. It's 12345 o'clock, isn't it? We'll see.\n" * 4,
-    "naïve café, Straße, Ελλάδα, Привет, мир! 日本語のテキスト 你好，世界 안녕하세요 "
-    "مرحبا بالعالم नमस्ते" * 3,
-    "def f(x):\n    return x**2 + 3*x\n\n\nprint(f(10), f(2024))\n" * 3 + "👩‍🚀🚀👨‍👩‍👧‍👦 🇳🇴",
-]
 # 500 is no multiple of 64, so there are rows of padding.
-TOKENIZER = Tokenizer.train(CORPUS, 500, SPECIAL_TOKENS)
+TOKENIZER = Tokenizer.train(MULTILINGUAL * 2, 500, SPECIAL_TOKENS)
+SAID = [("text", "It is "), ("python", "2+3"), ("python_output", "5"), ("text", "5<|bos|>\n")]
 TALK: Conversation = {
     "messages": [
         {"role": "system", "content": "Be brief. <|user_end|>"},
         {"role": "user", "content": "  2 < 3 <|assistant_start|>? <"},
-        {
-            "role": "assistant",
-            "content": [
-                {"type": "text", "text": "It is "},
-                {"type": "python", "text": "2+3"},
-                {"type": "python_output", "text": "5"},
-                {"type": "text", "text": "5<|bos|>\n"},
-            ],
-        },
+        {"role": "assistant", "content": [{"type": kind, "text": text} for kind, text in SAID]},
         {"role": "user", "content": "Sure?\n"},
         {"role": "assistant", "content": "<\nYes"},
     ]

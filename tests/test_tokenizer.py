@@ -20,14 +20,10 @@ from nanochat.tokenizer import (
     render_prompt,
 )
 from tests.models import refuses
+from tests.test_rustbpe import MULTILINGUAL as TEXTS
 from tests.test_rustbpe import naive_train, replace
 
 SPECIALS = ("<|bos|>", "<|end|>")
-TEXTS = [
-    "The hen sat on the hay; the hat is on the hen. It's 12345 o'clock, isn't it?\n" * 3,
-    "naïve café, Straße, Ελλάδα, 日本語のテキスト, 안녕하세요, 👩‍🚀🚀\r\n",
-    "def f(x):\n    return x**2 + 3*x\n\n\nprint(f(10), f(2024))\n",
-]
 
 
 @pytest.fixture(scope="module")
@@ -135,17 +131,12 @@ def test_missing_or_damaged_file_is_one_line(tokenizer: Tokenizer, tmp_path):
         refuses("damaged", Tokenizer.load, tmp_path)
 
 
-TOOL_PARTS = [
-    {"type": "text", "text": "It is "},
-    {"type": "python", "text": "2+3"},
-    {"type": "python_output", "text": "5"},
-    {"type": "text", "text": "5."},
-]
+SAID = [("text", "It is "), ("python", "2+3"), ("python_output", "5"), ("text", "5.")]
 TOOL_CHAT = {
     "messages": [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "2+3?"},
-        {"role": "assistant", "content": TOOL_PARTS},
+        {"role": "assistant", "content": [{"type": kind, "text": text} for kind, text in SAID]},
         {"role": "user", "content": "Sure?"},
         {"role": "assistant", "content": "Yes"},
     ]
@@ -211,9 +202,8 @@ REPLY = {"role": "assistant", "content": "ho"}
 SYSTEM = {"role": "system", "content": "be"}
 
 
-@pytest.mark.parametrize(
-    ("conversation", "complaint"),
-    [
+def test_bad_conversations_name_the_message(letters: Tokenizer):
+    for conversation, complaint in (
         ([USER, REPLY], '"messages"'),
         ({}, '"messages"'),
         ({"messages": []}, "at least one user message"),
@@ -230,11 +220,9 @@ SYSTEM = {"role": "system", "content": "be"}
         ({"messages": [USER, REPLY | {"content": 3}]}, "message 1 .*list of parts"),
         ({"messages": [USER, REPLY | {"content": [{"type": "image", "text": ""}]}]}, "1, part 0"),
         ({"messages": [USER, REPLY | {"content": [{"type": "text", "text": 1}]}]}, "1, part 0"),
-    ],
-)
-def test_bad_conversations_name_the_message(letters: Tokenizer, conversation, complaint: str):
-    for render in (render_conversation, render_prompt):
-        refuses(complaint, render, letters, conversation)
+    ):
+        for render in (render_conversation, render_prompt):
+            refuses(complaint, render, letters, conversation)
 
 
 def test_command_line_shows_one_line_as_the_model_of_a_run_sees_it(

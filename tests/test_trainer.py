@@ -9,7 +9,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,13 @@ import torch
 
 from nanochat import checkpoint, trainer
 from nanochat.checkpoint import build_model, list_steps, open_checkpoint
-from nanochat.common import Runtime, UserError
+from nanochat.common import Runtime
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Bucket, MuonAdamW
 from nanochat.scaling import make_optimizer
 from nanochat.trainer import Meter, Run, read_metrics, row_choices
 from tests import launch
-from tests.models import CPU, refuses
+from tests.models import CPU, TOKENIZER, refuses
 
 CONFIG = GPTConfig(sequence_len=64, vocab_size=64, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
 EVERY = 5
@@ -74,17 +73,12 @@ def test_auto_takes_the_first_micro_batch_that_fits(monkeypatch: pytest.MonkeyPa
 # --- the run folder
 
 
-class NoTokenizer:
-    def save(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-
-
 def settings(**changes: Any) -> dict[str, Any]:
     return {"fresh": False, "run": "dummy", "log_every": 1, "seed": 0, **changes}
 
 
 def start(run: Run, model: GPT, rows: int = 4) -> Meter:
-    return run.start(model, NoTokenizer(), rows)  # pyright: ignore[reportArgumentType]
+    return run.start(model, TOKENIZER, rows)
 
 
 def test_a_run_folder_belongs_to_one_process(base: Path) -> None:
@@ -140,31 +134,31 @@ def test_records_line_and_resume(base: Path, capsys: pytest.CaptureFixture[str])
 SAVED = {"seed": 0, "num_slots": 64, "weights": "a1", "corpus": "primer", "data": "", "gone": 7}
 
 
-@pytest.mark.parametrize(
-    ("now", "said"),
-    [
-        ({"num_slots": 32, "eval_problems": 9, "eval_samples": 1}, None),
-        ({"source": "mid", "model_tag": "d2", "step": 300}, None),  # the same weights
-        ({"data": "primer"}, None),  # the same corpus, by its name
+def test_settings_that_a_run_may_go_on_with() -> None:
+    before = {name: value for name, value in SAVED.items() if name != "gone"}
+    good: tuple[dict[str, Any], ...] = (
+        {"num_slots": 32, "eval_problems": 9, "eval_samples": 1},
+        {"source": "mid", "model_tag": "d2", "step": 300},  # the same weights
+        {"data": "primer"},  # the same corpus, by its name
+        {"came": 2},
+    )
+    for now in good:
+        trainer.check_settings(Path("d2"), SAVED, before | now)
+    for now, said in (
         ({"corpus": "mine"}, r"--data was primer, is mine\)"),  # the one prepared last is another
         ({"weights": "b2"}, "the model that it starts from was a1, is b2"),
         ({"seed": 1, "came": 2}, r"\(--seed was 0, is 1\); use those, or --fresh"),
-        ({"came": 2}, None),
-    ],
-)
-def test_settings_that_a_run_may_go_on_with(now: dict[str, Any], said: str | None) -> None:
-    settings = {name: value for name, value in SAVED.items() if name != "gone"} | now
-    with pytest.raises(UserError, match=said) if said else nullcontext():
-        trainer.check_settings(Path("d2"), SAVED, settings)
+    ):
+        refuses(said, trainer.check_settings, Path("d2"), SAVED, before | now)
 
 
 def test_out_of_memory_names_the_flag_and_a_value(base: Path) -> None:
-    with (
-        pytest.raises(UserError, match=r"--device_batch_size=12; try --device_batch_size=6$"),
-        Run("base", "d1", settings(), CPU) as run,
-    ):
-        start(run, build_model(CONFIG, None, CPU), rows=12)
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def run_out_of_memory() -> None:
+        with Run("base", "d1", settings(), CPU) as run:
+            start(run, build_model(CONFIG, None, CPU), rows=12)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    refuses("--device_batch_size=12; try --device_batch_size=6$", run_out_of_memory)
     for rows in (0, 1):
         assert "smaller --depth" in str(trainer.out_of_memory(rows))
 
@@ -246,23 +240,17 @@ def interrupt(
     return any(codes)
 
 
-CHAT = (
-    f"--source=base --device_type=cpu --save_every={EVERY} --log_every=1 --eval_every=-1 "
-    "--device_batch_size=4"
-)
-PACKED = (
-    f"{CHAT} --mixture=primer --num_iterations=16 --total_batch_size=256 --max_seq_len=64 "
-    "--eval_tokens=256"
-)
+CHAT = f"--source=base --device_type=cpu --save_every={EVERY} --log_every=1 --eval_every=-1"
+CHAT += " --device_batch_size=4"
+PACKED = f"{CHAT} --mixture=primer --num_iterations=16 --total_batch_size=256 --max_seq_len=64"
+PACKED += " --eval_tokens=256"
+ROLLED_OUT = f"{CHAT} --task=primer-exact --num_steps=16 --questions_per_step=2 --num_samples=4"
+ROLLED_OUT += " --max_tokens=8 --num_slots=4 --eval_problems=4 --eval_samples=1"
 STAGES = {
     "base_train": ("base", FLAGS),
     "mid_train": ("mid", PACKED),
     "chat_sft": ("sft", PACKED),
-    "chat_rl": (
-        "rl",
-        f"{CHAT} --task=primer-exact --num_steps=16 --questions_per_step=2 --num_samples=4 "
-        "--max_tokens=8 --num_slots=4 --eval_problems=4 --eval_samples=1",
-    ),
+    "chat_rl": ("rl", ROLLED_OUT),
 }
 
 

@@ -122,20 +122,19 @@ def accuracy(records: Sequence[dict[str, Any]]) -> Score:
     return Score(share, math.sqrt(share * (1 - share) / max(1, len(records) - 1)))
 
 
-def centered_mean(scores: Sequence[Score], baselines: Sequence[float]) -> Score:
-    """Mean accuracy once guessing is taken out of each: 0 is guessing, 1 is everything right."""
-    rooms = [1 - baseline for baseline in baselines]
-    values = [1 - (1 - score.value) / room for score, room in zip(scores, rooms, strict=True)]
-    errors = [score.stderr / room for score, room in zip(scores, rooms, strict=True)]
-    return Score(sum(values) / len(values), math.hypot(*errors) / len(values))
-
-
 def centered_score(
-    name: str, total: int, scores: Sequence[Score], baselines: Sequence[float]
+    name: str, total: int, scored: Sequence[tuple[Score, float]]
 ) -> tuple[str, Score]:
-    """(name, centered mean); the name says how many of `total` tasks there are, unless all."""
-    label = name if len(scores) == total else f"{name} ({len(scores)} of {total})"
-    return label, centered_mean(scores, baselines)
+    """Mean accuracy once guessing is taken out of each: 0 is guessing, 1 is everything right.
+
+    `scored` has an accuracy and that of guessing for each task. Returned after a name, which says
+    how many of `total` tasks there are, unless all.
+    """
+    num = len(scored)
+    values = [1 - (1 - score.value) / (1 - guessing) for score, guessing in scored]
+    errors = [score.stderr / (1 - guessing) for score, guessing in scored]
+    label = name if num == total else f"{name} ({num} of {total})"
+    return label, Score(sum(values) / num, math.hypot(*errors) / num)
 
 
 class Reader(Protocol):

@@ -39,7 +39,6 @@ from nanochat.core_eval import (
     GPTReader,
     Score,
     accuracy,
-    centered_mean,
     centered_score,
     evaluate,
     find_bundle,
@@ -139,14 +138,12 @@ def main(cfg: Config) -> None:
             raise kind(f"task {task.label} failed: {error}") from error
         records += task_records
         scores[task.label] = score = accuracy(task_records)
-        centered = centered_mean([score], [task.baseline]).value
-        percent = show(score, percent=True)
-        lines.append(f"{task.label}: {percent} of {len(task_records)}, centered {centered:.4f}")
+        _, centered = centered_score(task.label, 1, [(score, task.baseline)])
+        share = f"{show(score, percent=True)} of {len(task_records)}"
+        lines.append(f"{task.label}: {share}, centered {centered.value:.4f}")
         print0(lines[-1])
-    if core := [task for task in tasks if task.label in CORE_TASKS]:
-        accuracies = [scores[task.label] for task in core]
-        baselines = [task.baseline for task in core]
-        name, score = centered_score("CORE", len(CORE_TASKS), accuracies, baselines)
+    if core := [(scores[t.label], t.baseline) for t in tasks if t.label in CORE_TASKS]:
+        name, score = centered_score("CORE", len(CORE_TASKS), core)
         scores[name] = score
         lines.append(f"{name}: {show(score)}")
         print0(lines[-1])

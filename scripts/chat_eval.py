@@ -83,11 +83,10 @@ def evaluate(cfg: Config, engine: Engine, task: Task) -> EvalResult:
 
 def chat_core(tasks: dict[str, Task], scores: dict[str, Score]) -> dict[str, Score]:
     """{"ChatCORE": ...}; `ChatCORE (5 of 6)` with one task missing, {} with more."""
-    names = [name for name in CHAT_CORE if name in tasks]
-    if len(names) < len(CHAT_CORE) - 1:
+    scored = [(scores[name], tasks[name].baseline) for name in CHAT_CORE if name in tasks]
+    if len(scored) < len(CHAT_CORE) - 1:
         return {}
-    chosen, baselines = [scores[name] for name in names], [tasks[name].baseline for name in names]
-    return dict([centered_score("ChatCORE", len(CHAT_CORE), chosen, baselines)])
+    return dict([centered_score("ChatCORE", len(CHAT_CORE), scored)])
 
 
 def sample_of(record: dict[str, Any]) -> str:

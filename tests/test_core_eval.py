@@ -271,11 +271,11 @@ def test_core_is_the_mean_of_centered_accuracies() -> None:
     scores = [accuracy([{"correct": i < num} for i in range(100)]) for num in (75, 10)]
     errors = [math.sqrt(0.75 * 0.25 / 99), math.sqrt(0.1 * 0.9 / 99)]
     assert scores == [(0.75, pytest.approx(errors[0])), (0.1, pytest.approx(errors[1]))]
-    name, score = centered_score("CORE", 22, scores, [0.5, 0.0])
+    name, score = centered_score("CORE", 22, list(zip(scores, [0.5, 0.0], strict=True)))
     assert (name, score.value) == ("CORE (2 of 22)", pytest.approx((0.5 + 0.1) / 2))
     assert score.stderr == pytest.approx(math.hypot(errors[0] / 0.5, errors[1]) / 2)
     right = accuracy([{"correct": True}])
-    assert centered_score("CORE", 2, [right] * 2, [0.25] * 2) == ("CORE", (1.0, 0.0))
+    assert centered_score("CORE", 2, [(right, 0.25)] * 2) == ("CORE", (1.0, 0.0))
 
 
 # Bits per byte

@@ -292,10 +292,7 @@ def with_errors(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tracked_texts(patterns: Iterable[str], root: Path = REPOSITORY) -> dict[Path, str]:
-    """The files with such names that git tracks under `root`, without tests and vendored code.
-
-    Empty outside git.
-    """
+    """The files of such names that git tracks, but tests and vendored code; none outside git."""
     others = [f":(exclude,glob)**/{folder}/**" for folder in ("tests", "vendor")]
     command = ["git", "-C", root, "ls-files", "-z", *patterns, *others]
     try:

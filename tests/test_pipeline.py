@@ -14,14 +14,10 @@ from nanochat.trainer import read_metrics
 from tests.launch import FORK
 
 SIZES = "--device_type=cpu --model_tag=tiny"
-BASE = (
-    "--depth=2 --aspect_ratio=16 --head_dim=16 --max_seq_len=128 --window_pattern=SL "
-    "--num_iterations=20"
-)
-BATCH = (
-    "--total_batch_size=512 --device_batch_size=4 --eval_every=10 --eval_tokens=512 --log_every=5"
-)
-CHAT = f"{SIZES} {BATCH} --mixture=primer --num_iterations=10 --max-seq-len=128"
+BASE = "--depth=2 --aspect_ratio=16 --head_dim=16 --window_pattern=SL --num_iterations=20"
+BATCH = "--total_batch_size=512 --device_batch_size=4 --eval_every=10 --eval_tokens=512"
+BATCH += " --max_seq_len=128 --log_every=5"
+CHAT = f"{SIZES} {BATCH} --mixture=primer --num_iterations=10"
 STAGES = {
     "corpus": "nanochat.dataset --corpus=primer --num-documents=400",
     "tokenizer": "scripts.tok_train --vocab_size=400",
@@ -44,7 +40,6 @@ LOADED = {
     "base loss": "base/tiny step 20", "base eval": "base/tiny step 20", "mid": "base/tiny step 20",
     "sft": "mid/tiny step 10", "rl": "sft/tiny step 10", "chat eval": "rl/tiny step 2",
 }  # fmt: skip
-
 
 CHAT_CLI = "scripts.chat_cli -i rl -g tiny --device_type=cpu --max_tokens=12"
 
@@ -74,14 +69,10 @@ def test_from_text_to_a_chat_answer(tmp_path: Path) -> None:
 
     def run_anew(command: str, typed: str | None = None) -> CompletedProcess[str]:
         own = {"NANOCHAT_BASE_DIR": str(tmp_path / "base_dir"), "PYTHONUTF8": "1"}
-        return subprocess.run(
-            [sys.executable, "-m", *command.split(" ")],
-            cwd=tmp_path,
-            env=os.environ | own | {"PYTHONPATH": str(Path(__file__).parent.parent)},
-            capture_output=True,
-            text=True,
-            input=typed,
-        )
+        own["PYTHONPATH"] = str(Path(__file__).parent.parent)
+        words, environment = [sys.executable, "-m", *command.split(" ")], os.environ | own
+        options = {"capture_output": True, "text": True, "input": typed}
+        return subprocess.run(words, cwd=tmp_path, env=environment, **options)
 
     missing = run_anew("scripts.chat_cli -i sft --device_type=cpu -p hello")
     assert missing.returncode == 1

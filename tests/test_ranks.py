@@ -75,11 +75,7 @@ def batches(folder: Path) -> dict[int, str]:
 
 
 def train(
-    base_dir: Path,
-    world_size: int,
-    meddle: Any = launch.in_float64,
-    steps: int = STEPS,
-    rows: int = 1,
+    base_dir: Path, world_size: int, meddle: Any = launch.in_float64, steps=STEPS, rows=1
 ) -> Trained:
     """The first steps of a run, in micro-batches of `rows`."""
     flags = [*FLAGS.split(), f"--device_batch_size={rows}"]
@@ -197,10 +193,8 @@ def test_two_agents_of_torchrun(base_dir: Path, on_one: Trained, monkeypatch: An
 
 @pytest.mark.slow
 def test_torchrun_goes_on_after_a_rank_is_killed(base_dir: Path) -> None:
-    flags = FLAGS.replace("num_iterations=30", "num_iterations=100 --fresh")
-    (agent,) = torchrun(
-        base_dir, flags.replace("eval_every=5", "eval_every=-1"), 1, "--max-restarts=2"
-    )
+    flags = FLAGS + " --num_iterations=100 --fresh --eval_every=-1"
+    (agent,) = torchrun(base_dir, flags, 1, "--max-restarts=2")
     log = base_dir / "agent_0.txt"
     while not list((base_dir / "base").glob("d2/step_*[05]")):
         assert agent.poll() is None, log.read_text()

@@ -15,13 +15,7 @@ V = 50
 COMB = torch.linspace(0, 1 - 2.0**-24, 5_000)  # uniform numbers that reach every id that is kept
 
 
-def draw(
-    logits: torch.Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    uniform: torch.Tensor | None = None,
-) -> torch.Tensor:
+def draw(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, uniform=None) -> torch.Tensor:
     """`sample` with one setting for all rows."""
     n = len(logits)
     if uniform is None:

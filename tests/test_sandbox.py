@@ -296,12 +296,8 @@ def test_the_escapes_work_where_nothing_holds_them(
     """
     monkeypatch.setattr(sandbox, "isolation", lambda: "there is none")
     monkeypatch.setenv("PLANTED", "secret")
-    for name in (
-        "reads a secret",
-        "connects out",
-        "connects to an abstract socket",
-        "reads the checks",
-    ):
+    held = ("reads a secret", "connects out", "connects to an abstract socket", "reads the checks")
+    for name in held:
         refuses("there is none; --allow_unsafe_exec", run, name, outside)
         assert run(name, outside, allow_unsafe=True)[0] == "AssertionError", name
     assert run("takes 10 GB", outside, allow_unsafe=True)[0] == ""  # the limits hold everywhere
@@ -309,11 +305,8 @@ def test_the_escapes_work_where_nothing_holds_them(
 
 
 def test_the_cheats_work_on_checks_that_share_their_interpreter(outside: dict[str, object]) -> None:
-    for name in (
-        "exits when called",
-        "is a number that equals everything",
-        "reads the answers in the caller",
-    ):
+    equal, caller = "is a number that equals everything", "reads the answers in the caller"
+    for name in ("exits when called", equal, caller):
         program = Template(dedent(TABLE[name][0])).substitute(outside)
         shared = f"{program}\n{SQUARES}\ncheck({MARK})"
         assert subprocess.run([sys.executable, "-I", "-S", "-c", shared]).returncode == 0, name

@@ -38,8 +38,8 @@ class Sandbox:
         self.stand_in("uv", FAKE_UV)
         self.stand_in("cargo", "#!/bin/sh\n")
         self.stand_in("cc", "#!/bin/sh\n")
-        self.path = f"{self.bin}:/usr/bin:/bin"
         self.environment = {"HOME": str(folder), "CALLS": str(self.calls), "PYTHON": sys.executable}
+        self.environment |= {"PATH": f"{self.bin}:/usr/bin:/bin", "UV_FAILS_ON": ""}
 
     def stand_in(self, name: str, text: str) -> None:
         (self.bin / name).write_text(text)
@@ -51,13 +51,8 @@ class Sandbox:
         """Run a strict script that sources setup.sh and then says where it is."""
         setup = f'source "{self.repo}/setup.sh" {" ".join(arguments)}'
         script = f'set -euo pipefail\n{setup}\necho "in $PWD, $VIRTUAL_ENV"\n'
-        return subprocess.run(
-            ["bash", "-c", script],
-            cwd=cwd or self.repo,
-            env={"PATH": self.path, "UV_FAILS_ON": ""} | self.environment | environment,
-            capture_output=True,
-            text=True,
-        )
+        own = {"cwd": cwd or self.repo, "env": self.environment | environment}
+        return subprocess.run(["bash", "-c", script], **own, capture_output=True, text=True)
 
     def called(self) -> list[str]:
         """The calls of uv since the last time this was asked."""
@@ -139,10 +134,7 @@ def test_a_gpu_that_torch_does_not_see_stops_with_one_line(sandbox: Sandbox) -> 
 def test_two_set_ups_take_turns(sandbox: Sandbox) -> None:
     sandbox.stand_in("uv", FAKE_UV.replace('echo "uv', 'sleep 0.1; echo "uv'))
     script = f'source "{sandbox.repo}/setup.sh"'
-    environment = {"PATH": sandbox.path, "UV_FAILS_ON": ""} | sandbox.environment
-    both = [
-        subprocess.Popen(["bash", "-c", script], env=environment, stdout=subprocess.DEVNULL)
-        for _ in range(2)
-    ]
+    options = {"env": sandbox.environment, "stdout": subprocess.DEVNULL}
+    both = [subprocess.Popen(["bash", "-c", script], **options) for _ in range(2)]
     assert [process.wait(timeout=30) for process in both] == [0, 0]
     assert sandbox.called()[1:] == [LOCK, BUILD]

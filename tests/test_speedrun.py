@@ -324,18 +324,11 @@ def environment(tmp_path: Path):
     files["shard_06542.parquet"] = shard(1000)
     # Every third answer is an error, cut short, or of a wrong length.
     hub = Hub("karpathy/climbmix-400b-shuffle", files, lambda number: FAULTS.get(number % 9, ""))
-    variables = {
-        "NANOCHAT_TINY": "1",
-        "NPROC_PER_NODE": "2",
-        "NANOCHAT_BASE_DIR": str(tmp_path / "base"),
-        "NANOCHAT_DATASETS": str(tmp_path / "datasets"),
-        "NANOCHAT_EVAL_BUNDLE": str(tmp_path / "bundle"),
-        "HF_ENDPOINT": hub.address,
-        "OMP_NUM_THREADS": "1",
-        "NO_COLOR": "1",
-    }
+    folders = {"BASE_DIR": "base", "DATASETS": "datasets", "EVAL_BUNDLE": "bundle"}
+    variables = {f"NANOCHAT_{name}": str(tmp_path / folder) for name, folder in folders.items()}
+    variables |= {"NANOCHAT_TINY": "1", "NPROC_PER_NODE": "2", "HF_ENDPOINT": hub.address}
     with hub.serving():
-        yield os.environ | variables
+        yield os.environ | variables | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
 
 def left_over(environment: dict[str, str]) -> list[str]:

@@ -43,16 +43,11 @@ class Sums(Letters):
     """Small sums through the tool, said aloud after it."""
 
     def get_example(self, index: int) -> Conversation:
-        call = [
-            {"type": "python", "text": f"{index}+1"},
-            {"type": "python_output", "text": f"{index + 1}"},
-            {"type": "text", "text": f"{index + 1}!"},
-        ]
-        messages = [
-            {"role": "user", "content": f"{index}+1"},
-            {"role": "assistant", "content": call},
-        ]
-        return {"messages": messages}
+        sum_, result = f"{index}+1", f"{index + 1}"
+        call = [("python", sum_), ("python_output", result), ("text", f"{result}!")]
+        content = [{"type": kind, "text": text} for kind, text in call]
+        user, assistant = {"role": "user", "content": sum_}, {"role": "assistant"}
+        return {"messages": [user, assistant | {"content": content}]}
 
     def score(self, conversation: Conversation, reply: str) -> float:
         return float(reply == conversation["messages"][1]["content"][-1]["text"])

@@ -29,9 +29,9 @@ from nanochat.dataloader import Batch, Loader
 from nanochat.trainer import Meter
 from scripts import base_train, chat_rl, chat_sft, mid_train
 
-SCRIPTS = {
-    script.__name__.split(".")[-1]: script for script in (base_train, mid_train, chat_sft, chat_rl)
-}
+SCRIPTS = {"base_train": base_train, "mid_train": mid_train, "chat_sft": chat_sft}
+SCRIPTS["chat_rl"] = chat_rl
+Meddle = Callable[[], None] | None
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["pytest", "tests.launch"])
 # The server passes over what it cannot import.
@@ -82,7 +82,7 @@ def start(
     script: str,
     flags: Sequence[str],
     world_size: int = 1,
-    meddle: Callable[[], None] | None = None,
+    meddle: Meddle = None,
     environment: dict[str, str] | None = None,
 ) -> Group:
     """Start `script` on `world_size` gloo ranks."""
@@ -136,11 +136,7 @@ def join_group(leader: int) -> None:
 
 
 def be_a_rank(
-    script: str,
-    flags: list[str],
-    environment: dict[str, str],
-    log: Path,
-    meddle: Callable[[], None] | None,
+    script: str, flags: list[str], environment: dict[str, str], log: Path, meddle: Meddle
 ) -> None:
     """The life of one rank."""
     os.environ.update(environment)

@@ -41,10 +41,8 @@ def test_resumed_equals_uninterrupted(base_dir: Path, monkeypatch: pytest.Monkey
     for name in ("model.safetensors", "optimizer_00000.safetensors", "rank_00000.json"):
         whole, resumed = ((run / "step_000009" / name).read_bytes() for run in runs)
         assert whole == resumed, name
-    whole, resumed = (
-        [(r["step"], r["tokens"], r.get("loss"), r.get("val_bpb")) for r in read_metrics(run)]
-        for run in runs
-    )
+    keys = ("step", "tokens", "loss", "val_bpb")
+    whole, resumed = ([[r.get(key) for key in keys] for r in read_metrics(run)] for run in runs)
     assert whole == resumed
     assert [step for step, *_, bpb in whole if bpb is not None] == [0, 4, 8, 9]
 

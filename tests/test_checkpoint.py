@@ -31,9 +31,8 @@ def run(base: Path) -> Path:
 def save(run: Path, step: int, model: GPT, loader: dict[str, Any] | None = None) -> Path:
     rank_state = {"loader": loader, "generators": checkpoint.export_generators()}
     moments = make_optimizer(model, 64, 10).export_state()
-    return checkpoint.save_checkpoint(
-        run, state_of(step, model), model.state_dict(), moments, rank_state, CPU
-    )
+    state = state_of(step, model)
+    return checkpoint.save_checkpoint(run, state, model.state_dict(), moments, rank_state, CPU)
 
 
 def state_of(step: int, model: GPT) -> dict[str, Any]:
@@ -205,7 +204,6 @@ def test_a_disk_that_refuses_is_told_by_the_next_save(
     told = r"cannot save.*No space left.*are intact"
     refuses(told, writer.start, state_of(30, model), *arguments)
     monkeypatch.undo()
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(run.parent.parent))
     assert checkpoint.list_steps(run)[0] == 10 and not list(run.glob("*.partial"))
     checkpoint.open_checkpoint(run, 10)
 

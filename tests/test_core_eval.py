@@ -179,11 +179,7 @@ def all_records(model: GPT, batch_size: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("batch_size", [1, 32])
 @pytest.mark.parametrize("name", ["random", "memorising"])
 def test_equals_the_slow_evaluator(
-    models: dict[str, GPT],
-    expected: Records,
-    name: str,
-    batch_size: int,
-    monkeypatch: pytest.MonkeyPatch,
+    models: dict[str, GPT], expected: Records, name: str, batch_size: int, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(core_eval, "CPU_CHUNK", 11)  # so that prefixes take several steps
     monkeypatch.setattr(core_eval, "CPU_TOKENS", 40)

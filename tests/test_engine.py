@@ -227,17 +227,10 @@ TOOLS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("said", "max_tokens", "expected", "num_forced", "parts"), TOOLS.values(), ids=TOOLS
-)
-def test_tool_calls(
-    said: list[int],
-    max_tokens: int,
-    expected: list[int],
-    num_forced: int,
-    parts: list[tuple[str, str]],
-) -> None:
+@pytest.mark.parametrize("case", TOOLS)
+def test_tool_calls(case: str) -> None:
     """What the tool says is forced and counted, and neither it nor the call is text."""
+    said, max_tokens, expected, num_forced, parts = TOOLS[case]
     events, reply = reply_to(said, max_tokens)
     assert reply.tokens == expected
     assert reply.parts == [{"type": kind, "text": text} for kind, text in parts]

@@ -132,9 +132,8 @@ def test_padding_on_the_left_beams_and_a_cache_of_ones_own(tmp_path: Path) -> No
     assert both[0, 9:].tolist() == short[0].tolist()
     assert both[1].tolist() == loaded.generate(ids[1:], **greedy)[0].tolist()
     greedy["num_beams"] = 3
-    assert torch.equal(
-        loaded.generate(ids, **greedy), loaded.generate(ids, use_cache=False, **greedy)
-    )
+    anew = loaded.generate(ids, use_cache=False, **greedy)
+    assert torch.equal(loaded.generate(ids, **greedy), anew)
     with torch.inference_mode():
         whole = loaded(ids).logits
         past = loaded(ids[:, :20], use_cache=True).past_key_values

@@ -14,6 +14,7 @@ from tests.launch import on_ranks
 
 ADAMW = {"kind": "adamw", "lr": 0.01, "betas": (0.8, 0.96), "eps": 1e-10, "weight_decay": 0.1}
 MUON = {"kind": "muon", "lr": 0.05, "momentum": 0.9, "beta2": 0.9, "weight_decay": 0.2}
+SLOW = pytest.mark.slow
 SHAPES = {"muon": [(8, 8)] * 4 + [(40, 30)] * 4 + [(30, 40)], "adamw": [(67, 31), (9,), (), (4, 5)]}
 
 
@@ -171,12 +172,9 @@ def reduce_during_backward(rank: int, world_size: int) -> list[str]:
             super().start_reduction(bucket)
 
     optimizer = Observed(groups, rank, world_size)
-    for name, param in (
-        (n, p) for g in groups for n, p in zip(g["names"], g["params"], strict=True)
-    ):
-        param.register_post_accumulate_grad_hook(
-            lambda _, name=name: events.append(f"arrived {name}")
-        )
+    for name, param in zip(sum((g["names"] for g in groups), []), parameters(groups), strict=True):
+        arrived = f"arrived {name}"
+        param.register_post_accumulate_grad_hook(lambda _, arrived=arrived: events.append(arrived))
     for mark in ("first", "last"):
         events.append(mark)
         if mark == "last":
@@ -205,10 +203,7 @@ def run_rank(rank: int, world_size: int, folder: Path) -> None:
     torch.save((weights, shards, events), folder / f"rank{rank}.pt")
 
 
-@pytest.mark.parametrize(
-    "world_size",
-    [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(n, marks=SLOW) for n in (3, 4))])
 def test_ranks_equal_one_rank(tmp_path: Path, world_size: int) -> None:
     on_ranks(world_size, tmp_path, run_rank, world_size, tmp_path)
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(world_size)]

@@ -39,10 +39,7 @@ def sums(text: str) -> set[tuple]:
     """The sums of two operands that a text spells out, in whichever order."""
     found = re.findall(r"(\d+) ?(?:([-+*])|(plus|minus|times)) ?(\d+)", text)
     signs = {"plus": "+", "minus": "-", "times": "*"}
-    return {
-        (signs.get(word, sign), max(int(a), int(b)), min(int(a), int(b)))
-        for a, sign, word, b in found
-    }
+    return {(signs.get(word, sign), *sorted([int(a), int(b)])) for a, sign, word, b in found}
 
 
 def brief_removed(text: str) -> str:

@@ -18,9 +18,8 @@ TEXTS = [
 
 
 @pytest.fixture(autouse=True)
-def corpus(tmp_path: Path, monkeypatch) -> list[str]:
+def corpus(base: Path, tmp_path: Path, monkeypatch) -> list[str]:
     """A small imported corpus; gives its training documents."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
     lines = [json.dumps({"text": text}) for text in TEXTS]
     (tmp_path / "tales.jsonl").write_text("\n".join(lines))

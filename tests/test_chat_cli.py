@@ -50,9 +50,7 @@ def test_the_window_forgets_the_oldest_turns_only() -> None:
 
 
 @pytest.mark.parametrize("source", ["sft", "base"])
-def test_five_contexts_of_talk_never_crash(
-    source: Source, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_five_contexts_never_crash(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
     """A random model says anything, special tokens included, to messages of any length."""
     engine, messages = random_engine(), list[dict[str, Any]]()
     lengths = [20, 7, 1, 20, 13, 20, 20, 2 * CONTEXT, 15, 20]

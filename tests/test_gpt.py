@@ -131,14 +131,14 @@ def test_init_writes_everything_and_nothing_else() -> None:
     assert len(list(model.buffers())) == 0
 
 
-@pytest.mark.parametrize("vocab", [90, 128, 1000])
-def test_first_loss_is_ln_v(vocab: int) -> None:
+def test_first_loss_is_ln_v() -> None:
     """Padded rows of the vocabulary take no probability, so V is the vocabulary asked for."""
-    model = GPT(GPTConfig(**{**SMALL, "vocab_size": vocab}))
-    model.init_weights()
-    ids = random_ids(2, 50, vocab)
-    assert model(ids, ids).item() == pytest.approx(math.log(vocab), abs=0.01)
-    assert model(ids).shape == (2, 50, vocab)
+    for vocab in (90, 128, 1000):
+        model = GPT(GPTConfig(**{**SMALL, "vocab_size": vocab}))
+        model.init_weights()
+        ids = random_ids(2, 50, vocab)
+        assert model(ids, ids).item() == pytest.approx(math.log(vocab), abs=0.01)
+        assert model(ids).shape == (2, 50, vocab)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -62,9 +62,7 @@ def test_total_time_runs_from_reset_to_the_last_stage_not_to_generate() -> None:
     assert "Total wall clock time: 3m 07s\n" in Path("report.md").read_text()
 
 
-def test_a_stage_that_runs_again_replaces_its_own_section_on_the_main_rank_only(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_section_replaces_its_old_one_on_the_main_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     section("base_train", {"val_bpb": 9.0})
     section("tok_eval", {"bytes per token": 3.5})
     section("base_train", {"val_bpb": 2.0}, seconds=61.0)
@@ -271,14 +269,11 @@ def test_the_page_is_well_formed_and_needs_nothing_else(page: Page) -> None:
             assert set(outside) <= SVG_NAMESPACES | {HOSTILE}
 
 
-def test_hostile_text_reads_as_it_was_written(page: Page) -> None:
+def test_hostile_text_reads_as_it_was_written_and_contents_lead_to_the_chapters(page: Page) -> None:
     assert [text.rstrip("\n") for text in page.texts["pre"]] == [HOSTILE, "plain"] * 2
     items = [text for text in page.texts["li"] if HOSTILE in text]
     assert items.count(f"data: {HOSTILE}") == 2 and items.count(f"{HOSTILE}: {HOSTILE}") == 2
     assert page.texts["td"].count(HOSTILE) == 4 and HOSTILE in page.texts["h2"]
-
-
-def test_contents_lead_to_the_chapters_summary_first(page: Page) -> None:
     anchors = [name[1:] for name in page.attributes("href")]
     chapters = ["summary", "start", "base_train", "mid_train", "chat_rl", "chat_eval_rl"]
     assert anchors[: len(chapters)] == chapters

@@ -90,10 +90,6 @@ def token_bytes(tokenizer: rustbpe.Tokenizer) -> list[bytes]:
     return [token for token, _ in ranks]
 
 
-def test_merges_equal_the_naive_trainer() -> None:
-    assert token_bytes(train(MULTILINGUAL, 400)) == naive_train(MULTILINGUAL, 400)[0]
-
-
 def test_merges_equal_hugging_face_up_to_the_first_tie() -> None:
     rng = random.Random(4)
     words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 7))) for _ in range(300)]

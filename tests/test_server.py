@@ -381,9 +381,7 @@ def test_loading_is_told() -> None:
 
 
 @pytest.mark.parametrize("in_time", [True, False])
-def test_the_end_waits_for_answers_under_way(
-    in_time: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_end_waits_for_answers(in_time: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nanochat.server.DRAIN_SECONDS", 20.0 if in_time else 0.3)
     engine = EchoEngine(pace=0.01 if in_time else 0.05)
     with serving([engine]) as server:

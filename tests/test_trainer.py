@@ -28,11 +28,9 @@ from tests.models import CPU, TOKENIZER, refuses
 
 CONFIG = GPTConfig(sequence_len=64, vocab_size=64, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
 EVERY = 5
-FLAGS = (
-    "--depth=1 --aspect_ratio=32 --head_dim=16 --max_seq_len=64 --total_batch_size=256 "
-    f"--eval_every=-1 --eval_tokens=256 --sample_every=-1 --save_every={EVERY} --log_every=1 "
-    "--device_type=cpu --num_iterations=16"
-)
+FLAGS = "--depth=1 --aspect_ratio=32 --head_dim=16 --max_seq_len=64 --total_batch_size=256"
+FLAGS += f" --eval_every=-1 --eval_tokens=256 --sample_every=-1 --save_every={EVERY} --log_every=1"
+FLAGS += " --device_type=cpu --num_iterations=16"
 
 
 # --- micro-batches
@@ -157,8 +155,7 @@ def test_out_of_memory_names_the_flag_and_a_value(base: Path) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     refuses("--device_batch_size=12; try --device_batch_size=6$", run_out_of_memory)
-    for rows in (0, 1):
-        assert "smaller --depth" in str(trainer.out_of_memory(rows))
+    assert all("smaller --depth" in str(trainer.out_of_memory(rows)) for rows in (0, 1))
 
 
 # --- whole runs, on ranks that can be killed
@@ -339,9 +336,7 @@ def poison(*steps: int) -> None:
     MuonAdamW.start_reduction = poisoned
 
 
-def test_steps_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run(
-    base_dir: Path,
-) -> None:
+def test_steps_not_finite_are_skipped_and_three_in_a_row_stop_the_run(base_dir: Path) -> None:
     few_lines = flags(12, "--log_every=4")
     group = launch.start(base_dir, "base_train", few_lines, 2, partial(poison, 1, 2, 5, 6, 7))
     assert group.wait() == [1, 1]
@@ -384,9 +379,7 @@ def fill_after_a_save(disk: Path) -> None:
     checkpoint.commit = committing
 
 
-def test_a_full_or_read_only_disk_leaves_the_old_checkpoint(
-    prepared: Path, small_disk: Path
-) -> None:
+def test_a_full_or_read_only_disk_leaves_the_old_save(prepared: Path, small_disk: Path) -> None:
     base_dir = Path(shutil.copytree(prepared, small_disk / "base_dir"))
     log = small_disk.parent / "log"  # not on that disk
     log.mkdir()

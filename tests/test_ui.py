@@ -42,9 +42,7 @@ RICH = (
     "\n\n1. one\n   - nested\n2. two\n\n> quote\n\n```python\nprint('a very long line of code, so "
     "long that a phone cannot show it', 1, 2, 3, 4, 5)\n```\n\n| a long column title | another "
     "long column title | and a third |\n| --- | :-: | --: |\n| 1 | 2 | 3 |\n\n---\n\n"
-    + "unbroken"
-    * 30
-)
+) + "unbroken" * 30
 
 
 class Chat:
@@ -189,8 +187,7 @@ def test_a_reply_streams_and_tells_what_it_cost(chat: Chat) -> None:
 
 
 def test_what_was_said_is_kept(chat: Chat) -> None:
-    ways = (lambda: chat.type("Escape"), lambda: chat.click("Stop"), chat.page.reload)
-    for end in ways:
+    for end in (lambda: chat.type("Escape"), lambda: chat.click("Stop"), chat.page.reload):
         chat.type("Control+Shift+O")
         chat.server.left.clear()
         chat.ask("Count", [piece(content="one, two"), Event()])

@@ -82,8 +82,6 @@ def _value(node: ast.expr) -> Number:
 
 def _bounded(number: Number) -> Number:
     """`number` itself; ValueError for too many digits, infinity and NaN."""
-    if isinstance(number, float) and math.isfinite(number):
-        return number
-    if isinstance(number, int) and abs(number) < 10**MAX_DIGITS:
+    if abs(number) < (math.inf if isinstance(number, float) else 10**MAX_DIGITS):
         return number
     raise ValueError

@@ -161,11 +161,6 @@ class SlotPool:
         self.free.remove(slot)
         return slot
 
-    def release(self, slot: Slot, spoiled: bool = False) -> None:
-        if spoiled:
-            slot.cached, slot.prompt = [], None
-        self.free.append(slot)
-
     def prefill(self, slot: Slot, prompt: list[int], room: int) -> int:
         """Read the next chunk of `prompt` if at most `room` tokens; returns how many it took."""
         chunk = prompt[len(slot.cached) :][:CHUNK]
@@ -480,12 +475,12 @@ class Engine:
             yield
         except Exception as error:
             for each in group:
-                self._leave(each, spoiled=True)
+                self._leave(each)
             raise StepFailed([each.request for each in group]) from error
 
-    def _leave(self, leaving: RunningRequest, spoiled: bool = False) -> None:
+    def _leave(self, leaving: RunningRequest) -> None:
         self.running.remove(leaving)
-        self.slots.release(leaving.slot, spoiled)
+        self.slots.free.append(leaving.slot)
 
     def _prefill(self) -> None:
         """Read at most CHUNK prompt tokens, oldest first, giving free slots to waiting requests."""

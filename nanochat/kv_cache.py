@@ -22,7 +22,6 @@ dimension, C channels, S = max_len, E keys in one block.
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,8 +124,7 @@ class Append:
     slots: list[int]  # per row, its slot
     starts: list[int]  # per row, how many tokens its slot held before
     num_new: list[int]  # per row, how many of the T tokens are real; the rest is right padding
-    # By window, filled by the first layer that has it.
-    masks: dict[Any, Any] = field(default_factory=dict)
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window, see _seen
 
     @cached_property
     def positions(self) -> torch.Tensor:
@@ -180,31 +178,20 @@ class Append:
         if self.slots != list(range(self.cache.num_slots)):  # else nothing need be copied
             keys, values = keys[self.slots], values[self.slots]
         grouped = (q * scale).view(num_rows, keys.shape[1], -1, head_dim)  # (B, K, H / K, D)
-        if window not in self.masks:
-            self.masks[window] = self._decode_mask(window)
-        mask, begins = self.masks[window]
+        hidden = ~self._seen(window)[:, None]  # (B, 1, 1, S)
+        live = [s for s, n in zip(self.starts, self.num_new, strict=True) if n]
+        oldest = 0 if window is None or not live else max(0, min(live) - window + 1)
+        block = self.cache.block
         mixed = torch.zeros(grouped.shape, dtype=torch.float32, device=q.device)
         total = torch.zeros(*grouped.shape[:3], 1, dtype=torch.float32, device=q.device)
-        for begin in begins:
-            end = min(begin + self.cache.block, self.cache.max_len)
+        for begin in range(oldest // block * block, max(live, default=-1) + 1, block):
+            end = min(begin + block, self.cache.max_len)
             scores = (grouped @ keys[:, :, begin:end].transpose(2, 3)).float()  # (B, K, H / K, E)
-            weights = scores.exp_().masked_fill_(mask[:, None, None, begin:end], 0)
+            weights = scores.exp_().masked_fill_(hidden[..., begin:end], 0)
             total += weights.sum(-1, keepdim=True)
             mixed += weights.to(q.dtype) @ values[:, :, begin:end]
         mixed /= total.clamp_(min=1e-30)  # a row without tokens saw no key
         return mixed.to(q.dtype).view(num_rows, 1, num_heads, head_dim)
-
-    def _decode_mask(self, window: int | None) -> tuple[torch.Tensor, range]:
-        """(B, S) True where a row may not look; first keys of the blocks that a live row sees."""
-        cells = torch.arange(self.cache.max_len, device=self.positions.device)
-        hidden = cells > self.positions
-        if window is not None:
-            hidden |= cells <= self.positions - window
-        live = [s for s, n in zip(self.starts, self.num_new, strict=True) if n]
-        oldest = 0 if window is None or not live else max(0, min(live) - window + 1)
-        newest = max(live, default=-1)
-        block = self.cache.block
-        return hidden, range(oldest // block * block, newest + 1, block)
 
     def _prefill(
         self, layer: int, q: torch.Tensor, window: int | None, scale: float
@@ -216,19 +203,24 @@ class Append:
             if count == 0:
                 continue
             oldest = 0 if window is None else max(0, start - window + 1)
-            if (window, row) not in self.masks:
-                queries = torch.arange(start, start + count, device=q.device)[:, None]
-                cells = torch.arange(oldest, start + count, device=q.device)
-                self.masks[window, row] = seen = cells <= queries
-                if window is not None:
-                    seen &= cells > queries - window
+            end = start + count
             mixed = F.scaled_dot_product_attention(
                 q[row, :count].transpose(0, 1)[None],
-                self.cache.keys[layer, slot, :, oldest : start + count][None],
-                self.cache.values[layer, slot, :, oldest : start + count][None],
-                attn_mask=self.masks[window, row],
+                self.cache.keys[layer, slot, :, oldest:end][None],
+                self.cache.values[layer, slot, :, oldest:end][None],
+                attn_mask=self._seen(window)[row, :count, oldest:end],
                 scale=scale,
                 enable_gqa=q.shape[2] != self.cache.keys.shape[2],
             )  # (1, H, count, D)
             out[row, :count] = mixed[0].transpose(0, 1)
         return out
+
+    def _seen(self, window: int | None) -> torch.Tensor:
+        """(B, T, S) True where a token may look, made by the first layer that has this window."""
+        if window not in self.masks:
+            cells = torch.arange(self.cache.max_len, device=self.positions.device)
+            own = self.positions[:, :, None]
+            self.masks[window] = cells <= own
+            if window is not None:
+                self.masks[window] &= cells > own - window
+        return self.masks[window]

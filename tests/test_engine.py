@@ -68,7 +68,7 @@ def check_slots(engine: Engine) -> None:
     in_use = [each.slot for each in engine.running]
     assert sorted(s.index for s in [*engine.slots.free, *in_use]) == list(range(engine.num_slots))
     for slot, length in zip(engine.slots.all, engine.slots.cache.lengths.tolist(), strict=True):
-        assert len(slot.cached) in (length, 0)  # 0: a failed one
+        assert len(slot.cached) == length
 
 
 @torch.inference_mode()

@@ -19,6 +19,7 @@ NORM_EPS = 1.1920928955078125e-07  # epsilon of fp32: what the published weights
 # Logits in memory at once. CPU: 2 MiB of fp32, so that tanh and exp find them in the L2 cache.
 # GPU: 512 MiB of fp32, enough rows for efficient matmuls (not measured: no GPU was at hand).
 CPU_CHUNK, GPU_CHUNK = 2**19, 2**27
+Settings = tuple[int, float]  # vocabulary size, softcap
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -108,12 +109,7 @@ class _SoftcapLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        settings: tuple[int, float],
-        sum_at_once: bool,
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, settings: Settings, sum_at_once: bool
     ) -> Tensor:
         ctx.settings, ctx.sum_at_once = settings, sum_at_once
         if not sum_at_once:
@@ -135,11 +131,7 @@ class _SoftcapLoss(torch.autograd.Function):
 
 
 def _losses(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    settings: tuple[int, float],
-    row_scale: Tensor | None = None,
+    x: Tensor, weight: Tensor, targets: Tensor, settings: Settings, row_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """((M,) losses; with a `row_scale` (M,) also d sum(row_scale * losses) by x and by weight).
 

@@ -119,8 +119,8 @@ class Bucket:
     num_shards: int  # ranks that share the rows; 1: every rank updates them all
     shard: int  # which of them this rank updates
     num_missing: int = 0  # gradients still to come in the last backward pass
-    gradient: Tensor | None = None  # of this rank's rows; the mean over ranks after `reduction`
-    reduction: dist.Work | None = None
+    # Gradient of this rank's rows, and with several ranks the work after which it is their sum.
+    reduction: tuple[Tensor, dist.Work | None] | None = None
 
     def __post_init__(self) -> None:
         self.stacked = self.group["kind"] == "muon"  # a row is a matrix, else one element
@@ -129,10 +129,8 @@ class Bucket:
         zeros = torch.zeros_like(own, memory_format=torch.contiguous_format)
         if self.stacked:
             mean_over = -1 if own.shape[-2] >= own.shape[-1] else -2
-            self.state: State = {
-                "momentum": zeros,
-                "variance": zeros.mean(dim=mean_over, keepdim=True),
-            }
+            variance = zeros.mean(dim=mean_over, keepdim=True)
+            self.state: State = {"momentum": zeros, "variance": variance}
         else:
             self.state = {"mean": zeros, "variance": zeros.clone()}
 
@@ -228,33 +226,24 @@ class MuonAdamW:
                 self.start_reduction(bucket)
 
     @torch.no_grad()
-    def start_reduction(self, bucket: Bucket) -> None:
-        """Start averaging the bucket's gradients; `bucket.gradient` receives this rank's rows."""
+    def start_reduction(self, bucket: Bucket) -> tuple[Tensor, dist.Work | None]:
+        """Start averaging the bucket's gradients; returns `bucket.reduction`."""
         bucket.num_missing = 0
         gradients = [param.grad for param in bucket.params if param.grad is not None]
         if len(gradients) < len(bucket.params):
             raise RuntimeError(f"a parameter of {', '.join(bucket.names)} has no gradient")
         rows = bucket.pack(gradients)
-        bucket.gradient = bucket.own_rows(rows)
-        if self.world_size == 1:
-            return
-        for param in bucket.params:
-            param.grad = None  # the rows hold it now
-        if bucket.num_shards > 1:
-            bucket.gradient = torch.empty_like(bucket.gradient)
-            bucket.reduction = dist.reduce_scatter_tensor(bucket.gradient, rows, async_op=True)
-        else:
-            bucket.reduction = dist.all_reduce(rows, async_op=True)
-
-    def _finish_reduction(self, bucket: Bucket) -> Tensor:
-        """This rank's rows of the averaged gradient, released by the bucket."""
-        gradient, reduction = bucket.gradient, bucket.reduction
-        bucket.gradient = bucket.reduction = None
-        assert gradient is not None
-        if reduction is not None:
-            reduction.wait()
-            gradient.div_(self.world_size)
-        return gradient
+        own, work = bucket.own_rows(rows), None
+        if self.world_size > 1:
+            for param in bucket.params:
+                param.grad = None  # the rows hold it now
+            if bucket.num_shards > 1:
+                own = torch.empty_like(own)
+                work = dist.reduce_scatter_tensor(own, rows, async_op=True)
+            else:
+                work = dist.all_reduce(rows, async_op=True)
+        bucket.reduction = own, work
+        return bucket.reduction
 
     @torch.no_grad()
     def step(self) -> Tensor:
@@ -262,10 +251,12 @@ class MuonAdamW:
 
         Raises RuntimeError if a parameter has no gradient.
         """
-        for bucket in self.buckets:
-            if bucket.gradient is None:
-                self.start_reduction(bucket)
-        gradients = [self._finish_reduction(bucket) for bucket in self.buckets]
+        gradients = []
+        for gradient, work in [b.reduction or self.start_reduction(b) for b in self.buckets]:
+            if work is not None:
+                work.wait()
+                gradient.div_(self.world_size)
+            gradients.append(gradient)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.world_size > 1:
             dist.all_reduce(norm)  # the sum is finite where the norm of every rank's rows is
@@ -273,6 +264,7 @@ class MuonAdamW:
         self.num_steps += finite
         gathers = []
         for bucket, gradient in zip(self.buckets, gradients, strict=True):
+            bucket.reduction = None
             own = bucket.own_rows(bucket.pack(bucket.params))
             if bucket.stacked:
                 muon_update(own, gradient, bucket.state, bucket.group, finite)

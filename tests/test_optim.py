@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -167,9 +168,9 @@ def reduce_during_backward(rank: int, world_size: int) -> list[str]:
     groups, events = make_groups(), []
 
     class Observed(MuonAdamW):
-        def start_reduction(self, bucket: Bucket) -> None:
+        def start_reduction(self, bucket: Bucket) -> Any:
             events.append(f"reduce {bucket.names[0]}")
-            super().start_reduction(bucket)
+            return super().start_reduction(bucket)
 
     optimizer = Observed(groups, rank, world_size)
     for name, param in zip(sum((g["names"] for g in groups), []), parameters(groups), strict=True):

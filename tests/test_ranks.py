@@ -132,12 +132,12 @@ def spoil(name: str) -> None:
     launch.in_float64()
     start_reduction = MuonAdamW.start_reduction
 
-    def spoiling(self: MuonAdamW, bucket: Bucket) -> None:
+    def spoiling(self: MuonAdamW, bucket: Bucket) -> Any:
         if name in bucket.names and os.environ["RANK"] == "1":
             for param in bucket.params:
                 assert param.grad is not None
                 param.grad *= 1.001
-        start_reduction(self, bucket)
+        return start_reduction(self, bucket)
 
     MuonAdamW.start_reduction = spoiling
 

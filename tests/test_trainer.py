@@ -326,12 +326,12 @@ def poison(*steps: int) -> None:
     start_reduction, last = MuonAdamW.start_reduction, os.environ["RANK"] == "1"
     calls = itertools.count()  # one for each bucket of a step
 
-    def poisoned(self: MuonAdamW, bucket: Bucket) -> None:
+    def poisoned(self: MuonAdamW, bucket: Bucket) -> Any:
         gradient = bucket.params[0].grad
         step = next(calls) // len(self.buckets)
         if last and step in steps and bucket.stacked and gradient is not None:
             gradient.view(-1)[0] = float("nan")
-        start_reduction(self, bucket)
+        return start_reduction(self, bucket)
 
     MuonAdamW.start_reduction = poisoned
 

@@ -39,23 +39,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal to send when the parent dies
 # Words of the device name -> dense bf16 peak in FLOP/s (vendor data sheets, no sparsity).
 PEAK_BF16_FLOPS = {
-    "GB200": 2.5e15,
-    "B200": 2.25e15,
-    "GH200": 990e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-}
+    "GB200": 2.5e15, "B200": 2.25e15, "GH200": 990e12,
+    "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12,
+    "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+}  # fmt: skip
 
 
 class UserError(ValueError):
@@ -279,7 +267,7 @@ Source = Annotated[Literal["base", "mid", "sft", "rl"], tyro.conf.arg(aliases=["
 ChatStage = Annotated[Literal["mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
 TagName = Annotated[str, Field(pattern=rf"^({FOLDER_NAME})?$")]
 Tag = Annotated[TagName, tyro.conf.arg(aliases=["-g"])]
-StepNumber = Annotated[int | None, tyro.conf.arg(aliases=["-s"])]
+Step = Annotated[int | None, tyro.conf.arg(aliases=["-s"])]
 
 DeviceType = Annotated[str, Field(pattern="^(cpu|cuda|mps)?$")]
 Dtype = Annotated[str, Field(pattern="^(auto|float32|bfloat16)$")]
@@ -301,7 +289,7 @@ class CheckpointFlags:
 
     source: Source = "sft"  # stage of the checkpoint
     model_tag: Tag = ""  # its run; empty: the one saved last
-    step: StepNumber = None  # its step; default: the newest
+    step: Step = None  # its step; default: the newest
     device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
 

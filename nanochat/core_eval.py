@@ -227,13 +227,10 @@ def evaluate(
                 prediction, gold = losses.index(min(losses)), row["gold"]  # the first of equals
                 correct = prediction == gold
             records[number] = {
-                "task": task.label,
-                "id": row["id"],
-                "prediction": prediction,
-                "gold": gold,
-                "correct": correct,
+                "task": task.label, "id": row["id"],
+                "prediction": prediction, "gold": gold, "correct": correct,
                 "losses": [loss if loss < math.inf else None for loss in losses],
-            }
+            }  # fmt: skip
     return [record for _, record in sorted(gather(list(records.items())))]
 
 

@@ -31,6 +31,10 @@ from nanochat.tokenizer import ChatTokens, Tokenizer, chat_tokens
 CHUNK = 256  # prompt tokens per step, padding included
 ROUND_UP = 16  # chunks are padded to a multiple of this, so that few shapes occur
 MIN_SHARED = 16  # tokens; shorter common prefixes are prefilled again
+SAMPLE_PROMPTS = (
+    "The capital of France is", "If yesterday was Friday, then today is", "The opposite of hot is",
+    "Once upon a time", "My favourite colour is", "Two and three make",
+)  # fmt: skip
 UTF8 = codecs.getincrementaldecoder("utf-8")
 NUM_WARM_UPS = 3  # eager runs before capture, in which cuBLAS allocates its workspaces
 
@@ -518,13 +522,11 @@ class Engine:
         return with_logprobs(ids, logits, num_top).tolist()
 
 
-def sample_texts(
-    model: GPT, tokenizer: Tokenizer, prompts: Iterable[str], max_tokens: int = 32
-) -> list[str]:
-    """Each prompt with the greedy continuation of a base model."""
+def sample_texts(model: GPT, tokenizer: Tokenizer, max_tokens: int = 32) -> list[str]:
+    """Each of SAMPLE_PROMPTS with the greedy continuation of a base model."""
     requests = [
         Request([tokenizer.bos_id, *tokenizer.encode(prompt)], max_tokens, temperature=0.0)
-        for prompt in prompts
+        for prompt in SAMPLE_PROMPTS
     ]
     # Prompts may be longer than the context of a very small model.
     max_len = max(len(request.prompt) for request in requests) + max_tokens
@@ -532,5 +534,5 @@ def sample_texts(
     replies = dict(engine.complete(requests))
     return [
         prompt + "".join(part["text"] for part in replies[request].parts)
-        for prompt, request in zip(prompts, requests, strict=True)
+        for prompt, request in zip(SAMPLE_PROMPTS, requests, strict=True)
     ]

@@ -249,15 +249,10 @@ class GPT(nn.Module):
         """An empty cache for `num_slots` sequences of up to `max_len` tokens."""
         config = self.config
         return KVCache(
-            num_layers=config.n_layer,
-            num_slots=num_slots,
-            num_kv_heads=config.n_kv_head,
-            max_len=max_len,
-            head_dim=config.head_dim,
-            num_channels=config.n_embd,
-            device=device or self.wte.weight.device,
-            dtype=self.compute_dtype,
-        )
+            num_layers=config.n_layer, num_slots=num_slots, num_kv_heads=config.n_kv_head,
+            max_len=max_len, head_dim=config.head_dim, num_channels=config.n_embd,
+            device=device or self.wte.weight.device, dtype=self.compute_dtype,
+        )  # fmt: skip
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """Set the dtype of activations and matmuls; master weights, logits and loss stay fp32."""

@@ -90,16 +90,11 @@ def _process(
     isolate = _bubblewrap(PREFIX, CHILD, file.resolve()) if isolated else []
     numbers = map(str, (wire.fileno(), seconds, uid))
     command = [*isolate, str(PYTHON), "-I", "-S", str(CHILD), file.stem, name, *numbers]
+    errors = subprocess.PIPE if file.stem == "checks" else subprocess.DEVNULL
     with subprocess.Popen(
-        command,
-        cwd=file.parent,
-        env={},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE if file.stem == "checks" else subprocess.DEVNULL,
-        pass_fds=[wire.fileno()],
-        start_new_session=True,
-    ) as process:
+        command, cwd=file.parent, env={}, pass_fds=[wire.fileno()], start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
+    ) as process:  # fmt: skip
         try:
             yield process
         finally:

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from nanochat import core_eval
 from nanochat.checkpoint import load_model
 from nanochat.common import (
     CheckpointFlags,
@@ -33,18 +34,7 @@ from nanochat.common import (
     set_up,
     write_file,
 )
-from nanochat.core_eval import (
-    CORE_TASKS,
-    CoreTask,
-    GPTReader,
-    Score,
-    accuracy,
-    centered_score,
-    evaluate,
-    find_bundle,
-    load_tasks,
-    padded,
-)
+from nanochat.core_eval import CORE_TASKS, CoreTask, GPTReader, Score, padded
 from nanochat.report import show, write_section
 from tasks.mixtures import build_task
 
@@ -109,7 +99,7 @@ def choose_tasks(cfg: Config) -> list[CoreTask]:
         tasks.append(CoreTask(PRIMER, "multiple_choice", rows, quiz.baseline, delimiter=""))
     if names:
         labels = [own for name in names for own in (CORE_TASKS if name == "core" else [name])]
-        tasks += load_tasks(find_bundle(cfg.eval_bundle), labels)
+        tasks += core_eval.load_tasks(core_eval.find_bundle(cfg.eval_bundle), labels)
     return tasks
 
 
@@ -132,18 +122,18 @@ def main(cfg: Config) -> None:
     lines: list[str] = []
     for task in tasks:
         try:
-            task_records = evaluate(reader, task, cfg.batch_size, cfg.max_per_task)
+            task_records = core_eval.evaluate(reader, task, cfg.batch_size, cfg.max_per_task)
         except Exception as error:
             kind = UserError if isinstance(error, UserError) else RuntimeError
             raise kind(f"task {task.label} failed: {error}") from error
         records += task_records
-        scores[task.label] = score = accuracy(task_records)
-        _, centered = centered_score(task.label, 1, [(score, task.baseline)])
+        scores[task.label] = score = core_eval.accuracy(task_records)
+        _, centered = core_eval.centered_score(task.label, 1, [(score, task.baseline)])
         share = f"{show(score, percent=True)} of {len(task_records)}"
         lines.append(f"{task.label}: {share}, centered {centered.value:.4f}")
         print0(lines[-1])
     if core := [(scores[t.label], t.baseline) for t in tasks if t.label in CORE_TASKS]:
-        name, score = centered_score("CORE", len(CORE_TASKS), core)
+        name, score = core_eval.centered_score("CORE", len(CORE_TASKS), core)
         scores[name] = score
         lines.append(f"{name}: {show(score)}")
         print0(lines[-1])

@@ -11,28 +11,12 @@ writes: report/base_loss.json
 from dataclasses import dataclass
 
 from nanochat.checkpoint import load_model
-from nanochat.common import (
-    CheckpointFlags,
-    Count,
-    Source,
-    print0,
-    run_script,
-    set_up,
-)
+from nanochat.common import CheckpointFlags, Count, Source, print0, run_script, set_up
 from nanochat.core_eval import source_bpb
 from nanochat.dataloader import TextSource
 from nanochat.dataset import find_corpus
 from nanochat.engine import sample_texts
 from nanochat.report import write_section
-
-SAMPLE_PROMPTS = (
-    "The capital of France is",
-    "If yesterday was Friday, then today is",
-    "The opposite of hot is",
-    "Once upon a time",
-    "My favourite colour is",
-    "Two and three make",
-)
 
 
 @dataclass
@@ -66,7 +50,7 @@ def main(cfg: Config) -> None:
         )  # fmt: skip
         results[f"{split}_bpb"] = bpb
         print0(f"{split}: {bpb:.4f} bits per byte")
-    samples = sample_texts(model, tokenizer, SAMPLE_PROMPTS)
+    samples = sample_texts(model, tokenizer)
     print0("\n".join(samples))
     write_section("base_loss", "Base loss", vars(cfg) | place, results, samples)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochat import fp8
+from nanochat import fp8, scaling
 from nanochat.checkpoint import build_model, list_steps
 from nanochat.common import (
     Compile,
@@ -40,24 +40,8 @@ from nanochat.dataloader import IGNORED, Loader, TextSource
 from nanochat.dataset import find_corpus
 from nanochat.engine import sample_texts
 from nanochat.report import write_section
-from nanochat.scaling import (
-    batch_tokens,
-    depth_to_config,
-    lr_multiplier,
-    make_optimizer,
-    muon_momentum,
-    training_tokens,
-    weight_decay_multiplier,
-)
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Run, batch_rows, compile_for_training, row_choices, starts_over
-
-SAMPLE_PROMPTS = (
-    "The capital of France is",
-    "Once upon a time",
-    "The opposite of hot is",
-    "Two and three make",
-)
 
 
 @dataclass
@@ -97,7 +81,7 @@ def plan_steps(cfg: Config, num_tokens: int) -> tuple[int, int]:
     """(tokens a step, number of steps) for a horizon of `num_tokens`."""
     total = cfg.total_batch_size
     if total <= 0:
-        total = max(batch_tokens(num_tokens), cfg.max_seq_len)
+        total = max(scaling.batch_tokens(num_tokens), cfg.max_seq_len)
     num_steps = cfg.num_iterations if cfg.num_iterations > 0 else round(num_tokens / total)
     return total, max(1, num_steps)
 
@@ -113,12 +97,12 @@ def main(cfg: Config) -> None:
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
     tag = cfg.model_tag or f"d{cfg.depth}"
     corpus, tokenizer = find_corpus(cfg.data), load_tokenizer(cfg, tag)
-    config = depth_to_config(
+    config = scaling.depth_to_config(
         cfg.depth, tokenizer.vocab_size, cfg.max_seq_len,
         cfg.aspect_ratio, cfg.head_dim, cfg.window_pattern, cfg.plain,
     )  # fmt: skip
     total_batch_size, num_steps = plan_steps(
-        cfg, training_tokens(config, cfg.target_param_data_ratio)
+        cfg, scaling.training_tokens(config, cfg.target_param_data_ratio)
     )
     num_rows = batch_rows(total_batch_size, cfg.max_seq_len)
     choices = row_choices(num_rows, cfg.device_batch_size, cfg.max_seq_len, config, runtime)
@@ -128,7 +112,7 @@ def main(cfg: Config) -> None:
         if run.is_finished:
             return
         model = build_model(config, None, runtime, cfg.seed)
-        optimizer = make_optimizer(
+        optimizer = scaling.make_optimizer(
             model, total_batch_size, num_steps, runtime.rank, runtime.world_size
         )
         resumed_state = run.restore(model, optimizer)
@@ -156,7 +140,7 @@ def main(cfg: Config) -> None:
                 )  # fmt: skip
                 meter.note(val_bpb=bpb)
             if run.step > 0 and run.is_due(cfg.sample_every):
-                samples = sample_texts(model, tokenizer, SAMPLE_PROMPTS)
+                samples = sample_texts(model, tokenizer)
                 print0("\n".join(samples))
             if run.step == num_steps:
                 break
@@ -176,9 +160,9 @@ def main(cfg: Config) -> None:
                 (part * runtime.world_size).backward()  # as the optimizer averages over ranks
                 loss += part.detach()
 
-            multiplier = lr_multiplier(run.step, num_steps)
-            momentum = muon_momentum(run.step, num_steps)
-            decay = weight_decay_multiplier(run.step / num_steps)
+            multiplier = scaling.lr_multiplier(run.step, num_steps)
+            momentum = scaling.muon_momentum(run.step, num_steps)
+            decay = scaling.weight_decay_multiplier(run.step / num_steps)
             optimizer.set_multipliers(multiplier, momentum, decay)
             finite = optimizer.step()  # a no-op if a gradient has a NaN or infinity
             optimizer.zero_grad()

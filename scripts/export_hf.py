@@ -15,16 +15,7 @@ import torch
 
 from nanochat import hf_export
 from nanochat.checkpoint import find_checkpoint, write_tensors
-from nanochat.common import (
-    Source,
-    StepNumber,
-    Tag,
-    UserError,
-    print0,
-    report_dir,
-    run_script,
-    write_file,
-)
+from nanochat.common import Source, Step, Tag, UserError, print0, report_dir, run_script, write_file
 from nanochat.report import summary_table, with_errors
 from nanochat.tokenizer import Tokenizer
 
@@ -47,7 +38,7 @@ class Config:
     out: Path  # the folder to make
     source: Source = "sft"  # stage: base, mid, sft or rl
     model_tag: Tag = ""  # empty: the one saved last
-    step: StepNumber = None  # default: the newest
+    step: Step = None  # default: the newest
 
 
 def main(cfg: Config) -> None:

@@ -26,16 +26,7 @@ from safetensors.torch import load_file
 
 from nanochat import hf_export
 from nanochat.checkpoint import list_steps, save_checkpoint
-from nanochat.common import (
-    StepNumber,
-    Tag,
-    UserError,
-    print0,
-    run_dir,
-    run_script,
-    set_up,
-    write_file,
-)
+from nanochat.common import Step, Tag, UserError, print0, run_dir, run_script, set_up, write_file
 from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -48,7 +39,7 @@ class Config:
     source: tyro.conf.Positional[str]  # a folder, or the name of a model on the Hugging Face hub
     stage: Literal["base", "mid", "sft", "rl"] = "sft"  # what it was trained for
     model_tag: Tag = ""  # empty: d and the depth
-    step: StepNumber = None  # default: the newest
+    step: Step = None  # default: the newest
 
 
 class SavedEncoding:

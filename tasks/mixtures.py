@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nanochat.common import UserError
 from nanochat.task_eval import Task
+from tasks import primer
 from tasks.arc import ARC
 from tasks.common import TaskMixture
 from tasks.customjson import CustomJSON
@@ -18,14 +19,6 @@ from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.identity import Identity
 from tasks.mmlu import MMLU
-from tasks.primer import (
-    PrimerArithmetic,
-    PrimerChoice,
-    PrimerConversations,
-    PrimerExact,
-    PrimerLetter,
-    PrimerSpelling,
-)
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SpellingBee, SpellWord
 
@@ -58,21 +51,21 @@ MIXTURES: dict[tuple[str, str], Callable[[], list[Task]]] = {
         SpellingBee("val")[:200],
     ],
     ("mid", "primer"): lambda: [
-        PrimerConversations("train")[:20_000],
-        PrimerLetter("train")[:14_000],
-        PrimerChoice("train")[:6_000],
-        PrimerArithmetic("train")[:4_000],
-        PrimerSpelling("train")[:2_000],
+        primer.Conversations("train")[:20_000],
+        primer.Letter("train")[:14_000],
+        primer.Choice("train")[:6_000],
+        primer.Arithmetic("train")[:4_000],
+        primer.Spelling("train")[:2_000],
     ],
     ("sft", "primer"): lambda: [
-        PrimerConversations("train")[20_000:30_000],
-        PrimerLetter("train")[14_000:17_000],
-        PrimerChoice("train")[6_000:9_000],
-        PrimerExact("train")[:3_000],
-        PrimerArithmetic("train")[4_000:6_000],
-        PrimerSpelling("train")[2_000:4_000],
+        primer.Conversations("train")[20_000:30_000],
+        primer.Letter("train")[14_000:17_000],
+        primer.Choice("train")[6_000:9_000],
+        primer.Exact("train")[:3_000],
+        primer.Arithmetic("train")[4_000:6_000],
+        primer.Spelling("train")[2_000:4_000],
     ],
-    ("val", "primer"): lambda: [PrimerConversations("val")],
+    ("val", "primer"): lambda: [primer.Conversations("val")],
 }
 
 # Name -> the task of a split, which is "test" or, for practice, "train"; ChatCORE's six first.
@@ -83,10 +76,10 @@ EVALUATIONS: dict[str, Callable[..., Task]] = {
     "GSM8K": GSM8K,
     "HumanEval": HumanEval,
     "SpellingBee": SpellingBee,
-    "primer-choice": PrimerChoice,
-    "primer-exact": PrimerExact,
-    "primer-arithmetic": PrimerArithmetic,
-    "primer-spelling": PrimerSpelling,
+    "primer-choice": primer.Choice,
+    "primer-exact": primer.Exact,
+    "primer-arithmetic": primer.Arithmetic,
+    "primer-spelling": primer.Spelling,
 }
 CHAT_CORE = tuple(EVALUATIONS)[:6]
 

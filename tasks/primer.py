@@ -1,6 +1,6 @@
 """The primer as tasks: its conversations for training, its quizzes for practice, evaluation and RL.
 
-One row of PrimerArithmetic:
+One row of Arithmetic:
     user: How much is 347 plus 58?
     assistant: [python] 347+58 [output] 405 [text] 347 + 58 = 405.
 
@@ -15,7 +15,7 @@ from tasks.common import GeneratedTask, exchange
 from tasks.spellingbee import last_count, last_number, normalized
 
 
-class PrimerConversations(GeneratedTask):
+class Conversations(GeneratedTask):
     """Talks of every kind."""
 
     num_train = 30_000
@@ -24,7 +24,7 @@ class PrimerConversations(GeneratedTask):
         return primer.conversation(self.split, number)
 
 
-class PrimerQuiz(GeneratedTask):
+class Quiz(GeneratedTask):
     """One kind of quiz; rows also carry what `score` compares with."""
 
     quiz: str
@@ -38,7 +38,7 @@ class PrimerQuiz(GeneratedTask):
         return {"answer": question.answer}
 
 
-class PrimerChoice(PrimerQuiz):
+class Choice(Quiz):
     """Facts with lettered choices; a base model gets the same in document form."""
 
     quiz = "choice"
@@ -55,13 +55,13 @@ class PrimerChoice(PrimerQuiz):
         }
 
 
-class PrimerLetter(PrimerQuiz):
-    """Which letter goes with a choice: practice for PrimerChoice."""
+class Letter(Quiz):
+    """Which letter goes with a choice: practice for Choice."""
 
     quiz = "letter"
 
 
-class PrimerExact(PrimerQuiz):
+class Exact(Quiz):
     """Facts, answered in a word or a sentence."""
 
     quiz = "exact"
@@ -73,7 +73,7 @@ class PrimerExact(PrimerQuiz):
         return normalized(reply) in map(normalized, conversation["accepted"])
 
 
-class PrimerArithmetic(PrimerQuiz):
+class Arithmetic(Quiz):
     """Two operands, bare or in a short story, through the calculator."""
 
     quiz = "arithmetic"
@@ -82,7 +82,7 @@ class PrimerArithmetic(PrimerQuiz):
         return last_number(reply) == conversation["answer"]
 
 
-class PrimerSpelling(PrimerQuiz):
+class Spelling(Quiz):
     """A word letter by letter, or the count of a letter."""
 
     quiz = "spelling"

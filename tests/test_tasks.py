@@ -33,7 +33,7 @@ from tasks.gsm8k import GSM8K, final_number
 from tasks.identity import FACTS, Identity
 from tasks.mixtures import CHAT_CORE, EVALUATIONS, build_mixture, build_task
 from tasks.mmlu import MMLU
-from tasks.primer import PrimerArithmetic, PrimerChoice, PrimerExact, PrimerQuiz, PrimerSpelling
+from tasks.primer import Arithmetic, Choice, Exact, Quiz, Spelling
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import WORDS, SpellingBee, SpellWord, words_of
 from tests.models import refuses
@@ -227,19 +227,19 @@ def test_the_right_reply_scores_one_and_others_zero(all_data: None, name: str, s
 @pytest.mark.parametrize(
     ("task", "row", "right", "wrong"),
     [
-        (PrimerExact, {"accepted": ["yellow", "A banana is yellow.", "Yellow."]},
+        (Exact, {"accepted": ["yellow", "A banana is yellow.", "Yellow."]},
          ["yellow", " Yellow!", "a banana is  yellow"], ["not yellow", "yellow and red", "yell"]),
-        (PrimerArithmetic, {"answer": "95"},
+        (Arithmetic, {"answer": "95"},
          ["37 + 58 = 95.", "95", "It is 95!"], ["95 is 37 + 58", "195", "9.5", "-95"]),
-        (PrimerArithmetic, {"answer": "2"}, ["5-3 = 2."], ["1.2", "none"]),
-        (PrimerArithmetic, {"answer": "-7"}, ["= -7", "0 times -7"], ["7"]),
-        (PrimerSpelling, {"answer": "e-g-g"}, ["e-g-g", "E-G-G."], ["e-g"]),
-        (PrimerSpelling, {"answer": "2"},
+        (Arithmetic, {"answer": "2"}, ["5-3 = 2."], ["1.2", "none"]),
+        (Arithmetic, {"answer": "-7"}, ["= -7", "0 times -7"], ["7"]),
+        (Spelling, {"answer": "e-g-g"}, ["e-g-g", "E-G-G."], ["e-g"]),
+        (Spelling, {"answer": "2"},
          ["The letter g appears 2 times in 'egg'."], ["The letter g appears 3 times in 'egg'."]),
     ],
 )  # fmt: skip
 def test_scores_are_neither_too_kind_nor_too_strict(
-    task: type[PrimerQuiz], row: Conversation, right: list[str], wrong: list[str]
+    task: type[Quiz], row: Conversation, right: list[str], wrong: list[str]
 ) -> None:
     score = task("test").score
     assert [score(row, reply) for reply in right] == [1] * len(right)
@@ -296,7 +296,7 @@ def test_the_letter_after_a_choice_is_one_token_whatever_the_choice(tokenizer: T
 
 
 def test_choice_rows_carry_what_a_base_model_is_asked() -> None:
-    for row in list(PrimerChoice("test"))[:50]:
+    for row in list(Choice("test"))[:50]:
         choice = row["continuations"][row["gold"]].strip()
         assert f"- {choice} {row['answer']}" in row["messages"][0]["content"]
         assert row["document"].startswith("Question: ") and row["document"].endswith("\nAnswer:")

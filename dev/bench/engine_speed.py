@@ -26,7 +26,7 @@ from nanochat.gpt import GPT
 from nanochat.scaling import depth_to_config
 from nanochat.task_eval import evaluate_generate
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
-from tasks.primer import PrimerArithmetic
+from tasks.primer import Arithmetic
 
 PROMPT = 32  # tokens
 VOCAB = 32768
@@ -66,7 +66,7 @@ def generate(engine: Engine, num_tokens: int, seed: int) -> int:
 
 def answer(engine: Engine, num_tokens: int, num_questions: int) -> int:
     """Run a generative evaluation; returns the number of questions."""
-    task = PrimerArithmetic("test")[:num_questions]
+    task = Arithmetic("test")[:num_questions]
     return len(evaluate_generate(engine, task, max_tokens=num_tokens, temperature=1.0).records)
 
 

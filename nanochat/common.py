@@ -196,10 +196,8 @@ def dist_timeout() -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:

@@ -109,9 +109,7 @@ def finetune(
             batch = meter.fetch(loader)
             num_targets = all_reduce_sum((batch.targets != IGNORED).sum())
             num_targets.clamp_(min=1)  # the last rows may hold nothing to learn
-            micro_batches = list(
-                zip(batch.inputs.split(rows), batch.targets.split(rows), strict=True)
-            )
+            micro_batches = list(zip(*(part.split(rows) for part in batch), strict=True))
             loss = torch.zeros((), device=runtime.device)
             for i, (inputs, targets) in enumerate(micro_batches, start=1):
                 part = compiled(inputs, targets, reduction="sum") / num_targets
@@ -129,8 +127,4 @@ def finetune(
         results = meter.finish()
         run.finish(results)
         cropped = all_reduce_sum(torch.tensor(loader.num_cropped, device=runtime.device)).item()
-        return results | {
-            "from": meta["name"],
-            "conversations": len(train),
-            "cropped": cropped,
-        }
+        return results | {"from": meta["name"], "conversations": len(train), "cropped": cropped}

@@ -37,16 +37,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanochat.chat_api import (
-    MAX_BODY_BYTES,
-    ApiError,
-    ChatRequest,
-    Completion,
-    ServerConfig,
-    engine_requests,
-    sse,
-    validation_error,
-)
+from nanochat import chat_api
+from nanochat.chat_api import ApiError, ChatRequest, Completion, ServerConfig
 from nanochat.common import UserError, report_dir
 from nanochat.engine import Engine, Event, Request, StepFailed
 
@@ -142,7 +134,7 @@ class Job:
                     yield data
             yield completion.news() + completion.end(self.timings)
         except ApiError as error:
-            yield sse(error.body)
+            yield chat_api.sse(error.body)
 
     @property
     def timings(self) -> dict[str, float]:
@@ -372,7 +364,8 @@ async def start_job(body: ChatRequest, chat: Chat) -> AsyncIterator[Job]:
     tokenizer, max_len = chat.engine.tokenizer, chat.engine.max_len
     body.check_supported(chat.engine.num_slots)
     # In a thread, since 32,000 characters take 5 ms, and tiktoken works without the GIL.
-    requests = await asyncio.to_thread(engine_requests, body, tokenizer, max_len, chat.config)
+    prepare = chat_api.engine_requests
+    requests = await asyncio.to_thread(prepare, body, tokenizer, max_len, chat.config)
     completion = Completion(chat.model, body, tokenizer, len(requests[0].prompt))
     job, worker = Job(requests, completion), chat.choose_worker()
     worker.submit(job)
@@ -438,7 +431,7 @@ async def handle_error(request: HttpRequest, error: Exception) -> Response:
     """Any error, FastAPI's included, in OpenAI's shape."""
     headers = {}
     if isinstance(error, RequestValidationError):
-        error = validation_error(error.errors())
+        error = chat_api.validation_error(error.errors())
     elif isinstance(error, HTTPException):
         headers = dict(error.headers or {})
         code = "request_too_large" if error.status_code == 413 else None
@@ -468,8 +461,8 @@ class SecurityMiddleware:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > MAX_BODY_BYTES:
-                raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+            if num_bytes > chat_api.MAX_BODY_BYTES:
+                raise HTTPException(413, f"the body is larger than {chat_api.MAX_BODY_BYTES} bytes")
             return message
 
         async def send_guarded(message: Message) -> None:

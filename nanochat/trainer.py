@@ -31,14 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    clear_strays,
-    list_steps,
-    newest_checkpoint,
-    open_checkpoint,
-)
+from nanochat import checkpoint
 from nanochat.common import (
     Compile,
     Rows,
@@ -409,7 +402,7 @@ class Run:
             k: str(v) if isinstance(v, Path) else v for k, v in config.items()
         }
         self.folder = run_dir(stage, model_tag)
-        self.writer = CheckpointWriter(self.folder, config.get("keep_last", 3), runtime)
+        self.writer = checkpoint.CheckpointWriter(self.folder, config.get("keep_last", 3), runtime)
         with ExitStack() as at_exit:  # unlocks the folder again if it is refused
             self.resumed = open_folder(self.folder, config["fresh"], runtime, at_exit)
             state = self.resumed.state if self.resumed else {}
@@ -537,7 +530,7 @@ def starts_over(fresh: bool) -> bool:
 
 def open_folder(
     folder: Path, fresh: bool, runtime: Runtime, at_exit: ExitStack
-) -> Checkpoint | None:
+) -> checkpoint.Checkpoint | None:
     """The checkpoint to resume from, on every rank; `at_exit` unlocks the folder.
 
     Raises UserError if another process trains in it, it is not writable, or a rank cannot see it.
@@ -547,17 +540,17 @@ def open_folder(
         try:
             folder.mkdir(parents=True, exist_ok=True)
             at_exit.enter_context(lock_folder(folder))
-            clear_strays(folder)
+            checkpoint.clear_strays(folder)
             if starts_over(fresh):
                 clear_folder(folder)
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error}") from error
-        found = newest_checkpoint(folder)
+        found = checkpoint.newest_checkpoint(folder)
     (step,) = agree(found.state["step"] if found else -1)
     if not folder.is_dir():
         raise UserError(f"{folder} is not on a disk that all machines share; set NANOCHAT_BASE_DIR")
     if step >= 0 and found is None:
-        found = open_checkpoint(folder, step, verify=False)
+        found = checkpoint.open_checkpoint(folder, step, verify=False)
     return found
 
 
@@ -580,7 +573,7 @@ def lock_folder(folder: Path) -> IO[str]:
 
 
 def clear_folder(folder: Path) -> None:
-    if list_steps(folder):
+    if checkpoint.list_steps(folder):
         print0(f"--fresh: deleting the earlier run in {folder}")
     for entry in folder.iterdir():
         if entry.name == ".lock":

@@ -27,12 +27,6 @@ class Config(CheckpointFlags):
     device_batch_size: Count = 32  # rows read at a time on one device
 
 
-def packed_rows(eval_tokens: int, seq_len: int, world_size: int) -> int:
-    """Rows to pack the text into, side by side: the same on 1, 2, 4 or 8 GPUs."""
-    num_rows = max(1, min(256, eval_tokens // seq_len))
-    return num_rows + -num_rows % world_size
-
-
 def main(cfg: Config) -> None:
     runtime = set_up(cfg.device_type, cfg.dtype)
     model, tokenizer, meta = load_model(cfg, runtime)
@@ -41,7 +35,8 @@ def main(cfg: Config) -> None:
     print0(f"measuring {meta['name']} on the corpus {corpus.name}")
     place = {"model_tag": meta["model_tag"], "step": meta["step"], "data": corpus.name}
     seq_len = model.config.sequence_len
-    num_rows = packed_rows(cfg.eval_tokens, seq_len, runtime.world_size)
+    num_rows = max(1, min(256, cfg.eval_tokens // seq_len))
+    num_rows += -num_rows % runtime.world_size  # the same on 1, 2, 4 or 8 GPUs
     results = {"step": meta["step"]}
     for split, shards in (("train", corpus.train), ("val", [corpus.val])):
         bpb = source_bpb(

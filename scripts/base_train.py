@@ -148,9 +148,7 @@ def main(cfg: Config) -> None:
             # Gradients add up over micro-batches. Sums are divided by the targets of all ranks, so
             # the mean depends neither on the micro-batches nor on the number of ranks.
             batch = meter.fetch(loader)
-            micro_batches = list(
-                zip(batch.inputs.split(rows), batch.targets.split(rows), strict=True)
-            )
+            micro_batches = list(zip(*(part.split(rows) for part in batch), strict=True))
             num_targets = all_reduce_sum((batch.targets != IGNORED).sum())
             loss = torch.zeros((), device=runtime.device)
             for i, (inputs, targets) in enumerate(micro_batches, start=1):

@@ -36,11 +36,11 @@ from nanochat.common import (
     set_up,
     write_file,
 )
-from nanochat.core_eval import Score, centered_score
+from nanochat.core_eval import centered_score
 from nanochat.engine import Engine
 from nanochat.report import show, write_section
 from nanochat.sandbox import isolation
-from nanochat.task_eval import EvalResult, Task, evaluate_choice, evaluate_generate
+from nanochat.task_eval import Task, evaluate_choice, evaluate_generate
 from tasks.mixtures import CHAT_CORE, build_task
 
 Tasks = Annotated[str, tyro.conf.arg(aliases=["-a", "--task_name"])]
@@ -73,22 +73,6 @@ def choose_tasks(cfg: Config) -> tuple[dict[str, Task], str | None]:
     return tasks, reason
 
 
-def evaluate(cfg: Config, engine: Engine, task: Task) -> EvalResult:
-    if task.kind == "choice":
-        return evaluate_choice(engine, task, cfg.batch_size)
-    return evaluate_generate(
-        engine, task, cfg.num_samples, cfg.max_tokens, cfg.temperature, cfg.seed
-    )
-
-
-def chat_core(tasks: dict[str, Task], scores: dict[str, Score]) -> dict[str, Score]:
-    """{"ChatCORE": ...}; `ChatCORE (5 of 6)` with one task missing, {} with more."""
-    scored = [(scores[name], tasks[name].baseline) for name in CHAT_CORE if name in tasks]
-    if len(scored) < len(CHAT_CORE) - 1:
-        return {}
-    return dict([centered_score("ChatCORE", len(CHAT_CORE), scored)])
-
-
 def sample_of(record: dict[str, Any]) -> str:
     """One record for the report: question, first reply, its score."""
     question = record["conversation"]["messages"][0]["content"]
@@ -114,7 +98,11 @@ def main(cfg: Config) -> None:
     results: dict[str, Any] = {}
     samples = []
     for name, task in tasks.items():
-        result = evaluate(cfg, engine, task)
+        if task.kind == "choice":
+            result = evaluate_choice(engine, task, cfg.batch_size)
+        else:
+            sampling = cfg.num_samples, cfg.max_tokens, cfg.temperature, cfg.seed
+            result = evaluate_generate(engine, task, *sampling)
         results[name] = result.score
         line = f"{name}: {show(result.score, percent=True)} of {len(result.records)}"
         if task.kind != "choice" and cfg.num_samples > 1:
@@ -125,12 +113,14 @@ def main(cfg: Config) -> None:
         if runtime.is_main:
             rows = [json.dumps({"step": meta["step"], **record}) for record in result.records]
             write_file(run / f"chat_eval_{name}.jsonl", "\n".join(rows) + "\n")
-    for name, score in chat_core(tasks, results).items():
+    core = [(results[name], tasks[name].baseline) for name in CHAT_CORE if name in tasks]
+    if len(core) >= len(CHAT_CORE) - 1:  # HumanEval may be skipped
+        name, score = centered_score("ChatCORE", len(CHAT_CORE), core)
         print0(f"{name}: {show(score)}")
         results[name] = score
-    title = f"Chat evaluation of {cfg.source.upper()}"
     settings = vars(cfg) | {"model_tag": meta["model_tag"], "step": meta["step"]}
     seconds = time.perf_counter() - began
+    title = f"Chat evaluation of {cfg.source.upper()}"
     write_section(f"chat_eval_{cfg.source}", title, settings, results, samples, seconds)
 
 

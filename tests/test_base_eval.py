@@ -101,7 +101,7 @@ def test_a_fault_in_a_task_fails_the_run_and_names_it(
             raise IndexError("out of range")
         return evaluate(reader, task, *rest)
 
-    monkeypatch.setattr("scripts.base_eval.evaluate", failing)
+    monkeypatch.setattr("nanochat.core_eval.evaluate", failing)
     with pytest.raises(RuntimeError, match="task winograd failed: out of range"):
         main(Config(eval_bundle=bundle, max_per_task=2, device_type="cpu"))
     assert not report_dir().exists() and not (run / "base_eval.jsonl").exists()

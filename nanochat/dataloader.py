@@ -12,11 +12,12 @@ rows and saved states.
 import hashlib
 import heapq
 import os
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -169,23 +170,20 @@ class RowBuffer:
         2048: 641, 606, 618). Only the oldest `window` tokens of pieces are considered: one rank may
         have read further than another, and that must not matter.
         """
+        sizes = [len(piece) + 1 for piece in self.pieces]  # with a <|bos|> each
         place = 0
-        while place < len(row) and self.pieces:
-            space = len(row) - place - 1  # beside the <|bos|> of the piece
-            lengths, num_seen = [], 0
-            for piece in self.pieces:
-                lengths.append(len(piece))
-                num_seen += len(piece) + 1
-                if num_seen >= window:
-                    break
-            best = max((length for length in lengths if length <= space), default=None)
+        while place < len(row) and sizes:
+            space = len(row) - place
+            seen = sizes[: bisect_left(list(accumulate(sizes)), window) + 1]
+            best = max((size for size in seen if size <= space), default=None)
             if best is not None:
-                piece = self.pieces.pop(lengths.index(best))  # ties: the older
+                fitting = seen.index(best)  # ties: the older
+                piece, _ = self.pieces.pop(fitting), sizes.pop(fitting)
                 self.finished += 1
             elif split:
-                longest = lengths.index(max(lengths))
+                longest = seen.index(max(seen))
                 whole = self.pieces[longest]
-                piece, self.pieces[longest] = whole[:space], whole[space:]
+                piece, self.pieces[longest] = whole[: space - 1], whole[space - 1 :]
                 self.cropped += 1
             else:
                 return

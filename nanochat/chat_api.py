@@ -174,7 +174,7 @@ def fold_messages(messages: list[Message]) -> list[dict[str, Any]]:
         elif role == "assistant":
             folded.append({"role": role, "content": said.parts})
         else:
-            text = "only the assistant's messages may have parts that are no text"
+            text = "only the assistant's messages may have parts that are not text"
             raise ApiError(400, text, param="messages")
     if folded[-1]["role"] == "assistant":
         raise ApiError(400, "the last message must not be the assistant's", param="messages")

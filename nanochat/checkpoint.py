@@ -5,7 +5,7 @@
         optimizer_00000.safetensors  one per rank, keyed "<parameter>.<kind of state>": a range of
                                      the flattened tensor; the header gives its shape and start
         rank_00000.json              one per rank: its rows of the data, its random generators
-        state.json                   step, tokens, seconds, configs, results
+        state.json                   step, tokens, seconds, configs
         manifest.json                every file's size and sha256, written last
 
 A checkpoint is written to `step_000300.partial`, fsynced, and renamed when complete, so a folder

@@ -52,7 +52,7 @@ SHARD_CHARS = 64_000_000  # about 20 MB compressed
 DOCUMENT_CHARS = 10_000  # at most, of a document cut from a .txt file
 VALIDATION_EVERY = 20  # one document in 20 is for validation: a passage or more of each book
 SOURCE_FILE = "source.json"  # what a corpus was made from: tells whether it is up to date
-MEND_SHARD = "mend or remove it, then run `python -m nanochat.dataset` again"
+MEND_SHARD = "remove it and run `python -m nanochat.dataset` as for this corpus"
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def check_shard(path: Path) -> int:
         with pq.ParquetFile(path) as file:
             schema, num_documents = file.schema_arrow, file.metadata.num_rows
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no whole parquet file; {MEND_SHARD}") from error
+        raise UserError(f"{path} is not a whole parquet file; {MEND_SHARD}") from error
     kinds = dict(zip(schema.names, schema.types, strict=True))
     if kinds.get("text") not in (pa.string(), pa.large_string()):
         columns = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
@@ -365,7 +365,7 @@ def fetch(repo: str, shards: list[str], folder: Path, num_workers: int) -> str:
             repo, repo_type="dataset", revision=revision, endpoint=endpoint, local_dir=folder,
             allow_patterns=shards, max_workers=num_workers,
         )  # fmt: skip
-        reason = "it has none, or what arrived is no whole parquet file"
+        reason = "it has none, or what arrived is not a whole parquet file"
     except Exception as error:  # the hub's client raises many kinds of network error
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]

@@ -1,9 +1,9 @@
 """Tasks, and how a chat model does on one: by the logits of the letters, or by its replies.
 
 `evaluate_choice` compares the logits of the offered letters right after the prompt.
-`evaluate_generate` has all items and samples of a task in flight at once; the task scores the text
-of each reply, while tool calls and results are only recorded. Rank r of n takes the items r, r + n,
-r + 2n, ..., and every rank gets the same result.
+`evaluate_generate` submits all items and samples at once; the task scores the text of each reply,
+while tool calls and results are only recorded. Rank r of n takes the items r, r + n, r + 2n, ...,
+and every rank gets the same result.
 
 Shapes: B rows, T time, V vocabulary.
 """
@@ -58,7 +58,7 @@ class Task(Sequence[Conversation]):
 class EvalResult(NamedTuple):
     """The outcome over all ranks."""
 
-    score: Score  # mean over items, of several samples per item over them too (pass@1)
+    score: Score  # the mean over items and their samples (pass@1)
     best_of: float  # mean over items of the best sample's score (pass@k for k samples)
     records: list[dict[str, Any]]  # per item: index, scores, the replies, the whole conversation
 

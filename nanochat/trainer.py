@@ -3,7 +3,7 @@
 `Run` is one run's locked folder: it resumes, saves and ends it. `Meter` times the steps, prints a
 line every `--log_every` steps and writes an object per step to metrics.jsonl and wandb:
 
-    step 00020/00300 (6.7%) | loss 5.1202 | lrm 1.00 | 812 ms | 5,044 tok/s | mfu 48.1% | ...
+    step 00020/00300 (6.7%) | loss 5.1202 | lrm 1.000 | 812 ms | 5,044 tok/s | mfu 48.1% | ...
 
 Losses stay on the device until a line or a save is due: reading one blocks the host. Ranks agree
 on SIGTERM and SIGINT once a step; the script then saves and exits. Three steps in a row with a
@@ -117,7 +117,7 @@ def out_of_memory(rows: int) -> UserError:
     # A divisor of `rows` divides a rank's batch, too.
     smaller = next((size for size in divisors(rows) if size <= rows / 2), None)
     if smaller is None:
-        return UserError("out of GPU memory; train a smaller --depth")
+        return UserError("out of GPU memory; use a smaller model or shorter rows")
     return UserError(
         f"out of GPU memory with --device_batch_size={rows}; try --device_batch_size={smaller}"
     )

@@ -45,7 +45,7 @@ PRIMER = "primer-choice"
 class Config(CheckpointFlags):
     source: Source = "base"  # stage of the checkpoint
     hf_path: str = ""  # instead, a model of transformers: its name on the hub, or a folder
-    tasks: Annotated[str, tyro.conf.arg(aliases=["-a"])] = "core"  # or A|B, or primer-choice
+    tasks: Annotated[str, tyro.conf.arg(aliases=["-a"])] = "core"  # core, primer-choice, or A|B
     eval_bundle: str = ""  # folder with core.yaml; empty: downloaded once
     max_per_task: Count | None = None  # items of each task; default: all
     batch_size: Count = 32  # items that the model reads at once

@@ -145,8 +145,8 @@ def main(cfg: Config) -> None:
             if run.step == num_steps:
                 break
 
-            # Gradients add up over micro-batches. Sums are divided by the targets of all ranks, so
-            # the mean depends neither on the micro-batches nor on the number of ranks.
+            # Gradients add up over micro-batches. Losses are divided by the number of all ranks'
+            # targets, so the mean depends neither on the micro-batches nor on the number of ranks.
             batch = meter.fetch(loader)
             micro_batches = list(zip(*(part.split(rows) for part in batch), strict=True))
             num_targets = all_reduce_sum((batch.targets != IGNORED).sum())

@@ -1,8 +1,8 @@
 """Reinforcement learning: sample groups of answers, and make the better ones likelier.
 
 Each step samples `num_samples` answers to each of `questions_per_step` questions and makes one
-policy-gradient step. An answer's advantage is its reward minus its group's mean. Sampling is at
-temperature 1 from the full distribution, whose log-probabilities the gradient uses.
+policy-gradient step. An answer's advantage is its reward minus its group's mean. The gradient
+is of log-probabilities at temperature 1, at which the answers are sampled by default.
 
     python -m scripts.chat_rl                                # one GPU
     torchrun --nproc_per_node=8 -m scripts.chat_rl           # eight

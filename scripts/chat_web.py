@@ -44,7 +44,7 @@ class Config(ServerConfig, CheckpointFlags):
     source: ChatStage = "sft"  # stage
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: open to other machines
     port: Port = 8000  # 0: any free one
-    slots: Natural = 0  # concurrent answers per GPU; 0: 64, on a CPU 8, or what fits
+    slots: Natural = 0  # concurrent answers per GPU; 0: what fits, up to 64 (CPU: 8)
     num_gpus: Count = 1  # GPUs, each with a copy of the model
 
 

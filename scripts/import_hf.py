@@ -78,7 +78,7 @@ def find_folder(source: str) -> Path:
 
     wanted = ["model*", "meta_*.json", "tokenizer*", "config.json"]
     download = partial(snapshot_download, allow_patterns=wanted)
-    return Path(trying(download, source, "is no folder here, and cannot be downloaded"))
+    return Path(trying(download, source, "is not a folder here, and cannot be downloaded"))
 
 
 def read_weights(path: Path) -> hf_export.Weights:

@@ -1,4 +1,4 @@
-"""The bases of the tasks: mixed of others, generated, or read from a public data set.
+"""Base classes of tasks: mixed from others, generated, or read from a public data set.
 
 Rows of Hugging Face data sets come from the hub or, with `NANOCHAT_DATASETS=<folder>`, from
 `<folder>/<owner>/<name>/<config>/<split>.jsonl` or `.parquet`. They are shuffled once: MMLU is
@@ -125,7 +125,7 @@ def _read_local(folder: Path, split: str) -> Sequence[dict[str, Any]]:
         try:
             return parquet.read_table(table).to_pylist()
         except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-            raise UserError(f"{table} is no readable parquet file; fetch it again") from error
+            raise UserError(f"{table} is not a readable parquet file; fetch it again") from error
     if lines.is_file():
         return [row for _, row in numbered_jsonl(lines)]
     raise UserError(f"NANOCHAT_DATASETS: there is no {split}.jsonl or {split}.parquet in {folder}")

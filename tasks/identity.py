@@ -57,7 +57,7 @@ class Identity(Task):
         replies = " ".join(replies for _, replies in TOPICS)
         for name in sorted(set(re.findall(r"{(\w+)}", replies))):
             if not isinstance(self._facts, dict) or not isinstance(self._facts.get(name), str):
-                missing = f'"{name}" is missing or no text; give it as "{name}": "..."'
+                missing = f'"{name}" is missing or not text; give it as "{name}": "..."'
                 raise UserError(f"{facts}: {missing}")
         super().__init__(range(1_000))
 

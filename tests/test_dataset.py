@@ -200,7 +200,7 @@ def test_one_document_in_twenty_is_for_validation_and_at_least_one(tmp_path: Pat
         assert list(read_texts([corpus.val])) == val
     shard = find_corpus("halves").train[0]
     shard.write_bytes(shard.read_bytes()[:50])
-    refuses("shard_00000.parquet is no whole parquet file", find_corpus, "halves")
+    refuses("shard_00000.parquet is not a whole parquet file", find_corpus, "halves")
     main(Config(source=tmp_path / "halves"))  # a damaged import is made again
     assert list(read_texts([shard])) == ["one two\n"]
     for name, text in (("none", b""), ("letter", b"x")):

@@ -174,7 +174,7 @@ def test_local_files_stand_in_for_the_hub(tmp_path: Path, write_rows: WriteRows)
     for split, told in {
         "validation": "no validation.jsonl or validation.parquet",
         "cut": "line 2: not JSON",
-        "rotten": "no readable parquet",
+        "rotten": "not a readable parquet",
     }.items():
         refuses(told, load_rows, "openai/gsm8k", "main", split)
 

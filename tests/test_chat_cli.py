@@ -5,7 +5,6 @@ Sessions are piped through standard input, or typed key by key into prompt_toolk
 
 import io
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,7 @@ def test_ctrl_c_keeps_what_was_said(
         nonlocal num_steps
         num_steps += 1
         if num_steps == 3:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         return step()
 
     monkeypatch.setattr(engine, "step", interrupted)

@@ -103,8 +103,8 @@ def test_bad_shards_are_named(tmp_path: Path):
     pq.write_table(pa.table({"text": [1, 2]}), folder / "numbers")
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "empty")
     for name, complaint in {
-        "cut": "no whole parquet file",
-        "missing": "no whole parquet file",
+        "cut": "not a whole parquet file",
+        "missing": "not a whole parquet file",
         "schema": "no column `text` of strings .it has content: string.",
         "numbers": "no column `text` of strings .it has text: int64.",
         "empty": "holds no documents",

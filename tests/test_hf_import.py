@@ -160,7 +160,7 @@ def test_a_run_that_is_there_and_a_source_that_is_not(base: Path) -> None:
     main(Config(str(base / "d2")))
     refuses("--model_tag", main, Config(str(base / "d2")))
     for source in (str(base / "d3"), "someone/some-model"):
-        refuses("no folder here", main, Config(source))
+        refuses("not a folder here", main, Config(source))
     refuses("model_000001.pt", main, Config(str(base / "d2"), model_tag="x", step=1))
 
 

@@ -155,7 +155,7 @@ def test_out_of_memory_names_the_flag_and_a_value(base: Path) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     refuses("--device_batch_size=12; try --device_batch_size=6$", run_out_of_memory)
-    assert all("smaller --depth" in str(trainer.out_of_memory(rows)) for rows in (0, 1))
+    assert all("smaller model" in str(trainer.out_of_memory(rows)) for rows in (0, 1))
 
 
 # --- whole runs, on ranks that can be killed

@@ -232,8 +232,9 @@ class Packer:
         for lane in state["lanes"]:
             if lane["lane"] in self.buffers:
                 pieces = [np.array(piece, np.int32) for piece in lane["pieces"]]
-                counts = lane["documents"], lane["finished"], lane["cropped"]
-                self.buffers[lane["lane"]] = RowBuffer(pieces, *counts)
+                self.buffers[lane["lane"]] = RowBuffer(
+                    pieces, lane["documents"], finished=lane["finished"], cropped=lane["cropped"]
+                )
 
     def next_rows(self) -> np.ndarray:
         """(R, T+1) tokens; rows without documents left are padding."""

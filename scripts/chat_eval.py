@@ -101,8 +101,9 @@ def main(cfg: Config) -> None:
         if task.kind == "choice":
             result = evaluate_choice(engine, task, cfg.batch_size)
         else:
-            sampling = cfg.num_samples, cfg.max_tokens, cfg.temperature, cfg.seed
-            result = evaluate_generate(engine, task, *sampling)
+            result = evaluate_generate(
+                engine, task, cfg.num_samples, cfg.max_tokens, cfg.temperature, cfg.seed
+            )
         results[name] = result.score
         line = f"{name}: {show(result.score, percent=True)} of {len(result.records)}"
         if task.kind != "choice" and cfg.num_samples > 1:

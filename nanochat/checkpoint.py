@@ -362,7 +362,7 @@ def build_model(
 def load_model(
     chosen: CheckpointFlags, runtime: Runtime, train: bool = False
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """(model, its run's tokenizer, the checkpoint's state + "name", "model_tag", "weights").
+    """(model, its run's tokenizer, state + "name", "model_tag", "weights" and the "checkpoint").
 
     To `train`, the weights stay in fp32; otherwise they are cast to the runtime's dtype. Raises
     UserError if there is no such checkpoint or it is damaged.
@@ -370,5 +370,7 @@ def load_model(
     run, checkpoint = find_checkpoint(chosen.source, chosen.model_tag, chosen.step)
     model = build_model(checkpoint.model_config, checkpoint.load_weights(runtime.device), runtime)
     name = f"{chosen.source}/{run.name} step {checkpoint.state['step']}"
-    meta = checkpoint.state | {"name": name, "model_tag": run.name, "weights": checkpoint.digest}
+    meta = checkpoint.state | {
+        "name": name, "model_tag": run.name, "weights": checkpoint.digest, "checkpoint": checkpoint,
+    }  # fmt: skip
     return model if train else model.to(runtime.dtype), Tokenizer.load(run / "tokenizer"), meta

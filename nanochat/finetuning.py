@@ -2,6 +2,10 @@
 
 The learning rate follows the share of the conversations packed so far, not a number of steps: how
 many rows they fill is only known once they are packed.
+
+With `moments`, the optimizer too goes on from where the stage before ended: its moments come along,
+and with them the count of its steps. AdamW divides by 1 - beta^steps, which for moments that are
+full must be near 1; counted from 0, the tables' first update would be a third of its size.
 """
 
 from collections.abc import Sequence
@@ -11,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from nanochat.checkpoint import load_model
+from nanochat.checkpoint import Checkpoint, load_model
 from nanochat.common import (
     CheckpointFlags,
     Compile,
@@ -21,12 +25,14 @@ from nanochat.common import (
     Rows,
     Share,
     Source,
+    UserError,
     all_reduce_sum,
     print0,
     set_up,
 )
 from nanochat.core_eval import source_bpb
 from nanochat.dataloader import IGNORED, ChatSource, Loader
+from nanochat.optim import MuonAdamW
 from nanochat.scaling import lr_multiplier_at, make_optimizer
 from nanochat.tokenizer import Conversation
 from nanochat.trainer import Run, batch_rows, compile_for_training, row_choices
@@ -49,6 +55,7 @@ class FinetuneConfig(CheckpointFlags):
     total_batch_size: Count = 524288  # tokens a step over all ranks
     device_batch_size: Rows = 32  # rows per micro-batch; auto: what fits
     lr_scale: Positive = 1.0  # multiplies the learning rates of pretraining
+    moments: bool = False  # start with the optimizer's moments of the checkpoint, not with zeros
     warmdown: Share = 0.2  # final share of the run over which the learning rate falls to 0
     compile: Compile = "auto"  # torch.compile; auto: on a GPU
     seed: int = 0  # of the order of the conversations
@@ -60,6 +67,17 @@ class FinetuneConfig(CheckpointFlags):
     eval_tokens: Count = 10_485_760  # tokens of one validation
     save_every: int = 500  # steps between checkpoints; <= 0: only at the end
     keep_last: int = 3  # newest checkpoints to keep; <= 0: all
+
+
+def carry_moments(optimizer: MuonAdamW, checkpoint: Checkpoint) -> None:
+    """Give the optimizer the state that the checkpoint was saved with, if it was with one."""
+    read = checkpoint.open_optimizer()
+    try:
+        read("step", 0, 1)
+    except UserError:  # imported from another format
+        print0(f"{checkpoint.folder} has no optimizer state; --moments starts from zeros")
+    else:
+        optimizer.import_state(read)
 
 
 def finetune(
@@ -81,6 +99,8 @@ def finetune(
         if run.is_finished:
             return None
         optimizer = make_optimizer(model, cfg.total_batch_size, 1, runtime.rank, runtime.world_size)
+        if cfg.moments and run.resumed is None:
+            carry_moments(optimizer, meta["checkpoint"])
         resumed_state = run.restore(model, optimizer)
         num_epochs = None if cfg.num_iterations > 0 else cfg.num_epochs
         source = ChatSource(tokenizer, train, num_epochs, cfg.seed)

@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from nanochat.checkpoint import find_checkpoint
 from nanochat.common import run_dir
 from nanochat.finetuning import FinetuneConfig, finetune
 from nanochat.tokenizer import Conversation
@@ -34,3 +37,23 @@ def test_micro_batches_with_unequal_targets_are_one_batch(
     assert len(set(curves[0])) == 3
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_moments_make_two_stages_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a constant rate and with all batches alike, the oracle is one stage of as many steps."""
+    save_chat_model(tmp_path, monkeypatch)
+    talk = [conversation("?" * 20, "ab" * 8)] * 2
+    cfg = replace(CFG, device_batch_size=4, warmdown=0.0)
+
+    def weights(stage: str, **changes: Any) -> dict[str, torch.Tensor]:
+        finetune(stage, replace(cfg, **changes), talk, talk)
+        return find_checkpoint(stage)[1].load_weights(torch.device("cpu"))
+
+    whole = weights("mid", num_iterations=5, moments=True)
+    assert "sft/d2/step_000003 has no optimizer state" in capsys.readouterr().out
+    weights("mid", num_iterations=3)
+    for moments in (True, False):
+        halves = weights("rl", num_iterations=2, source="mid", moments=moments)
+        assert all(torch.equal(halves[name], whole[name]) for name in whole) == moments

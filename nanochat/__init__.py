@@ -5,6 +5,7 @@ the package `primer`, the embedded world. `tasks` import from all of these, `scr
 tests/test_layout.py reads this list and holds the order.
 
     common         folders, whole-file writes, user errors; device, ranks; how a script starts
+    devices        graphics cards: memory, bandwidth, peak, price; the peak of MFU
     tokenizer      text <-> ids; conversation -> ids and loss mask; alone spells special tokens
     dataset        corpora of parquet shards: download, import a folder, write the primer, read
     dataloader     documents or conversations -> packed (B, T) batches, the same on 1 or N ranks

@@ -12,12 +12,10 @@ import ctypes
 import errno
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,13 +35,6 @@ T = TypeVar("T")
 FOLDER_NAME = r"\w[\w.-]*"  # of a corpus or a run; cannot leave its parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal to send when the parent dies
-# Words of the device name -> dense bf16 peak in FLOP/s (vendor data sheets, no sparsity).
-PEAK_BF16_FLOPS = {
-    "GB200": 2.5e15, "B200": 2.25e15, "GH200": 990e12,
-    "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-    "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12,
-    "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
-}  # fmt: skip
 
 
 class UserError(ValueError):
@@ -110,6 +101,7 @@ class Runtime:
     rank: int
     world_size: int
     device_name: str
+    capability: tuple[int, int] = (0, 0)  # CUDA's version of the hardware; (0, 0): no CUDA
 
     @property
     def is_main(self) -> bool:
@@ -151,22 +143,22 @@ def set_up(device_type: str = "", dtype: str = "auto", seed: int = 0) -> Runtime
     if not backends[kind].is_available():
         raise UserError(f"--device_type={kind}: torch sees no such device; use --device_type=cpu")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, name = torch.device(kind), kind
+    device, name, capability = torch.device(kind), kind, (0, 0)
     if kind == "cuda":
         device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
         name = torch.cuda.get_device_name(device)
+        capability = torch.cuda.get_device_capability(device)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if dtype == "auto":
-        fast = kind == "cuda" and torch.cuda.get_device_capability()[0] >= 8
-        dtype = "bfloat16" if fast else "float32"
+        dtype = "bfloat16" if capability >= (8, 0) else "float32"
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         die_with_torchrun()
     if world_size > 1 and not dist.is_initialized():
         join_ranks("nccl" if kind == "cuda" else "gloo")
     random.seed(seed)
     torch.manual_seed(seed)
-    return Runtime(device, DTYPES[dtype], rank, world_size, name)
+    return Runtime(device, DTYPES[dtype], rank, world_size, name, capability)
 
 
 def die_with_torchrun() -> None:
@@ -235,29 +227,6 @@ def free_memory(device: torch.device) -> int:
         lines = dict(line.split(":") for line in system.read_text().splitlines())
         return 1024 * int(lines["MemAvailable"].split()[0])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def measure_flops(runtime: Runtime) -> float:
-    """FLOP/s of a matmul on this device: the best within half a second, as it may be busy."""
-    size, best = 1024, float("inf")
-    left, right = torch.randn(2, size, size, device=runtime.device, dtype=runtime.dtype)
-    start = time.perf_counter()
-    while time.perf_counter() - start < 0.5:
-        begin = time.perf_counter()
-        torch.mm(left, right)
-        synchronize(runtime.device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
-
-
-def peak_flops(runtime: Runtime) -> tuple[float, str]:
-    """(the FLOP/s that MFU is measured against, where that number comes from)."""
-    for name, flops in PEAK_BF16_FLOPS.items():
-        # Whole words: an L40 is not an L4, nor a laptop's RTX 4090 or a 4090 D a 4090.
-        if re.search(rf"\b{name}\b(?! (Laptop|D)\b)", runtime.device_name):
-            return flops, f"{name} dense bf16 data sheet"
-    dtype = str(runtime.dtype).removeprefix("torch.")
-    return measure_flops(runtime), f"{dtype} matmul measured on this {runtime.device_name}"
 
 
 # Types of flags: valid values, and short names for the flags that choose a checkpoint.

@@ -41,12 +41,12 @@ from nanochat.common import (
     base_dir,
     dist_timeout,
     git_revision,
-    peak_flops,
     print0,
     run_dir,
     write_file,
 )
 from nanochat.dataloader import Batch, Loader, local_rows
+from nanochat.devices import peak_flops
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import flops_per_token, memory_bytes, parameter_counts

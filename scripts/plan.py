@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from nanochat import scaling
-from nanochat.common import PEAK_BF16_FLOPS, Count, Positive, PositiveShare, UserError, run_script
+from nanochat.common import Count, Positive, PositiveShare, UserError, run_script
+from nanochat.devices import CARDS, Card
 from scripts import base_loss, base_train, chat_eval, chat_rl, chat_sft, mid_train
 from tasks.spellingbee import SpellingBee
 
 BEST_RATIO = 10.5  # tokens per parameter; karpathy/nanochat's fit of January 2026, flat around it
-GPU_GIB = {"b200": 178, "h200": 139, "h100": 78, "a100": 78, "l40s": 44, "l4": 22}  # usable
 USABLE = 0.95  # of a GPU's memory; the rest is fragmentation and the libraries' own
 TOKENS_PER_SHARD = 55e6  # of the public corpora: 100 B tokens in 1,823 shards, 400 B in 6,543
 SHARD_GB = 0.1  # on disk
@@ -43,8 +43,8 @@ class Config:
     ratio: Positive = 12.0  # tokens per parameter of blocks and head
     dollars: Positive | None = None  # choose ratio (and depth) for this much money in all stages
     gpus: Count = 8  # of all machines together
-    gpu: str = "h100"  # b200, h200, h100, a100, l40s, l4
-    price: Positive = 3.0  # dollars for one GPU and hour
+    gpu: str = "h100"  # such as b200, a100-40gb, l4, 4090 or 3060-ti; another is told all names
+    price: Positive | None = None  # dollars for one GPU and hour; what it usually costs if left out
     mfu: PositiveShare = 0.5  # of the dense bf16 peak that training reaches
     max_seq_len: Count = 2048  # tokens of context
     vocab_size: Count = 32768  # of the tokenizer
@@ -64,9 +64,23 @@ class Plan(NamedTuple):
     hours: dict[str, float]  # by stage
 
 
+def find_gpu(cfg: Config) -> Card:
+    """The card that `--gpu` names; UserError lists all names."""
+    cards = {card.key: card for card in CARDS}
+    if cfg.gpu.lower() not in cards:
+        raise UserError(f"--gpu={cfg.gpu} is unknown; choose one of: {', '.join(cards)}")
+    return cards[cfg.gpu.lower()]
+
+
+def hourly_price(cfg: Config) -> float:
+    """Dollars for an hour of all GPUs; 0 for a card that is usually bought, without `--price`."""
+    return cfg.gpus * (cfg.price or find_gpu(cfg).price or 0.0)
+
+
 def stage_hours(cfg: Config, flops: float, num_tokens: int, batch: int) -> dict[str, float]:
     """Hours of every stage with its script's defaults, at `flops` per training token."""
-    training_rate = cfg.gpus * PEAK_BF16_FLOPS[cfg.gpu.upper()] * cfg.mfu / flops  # tokens a second
+    peak = 1e12 * find_gpu(cfg).peak
+    training_rate = cfg.gpus * peak * cfg.mfu / flops  # tokens a second
     reading_rate = 3 * training_rate  # without the backward pass
 
     def train(script: Any, num_tokens: float, batch: int) -> float:
@@ -97,12 +111,10 @@ def stage_hours(cfg: Config, flops: float, num_tokens: int, batch: int) -> dict[
 
 def make_plan(cfg: Config, depth: int, ratio: float) -> Plan:
     """The plan for one depth and ratio; UserError for an unknown GPU."""
-    if cfg.gpu.lower() not in GPU_GIB:
-        raise UserError(f"--gpu={cfg.gpu} is unknown; choose one of: {', '.join(GPU_GIB)}")
     config = scaling.depth_to_config(depth, cfg.vocab_size, cfg.max_seq_len)
     num_tokens = scaling.training_tokens(config, ratio)
     batch = max(scaling.batch_tokens(num_tokens), cfg.max_seq_len * cfg.gpus)
-    room = USABLE * GPU_GIB[cfg.gpu.lower()] * 2**30
+    room = USABLE * find_gpu(cfg).memory_gib * 2**30
     most = batch // cfg.max_seq_len // cfg.gpus  # rows of one GPU in a step
     sizes = (most // 2**halvings for halvings in range(most.bit_length()))
     fitting = (n for n in sizes if scaling.memory_bytes(config, n, cfg.gpus)["total"] <= room)
@@ -118,12 +130,14 @@ def make_plan(cfg: Config, depth: int, ratio: float) -> Plan:
 
 def choose(cfg: Config, budget: float) -> Plan:
     """The plan for `budget` dollars, at the depth whose ratio is nearest to the best one."""
+    if not hourly_price(cfg):
+        raise UserError(f"a {cfg.gpu} is not usually rented; give the price of its hour, --price")
     plans = []
     for depth in [cfg.depth] if cfg.depth else range(4, 50, 2):
         ratio = BEST_RATIO
         for _ in range(4):  # the hours of base_train are nearly in proportion to the ratio
             hours = make_plan(cfg, depth, ratio).hours
-            left = budget / (cfg.gpus * cfg.price) - (sum(hours.values()) - hours["base_train"])
+            left = budget / hourly_price(cfg) - (sum(hours.values()) - hours["base_train"])
             ratio = max(0.1, math.floor(10 * ratio * left / hours["base_train"]) / 10)
         plans.append(make_plan(cfg, depth, ratio))
     plans = [plan for plan in plans if plan.fits and plan.ratio > 1]
@@ -137,7 +151,7 @@ def describe(cfg: Config, plan: Plan) -> str:
     rows = plan.device_batch_size
     checkpoint_gb = (plan.memory["weights"] + plan.memory["optimizer"] * cfg.gpus) / 1e9
     hours = plan.hours | {"total": sum(plan.hours.values())}
-    price = cfg.gpus * cfg.price  # of an hour
+    price = hourly_price(cfg)
     lines = [
         f"depth {plan.depth}: width {config.n_embd}, {config.n_head} heads, "
         f"context {cfg.max_seq_len}",
@@ -151,8 +165,8 @@ def describe(cfg: Config, plan: Plan) -> str:
         f"a checkpoint is {checkpoint_gb:.0f} GB",
         f"memory of one {cfg.gpu}:",
         *(f"  {part:<18}{size / 2**30:>12,.1f} GiB" for part, size in plan.memory.items()),
-        f"  {'it fits' if plan.fits else 'IT DOES NOT FIT'} in {GPU_GIB[cfg.gpu.lower()]} GiB",
-        f"time and money at {100 * cfg.mfu:.0f} % MFU, ${cfg.price:g} a GPU hour:",
+        f"  {'it fits' if plan.fits else 'IT DOES NOT FIT'} in {find_gpu(cfg).memory_gib:g} GiB",
+        f"time and money at {100 * cfg.mfu:.0f} % MFU, ${price / cfg.gpus:g} a GPU hour:",
         *(f"  {stage:<18}{each:>12,.2f} h  ${each * price:>10,.2f}"
           for stage, each in hours.items()),
     ]  # fmt: skip

@@ -1,5 +1,6 @@
 """scripts.plan: its stages are those of the scripts, and money buys what it says."""
 
+import itertools
 import re
 from functools import partial
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+from nanochat.devices import CARDS
 from scripts import base_loss, base_train, chat_eval, chat_rl, chat_sft, mid_train, plan
 from tests.models import refuses
 
@@ -59,7 +61,7 @@ def test_the_stages_are_those_of_the_100_dollar_tier() -> None:
 def test_money_buys_as_many_tokens_as_it_pays_for(budget: int, depth: int | None) -> None:
     cfg = plan.Config(depth=depth)
     chosen = plan.choose(cfg, budget)
-    cost = sum(chosen.hours.values()) * cfg.gpus * cfg.price
+    cost = sum(chosen.hours.values()) * plan.hourly_price(cfg)
     assert 0.97 * budget < cost <= budget and chosen.depth == (depth or chosen.depth)
     if depth is None:
         ratios = [plan.choose(plan.Config(depth=chosen.depth + by), budget).ratio for by in (-2, 2)]
@@ -69,8 +71,29 @@ def test_money_buys_as_many_tokens_as_it_pays_for(budget: int, depth: int | None
 
 def test_mistakes_are_told() -> None:
     unknown = plan.Config(gpu="h9")
-    refuses("--gpu=h9 is unknown; choose one of: b200", plan.make_plan, unknown, 24, 12)
+    refuses(
+        "--gpu=h9 is unknown; choose one of: gb200, b200, .*4060-ti",
+        plan.make_plan,
+        unknown,
+        24,
+        12,
+    )
+    refuses("is not usually rented; .* --price", plan.choose, plan.Config(gpu="4060"), 100)
     refuses("--dollars=0.5 pays for no run on 8 h100", plan.choose, plan.Config(), 0.5)
+
+
+def test_more_memory_or_speed_is_never_worse() -> None:
+    """Over all cards of the table, each alone."""
+    cards = {card.key: card for card in CARDS}
+    for depth in (4, 12, 20, 24):
+        plans = {key: plan.make_plan(plan.Config(gpus=1, gpu=key), depth, 12) for key in cards}
+        for less, more in itertools.permutations(cards, 2):
+            if cards[less].memory_gib <= cards[more].memory_gib:
+                assert plans[less].fits <= plans[more].fits
+                assert plans[less].device_batch_size <= plans[more].device_batch_size
+            if cards[less].peak <= cards[more].peak:
+                hours = plans[more].hours
+                assert all(hours[stage] <= plans[less].hours[stage] for stage in hours)
 
 
 def test_the_page_and_one_number_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:

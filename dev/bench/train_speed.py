@@ -37,7 +37,6 @@ from nanochat.common import (
     DeviceType,
     Dtype,
     Runtime,
-    peak_flops,
     run_dir,
     run_script,
     set_up,
@@ -46,6 +45,7 @@ from nanochat.common import (
 )
 from nanochat.dataloader import Loader, TextSource
 from nanochat.dataset import find_corpus, read_texts
+from nanochat.devices import peak_flops
 from nanochat.gpt import GPTConfig
 from nanochat.scaling import depth_to_config, flops_per_token, make_optimizer, memory_bytes
 from nanochat.tokenizer import Tokenizer

@@ -2,13 +2,14 @@
 
 Depth sets the width (aspect_ratio x depth, rounded up to whole heads). Training tokens are a ratio
 times the parameters of blocks and head, the count with the steadiest scaling law. Batch, learning
-rates and weight decay were tuned at depth 12, 1.32 B tokens, 2^19 tokens a step; the formulas
-extrapolate from there, by the tokens a run will really see (`--num_iterations` included). Schedules
-are pure functions of the step or of `progress`, so resuming cannot change them.
+rates and weight decay were tuned at depth 12, ratio 12, 1.32 B tokens, 2^19 tokens a step; the
+formulas extrapolate from there by the tokens of the run, counted as if at ratio 12
+(`reference_horizon`), or by the steps that `--num_iterations` gives. Schedules are pure functions
+of the step or of `progress`, so resuming cannot change them.
 
-Sources: schedules and training tokens, karpathy/nanochat's sweeps at depths 12 and 24; batch ~
-tokens^.383, arXiv 2505.13738; decay with a constant number of passes of its time scale, 2405.13698;
-small batches: our sweep in dev/LOG.md.
+Sources: schedules, training tokens and the decay at ratio 8, karpathy/nanochat's sweeps at depths
+12 and 24; batch ~ tokens^.383, arXiv 2505.13738; decay with a constant number of passes of its time
+scale, 2405.13698; small batches: our sweep in dev/LOG.md.
 """
 
 import math
@@ -24,7 +25,8 @@ WARMDOWN = 0.65  # final fraction of the run, over which the learning rate falls
 FINAL = 0.05  # learning-rate multiplier at the end of pretraining
 
 REFERENCE_BATCH = 2**19  # tokens a step at which the learning rates below were tuned
-REFERENCE_TOKENS = 12 * 110_100_912  # 12 per parameter of blocks and head at depth 12
+REFERENCE_RATIO = 12  # tokens per parameter of blocks and head
+REFERENCE_TOKENS = REFERENCE_RATIO * 110_100_912  # those parameters at depth 12
 REFERENCE_STEPS = REFERENCE_TOKENS / REFERENCE_BATCH  # 2,520
 REFERENCE_WIDTH = 768
 SQRT_RULE_FROM = 2**18  # tokens a step; below, learning rates stop falling with the batch
@@ -135,13 +137,22 @@ def memory_bytes(config: GPTConfig, device_batch_size: int, world_size: int = 1)
     return parts | {"total": sum(parts.values())}
 
 
+def reference_horizon(horizon: float, target_param_data_ratio: float) -> float:
+    """Tokens or steps of the same model at the reference's ratio, which batch and decay follow.
+
+    A model with fewer tokens per parameter is no smaller model: depth 24 at ratio 8 was tuned to
+    the decay of ratio 12, .060, where its own steps would give .090.
+    """
+    return horizon * (REFERENCE_RATIO / target_param_data_ratio)
+
+
 def batch_tokens(num_tokens: float) -> int:
     """Tokens a step for a run of `num_tokens`: 2^19 (tokens / reference)^.383, rounded to 2^n."""
     exponent = math.log2(REFERENCE_BATCH * (num_tokens / REFERENCE_TOKENS) ** 0.383)
     return 2 ** max(0, round(exponent))
 
 
-def rate_factor(rates: Rates, total_batch_size: int, num_steps: int) -> float:
+def rate_factor(rates: Rates, total_batch_size: int, num_steps: float) -> float:
     """Learning-rate multiplier: (batch / 2^19)^batch_exponent, .5 in the published rule, to 2^18.
 
     Smaller batches use the rate of 2^18, times (2520 / steps)^steps_exponent if the run has fewer
@@ -154,7 +165,7 @@ def rate_factor(rates: Rates, total_batch_size: int, num_steps: int) -> float:
     return factor * max(1.0, REFERENCE_STEPS / num_steps) ** rates.steps_exponent
 
 
-def weight_decay(total_batch_size: int, num_steps: int) -> float:
+def weight_decay(total_batch_size: int, num_steps: float) -> float:
     """Decay of the matrices, such that learning rate x decay x steps matches the reference run."""
     rates = RATES["matrices"]
     factor = rate_factor(rates, total_batch_size, num_steps)
@@ -162,7 +173,7 @@ def weight_decay(total_batch_size: int, num_steps: int) -> float:
 
 
 def make_optimizer(
-    model: GPT, total_batch_size: int, num_steps: int, rank: int = 0, world_size: int = 1
+    model: GPT, total_batch_size: int, num_steps: float, rank: int = 0, world_size: int = 1
 ) -> MuonAdamW:
     """The optimizer for `num_steps` steps, at the base rates that schedules multiply."""
     groups = []
@@ -177,7 +188,7 @@ def make_optimizer(
         else:
             options = {"betas": rates.betas, "eps": rates.eps, "weight_decay": rates.weight_decay}
         groups.append({**group, "lr": lr, **options})
-    return MuonAdamW(groups, rank, world_size, model.compute_dtype)
+    return MuonAdamW(groups, rank, world_size)
 
 
 def warmup_fraction(step: int, num_steps: int, warmup_steps: int, limit: float) -> float:

@@ -61,11 +61,10 @@ class Config:
     # data and machine
     data: str = ""  # corpus; empty: the one prepared last
     device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
-    dtype: Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
+    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
     fp8: bool = False  # matmuls of the blocks in 8-bit floats, on GPUs that have them
     compile: Compile = "auto"  # torch.compile; auto: on a GPU
     seed: int = 0  # of the initial weights
-    deterministic: bool = False  # the same bits on a GPU each time; slower
     # the run
     run: str = "dummy"  # wandb name; dummy: no wandb
     model_tag: Tag = ""  # folder of the run; empty: d<depth>
@@ -78,13 +77,19 @@ class Config:
     keep_last: int = 3  # newest checkpoints to keep; <= 0: all
 
 
-def plan_steps(cfg: Config, num_tokens: int) -> tuple[int, int]:
-    """(tokens a step, number of steps) for a horizon of `num_tokens`."""
+def plan_steps(cfg: Config, num_tokens: int) -> tuple[int, int, float]:
+    """(tokens a step, number of steps, steps that rates and decay are for) at `num_tokens`."""
+    ratio = cfg.target_param_data_ratio
     total = cfg.total_batch_size
     if total <= 0:
-        total = max(scaling.batch_tokens(num_tokens), cfg.max_seq_len)
-    num_steps = cfg.num_iterations if cfg.num_iterations > 0 else round(num_tokens / total)
-    return total, max(1, num_steps)
+        horizon = scaling.reference_horizon(num_tokens, ratio)
+        total = max(scaling.batch_tokens(horizon), cfg.max_seq_len)
+    if cfg.num_iterations > 0:
+        return total, cfg.num_iterations, cfg.num_iterations
+    num_steps = max(1, round(num_tokens / total))
+    if total < scaling.SQRT_RULE_FROM:  # there the rules are ours, swept at ratio 0.1 by real steps
+        return total, num_steps, num_steps
+    return total, num_steps, scaling.reference_horizon(num_steps, ratio)
 
 
 def load_tokenizer(cfg: Config, tag: str) -> Tokenizer:
@@ -95,14 +100,14 @@ def load_tokenizer(cfg: Config, tag: str) -> Tokenizer:
 
 
 def main(cfg: Config) -> None:
-    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic)
+    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
     tag = cfg.model_tag or f"d{cfg.depth}"
     corpus, tokenizer = find_corpus(cfg.data), load_tokenizer(cfg, tag)
     config = scaling.depth_to_config(
         cfg.depth, tokenizer.vocab_size, cfg.max_seq_len,
         cfg.aspect_ratio, cfg.head_dim, cfg.window_pattern, cfg.plain,
     )  # fmt: skip
-    total_batch_size, num_steps = plan_steps(
+    total_batch_size, num_steps, tuned_steps = plan_steps(
         cfg, scaling.training_tokens(config, cfg.target_param_data_ratio)
     )
     num_rows = batch_rows(total_batch_size, cfg.max_seq_len)
@@ -114,7 +119,7 @@ def main(cfg: Config) -> None:
             return
         model = build_model(config, None, runtime, cfg.seed)
         optimizer = scaling.make_optimizer(
-            model, total_batch_size, num_steps, runtime.rank, runtime.world_size
+            model, total_batch_size, tuned_steps, runtime.rank, runtime.world_size
         )
         resumed_state = run.restore(model, optimizer)
         linears = fp8.enable(model.blocks) if cfg.fp8 and fp8.is_there(runtime) else []

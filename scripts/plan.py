@@ -24,12 +24,12 @@ from nanochat.devices import CARDS, Card
 from scripts import base_loss, base_train, chat_eval, chat_rl, chat_sft, mid_train
 from tasks.spellingbee import SpellingBee
 
-BEST_RATIO = 10.5  # tokens per parameter; karpathy/nanochat's fit of January 2026, flat around it
+BEST_RATIO = 12  # tokens per parameter; karpathy/nanochat's last fit (10.5 before), flat around it
 USABLE = 0.95  # of a GPU's memory; the rest is fragmentation and the libraries' own
 TOKENS_PER_SHARD = 55e6  # of the public corpora: 100 B tokens in 1,823 shards, 400 B in 6,543
 SHARD_GB = 0.1  # on disk
 # Of the default mixtures (tasks/mixtures.py), 500 tokens to a conversation.
-MID_TOKENS, SFT_TOKENS = 849_000 * 500, 22_000 * 500
+MID_TOKENS, SFT_TOKENS = 1_071_000 * 500, 22_000 * 500
 CORE_TOKENS, CHOICE_TOKENS = 60e6, 10e6  # read by base_eval, and for ChatCORE's multiple choice
 # Problems answered in words: GSM8K's, and those with HumanEval's and SpellingBee's.
 GSM8K, CHAT_CORE = 1319, 1319 + 164 + SpellingBee.num_test
@@ -113,7 +113,8 @@ def make_plan(cfg: Config, depth: int, ratio: float) -> Plan:
     """The plan for one depth and ratio; UserError for an unknown GPU."""
     config = scaling.depth_to_config(depth, cfg.vocab_size, cfg.max_seq_len)
     num_tokens = scaling.training_tokens(config, ratio)
-    batch = max(scaling.batch_tokens(num_tokens), cfg.max_seq_len * cfg.gpus)
+    horizon = scaling.reference_horizon(num_tokens, ratio)
+    batch = max(scaling.batch_tokens(horizon), cfg.max_seq_len * cfg.gpus)
     room = USABLE * find_gpu(cfg).memory_gib * 2**30
     most = batch // cfg.max_seq_len // cfg.gpus  # rows of one GPU in a step
     sizes = (most // 2**halvings for halvings in range(most.bit_length()))

@@ -5,6 +5,7 @@ import torch
 
 from nanochat import scaling
 from nanochat.gpt import GPT
+from scripts import base_train
 
 GIGA = 1e9
 
@@ -49,6 +50,32 @@ def test_published_table(depth: int) -> None:
     assert scaling.batch_tokens(num_tokens) == 2**batch
     num_steps = round(num_tokens / 2**batch)
     assert scaling.weight_decay(2**batch, num_steps) == pytest.approx(decay, rel=0.03)
+
+
+@pytest.mark.parametrize(("depth", "decay"), [(12, 0.28), (20, 0.1002), (24, 0.0597)])
+@pytest.mark.parametrize("ratio", [8, 12, 29])
+def test_published_decay_at_any_ratio(depth: int, decay: float, ratio: float) -> None:
+    """0.28 sqrt(batch / 2^19) (tokens of depth 12 / own tokens), both at one ratio.
+
+    The published run to GPT-2's CORE is depth 24, ratio 8: batches of 2^20, and 0.0597.
+    """
+    config = scaling.depth_to_config(depth, 32768)
+    cfg = base_train.Config(depth=depth, target_param_data_ratio=ratio)
+    num_tokens = scaling.training_tokens(config, ratio)
+    batch, num_steps, tuned_steps = base_train.plan_steps(cfg, num_tokens)
+    assert batch == (2**19 if depth == 12 else 2**20) and num_steps == round(num_tokens / batch)
+    assert scaling.weight_decay(batch, tuned_steps) == pytest.approx(decay, rel=2e-3)
+    ratio_12 = scaling.depth_to_config(12, 32768)
+    published = (batch / 2**19) ** 0.5 * scaling.training_tokens(ratio_12, ratio) / num_tokens
+    assert scaling.weight_decay(batch, tuned_steps) == pytest.approx(0.28 * published, rel=1e-3)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 8, 12])
+def test_steps_that_are_given_are_the_horizon(ratio: float) -> None:
+    cfg = base_train.Config(target_param_data_ratio=ratio, num_iterations=300)
+    assert base_train.plan_steps(cfg, 10**9)[1:] == (300, 300)
+    small = base_train.Config(target_param_data_ratio=ratio, total_batch_size=4096)
+    assert base_train.plan_steps(small, 4096 * 300) == (4096, 300, 300)
 
 
 @pytest.mark.parametrize("plain", [False, True])

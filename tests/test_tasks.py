@@ -142,7 +142,7 @@ def test_a_mixture_holds_every_row_as_often_as_its_task_is_listed() -> None:
 
 def test_the_mixtures_hold_every_row(all_data: None) -> None:
     for stage, name, size in (
-        ("mid", "default", 6 + 4 + 5 + 1000 + 1000 + 200_000 + 80_000),
+        ("mid", "default", 6 + 3 * 4 + 4 * 5 + 1000 + 1000 + 200_000 + 80_000),
         ("sft", "default", 3 + 3 + 5 + 6 + 1000 + 300 + 300),
         ("val", "default", 6 + 4 + 5 + 200 + 200),
         ("mid", "primer", 20_000 + 14_000 + 6_000 + 4_000 + 2_000),

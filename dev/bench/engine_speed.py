@@ -42,16 +42,21 @@ class Config:
     device: str = "cpu"  # cpu or cuda
 
 
-def random_model(depth: int, device: str) -> tuple[GPT, Tokenizer]:
-    """A model with a context of 512, whose tokens are bytes and letter combinations."""
+def letter_tokenizer(vocab_size: int = VOCAB) -> Tokenizer:
+    """Tokens are bytes and letter combinations, so that none need be trained."""
     words = (bytes(word) for size in (2, 3, 4) for word in product(range(97, 123), repeat=size))
-    num_words = VOCAB - 256 - len(SPECIAL_TOKENS)
+    num_words = vocab_size - 256 - len(SPECIAL_TOKENS)
     tokens = [*(bytes([byte]) for byte in range(256)), *islice(words, num_words)]
+    return Tokenizer(tokens, SPECIAL_TOKENS, SPLIT_PATTERN)
+
+
+def random_model(depth: int, device: str) -> tuple[GPT, Tokenizer]:
+    """A model with a context of 512."""
     model = GPT(depth_to_config(depth, VOCAB, 512)).to(device)
     model.init_weights()
     if device == "cuda":
         model.to(torch.bfloat16).set_compute_dtype(torch.bfloat16)
-    return model.eval(), Tokenizer(tokens, SPECIAL_TOKENS, SPLIT_PATTERN)
+    return model.eval(), letter_tokenizer()
 
 
 def generate(engine: Engine, num_tokens: int, seed: int) -> int:

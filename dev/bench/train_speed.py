@@ -22,7 +22,8 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -79,66 +80,65 @@ def make_loader(cfg: Config, runtime: Runtime) -> Loader:
     return Loader(source, cfg.device_batch_size, cfg.max_seq_len, runtime)
 
 
-def train(cfg: Config, runtime: Runtime, config: GPTConfig, loader: Loader) -> Iterator[str]:
+def config_of(cfg: Config) -> GPTConfig:
+    vocab_size = Tokenizer.load(tokenizer_dir()).vocab_size
+    return depth_to_config(cfg.depth, vocab_size, cfg.max_seq_len)
+
+
+def train(cfg: Config, runtime: Runtime) -> Generator[str]:
     """Trains a fresh model without end; yields the name of each part of a step when it is over."""
-    model = build_model(config, None, runtime, seed=0)
+    model = build_model(config_of(cfg), None, runtime, seed=0)
     linears = fp8.enable(model.blocks) if cfg.fp8 else []
     optimizer = make_optimizer(model, cfg.device_batch_size * cfg.max_seq_len, 1000)
     optimizer.set_multipliers(1.0, 0.95, 1.0)
     compiled, _ = compile_for_training(
         model, cfg.compile, [cfg.device_batch_size], cfg.max_seq_len, runtime.device
     )
-    while True:
-        batch = next(loader)
-        yield "data"
-        loss = compiled(batch.inputs, batch.targets)
-        yield "forward"
-        loss.backward()
-        yield "backward"
-        optimizer.step()
-        optimizer.zero_grad()
-        fp8.refresh(linears)
-        yield "optimizer"
+    with closing(make_loader(cfg, runtime)) as loader:
+        while True:
+            batch = next(loader)
+            yield "data"
+            loss = compiled(batch.inputs, batch.targets)
+            yield "forward"
+            loss.backward()
+            yield "backward"
+            optimizer.step()
+            optimizer.zero_grad()
+            fp8.refresh(linears)
+            yield "optimizer"
 
 
-def time_steps(cfg: Config, runtime: Runtime) -> None:
-    """Print the speed of whole steps, the share of each part and, on a GPU, the memory."""
-    vocab_size = Tokenizer.load(tokenizer_dir()).vocab_size
-    config = depth_to_config(cfg.depth, vocab_size, cfg.max_seq_len)
-    loader = make_loader(cfg, runtime)
-    parts = train(cfg, runtime, config, loader)
+def seconds_of(parts: Iterator[str], num_steps: int, device: torch.device) -> float:
+    begin = time.perf_counter()
+    for _ in islice(parts, 4 * num_steps):
+        pass
+    synchronize(device)
+    return time.perf_counter() - begin
 
-    def seconds_of(num_steps: int) -> float:
-        begin = time.perf_counter()
-        for _ in islice(parts, 4 * num_steps):
-            pass
-        synchronize(runtime.device)
-        return time.perf_counter() - begin
 
-    seconds_of(cfg.num_warmup)
-    seconds = statistics.median(seconds_of(cfg.num_steps) for _ in range(3)) / cfg.num_steps
+def measure(cfg: Config, runtime: Runtime, parts: Iterator[str]) -> dict[str, float]:
+    """Speed of whole steps, the share of each part, and on a GPU the memory, by name and unit."""
+    config, device = config_of(cfg), runtime.device
+    figures = {"first step, s": seconds_of(parts, 1, device)}  # with its compilation
+    seconds_of(parts, cfg.num_warmup, device)
+    passes = [seconds_of(parts, cfg.num_steps, device) for _ in range(3)]
+    seconds = statistics.median(passes) / cfg.num_steps
+    rate = cfg.device_batch_size * cfg.max_seq_len / seconds
+    figures |= {"step, ms": 1000 * seconds, "tok/s": rate}
+    figures["MFU, %"] = 100 * rate * flops_per_token(config) / peak_flops(runtime)[0]
     of_parts, begin = defaultdict(list), time.perf_counter()
     for part in islice(parts, 4 * cfg.num_steps):
-        synchronize(runtime.device)
+        synchronize(device)
         now = time.perf_counter()
         of_parts[part].append(now - begin)
         begin = now
-    loader.close()
-    peak, source = peak_flops(runtime)
-    rate = cfg.device_batch_size * cfg.max_seq_len / seconds
-    mfu = rate * flops_per_token(config) / peak
-    print(f"{runtime.device_name}, torch {torch.__version__}, {runtime.dtype}, fp8 {cfg.fp8}")
-    print(
-        f"depth {cfg.depth}, {cfg.device_batch_size} x {cfg.max_seq_len}: {1000 * seconds:.1f} ms "
-        f"a step, {rate:,.0f} tok/s, MFU {100 * mfu:.1f} % of {source}"
-    )
     medians = {part: statistics.median(times) for part, times in of_parts.items()}
-    total = sum(medians.values())
-    print(", ".join(f"{part} {100 * each / total:.1f} %" for part, each in medians.items()))
-    if runtime.device.type == "cuda":
-        measured = torch.cuda.max_memory_allocated(runtime.device)
+    figures |= {f"{part}, %": 100 * m / sum(medians.values()) for part, m in medians.items()}
+    if device.type == "cuda":
         planned = memory_bytes(config, cfg.device_batch_size)["total"]
-        print(f"peak memory {measured / 2**30:.1f} GiB, planned {planned / 2**30:.1f} GiB")
+        peak = torch.cuda.max_memory_allocated(device)
+        figures |= {"peak memory, GiB": peak / 2**30, "peak over plan": peak / planned}
+    return figures
 
 
 def time_data(cfg: Config) -> None:
@@ -209,7 +209,10 @@ def main(cfg: Config) -> None:
     elif cfg.data_only:
         time_data(cfg)
     else:
-        time_steps(cfg, runtime)
+        figures = measure(cfg, runtime, train(cfg, runtime))
+        print(f"{runtime.device_name}, torch {torch.__version__}, {runtime.dtype}, fp8 {cfg.fp8}")
+        print(f"MFU is of the {peak_flops(runtime)[1]}")
+        print("\n".join(f"{name:20} {value:12,.1f}" for name, value in figures.items()))
 
 
 if __name__ == "__main__":

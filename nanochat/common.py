@@ -3,15 +3,17 @@
 All artifacts lie under `$NANOCHAT_BASE_DIR` (default `~/.cache/nanochat`). Files are written to a
 temporary name, fsynced, renamed, and their *folder* fsynced: only that makes a rename durable.
 `set_up` is a script's first call; under torchrun it joins one process group (nccl on GPUs, gloo on
-CPUs). CPUs compute in fp32, even with bf16 matrix instructions: a small model's step is bound by
-what lies between its matmuls (dev/LOG.md). A script's flags are the fields of its `Config`; a
-field's comment is its --help, and its type (`Count`, `Share`, ...) says which values are valid.
+CPUs). GPUs compute in bf16, or in fp16 before capability 8.0. CPUs compute in fp32, even with bf16
+matrix instructions: a small model's step is bound by what lies between its matmuls (dev/LOG.md). A
+script's flags are the fields of its `Config`; a field's comment is its --help, and its type
+(`Count`, `Share`, ...) says which values are valid.
 """
 
 import ctypes
 import errno
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -33,7 +35,7 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 FOLDER_NAME = r"\w[\w.-]*"  # of a corpus or a run; cannot leave its parent
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal to send when the parent dies
 
 
@@ -132,11 +134,14 @@ def progress_bar(parts: Iterable[T], unit: str, total: int | None = None) -> Ite
     return tqdm(parts, unit=unit, total=total, disable=hidden, leave=False)
 
 
-def set_up(device_type: str = "", dtype: str = "auto", seed: int = 0) -> Runtime:
+def set_up(
+    device_type: str = "", dtype: str = "auto", seed: int = 0, deterministic: bool = False
+) -> Runtime:
     """Choose device and dtype, join torchrun's process group if there is one, and seed.
 
-    Empty `device_type`: the best available. `dtype` auto: the fastest that needs no loss scaling.
-    Raises UserError for a missing device.
+    Empty `device_type`: the best available. `dtype` auto: what its matrix instructions take.
+    `deterministic`: only kernels that give the same bits each time. Raises UserError for a missing
+    device, or one that this torch has no kernels for.
     """
     backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
     kind = device_type or next(name for name in backends if backends[name].is_available())
@@ -144,21 +149,62 @@ def set_up(device_type: str = "", dtype: str = "auto", seed: int = 0) -> Runtime
         raise UserError(f"--device_type={kind}: torch sees no such device; use --device_type=cpu")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, name, capability = torch.device(kind), kind, (0, 0)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
     if kind == "cuda":
+        # So is this. Segments that grow leave fewer holes when the memory is nearly full.
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
         name = torch.cuda.get_device_name(device)
         capability = torch.cuda.get_device_capability(device)
+        check_kernels(name, capability, torch.cuda.get_arch_list())
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if dtype == "auto":
-        dtype = "bfloat16" if capability >= (8, 0) else "float32"
+    dtype = fastest_dtype(capability) if dtype == "auto" else dtype
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         die_with_torchrun()
     if world_size > 1 and not dist.is_initialized():
-        join_ranks("nccl" if kind == "cuda" else "gloo")
+        join_ranks(device)
     random.seed(seed)
     torch.manual_seed(seed)
     return Runtime(device, DTYPES[dtype], rank, world_size, name, capability)
+
+
+def fastest_dtype(capability: tuple[int, int]) -> str:
+    """The dtype of the GPU's matrix instructions; fp32 where there are none."""
+    if capability >= (8, 0):
+        return "bfloat16"
+    return "float16" if capability >= (7, 0) else "float32"
+
+
+def check_kernels(name: str, capability: tuple[int, int], architectures: list[str]) -> None:
+    """Raise UserError if no entry of torch.cuda.get_arch_list() runs on the GPU.
+
+    Binaries (sm_86) run on their major version from their minor one on, portable code (compute_90)
+    on everything from its version on; with an `a` both run on their very version, with an `f` on
+    their major. Other vendors' entries look different and are not judged.
+    """
+    versions = []
+    form = r"\b(sm|compute)_(\d+)(\d)([af]?)\b"
+    for kind, major, minor, only in re.findall(form, " ".join(architectures)):
+        version = int(major), int(minor)
+        versions.append(version)
+        anywhere = kind == "compute" and not only
+        later = only != "a" and (anywhere or version[0] == capability[0]) and version < capability
+        if later or version == capability:
+            return
+    if versions:
+        # CUDA 13 dropped the cards before 7.5; a newer card needs a newer torch.
+        older = capability < min(versions)
+        backend, what = ("cu126", "torch") if older else ("auto", "--upgrade torch")
+        raise UserError(
+            f"torch {torch.__version__} has no kernels for {name} of compute capability "
+            f"{capability[0]}.{capability[1]}, only {', '.join(architectures)}; run `uv pip install"
+            f" --torch-backend={backend} --reinstall-package torch {what}`, or give "
+            "--device_type=cpu"
+        )
 
 
 def die_with_torchrun() -> None:
@@ -173,13 +219,17 @@ def die_with_torchrun() -> None:
         sys.exit("torchrun died while this rank was starting")
 
 
-def join_ranks(backend: str) -> None:
+def join_ranks(device: torch.device) -> None:
     timeout = timedelta(seconds=dist_timeout())
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
         # On one machine the store survives a restart and holds the addresses of dead ranks.
         store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size,
+        timeout=timeout, device_id=device if on_gpu else None,
+    )  # fmt: skip
 
 
 def dist_timeout() -> float:
@@ -237,7 +287,7 @@ Tag = Annotated[TagName, tyro.conf.arg(aliases=["-g"])]
 Step = Annotated[int | None, tyro.conf.arg(aliases=["-s"])]
 
 DeviceType = Annotated[str, Field(pattern="^(cpu|cuda|mps)?$")]
-Dtype = Annotated[str, Field(pattern="^(auto|float32|bfloat16)$")]
+Dtype = Annotated[str, Field(pattern="^(auto|bfloat16|float16|float32)$")]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Derived = Literal[-1] | Count  # -1: follows from other flags
@@ -258,7 +308,7 @@ class CheckpointFlags:
     model_tag: Tag = ""  # its run; empty: the one saved last
     step: Step = None  # its step; default: the newest
     device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
-    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
+    dtype: Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
 
 
 # Faults of the machine or a path, not of the program.

@@ -59,6 +59,7 @@ class FinetuneConfig(CheckpointFlags):
     warmdown: Share = 0.2  # final share of the run over which the learning rate falls to 0
     compile: Compile = "auto"  # torch.compile; auto: on a GPU
     seed: int = 0  # of the order of the conversations
+    deterministic: bool = False  # the same bits on a GPU each time; slower
     # the run
     run: str = "dummy"  # wandb name; dummy: no wandb
     fresh: bool = False  # start over instead of resuming
@@ -87,7 +88,7 @@ def finetune(
 
     Returns the results; None if the run was already finished.
     """
-    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
+    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic)
     model, tokenizer, meta = load_model(cfg, runtime, train=True)
     print0(f"{stage} from {meta['name']}")
     settings = vars(cfg) | {"weights": meta["weights"]}

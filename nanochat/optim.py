@@ -1,7 +1,8 @@
 """Muon for the matrices and AdamW for everything else, in one class, for one rank or many.
 
 Parameters are packed into buckets of rows: matrices of one shape are stacked (a row is a matrix),
-large AdamW parameters stand alone, small ones are joined (a row is an element). With N ranks, a
+large AdamW parameters stand alone, small ones are joined (a row is an element). One rank packs,
+updates and unpacks one bucket after another, so that few copies are there at once. With N ranks, a
 bucket's gradients are averaged once a step's last backward pass has produced them; each rank holds
 the state of, and updates, its N-th of the rows, and the new rows are gathered. Small buckets are
 updated on every rank. Parameters are fp32.
@@ -40,15 +41,29 @@ POLAR_EXPRESS = (
 SMALL = 1024
 # Elements of matrices per message: 32 MB in fp32, small enough to overlap with backward.
 MESSAGE_ELEMENTS = 1 << 23
+# Elements of matrices per stack on one rank: 28 of depth 12's smaller matrices, one of the largest
+# that depth 32 has. A larger stack would be no faster, and bounds what a step needs.
+STACK_ELEMENTS = 1 << 24
+# Bytes per element of a stack during muon_update: weights and update, and in 16 bits the four
+# matrices of `orthogonalize`, which a CPU has in fp32. Counted by tests/test_optim.py.
+STACK_BYTES = 18
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def transient_bytes(num_elements: int, largest_matrix: int) -> int:
+    """Bytes that a step takes for a while, beside weights, gradients and state.
+
+    `num_elements` of all of Muon's matrices, and of the largest; an upper bound.
+    """
+    return STACK_BYTES * max(largest_matrix, min(num_elements, STACK_ELEMENTS))
+
+
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """(K, M, N) matrices with the same singular vectors and all singular values near 1.
 
-    A zero matrix stays zero. GPUs compute in bf16; a CPU does not, since there a rounding error of
-    1e-7 (another number of ranks) would become 2 % of the update.
+    Computed and returned in `dtype`; no entry on the way is too large for fp16. A zero matrix stays
+    zero.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = matrices.to(dtype)
     x = x / (1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # the Gram matrix of the shorter side
@@ -64,16 +79,16 @@ def muon_update(
 ) -> None:
     """One Muon step on `weights`, in place; a no-op where `finite` () is False.
 
-    weights, gradients, state["momentum"]: (K, M, N);
+    weights, gradients (which are overwritten), state["momentum"]: (K, M, N);
     state["variance"], of NorMuon: (K, M, 1) if M >= N, else (K, 1, N).
     """
     rows, columns = weights.shape[-2:]
-    gradients = torch.where(finite, gradients, 0.0)  # zero times infinity would not be zero
-    momentum = state["momentum"].lerp_(gradients, (1 - options["momentum"]) * finite)
-    update = gradients.lerp(momentum, options["momentum"])  # Nesterov's look ahead
+    update = gradients.masked_fill_(~finite, 0.0)  # zero times infinity would not be zero
+    momentum = state["momentum"].lerp_(update, (1 - options["momentum"]) * finite)
+    update.lerp_(momentum, options["momentum"])  # Nesterov's look ahead
     # Rows of equal norm; orthogonalize normalises the scale.
     update /= update.norm(dim=-1, keepdim=True).clamp_(min=1e-6)
-    update = orthogonalize(update).to(weights.dtype)
+    update = orthogonalize(update, options["dtype"]).to(weights.dtype)
     size = math.sqrt(min(rows, columns))  # the Frobenius norm of an exactly orthogonal matrix
     update *= size / update.norm(dim=(-2, -1), keepdim=True).clamp_(min=1e-10)
     mean_square = update.square().mean(dim=-1 if rows >= columns else -2, keepdim=True)
@@ -81,8 +96,8 @@ def muon_update(
     update *= variance.clamp(min=1e-10).rsqrt()
     update *= size / update.norm(dim=(-2, -1), keepdim=True).clamp_(min=1e-10)
     if options["weight_decay"]:  # only where step and decay have the same sign
-        agree = update * weights >= 0
-        update = torch.where(agree, update.add(weights, alpha=options["weight_decay"]), update)
+        agreeing = torch.where(update * weights >= 0, weights, 0.0)
+        update.add_(agreeing, alpha=options["weight_decay"])
     weights.addcmul_(update, finite * (options["lr"] * max(1, rows / columns) ** 0.5), value=-1)
 
 
@@ -119,7 +134,7 @@ class Bucket:
     num_shards: int  # ranks that share the rows; 1: every rank updates them all
     shard: int  # which of them this rank updates
     num_missing: int = 0  # gradients still to come in the last backward pass
-    # Gradient of this rank's rows, and with several ranks the work after which it is their sum.
+    # With several ranks: gradient of this rank's rows, and the work after which it is their sum.
     reduction: tuple[Tensor, dist.Work | None] | None = None
 
     def __post_init__(self) -> None:
@@ -150,6 +165,12 @@ class Bucket:
             rows = torch.cat([rows, rows.new_zeros(num_lacking, *rows.shape[1:])])
         return rows
 
+    def gradients(self) -> list[Tensor]:
+        found = [param.grad for param in self.params if param.grad is not None]
+        if len(found) < len(self.params):
+            raise RuntimeError(f"a parameter of {', '.join(self.names)} has no gradient")
+        return found
+
     def own_rows(self, rows: Tensor) -> Tensor:
         return rows.chunk(self.num_shards)[self.shard]
 
@@ -178,16 +199,26 @@ class MuonAdamW:
     """Muon and AdamW over groups `{"kind": "muon" | "adamw", "names", "params", "lr", ...}`.
 
     A Muon group has momentum, beta2 and weight_decay; an AdamW group betas, eps and weight_decay.
-    Gradients are averaged over the ranks: scale each rank's loss for that. Groups are the same on
-    every rank; with more than one, `torch.distributed` is initialised.
+    GPUs orthogonalise in `dtype`, that of the model's matmuls; a CPU does not, since there a
+    rounding error of 1e-7 (another number of ranks) would become 2 % of the update. Gradients are
+    averaged over the ranks: scale each rank's loss for that. Groups are the same on every rank;
+    with more than one, `torch.distributed` is initialised.
     """
 
-    def __init__(self, groups: Sequence[Group], rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        rank: int = 0,
+        world_size: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.param_groups = [dict(group) for group in groups]
         self.world_size = world_size
         self.buckets: list[Bucket] = []
         for group in self.param_groups:
             group["base_lr"], group["base_weight_decay"] = group["lr"], group["weight_decay"]
+            some = group["params"][0]
+            group["dtype"] = dtype if some.is_cuda else some.dtype
             for names, params in partition(group, world_size):
                 num_shards = world_size if params[0].numel() >= SMALL else 1
                 self.buckets.append(Bucket(group, names, params, num_shards, rank % num_shards))
@@ -229,21 +260,25 @@ class MuonAdamW:
     def start_reduction(self, bucket: Bucket) -> tuple[Tensor, dist.Work | None]:
         """Start averaging the bucket's gradients; returns `bucket.reduction`."""
         bucket.num_missing = 0
-        gradients = [param.grad for param in bucket.params if param.grad is not None]
-        if len(gradients) < len(bucket.params):
-            raise RuntimeError(f"a parameter of {', '.join(bucket.names)} has no gradient")
-        rows = bucket.pack(gradients)
-        own, work = bucket.own_rows(rows), None
-        if self.world_size > 1:
-            for param in bucket.params:
-                param.grad = None  # the rows hold it now
-            if bucket.num_shards > 1:
-                own = torch.empty_like(own)
-                work = dist.reduce_scatter_tensor(own, rows, async_op=True)
-            else:
-                work = dist.all_reduce(rows, async_op=True)
+        rows = bucket.pack(bucket.gradients())
+        for param in bucket.params:
+            param.grad = None  # the rows hold it now
+        own = bucket.own_rows(rows)
+        if bucket.num_shards > 1:
+            own = torch.empty_like(own)
+            work = dist.reduce_scatter_tensor(own, rows, async_op=True)
+        else:
+            work = dist.all_reduce(rows, async_op=True)
         bucket.reduction = own, work
         return bucket.reduction
+
+    def finish_reductions(self) -> list[Tensor]:
+        """The averaged gradients of this rank's rows, bucket by bucket."""
+        gradients = []
+        for gradient, work in [b.reduction or self.start_reduction(b) for b in self.buckets]:
+            work.wait()  # pyright: ignore[reportOptionalMemberAccess]
+            gradients.append(gradient.div_(self.world_size))
+        return gradients
 
     @torch.no_grad()
     def step(self) -> Tensor:
@@ -251,19 +286,18 @@ class MuonAdamW:
 
         Raises RuntimeError if a parameter has no gradient.
         """
-        gradients = []
-        for gradient, work in [b.reduction or self.start_reduction(b) for b in self.buckets]:
-            if work is not None:
-                work.wait()
-                gradient.div_(self.world_size)
-            gradients.append(gradient)
+        if self.world_size > 1:
+            gradients = self.finish_reductions()
+        else:
+            gradients = [grad for bucket in self.buckets for grad in bucket.gradients()]
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.world_size > 1:
             dist.all_reduce(norm)  # the sum is finite where the norm of every rank's rows is
         finite = norm.isfinite()
         self.num_steps += finite
         gathers = []
-        for bucket, gradient in zip(self.buckets, gradients, strict=True):
+        for bucket in self.buckets:
+            gradient = bucket.reduction[0] if bucket.reduction else bucket.pack(bucket.gradients())
             bucket.reduction = None
             own = bucket.own_rows(bucket.pack(bucket.params))
             if bucket.stacked:
@@ -299,8 +333,9 @@ class MuonAdamW:
 def partition(group: Group, world_size: int) -> Iterator[tuple[list[str], list[Tensor]]]:
     """(names, parameters) of each bucket of a group.
 
-    Muon's are joined by shape; large AdamW parameters stand alone, small ones are joined. With
-    several ranks a shape is cut into messages, the last layer first, where backward begins.
+    Muon's are joined by shape; large AdamW parameters stand alone, small ones are joined. A shape
+    is cut into stacks or, with several ranks, into messages, the last layer first, where backward
+    begins.
     """
     buckets: dict[Any, list[tuple[str, Tensor]]] = {}
     for name, param in reversed(list(zip(group["names"], group["params"], strict=True))):
@@ -309,9 +344,9 @@ def partition(group: Group, world_size: int) -> Iterator[tuple[list[str], list[T
         buckets.setdefault(key, []).append((name, param))
     for members in buckets.values():
         num_each = len(members)
-        if world_size > 1 and group["kind"] == "muon":
-            num_rounds = MESSAGE_ELEMENTS // (world_size * members[0][1].numel())
-            num_each = world_size * max(1, num_rounds)
+        if group["kind"] == "muon":
+            limit = MESSAGE_ELEMENTS if world_size > 1 else STACK_ELEMENTS
+            num_each = world_size * max(1, limit // (world_size * members[0][1].numel()))
         for begin in range(0, len(members), num_each):
             some = members[begin : begin + num_each]
             yield [name for name, _ in some], [param for _, param in some]

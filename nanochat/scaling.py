@@ -188,7 +188,7 @@ def make_optimizer(
         else:
             options = {"betas": rates.betas, "eps": rates.eps, "weight_decay": rates.weight_decay}
         groups.append({**group, "lr": lr, **options})
-    return MuonAdamW(groups, rank, world_size)
+    return MuonAdamW(groups, rank, world_size, model.compute_dtype)
 
 
 def warmup_fraction(step: int, num_steps: int, warmup_steps: int, limit: float) -> float:

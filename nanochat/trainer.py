@@ -57,11 +57,11 @@ MAX_BAD_STEPS = 3  # in a row
 SAME_SIGNAL_SECONDS = 1.0  # Slurm and torchrun both forward a signal; that is not a second one
 COMPILE_TIMEOUT = timedelta(hours=2)  # for a rank with a cold compiler cache
 # Settings that a resumed run may change: they affect the weights through float rounding at most.
-# "weights" and "corpus" are compared in place of the last four.
+# "weights" and "corpus" are compared in place of model_tag, source, step and data.
 FREE_SETTINGS = {
     "run", "fresh", "device_type", "device_batch_size", "log_every", "save_every", "eval_every",
     "eval_tokens", "eval_problems", "eval_samples", "sample_every", "compile", "keep_last",
-    "num_slots", "model_tag", "source", "step", "data",
+    "num_slots", "model_tag", "source", "step", "data", "deterministic", "recompute",
 }  # fmt: skip
 
 

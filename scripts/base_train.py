@@ -61,10 +61,11 @@ class Config:
     # data and machine
     data: str = ""  # corpus; empty: the one prepared last
     device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
-    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16; master weights are fp32
+    dtype: Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
     fp8: bool = False  # matmuls of the blocks in 8-bit floats, on GPUs that have them
     compile: Compile = "auto"  # torch.compile; auto: on a GPU
     seed: int = 0  # of the initial weights
+    deterministic: bool = False  # the same bits on a GPU each time; slower
     # the run
     run: str = "dummy"  # wandb name; dummy: no wandb
     model_tag: Tag = ""  # folder of the run; empty: d<depth>
@@ -100,7 +101,7 @@ def load_tokenizer(cfg: Config, tag: str) -> Tokenizer:
 
 
 def main(cfg: Config) -> None:
-    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
+    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic)
     tag = cfg.model_tag or f"d{cfg.depth}"
     corpus, tokenizer = find_corpus(cfg.data), load_tokenizer(cfg, tag)
     config = scaling.depth_to_config(

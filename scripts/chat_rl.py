@@ -59,6 +59,7 @@ class Config(CheckpointFlags):
     device_batch_size: Count = 32  # rows per micro-batch on one device
     lr_scale: Positive = 0.05  # multiplies pretraining's learning rates; falls linearly to 0
     seed: int = 0  # of the questions' order and the samples
+    deterministic: bool = False  # the same bits on a GPU each time; slower
     # the run
     run: str = "dummy"  # wandb name; dummy: no wandb
     fresh: bool = False  # start over instead of resuming
@@ -174,7 +175,7 @@ def summarize(groups: Sequence[Sequence[Rollout]], device: torch.device) -> tupl
 
 
 def main(cfg: Config) -> None:
-    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed)
+    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic)
     model, tokenizer, meta = load_model(cfg, runtime, train=True)
     print0(f"rl from {meta['name']}")
     task, held_out = build_task(cfg.task, "train"), build_task(cfg.task)[: cfg.eval_problems]

@@ -1,5 +1,6 @@
 """nanochat.optim against torch's AdamW, singular values, formulas, and more ranks."""
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_orthogonalize_keeps_singular_vectors_and_levels_values(shape: tuple[int
     matrices = torch.randn(3, *shape, generator=generator)
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
     values = torch.logspace(-2, 0, min(shape))
-    result = orthogonalize(left * values @ right)
+    result = orthogonalize(left * values @ right, torch.float32)
     in_basis = left.mT @ result @ right.mT  # diagonal when the singular vectors are kept
     diagonal = in_basis.diagonal(dim1=-2, dim2=-1)
     assert (in_basis - torch.diag_embed(diagonal)).abs().max() < 2e-3
@@ -80,7 +81,10 @@ def test_orthogonalize_keeps_singular_vectors_and_levels_values(shape: tuple[int
     for a, b, c in POLAR_EXPRESS:
         expected = a * expected + b * expected**3 + c * expected**5
     torch.testing.assert_close(diagonal, expected.expand_as(diagonal), rtol=0, atol=2e-3)
-    assert not orthogonalize(torch.zeros(1, *shape)).any()
+    for dtype, rounding in ((torch.float16, 5e-3), (torch.bfloat16, 5e-2)):
+        found = orthogonalize(left * values @ right, dtype)
+        assert found.dtype == dtype and not orthogonalize(torch.zeros(1, *shape), dtype).any()
+        assert (found.float() - result).norm() < rounding * result.norm()
 
 
 def reference_muon(weight: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -115,6 +119,35 @@ def test_muon_equals_the_formulas() -> None:
             seen.append(param.grad.clone())
     for param, weight, seen in zip(group["params"], before, gradients, strict=True):
         torch.testing.assert_close(param.detach(), reference_muon(weight, seen), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64)])
+def test_one_rank_updates_stack_by_stack_and_needs_what_it_says(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as in one stack, and the allocator's peak in a step."""
+    random, size = torch.Generator().manual_seed(0), math.prod(shape)
+    start = [torch.randn(shape, generator=random) for _ in range(7)]
+    gradient, results = torch.randn(shape, generator=random), []
+    for limit in (optim.STACK_ELEMENTS, 2 * size):
+        monkeypatch.setattr(optim, "STACK_ELEMENTS", limit)
+        params = [torch.nn.Parameter(weight.clone()) for weight in start]
+        optimizer = MuonAdamW([MUON | {"params": params, "names": list("abcdefg")}])
+        for param in params:
+            param.grad = gradient.clone()
+        optimizer.step()
+        results.append(params)
+    assert len(optimizer.buckets) == 4
+    assert all(map(torch.equal, *results))
+    optimizer.param_groups[0]["dtype"] = torch.bfloat16  # as on a GPU
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        optimizer.step()
+    profiler: Any = profile.profiler
+    memory = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]
+    peak, allowed = max(itertools.accumulate(sizes)), optim.transient_bytes(7 * size, size)
+    assert 0.9 * allowed < peak <= allowed and sum(sizes) == 0
 
 
 def reader(*exports: dict[str, StateShard]) -> Callable[[str, int, int], torch.Tensor]:

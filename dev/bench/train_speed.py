@@ -67,7 +67,7 @@ class Config:
     fp8: bool = False  # 8-bit matmuls
     compile: Compile = "auto"  # torch.compile; auto: on a GPU
     device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
-    dtype: Dtype = "auto"  # of the matmuls: auto, float32 or bfloat16
+    dtype: Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
     threads: int = 0  # of torch on a CPU; 0: as many as torch takes
     data_only: bool = False  # time the loader alone
     learning: Path | None = None  # a folder of parquet shards: measure what is learned of them

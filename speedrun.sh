@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # The $100 tier: from nothing to a model that talks, in about three and a half hours on 8 H100s.
 #
+#   bash speedrun.sh                    the best model that $100 buys
+#   GOAL=gpt2 bash speedrun.sh          GPT-2's CORE, 0.2565, as fast as possible: pretrains 2 hours
 #   bash speedrun.sh --fresh            starts over; otherwise what is finished is not run again
 #   WANDB_RUN=first bash speedrun.sh    draws curves on wandb
 #   screen -L -Logfile speedrun.log -S speedrun bash speedrun.sh    outlives the connection
@@ -9,12 +11,14 @@
 # MASTER_ADDR are honoured (README, "Many machines"). NANOCHAT_TINY=1 rehearses every stage with
 # tiny sizes on two CPU processes.
 #
-# Depth and ratio: of what $100 pays for at $24 an hour, the depth whose ratio is nearest to the
-# best one, with a reserve of a fifth (`python -m scripts.plan --dollars 85`). run1000.sh sets them.
+# Hours are planned with an assumed speed (`python -m scripts.plan`); none was measured. The sizes
+# are plan's: for $100, of what they pay for at $24 an hour, the depth whose ratio is nearest to the
+# best one, with a reserve of a fifth (`--dollars 85`); for GPT-2's CORE those of the fastest
+# published run (`--goal gpt2`). run1000.sh sets DEPTH and RATIO.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-depth=${DEPTH:-24} ratio=${RATIO:-12} chars=${TOKENIZER_CHARS:-2000000000} tag="d$depth"
-[ -z "${NANOCHAT_TINY:-}" ] || depth=2 tag=tiny chars=200000
+goal=${GOAL:-best} chars=${TOKENIZER_CHARS:-2000000000}
+[ -z "${NANOCHAT_TINY:-}" ] || DEPTH=2 chars=200000
 case $* in
 "" | --fresh) ;;
 *) echo "error: unknown option $*; the only one is --fresh, which starts over" >&2 && exit 2 ;;
@@ -25,12 +29,15 @@ source ./stages.sh
 processes="${NPROC_PER_NODE:-$(size "$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" 2)}"
 [ "$processes" -gt 0 ] ||
   { echo "error: no GPU here; run \`bash runcpu.sh\`, or set NPROC_PER_NODE" >&2 && exit 1; }
+plan=(python -m scripts.plan --goal="$goal" ${DEPTH:+--depth="$DEPTH"} ${RATIO:+--ratio="$RATIO"}
+  --gpus=$((processes * nodes)))
+sizes=$("${plan[@]}" --only depth ratio shards device_batch_size fp8)
+read -r depth ratio shards rows fp8 <<<"$sizes"
+[ "$goal" = best ] && tag="d$depth" || tag="d$depth-$goal"
+[ -z "${NANOCHAT_TINY:-}" ] || tag=tiny shards=3 rows=2 fp8=1
 mkdir -p "$NANOCHAT_BASE_DIR/logs"
 exec > >(tee -a "$NANOCHAT_BASE_DIR/logs/$tag-node$node.log") 2>&1
 begin "$tag" "$*"
-plan=(python -m scripts.plan --depth="$depth" --ratio="$ratio" --gpus=$((processes * nodes)))
-shards=$(size "$("${plan[@]}" --only=shards)" 3)
-rows=${DEVICE_BATCH_SIZE:-$(size "$("${plan[@]}" --only=device_batch_size)" 2)}
 "${plan[@]}"
 
 # The tokenizer needs few shards; the others come meanwhile, and pretraining waits for them.
@@ -44,7 +51,9 @@ stage tok_eval python -m scripts.tok_eval
 [ "$node" != 0 ] || wait $!
 stage all_shards python -m nanochat.dataset -n "$shards"
 
-place="--model_tag=$tag" batch="--device_batch_size=$rows" bpb="--eval_tokens=$(size 10485760 1024)"
+place="--model_tag=$tag" bpb="--eval_tokens=$(size 10485760 1024)"
+batch="--device_batch_size=${DEVICE_BATCH_SIZE:-$rows}"
+[ "$fp8" = 1 ] && fp8=--fp8 || fp8="" # on a card that has none the trainer says so, and goes on
 # What a rehearsal has more: words without spaces, so that none may be there.
 base=$(size "" "--max_seq_len=64 --head_dim=32 --aspect_ratio=16 --total_batch_size=512 \
   --num_iterations=12 --save_every=4")
@@ -53,7 +62,7 @@ rl=$(size "" "--num_steps=2 --questions_per_step=2 --num_samples=2 --max_tokens=
   --eval_problems=2 --eval_samples=2")
 core=$(size "" --max_per_task=2) examine=$(size "" "--max_problems=4 --max_tokens=8")
 stage base_train launch scripts.base_train $place $batch --depth="$depth" \
-  --target_param_data_ratio="$ratio" $bpb $base
+  --target_param_data_ratio="$ratio" $fp8 $bpb $base
 stage base_loss launch scripts.base_loss $place $batch $bpb
 stage base_eval launch scripts.base_eval $place $core
 stage mid_train launch scripts.mid_train $place $batch $chat

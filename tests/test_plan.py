@@ -5,6 +5,7 @@ import re
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
 
@@ -104,6 +105,25 @@ def test_the_page_and_one_number_for_scripts(capsys: pytest.CaptureFixture[str])
     assert int(tokens.replace(",", "")) == 2 * int(rows) * int(parts) * 2048 and rows == "32"
     costs = [float(dollars) for dollars in re.findall(r" h  \$ *([\d.]+)", page)]
     assert costs[-1] == pytest.approx(sum(costs[:-1]), abs=0.05) and int(steps.replace(",", "")) > 9
-    for only in ("shards", "depth", "ratio", "device_batch_size"):
-        plan.main(plan.Config(only=only))
-        assert float(capsys.readouterr().out) > 0
+    sizes = get_args(plan.Size)
+    plan.main(plan.Config(only=sizes, ratio=9.5))
+    numbers = dict(zip(sizes, capsys.readouterr().out.split(), strict=True))
+    assert (numbers["depth"], numbers["ratio"], numbers["fp8"]) == ("24", "9.5", "1")
+
+
+def test_the_goals_are_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
+    """The best model is the budget's depth, with a reserve; GPT-2's is the published run."""
+    depth, ratio, _ = plan.GOALS["best"]
+    affordable = plan.choose(plan.Config(), 85)
+    assert affordable.depth == depth and affordable.ratio - 1 < ratio <= affordable.ratio
+    plan.main(plan.Config(goal="gpt2"))
+    page = capsys.readouterr().out
+    assert page.startswith("goal: GPT-2's CORE") and "(assumed)" in page
+    assert "5.84 B tokens (ratio 8), 2.79e+19 FLOPs, in fp8" in page  # as published
+
+
+@pytest.mark.parametrize(
+    ("depth", "gpu", "fp8"), [(24, "h100", 1), (20, "4090", 1), (24, "a100", 0), (12, "h100", 0)]
+)
+def test_fp8_where_the_card_has_it_and_the_model_gains(depth: int, gpu: str, fp8: int) -> None:
+    assert plan.make_plan(plan.Config(gpu=gpu), depth, 12).fp8 == fp8

@@ -37,10 +37,11 @@ TRAINERS = {"base_train": "base", "mid_train": "mid", "chat_sft": "sft", "chat_r
 # python and torchrun: a trainer adds a line to its run folder, which --fresh clears first.
 STAND_IN = r"""#!/bin/sh
 echo "$*" >>"$CALLS"
-module="" tag="" fresh="" id="" run=""
+module="" tag="" fresh="" id="" run="" depth=24
 for word; do
   case $word in
-  --only=*) echo 4; exit ;;
+  --depth=*) depth=${word#*=} ;;
+  --only) echo "$depth 12 4 4 1"; exit ;;
   scripts.* | nanochat.*) [ -n "$module" ] || module=${word#*.} ;;
   --model_tag=*) tag=${word#*=} ;;
   --rdzv_id=*) id=${word#*=} ;;
@@ -216,6 +217,19 @@ def test_a_rehearsal_leaves_a_model_of_depth_2_alone(tmp_path: Path) -> None:
     tier.run(DEPTH="2")
     tier.run(NANOCHAT_TINY="1")
     assert [tier.num_starts(stage) for stage in TRAINERS] == [1, 1, 1, 1]
+
+
+def test_the_goals_are_runs_of_their_own(tmp_path: Path) -> None:
+    """The default's depth 24 stays as it is; every trainer of GPT-2's goal has its tag."""
+    tier = Tier(tmp_path, "speedrun.sh")
+    everything = tier.run()
+    assert tier.run(GOAL="gpt2") == everything and tier.run() == []
+    calls = (tier.folder / "calls").read_text()
+    assert "scripts.plan --goal=best" in calls
+    tier.tag = "d24-gpt2"
+    assert [tier.num_starts(stage) for stage in TRAINERS] == [1, 1, 1, 1]
+    began = (tier.base_dir / "done" / tier.tag / "base_train").read_text()
+    assert "--model_tag=d24-gpt2" in began and "--fp8" in began
 
 
 def make_old_markers(tier: Tier, stages: list[str]) -> None:

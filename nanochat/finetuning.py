@@ -136,7 +136,7 @@ def finetune(
                 part = compiled(inputs, targets, reduction="sum") / num_targets
                 if i == len(micro_batches):
                     optimizer.reduce_on_next_backward()
-                (part * runtime.world_size).backward()
+                (part * runtime.world_size * optimizer.loss_scale).backward()
                 loss += part.detach()
             multiplier = cfg.lr_scale * lr_multiplier_at(run.progress, cfg.warmdown)
             optimizer.set_multipliers(multiplier, MOMENTUM, weight_decay=0.0)

@@ -19,6 +19,9 @@ NORM_EPS = 1.1920928955078125e-07  # epsilon of fp32: what the published weights
 # Logits in memory at once. CPU: 2 MiB of fp32, so that tanh and exp find them in the L2 cache.
 # GPU: 512 MiB of fp32, enough rows for efficient matmuls (not measured: no GPU was at hand).
 CPU_CHUNK, GPU_CHUNK = 2**19, 2**27
+# Rows of a chunk in fp16: x is normed, so no sum over them of dz x, each at most sqrt(C), overflows
+# for C up to 4,095; a smaller scale of the loss could not mend that.
+FP16_ROWS = 2**10
 Settings = tuple[int, float]  # vocabulary size, softcap
 
 
@@ -123,7 +126,11 @@ class _SoftcapLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.sum_at_once:
-            dx, dweight = (gradient * grads[0].to(gradient.dtype) for gradient in ctx.saved_tensors)
+            # In fp32: in fp16 a factor such as 1 / 2^19 would keep few of its bits.
+            scale = grads[0][None]
+            dx, dweight = (
+                torch.mul(gradient, scale).to(gradient.dtype) for gradient in ctx.saved_tensors
+            )
         else:
             x, weight, targets = ctx.saved_tensors
             _, dx, dweight = _losses(x, weight, targets, ctx.settings, grads[0])
@@ -148,6 +155,7 @@ def _losses(
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
     narrow = weight.to(x.dtype)
     num_rows = max(1, (CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK) // len(weight))
+    num_rows = min(num_rows, FP16_ROWS) if x.dtype == torch.float16 else num_rows
     for begin in range(0, len(x), num_rows):
         rows = slice(begin, begin + num_rows)
         tanh = (x[rows] @ narrow.T).to(losses.dtype).div_(softcap).tanh_()  # (R, V)

@@ -8,8 +8,8 @@ the state of, and updates, its N-th of the rows, and the new rows are gathered. 
 updated on every rank. Parameters are fp32.
 
 A step with a non-finite gradient changes nothing on any rank without blocking the host: updates
-are multiplied by `finite`. Not a torch.optim.Optimizer: making one imports torch's compiler, 4.6 s
-of CPU at each start.
+are multiplied by `finite`. In fp16 the loss has a scale, which falls after such a step. Not a
+torch.optim.Optimizer: making one imports torch's compiler, 4.6 s of CPU at each start.
 
 Sources: Muon, Jordan et al. 2024; Polar Express, arXiv 2505.16932; NorMuon, 2510.05491; cautious
 weight decay, 2510.12402; AdamW, 1711.05101.
@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from nanochat.common import UserError
 
 Group = dict[str, Any]  # parameters and their options, see MuonAdamW
 State = dict[str, Tensor]  # what the optimizer remembers of a bucket's rows, by kind
@@ -47,6 +49,9 @@ STACK_ELEMENTS = 1 << 24
 # Bytes per element of a stack during muon_update: weights and update, and in 16 bits the four
 # matrices of `orthogonalize`, which a CPU has in fp32. Counted by tests/test_optim.py.
 STACK_BYTES = 18
+# The loss's scale in fp16, whose numbers are 6e-8 to 65,504: where it starts, and steps without
+# overflow after which it is doubled. Both of torch.amp.GradScaler.
+START_SCALE, GROWTH_STEPS = 2.0**16, 2000
 
 
 def transient_bytes(num_elements: int, largest_matrix: int) -> int:
@@ -201,8 +206,9 @@ class MuonAdamW:
     A Muon group has momentum, beta2 and weight_decay; an AdamW group betas, eps and weight_decay.
     GPUs orthogonalise in `dtype`, that of the model's matmuls; a CPU does not, since there a
     rounding error of 1e-7 (another number of ranks) would become 2 % of the update. Gradients are
-    averaged over the ranks: scale each rank's loss for that. Groups are the same on every rank;
-    with more than one, `torch.distributed` is initialised.
+    averaged over the ranks: scale each rank's loss for that, and by `loss_scale`, which is 1 unless
+    `dtype` is fp16. Groups are the same on every rank; with more than one, `torch.distributed` is
+    initialised.
     """
 
     def __init__(
@@ -222,7 +228,12 @@ class MuonAdamW:
             for names, params in partition(group, world_size):
                 num_shards = world_size if params[0].numel() >= SMALL else 1
                 self.buckets.append(Bucket(group, names, params, num_shards, rank % num_shards))
-        self.num_steps = torch.zeros((), device=self.buckets[0].params[0].device)  # updates made
+        device = self.buckets[0].params[0].device
+        self.num_steps = torch.zeros((), device=device)  # updates made
+        self.scales = dtype == torch.float16
+        start = [START_SCALE if self.scales else 1.0, 0.0]
+        self.scale_state = torch.tensor(start, dtype=torch.float32, device=device)
+        self.loss_scale, self.num_finite = self.scale_state.unbind()  # finite steps at this scale
         if world_size > 1:
             for bucket in self.buckets:
                 for param in bucket.params:
@@ -282,8 +293,9 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Update every parameter if the gradient is finite; returns whether it is, bool ().
+        """Update every parameter if the gradient is finite; returns False () where it is not.
 
+        But True if a smaller scale of the loss, which the next step will have, may mend that.
         Raises RuntimeError if a parameter has no gradient.
         """
         if self.world_size > 1:
@@ -294,11 +306,14 @@ class MuonAdamW:
         if self.world_size > 1:
             dist.all_reduce(norm)  # the sum is finite where the norm of every rank's rows is
         finite = norm.isfinite()
+        sound = finite | (self.loss_scale > 1)
         self.num_steps += finite
         gathers = []
         for bucket in self.buckets:
             gradient = bucket.reduction[0] if bucket.reduction else bucket.pack(bucket.gradients())
             bucket.reduction = None
+            if self.scales:
+                gradient.div_(self.loss_scale)  # a power of two: exact
             own = bucket.own_rows(bucket.pack(bucket.params))
             if bucket.stacked:
                 muon_update(own, gradient, bucket.state, bucket.group, finite)
@@ -313,21 +328,40 @@ class MuonAdamW:
         for bucket, rows, work in gathers:
             work.wait()  # pyright: ignore[reportOptionalMemberAccess]
             bucket.unpack(rows)
-        return finite
+        if self.scales:
+            self.adapt_scale(finite)
+        return sound
+
+    def adapt_scale(self, finite: Tensor) -> None:
+        """Halve the loss's scale, down to 1, or double it when it has served long enough."""
+        self.num_finite.add_(1).mul_(finite)
+        is_old = self.num_finite >= GROWTH_STEPS
+        self.loss_scale.mul_(torch.where(finite, 1.0 + is_old.float(), 0.5)).clamp_(min=1.0)
+        self.num_finite.mul_(~is_old)
 
     def export_state(self) -> dict[str, StateShard]:
-        """This rank's shards by "<parameter>.<kind of state>", and "step"; views, not copies."""
+        """This rank's shards by "<parameter>.<kind of state>", and "step"; views, not copies.
+
+        In fp16 also "loss_scale", with the number of steps since it was changed.
+        """
         step = {"step": StateShard(self.num_steps.view(1), (), 0)}
+        if self.scales:
+            step["loss_scale"] = StateShard(self.scale_state, (2,), 0)
         return step | dict(pair for bucket in self.buckets for pair in bucket.state_shards())
 
     @torch.no_grad()
     def import_state(self, read: Callable[[str, int, int], Tensor]) -> None:
         """Load a state exported by any number of ranks, bit for bit.
 
-        `read(key, first, last)` returns those elements of the flattened tensor.
+        `read(key, first, last)` returns those elements of the flattened tensor. A scale of the loss
+        may be missing, as the run may have begun in another dtype.
         """
         for key, shard in self.export_state().items():
-            shard.values.copy_(read(key, shard.first, shard.first + len(shard.values)))
+            try:
+                shard.values.copy_(read(key, shard.first, shard.first + len(shard.values)))
+            except UserError:
+                if key != "loss_scale":
+                    raise
 
 
 def partition(group: Group, world_size: int) -> Iterator[tuple[list[str], list[Tensor]]]:

@@ -231,7 +231,7 @@ class Meter:
         self.seconds: float = state.get("seconds", 0.0)  # in steps: no evaluation, no save
         self.record: dict[str, Any] = state.get("record", {"step": 0, "tokens": 0, "seconds": 0.0})
         self.num_skipped, self.num_bad_in_a_row = state.get("skipped", (0, 0))
-        # (step, was its gradient finite?, function for the loader's state after its batch)
+        # (step, were loss and gradient finite?, function for the loader's state after its batch)
         self.unread: list[tuple[int, Tensor, Callable[[], Any]]] = []
         self.pending: list[dict[str, Any]] = []  # complete records not yet on disk
         self.clock = 0.0  # when the step began
@@ -271,13 +271,15 @@ class Meter:
     ) -> None:
         """Record the finished step, of `num_tokens` tokens over all ranks.
 
-        loss () and finite (), False for a gradient with NaN or infinity, stay on the device until a
+        loss () and finite (), the optimizer's verdict on the gradient, stay on the device until a
         line is due. Raises UserError after MAX_BAD_STEPS non-finite steps in a row.
         """
         run = self.run
         self.pending.append(self.record)
         if finite is not None:
-            self.unread.append((run.step, finite, loader.state if loader else lambda: None))
+            # A loss that is not finite is a fault even where a smaller scale might mend a gradient.
+            sound = finite & loss.isfinite()
+            self.unread.append((run.step, sound, loader.state if loader else lambda: None))
         line_due = run.is_due(run.config["log_every"])
         if line_due:
             loss = torch.tensor(loss.item())  # the one wait for the device

@@ -162,7 +162,8 @@ def main(cfg: Config) -> None:
                 part = compiled(inputs, targets, reduction="sum") / num_targets
                 if i == len(micro_batches):
                     optimizer.reduce_on_next_backward()  # average the gradients over the ranks
-                (part * runtime.world_size).backward()  # as the optimizer averages over ranks
+                # As the optimizer averages over ranks; the other scale is 1, but in fp16.
+                (part * runtime.world_size * optimizer.loss_scale).backward()
                 loss += part.detach()
 
             multiplier = scaling.lr_multiplier(run.step, num_steps)

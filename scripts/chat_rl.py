@@ -132,7 +132,12 @@ def policy_batch(
 
 
 def backward(
-    model: GPT, groups: Sequence[Sequence[Rollout]], num_rows: int, pad_id: int, runtime: Runtime
+    model: GPT,
+    groups: Sequence[Sequence[Rollout]],
+    num_rows: int,
+    pad_id: int,
+    runtime: Runtime,
+    loss_scale: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
     """Accumulate the policy gradient, `num_rows` rows at a time; the loss over all ranks ().
 
@@ -145,7 +150,8 @@ def backward(
     for inputs, targets, advantages in zip(*splits, strict=True):
         nats = model(inputs, targets, reduction="none")  # (R, T)
         part = (nats * advantages).sum() / num_targets
-        (part * runtime.world_size).backward()  # the optimizer averages over the ranks
+        # The optimizer averages over the ranks, and undoes the scale.
+        (part * runtime.world_size * loss_scale).backward()
         loss += part.detach()
     return all_reduce_sum(loss)
 
@@ -204,7 +210,10 @@ def main(cfg: Config) -> None:
             loss, finite = torch.zeros(()), None
             multiplier = cfg.lr_scale * lr_multiplier_at(run.progress, 1.0)
             if figures["useful_groups"] > 0:
-                loss = backward(model, groups, cfg.device_batch_size, tokenizer.bos_id, runtime)
+                loss = backward(
+                    model, groups, cfg.device_batch_size, tokenizer.bos_id, runtime,
+                    optimizer.loss_scale,
+                )  # fmt: skip
                 optimizer.set_multipliers(multiplier, MOMENTUM, weight_decay=0.0)
                 finite = optimizer.step()
                 optimizer.zero_grad()

@@ -171,6 +171,26 @@ def test_loss_and_gradients_equal_plain_autograd(
     assert torch.allclose(again, plain, rtol=1e-12)
 
 
+@pytest.mark.parametrize("all_the_same", [False, True])
+@pytest.mark.parametrize("std", [1e-3, 0.5])  # of the head, when it starts and when it has grown
+def test_gradients_of_the_loss_in_fp16(std: float, all_the_same: bool) -> None:
+    """Against fp64, at the scales that the loss begins with for few and for many tokens a step."""
+    random = torch.Generator().manual_seed(0)
+    x = loss.norm(torch.randn(2048, 64, generator=random, dtype=torch.float64))
+    weight = std * torch.randn(2048, 64, generator=random, dtype=torch.float64)
+    targets = random_ids(1, 2048, 2000)[0]
+    if all_the_same:  # the largest sums over a chunk
+        x, targets = x[:1].expand(2048, 64), torch.zeros_like(targets)
+    for factor in (2**16 / 2**12, 2**16 / 2**20):
+        gradients = []
+        for inputs, matrix in ((x, weight), (x.half(), weight.float())):
+            leaves = inputs.detach().requires_grad_(), matrix.detach().requires_grad_()
+            total = loss.softcap_loss(leaves[0], leaves[1], targets, 2000, 15.0, "sum")
+            gradients.append(torch.autograd.grad(total * factor, leaves))
+        for exact, found in zip(*gradients, strict=True):
+            assert (found.double() - exact).norm() < 2e-3 * exact.norm()
+
+
 def test_hand_written_gradients_pass_gradcheck() -> None:
     random = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 2, 8, generator=random, dtype=torch.float64, requires_grad=True)

@@ -11,7 +11,10 @@ import torch
 from torch.optim.adamw import adamw  # the class would import torch's compiler
 
 from nanochat import optim
+from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import POLAR_EXPRESS, Bucket, MuonAdamW, StateShard, orthogonalize
+from nanochat.scaling import make_optimizer
 from tests.launch import on_ranks
 
 ADAMW = {"kind": "adamw", "lr": 0.01, "betas": (0.8, 0.96), "eps": 1e-10, "weight_decay": 0.1}
@@ -183,6 +186,76 @@ def test_no_trace_is_left_by_a_resume_or_a_gradient_that_is_not_finite(index: in
     train(resumed, range(3, 6))
     for mine, other in zip(parameters(straight), parameters(second), strict=True):
         assert torch.equal(mine, other)
+
+
+def test_the_scale_of_the_loss_follows_torch_and_leaves_no_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(optim, "GROWTH_STEPS", 3)
+    plain, scaled, resumed = make_groups(), make_groups(), make_groups()
+    without, optimizer = MuonAdamW(plain), MuonAdamW(scaled, dtype=torch.float16)
+    expected, tracker = torch.tensor(2.0**16), torch.zeros((), dtype=torch.int32)
+    for step, overflows in enumerate("0001100000100000000"):
+        assert optimizer.loss_scale == expected and without.loss_scale == 1
+        bad = math.inf if overflows == "1" else 0.0
+        if not bad:
+            train(without, range(step, step + 1))
+        train(optimizer, range(step, step + 1), scale=float(optimizer.loss_scale) + bad)
+        adapt: Any = torch._amp_update_scale_  # pyright: ignore[reportPrivateImportUsage]
+        adapt(expected, tracker, torch.tensor(float(bad > 0)), 2.0, 0.5, 3)
+    for mine, other in zip(parameters(scaled), parameters(plain), strict=True):
+        assert torch.equal(mine, other)
+    assert "loss_scale" not in without.export_state()
+
+    other = MuonAdamW(resumed, dtype=torch.float16)
+    read = reader(optimizer.export_state())
+
+    def read_older(key: str, first: int, last: int) -> torch.Tensor:
+        if key == "loss_scale":
+            raise UserError("lacks it")
+        return read(key, first, last)
+
+    other.import_state(read_older)
+    assert other.loss_scale == 2**16 and other.num_steps == optimizer.num_steps
+    other.import_state(read)
+    assert torch.equal(other.scale_state, optimizer.scale_state) and other.num_finite > 0
+
+
+def test_a_gradient_that_no_scale_mends_is_a_fault() -> None:
+    optimizer = MuonAdamW(make_groups(), dtype=torch.float16)
+    verdicts = []
+    for step in range(19):
+        train(optimizer, range(step, step + 1), scale=math.nan)
+        verdicts.append(bool(optimizer.step()))
+    assert verdicts == [True] * 8 + [False] * 11  # two steps each
+    assert optimizer.loss_scale == 1 and optimizer.num_steps == 0
+
+
+def test_a_model_learns_in_fp16_as_in_fp32() -> None:
+    """With the scale alone: at 2^-19 of the loss's sum, gradients would be zeros in fp16."""
+    found = []
+    for dtype in (torch.float32, torch.float16, torch.float16):
+        model = GPT(GPTConfig(32, 256, n_layer=2, n_head=2, n_kv_head=2, n_embd=64))
+        model.init_weights(0)
+        model.set_compute_dtype(dtype)
+        optimizer = make_optimizer(model, 2**18, 2520)
+        optimizer.set_multipliers(0.3, 0.9, 1.0)
+        if len(found) == 2:
+            optimizer.loss_scale.fill_(1)
+        losses = []
+        for step in range(20):
+            random = torch.Generator().manual_seed(step)
+            ids = torch.randint(0, 16, (4, 33), generator=random).cumsum(1) % 251
+            loss = model(ids[:, :-1], ids[:, 1:], reduction="sum")
+            (loss / 2**19 * optimizer.loss_scale).backward()
+            assert optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item() / ids[:, 1:].numel())
+        found.append(torch.tensor(losses))
+    exact, scaled, unscaled = found
+    assert exact[-1] < exact[0] - 0.5
+    assert (scaled - exact).abs().max() < 0.005
+    assert (unscaled - exact).abs().max() > 0.1
 
 
 def test_a_missing_gradient_is_named_and_multipliers_reach_the_groups() -> None:

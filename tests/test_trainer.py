@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import math
 import os
 import random
 import shutil
@@ -334,6 +335,20 @@ def poison(*steps: int) -> None:
         return start_reduction(self, bucket)
 
     MuonAdamW.start_reduction = poisoned
+
+
+def test_a_loss_that_is_not_finite_counts_though_its_scale_may_fall(base: Path) -> None:
+    with Run("base", "d1", settings(), CPU) as run:
+        meter = start(run, build_model(CONFIG, None, CPU))
+
+        def log(loss: float) -> None:
+            meter.start_step()
+            run.advance(0.1)
+            meter.log_step(torch.tensor(loss), 1.0, 32, finite=torch.tensor(True))
+
+        for loss in (math.nan, 1.5, math.inf, math.inf):
+            log(loss)
+        refuses("3 steps in a row, up to step 5", log, math.nan)
 
 
 def test_steps_not_finite_are_skipped_and_three_in_a_row_stop_the_run(base_dir: Path) -> None:

@@ -292,7 +292,7 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Derived = Literal[-1] | Count  # -1: follows from other flags
 Rows = Literal["auto"] | Count
-Compile = Literal["auto", "yes", "no"]
+Choice = Literal["auto", "yes", "no"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -18,7 +18,7 @@ import torch
 from nanochat.checkpoint import Checkpoint, load_model
 from nanochat.common import (
     CheckpointFlags,
-    Compile,
+    Choice,
     Count,
     Derived,
     Positive,
@@ -53,11 +53,12 @@ class FinetuneConfig(CheckpointFlags):
     # batch and steps
     max_seq_len: Derived = -1  # tokens of a row; -1: the model's context
     total_batch_size: Count = 524288  # tokens a step over all ranks
-    device_batch_size: Rows = 32  # rows per micro-batch; auto: what fits
+    device_batch_size: Rows = "auto"  # rows per micro-batch; auto: what fits
+    recompute: Choice = "auto"  # activations, for a third more time; auto: if nothing fits else
     lr_scale: Positive = 1.0  # multiplies the learning rates of pretraining
     moments: bool = False  # start with the optimizer's moments of the checkpoint, not with zeros
     warmdown: Share = 0.2  # final share of the run over which the learning rate falls to 0
-    compile: Compile = "auto"  # torch.compile; auto: on a GPU
+    compile: Choice = "auto"  # torch.compile; auto: on a GPU
     seed: int = 0  # of the order of the conversations
     deterministic: bool = False  # the same bits on a GPU each time; slower
     # the run
@@ -94,7 +95,9 @@ def finetune(
     settings = vars(cfg) | {"weights": meta["weights"]}
     seq_len = cfg.max_seq_len if cfg.max_seq_len > 0 else model.config.sequence_len
     num_rows = batch_rows(cfg.total_batch_size, seq_len)
-    choices = row_choices(num_rows, cfg.device_batch_size, seq_len, model.config, runtime)
+    choices = row_choices(
+        num_rows, cfg.device_batch_size, seq_len, model.config, runtime, cfg.recompute
+    )
 
     with Run(stage, meta["model_tag"], settings, runtime) as run:
         if run.is_finished:
@@ -108,7 +111,7 @@ def finetune(
         loader = Loader(source, num_rows, seq_len, runtime, resumed_state)
         run.at_exit.callback(loader.close)
         compiled, rows = compile_for_training(
-            model.train(), cfg.compile, choices, seq_len, runtime.device
+            model.train(), cfg.compile, choices, seq_len, runtime.device, optimizer
         )
         print0(f"{len(train):,} conversations, {num_rows} rows of {seq_len} tokens a step")
         meter = run.start(model, tokenizer, rows)

@@ -228,6 +228,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.recompute = False  # in backward, what a block keeps otherwise: a third more time
         rows, kv_channels = config.padded_vocab_size, config.n_kv_head * config.head_dim
         self.wte = Embedding(rows, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))

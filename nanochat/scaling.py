@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 from nanochat.loss import GPU_CHUNK
-from nanochat.optim import MuonAdamW
+from nanochat.optim import MuonAdamW, transient_bytes
 
 LR_WARMUP_STEPS, LR_WARMUP_LIMIT = 40, 0.05  # steps, and at most this fraction of the run
 MOMENTUM_WARMUP_STEPS, MOMENTUM_WARMUP_LIMIT = 400, 0.25
@@ -115,24 +115,45 @@ def training_tokens(config: GPTConfig, target_param_data_ratio: float) -> int:
     return round(target_param_data_ratio * scaling_parameters(config))
 
 
-def memory_bytes(config: GPTConfig, device_batch_size: int, world_size: int = 1) -> dict[str, int]:
-    """Bytes of GPU memory for training in bf16, by part, and their "total".
+def memory_bytes(
+    config: GPTConfig,
+    rows: int,
+    world_size: int = 1,
+    *,
+    recompute: bool = False,
+    compute_bytes: int = 2,
+    table_bytes: int = 4,
+    chunk: int = GPU_CHUNK,
+) -> dict[str, int]:
+    """Bytes of device memory for training on micro-batches of `rows`, by part, and their "total".
 
-    Weights and gradients are fp32 and whole on every rank; optimizer state is sharded. A layer
-    keeps 32 bytes per channel and token for backward: 4 + 4 widths in the MLP, 3.5 in norms and
-    inputs, 4.5 in queries, keys and values, of two bytes each (counted by tests/test_scaling.py).
+    Weights and gradients are fp32 (embeddings: `table_bytes` each) and whole on every rank;
+    optimizer state is fp32 and sharded. A layer keeps 16 numbers per channel and token for
+    backward: 4 + 4 widths in the MLP, 3.5 in norms and inputs, 4.5 in queries, keys and values; to
+    `recompute`, it keeps its input, and one layer at a time has the rest (counted by
+    tests/test_scaling.py). `chunk`: logits that the loss has at once.
     """
     counts = parameter_counts(config)
-    num_tokens = device_batch_size * config.sequence_len
-    muon = counts["blocks"]
-    parts = {
-        "weights": 4 * counts["total"],
-        "bf16 copies": 2 * scaling_parameters(config),
-        "gradients": 4 * counts["total"],
-        "optimizer": (4 * muon + 8 * (counts["total"] - muon)) // world_size,
-        "activations": 32 * config.n_embd * config.n_layer * num_tokens,
+    muon, tables = counts["blocks"], counts["embedding"] + counts["value_embeddings"]
+    num_tokens = rows * config.sequence_len
+    stored = 4 * (counts["total"] - tables) + table_bytes * tables
+    at_once = 1 if recompute else config.n_layer  # layers with all that backward needs
+    numbers = 16 * at_once + (config.n_layer if recompute else 0)
+    copied = counts["blocks"] * at_once // config.n_layer + counts["head"]
+    passing = {
+        "16-bit copies": compute_bytes * copied if compute_bytes < 4 else 0,
+        "activations": compute_bytes * numbers * config.n_embd * num_tokens,
         # The head's gradient, made in the forward pass, and three tensors of one chunk's logits.
-        "loss": 4 * counts["head"] + 3 * 4 * min(GPU_CHUNK, num_tokens * config.padded_vocab_size),
+        "loss": 4 * counts["head"] + 3 * 4 * min(chunk, num_tokens * config.padded_vocab_size),
+    }
+    # What only a step needs takes the place of what is gone by then.
+    step = transient_bytes(muon, 4 * config.n_embd**2)
+    parts = {
+        "weights": stored,
+        "gradients": stored,
+        "optimizer": (4 * muon + 8 * (counts["total"] - muon)) // world_size,
+        **passing,
+        "step": max(0, step - sum(passing.values())),
     }
     return parts | {"total": sum(parts.values())}
 

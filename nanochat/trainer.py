@@ -23,7 +23,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, NoReturn, Self, cast
 
@@ -33,13 +33,14 @@ from torch import Tensor
 
 from nanochat import checkpoint
 from nanochat.common import (
-    Compile,
+    Choice,
     Rows,
     Runtime,
     UserError,
     barrier,
     base_dir,
     dist_timeout,
+    free_memory,
     git_revision,
     print0,
     run_dir,
@@ -52,6 +53,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.scaling import flops_per_token, memory_bytes, parameter_counts
 from nanochat.tokenizer import Tokenizer
 
+USABLE = 0.97  # of a GPU's free memory; the rest is fragmentation
 CPU_TOKENS = 4096  # per micro-batch with `auto` on a CPU; more gained nothing (dev/LOG.md)
 MAX_BAD_STEPS = 3  # in a row
 SAME_SIGNAL_SECONDS = 1.0  # Slurm and torchrun both forward a signal; that is not a second one
@@ -85,15 +87,23 @@ def divisors(number: int) -> list[int]:
 
 
 def row_choices(
-    num_rows: int, device_batch_size: Rows, seq_len: int, config: GPTConfig, runtime: Runtime
-) -> list[int]:
-    """Rows per micro-batch to try, in this order, for a global batch of `num_rows`.
+    num_rows: int,
+    device_batch_size: Rows,
+    seq_len: int,
+    config: GPTConfig,
+    runtime: Runtime,
+    recompute: Choice = "auto",
+) -> list[tuple[int, bool]]:
+    """(rows, whether to recompute) of micro-batches to try in this order, for `num_rows` in all.
 
-    Either `device_batch_size`, capped at a rank's rows, or for "auto" on a GPU all sizes that its
-    memory may hold. Raises UserError naming the nearest sizes that divide.
+    Either of `device_batch_size` rows, capped at a rank's, or for "auto" of all sizes that the
+    device's memory may hold, the largest first. With `recompute` auto a GPU recomputes activations
+    only where nothing fits without. Raises UserError naming the nearest sizes that divide.
     """
     local = len(local_rows(num_rows, runtime))
     sizes = divisors(local)
+    kind = runtime.device.type
+    modes = [recompute == "yes"] if recompute != "auto" or kind == "cpu" else [False, True]
     if device_batch_size != "auto":
         rows = min(device_batch_size, local)
         if rows not in sizes:
@@ -103,13 +113,25 @@ def row_choices(
                 f"--device_batch_size={rows} does not divide the {local} rows of a rank's batch; "
                 f"use {choices}"
             )
-        return [rows]
-    if runtime.device.type != "cuda":
-        return [max(size for size in sizes if size == 1 or size * seq_len <= CPU_TOKENS)]
-    memory = torch.cuda.mem_get_info(runtime.device)[1]
-    config = replace(config, sequence_len=seq_len)
-    needed = {size: memory_bytes(config, size, runtime.world_size)["total"] for size in sizes}
-    return [size for size in sizes if needed[size] <= memory] or [1]
+        return [(rows, mode) for mode in modes]
+    if kind == "cpu":
+        rows = max(size for size in sizes if size == 1 or size * seq_len <= CPU_TOKENS)
+        return [(rows, modes[0])]
+    needed = partial(
+        memory_bytes, replace(config, sequence_len=seq_len), world_size=runtime.world_size,
+        compute_bytes=runtime.dtype.itemsize,
+    )  # fmt: skip
+    room = USABLE * own_memory(runtime.device)
+    tried = [(rows, mode) for mode in modes for rows in sizes]
+    fitting = [(n, mode) for n, mode in tried if needed(n, recompute=mode)["total"] <= room]
+    return fitting or tried[-1:]
+
+
+def own_memory(device: torch.device) -> int:
+    """Bytes of the GPU's memory that are free, or this process's already."""
+    if device.type == "cuda":
+        return free_memory(device) + torch.cuda.memory_reserved(device)
+    return free_memory(device) + torch.mps.driver_allocated_memory()
 
 
 def out_of_memory(rows: int) -> UserError:
@@ -123,12 +145,18 @@ def out_of_memory(rows: int) -> UserError:
     )
 
 
-def fits_memory(model: torch.nn.Module, rows: int, seq_len: int, device: torch.device) -> bool:
-    """True if a forward and backward pass on zeros fits into the device's memory."""
+def fits_memory(
+    model: torch.nn.Module, optimizer: MuonAdamW, rows: int, seq_len: int, device: torch.device
+) -> bool:
+    """True if a step on zeros fits into the device's memory; changes nothing."""
     # Two tensors: code compiled for targets that alias the inputs would fit no real batch.
     ids, targets = (torch.zeros(rows, seq_len, dtype=torch.long, device=device) for _ in range(2))
     try:
         model(ids, targets, reduction="sum").backward()
+        # Several ranks have the gathered weights in place of the gradients, so a step needs little
+        # more; and one rank that fails amid a collective would stop the others.
+        if device.type == "cuda" and optimizer.world_size == 1:
+            rehearse_step(optimizer)
         fits = True
     except torch.OutOfMemoryError:
         fits = False
@@ -138,24 +166,38 @@ def fits_memory(model: torch.nn.Module, rows: int, seq_len: int, device: torch.d
     return fits
 
 
+def rehearse_step(optimizer: MuonAdamW) -> None:
+    """A step with an infinite gradient, which takes as much memory as any and changes nothing."""
+    optimizer.param_groups[0]["params"][0].grad.fill_(float("inf"))
+    optimizer.step()
+
+
 def compile_for_training(
-    model: GPT, choice: Compile, row_choices: list[int], seq_len: int, device: torch.device
+    model: GPT,
+    choice: Choice,
+    choices: list[tuple[int, bool]],
+    seq_len: int,
+    device: torch.device,
+    optimizer: MuonAdamW,
 ) -> tuple[torch.nn.Module, int]:
     """(the model, compiled if `choice` says so; the rows that fit on every rank).
 
-    The trial runs report at once that a GPU is too small, and wait for ranks with a cold compiler
-    cache where nothing times out. Only training uses the compiled model: evaluation and sampling
-    have other shapes, each of which would be compiled. Raises UserError if no number of rows fits.
+    Of `choices` it sets `model.recompute`, too. The trial runs report at once that a GPU is too
+    small, and wait for ranks with a cold compiler cache where nothing times out. Only training uses
+    the compiled model: evaluation and sampling have other shapes, each of which would be compiled.
+    Raises UserError if no choice fits.
     """
     trained: torch.nn.Module = model
-    if choice == "yes" or (choice == "auto" and device.type == "cuda"):
+    is_compiled = choice == "yes" or (choice == "auto" and device.type == "cuda")
+    if is_compiled:
         trained = cast(torch.nn.Module, torch.compile(model, dynamic=False))
-    elif device.type != "cuda":
-        return model, row_choices[0]
-    for rows in row_choices:
-        if agree(not fits_memory(trained, rows, seq_len, device)) == [0]:
+    is_tried = is_compiled or device.type == "cuda"
+    for rows, model.recompute in choices:
+        if not is_tried or agree(not fits_memory(trained, optimizer, rows, seq_len, device)) == [0]:
+            recomputed = ", activations recomputed" if model.recompute else ""
+            print0(f"{rows} rows at a time on each device{recomputed}")
             return trained, rows
-    raise out_of_memory(row_choices[-1])
+    raise out_of_memory(choices[-1][0])
 
 
 # --- ranks

@@ -20,7 +20,7 @@ import torch
 from nanochat import fp8, scaling
 from nanochat.checkpoint import build_model, list_steps
 from nanochat.common import (
-    Compile,
+    Choice,
     Count,
     Derived,
     DeviceType,
@@ -57,13 +57,14 @@ class Config:
     num_iterations: Derived = -1  # steps; -1: from target_param_data_ratio
     target_param_data_ratio: Positive = 12.0  # tokens per parameter of blocks and head
     total_batch_size: Derived = -1  # tokens a step over all ranks; -1: from the horizon
-    device_batch_size: Rows = 32  # rows per micro-batch; auto: what fits
+    device_batch_size: Rows = "auto"  # rows per micro-batch; auto: what fits
+    recompute: Choice = "auto"  # activations, for a third more time; auto: if nothing fits else
     # data and machine
     data: str = ""  # corpus; empty: the one prepared last
     device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
     fp8: bool = False  # matmuls of the blocks in 8-bit floats, on GPUs that have them
-    compile: Compile = "auto"  # torch.compile; auto: on a GPU
+    compile: Choice = "auto"  # torch.compile; auto: on a GPU
     seed: int = 0  # of the initial weights
     deterministic: bool = False  # the same bits on a GPU each time; slower
     # the run
@@ -112,7 +113,9 @@ def main(cfg: Config) -> None:
         cfg, scaling.training_tokens(config, cfg.target_param_data_ratio)
     )
     num_rows = batch_rows(total_batch_size, cfg.max_seq_len)
-    choices = row_choices(num_rows, cfg.device_batch_size, cfg.max_seq_len, config, runtime)
+    choices = row_choices(
+        num_rows, cfg.device_batch_size, cfg.max_seq_len, config, runtime, cfg.recompute
+    )
 
     settings = vars(cfg) | {"corpus": corpus.name}
     with Run("base", tag, settings, runtime) as run:
@@ -128,7 +131,7 @@ def main(cfg: Config) -> None:
         loader = Loader(source, num_rows, cfg.max_seq_len, runtime, resumed_state)
         run.at_exit.callback(loader.close)
         compiled, rows = compile_for_training(
-            model, cfg.compile, choices, cfg.max_seq_len, runtime.device
+            model, cfg.compile, choices, cfg.max_seq_len, runtime.device, optimizer
         )
         print0(f"corpus {corpus.name}; {num_steps:,} steps of {total_batch_size:,} tokens")
         meter = run.start(model, tokenizer, rows)

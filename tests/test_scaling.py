@@ -152,7 +152,7 @@ def test_memory_of_activations_is_what_autograd_keeps(depth: int, rows: int) -> 
         model(ids, ids)
     num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     parts = scaling.memory_bytes(config, rows)
-    copies = parts["bf16 copies"] - 2 * scaling.parameter_counts(config)["head"]
+    copies = parts["16-bit copies"] - 2 * scaling.parameter_counts(config)["head"]
     head = 4 * scaling.parameter_counts(config)["head"]
     assert num_bytes == pytest.approx(parts["activations"] + copies + head, rel=0.15)
 

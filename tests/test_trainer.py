@@ -20,12 +20,13 @@ import torch
 from nanochat import checkpoint, trainer
 from nanochat.checkpoint import build_model, list_steps, open_checkpoint
 from nanochat.common import Runtime
+from nanochat.devices import CARDS, Card, find_card
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Bucket, MuonAdamW
-from nanochat.scaling import make_optimizer
+from nanochat.scaling import depth_to_config, make_optimizer, memory_bytes
 from nanochat.trainer import Meter, Run, read_metrics, row_choices
 from tests import launch
-from tests.models import CPU, TOKENIZER, refuses
+from tests.models import CPU, TOKENIZER, busy_gpt, random_ids, refuses
 
 CONFIG = GPTConfig(sequence_len=64, vocab_size=64, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
 EVERY = 5
@@ -39,32 +40,106 @@ FLAGS += " --device_type=cpu --num_iterations=16"
 
 def test_rows_of_a_micro_batch_divide_those_of_a_rank() -> None:
     for device_batch_size, expected in ((8, 8), (16, 8), (4, 4), (1, 1)):
-        assert row_choices(8, device_batch_size, 64, CONFIG, CPU) == [expected]
+        assert row_choices(8, device_batch_size, 64, CONFIG, CPU) == [(expected, False)]
     refuses("--device_batch_size=4 or --device_batch_size=6", row_choices, 12, 5, 64, CONFIG, CPU)
     five = Runtime(CPU.device, CPU.dtype, 0, 5, "cpu")
     refuses("does not divide among 5 ranks", row_choices, 12, 4, 64, CONFIG, five)
     refuses("use 512 or 1024", trainer.batch_rows, 1000, 512)
     refuses("use 512", trainer.batch_rows, 100, 512)
+    assert row_choices(96, "auto", 64, CONFIG, CPU) == [(48, False)]  # 96 are above CPU_TOKENS
+    assert row_choices(96, "auto", 10**6, CONFIG, CPU, "yes") == [(1, True)]
 
 
-def test_auto_takes_the_first_micro_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert row_choices(96, "auto", 64, CONFIG, CPU) == [48]  # 96 rows are above CPU_TOKENS
-    assert row_choices(96, "auto", 10**6, CONFIG, CPU) == [1]
+def be_a_gpu(monkeypatch: pytest.MonkeyPatch, card: Card, taken: float = 0) -> Runtime:
+    """A GPU of which `taken` GiB are others', and one is this process's already."""
+    free = int((card.memory_gib - taken - 1) * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2**50))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2**30)
+    return Runtime(torch.device("cuda", 0), torch.bfloat16, 0, 1, card.name, card.capability)
+
+
+def test_auto_finds_rows_for_every_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that fit, and more memory is never worse: first without recomputation, then in rows."""
+    for depth, needed in ((4, 0), (12, 7), (20, 23)):
+        config = depth_to_config(depth, 32768)
+        best = []
+        for card in sorted(CARDS, key=lambda card: card.memory_gib):
+            runtime = be_a_gpu(monkeypatch, card)
+            choices = row_choices(256, "auto", 2048, config, runtime)
+            room = trainer.USABLE * card.memory_gib * 2**30
+            sizes = [memory_bytes(config, n, recompute=again)["total"] for n, again in choices]
+            assert max(sizes) <= room or choices == [(1, True)]
+            assert max(sizes) <= room or card.memory_gib < needed, (depth, card)
+            best.append((not choices[0][1], choices[0][0]))
+            assert row_choices(256, 32, 2048, config, runtime) == [(32, False), (32, True)]
+            assert row_choices(256, 32, 2048, config, runtime, "no") == [(32, False)]
+            only = row_choices(256, "auto", 2048, config, runtime, "yes")
+            assert only == [choice for choice in choices if choice[1]]
+        assert best == sorted(best)
+
+
+def test_auto_goes_by_the_memory_that_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, config = find_card("RTX 4090"), depth_to_config(12, 32768)
+    assert card is not None
+    first = [
+        row_choices(256, "auto", 2048, config, be_a_gpu(monkeypatch, card, taken))[0]
+        for taken in (0, 9, 14, 18.5)
+    ]
+    assert first == [(16, False), (8, False), (4, False), (1, True)]
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 12 * 2**30)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 2**30)
+    mps = Runtime(torch.device("mps"), torch.float32, 0, 1, "mps")
+    assert row_choices(256, "auto", 2048, config, mps)[0] == (4, False)
+
+
+def test_auto_takes_the_first_micro_batch_that_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tried = []
 
-    def forward(_: GPT, ids: torch.Tensor, targets: Any, reduction: str = "") -> torch.Tensor:
-        tried.append(len(ids))
-        if len(ids) > 5:
+    def forward(model: GPT, ids: torch.Tensor, targets: Any, reduction: str = "") -> torch.Tensor:
+        tried.append((len(ids), model.recompute))
+        if len(ids) > (5 if model.recompute else 2):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return ids.sum() * torch.ones((), requires_grad=True)
 
     model = build_model(CONFIG, None, CPU)
+    optimizer = make_optimizer(model, 32, 4)
     monkeypatch.setattr(GPT, "forward", forward)
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
-    _, rows = trainer.compile_for_training(model, "yes", [12, 6, 4, 3], 64, CPU.device)
-    assert rows == 4 and tried == [12, 6, 4]
+
+    def compile_for_training(*choices: tuple[int, bool]) -> Any:
+        return trainer.compile_for_training(model, "yes", list(choices), 64, CPU.device, optimizer)
+
+    choices = (4, False), (3, False), (12, True), (4, True), (3, True)
+    assert compile_for_training(*choices)[1] == 4 and model.recompute
+    assert tried == list(choices[:4])
+    assert "4 rows at a time on each device, activations recomputed" in capsys.readouterr().out
     told = "--device_batch_size=6; try --device_batch_size=3"
-    refuses(told, trainer.compile_for_training, model, "yes", [12, 6], 64, CPU.device)
+    refuses(told, compile_for_training, (12, False), (6, False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rehearsed_step_changes_nothing(dtype: torch.dtype) -> None:
+    """Neither weights nor moments nor the number of steps, before and after a real step."""
+    model = busy_gpt(CONFIG)
+    model.set_compute_dtype(dtype)
+    optimizer = make_optimizer(model, 256, 9)
+    ids = random_ids(4, 64, 64)
+
+    def everything() -> list[torch.Tensor]:
+        kept = [shard.values for shard in optimizer.export_state().values()]
+        return [tensor.clone() for tensor in [*kept, *model.parameters()]]
+
+    for _ in range(2):
+        before = everything()
+        model(ids, ids, reduction="sum").backward()
+        trainer.rehearse_step(optimizer)
+        assert all(map(torch.equal, before, everything()))
+        optimizer.zero_grad()
+        model(ids, ids).backward()
+        optimizer.step()
+        assert not any(map(torch.equal, before, everything()))
 
 
 # --- the run folder

@@ -34,7 +34,7 @@ from nanochat import dataset, fp8
 from nanochat.checkpoint import build_model, load_model
 from nanochat.common import (
     CheckpointFlags,
-    Compile,
+    Choice,
     DeviceType,
     Dtype,
     Runtime,
@@ -65,7 +65,7 @@ class Config:
     num_steps: int = 20  # of each pass; three of whole steps and one of their parts
     num_warmup: int = 5  # steps that are not counted: compilation, caches
     fp8: bool = False  # 8-bit matmuls
-    compile: Compile = "auto"  # torch.compile; auto: on a GPU
+    compile: Choice = "auto"  # torch.compile; auto: on a GPU
     device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
     threads: int = 0  # of torch on a CPU; 0: as many as torch takes
@@ -92,8 +92,9 @@ def train(cfg: Config, runtime: Runtime) -> Generator[str]:
     optimizer = make_optimizer(model, cfg.device_batch_size * cfg.max_seq_len, 1000)
     optimizer.set_multipliers(1.0, 0.95, 1.0)
     compiled, _ = compile_for_training(
-        model, cfg.compile, [cfg.device_batch_size], cfg.max_seq_len, runtime.device
-    )
+        model, cfg.compile, [(cfg.device_batch_size, False)], cfg.max_seq_len, runtime.device,
+        optimizer,
+    )  # fmt: skip
     with closing(make_loader(cfg, runtime)) as loader:
         while True:
             batch = next(loader)

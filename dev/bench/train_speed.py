@@ -1,60 +1,44 @@
-"""Training speed on any device: tok/s, MFU, memory, and what a small model learns.
+"""Training speed on any device: tok/s, MFU, memory.
 
     python -m dev.bench.train_speed --depth 20 --device_batch_size 32
     python -m dev.bench.train_speed --depth 24 --device_batch_size 16 --fp8 --compile yes
     python -m dev.bench.train_speed --depth 4 --max_seq_len 512 --device_batch_size 8      # laptop
     python -m dev.bench.train_speed --data_only --max_seq_len 512 --device_batch_size 8  # no model
-    python -m dev.bench.train_speed --learning FOLDER --threads 2  # bits per byte
 
 The first three time whole steps as in base_train, then the parts of a step, synchronising after
 each. --data_only times the loader: at least 1 M tokens/s on two cores. Both use the corpus and
-tokenizer prepared last.
-
---learning takes a folder of parquet shards, trains a tokenizer of 4,096 on 20 M characters and,
-with base_train, one model per seed: depth 4, T = 512, 300 steps of 4,096 tokens. They are scored on
-the first 96 documents of the last shard, each cut to 1,000 characters and read alone. The bar on
-our 77 MB of English is 1.86 at 1.23 M tokens. Seconds are those of training steps only.
+tokenizer prepared last. What is learned: dev/bench/learning.py.
 """
 
-import math
-import os
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 
-from nanochat import dataset, fp8
-from nanochat.checkpoint import build_model, load_model
+from nanochat import fp8
+from nanochat.checkpoint import build_model
 from nanochat.common import (
-    CheckpointFlags,
     Choice,
     DeviceType,
     Dtype,
     Runtime,
-    run_dir,
     run_script,
     set_up,
     synchronize,
     tokenizer_dir,
 )
 from nanochat.dataloader import Loader, TextSource
-from nanochat.dataset import find_corpus, read_texts
+from nanochat.dataset import find_corpus
 from nanochat.devices import peak_flops
 from nanochat.gpt import GPTConfig
 from nanochat.scaling import depth_to_config, flops_per_token, make_optimizer, memory_bytes
 from nanochat.tokenizer import Tokenizer
-from nanochat.trainer import compile_for_training, read_metrics
-from scripts import base_train, tok_train
-
-LEARNING_STEPS, SCORE_EVERY = 300, 100
-SCORED_DOCUMENTS, SCORED_CHARS = 96, 1000
+from nanochat.trainer import compile_for_training
 
 
 @dataclass
@@ -70,9 +54,6 @@ class Config:
     dtype: Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
     threads: int = 0  # of torch on a CPU; 0: as many as torch takes
     data_only: bool = False  # time the loader alone
-    learning: Path | None = None  # a folder of parquet shards: measure what is learned of them
-    seeds: int = 3  # models of --learning, which differ in their initial weights
-    plain: bool = False  # of the first-generation architecture
 
 
 def make_loader(cfg: Config, runtime: Runtime) -> Loader:
@@ -158,56 +139,11 @@ def time_data(cfg: Config) -> None:
     print(f"{by_clock:.2f} M tokens/s, {by_cpu:.2f} M per CPU second (medians of 5 times 2 M)")
 
 
-def learn(cfg: Config, runtime: Runtime) -> None:
-    """Print the score of each seed's model at every hundredth step, then the mean."""
-    dataset.main(dataset.Config(source=cfg.learning))
-    tok_train.main(tok_train.Config(4096, max_chars=20_000_000, max_doc_chars=20_000_000))
-    held_out = islice(read_texts([find_corpus().val]), SCORED_DOCUMENTS)
-    documents = [text[:SCORED_CHARS] for text in held_out]
-    lines, last = ["seed  step    tokens  seconds     bpb"], []
-    for seed in range(cfg.seeds):
-        tag = f"seed{seed}"
-        settings = base_train.Config(
-            depth=4, max_seq_len=512, total_batch_size=4096, device_batch_size=8, seed=seed,
-            num_iterations=LEARNING_STEPS, plain=cfg.plain, model_tag=tag, eval_tokens=4096,
-            save_every=SCORE_EVERY, log_every=SCORE_EVERY, keep_last=-1,
-            device_type=cfg.device_type, dtype=cfg.dtype,
-        )  # fmt: skip
-        base_train.main(settings)
-        records = {record["step"]: record for record in read_metrics(run_dir("base", tag))}
-        bpb = math.nan
-        for step in range(SCORE_EVERY, LEARNING_STEPS + 1, SCORE_EVERY):
-            chosen = CheckpointFlags("base", tag, step)
-            model, tokenizer, _ = load_model(chosen, runtime, train=True)
-            bpb = score(model, tokenizer, documents, runtime.device)
-            tokens, seconds = records[step]["tokens"], records[step]["seconds"]
-            lines.append(f"{seed:4} {step:5} {tokens:9,} {seconds:8.1f} {bpb:7.3f}")
-        last.append(bpb)
-    print("\n".join(lines))
-    print(f"mean at the end: {statistics.mean(last):.4f} (worst {max(last):.4f})")
-
-
-@torch.inference_mode()
-def score(
-    model: torch.nn.Module, tokenizer: Tokenizer, documents: list[str], device: torch.device
-) -> float:
-    """Bits per byte of documents, each read alone."""
-    nats = 0.0
-    for ids in tokenizer.encode_batch(documents):
-        row = torch.tensor([[tokenizer.bos_id, *ids]], device=device)
-        nats += float(model(row[:, :-1], row[:, 1:], reduction="sum"))
-    return nats / math.log(2) / sum(len(document.encode()) for document in documents)
-
-
 def main(cfg: Config) -> None:
     runtime = set_up(cfg.device_type, cfg.dtype)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    if cfg.learning:
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ["NANOCHAT_BASE_DIR"] = folder
-            learn(cfg, runtime)
-    elif cfg.data_only:
+    if cfg.data_only:
         time_data(cfg)
     else:
         figures = measure(cfg, runtime, train(cfg, runtime))

@@ -9,6 +9,7 @@ tests/test_layout.py reads this list and holds the order.
     tokenizer      text <-> ids; conversation -> ids and loss mask; alone spells special tokens
     dataset        corpora of parquet shards: download, import a folder, write the primer, read
     dataloader     documents or conversations -> packed (B, T) batches, the same on 1 or N ranks
+    attention      causal attention under windows: flash, flex or dense, one choice of kernel
     kv_cache       keys and values of the past, one slot per sequence
     loss           norm, relu squared, rotation, and the loss over the vocabulary in chunks
     fp8            linear layers that train in 8-bit floats

@@ -1,11 +1,13 @@
 """Generates for many requests at once, each with its own sampling, seed and tool calls.
 
-Requests queue for a free slot of the KV cache. A step prefills at most CHUNK prompt tokens, then
-decodes one token for every prefilled request, until that samples a stop token or has max_tokens.
+Requests queue for a free slot of the KV cache. A step prefills at most a chunk of prompt tokens,
+then decodes one token for every prefilled request, until that samples a stop token or has
+max_tokens.
 
-Each prompt is prefilled alone, in chunks whose shapes depend on its length only, and decoding
-always takes all slots. So no bit of the logits depends on other requests, unless `prefix_reuse`
-lets a prompt start from what another left in the cache.
+Each prompt is prefilled alone, in chunks whose shapes depend on its length only; where flash reads
+the cache, all prompts of a step fill one chunk that always has the same shape. Decoding always
+takes all slots. So the logits do not depend on other requests, unless `prefix_reuse` lets a prompt
+start from what another left in the cache.
 
 Shapes: N slots, V vocabulary, C channels, P length of a padded chunk.
 """
@@ -29,6 +31,7 @@ from nanochat.sampling import SamplingBatch, counter_uniform, derive_seed, sampl
 from nanochat.tokenizer import ChatTokens, Tokenizer, chat_tokens
 
 CHUNK = 256  # prompt tokens per step, padding included
+PACKED_CHUNK = 2048  # the same where prompts are packed, on a GPU with flash; not measured
 ROUND_UP = 16  # chunks are padded to a multiple of this, so that few shapes occur
 MIN_SHARED = 16  # tokens; shorter common prefixes are prefilled again
 SAMPLE_PROMPTS = (
@@ -135,7 +138,8 @@ class SlotPool:
         self.model, self.prefix_reuse = model, prefix_reuse
         self.device = next(model.parameters()).device
         self.cache = model.make_cache(num_slots, max_len)
-        self.graph = DecodeGraph(model, self.cache) if self.device.type == "cuda" else None
+        self.chunk = PACKED_CHUNK if self.cache.flashes else CHUNK
+        self.graphs = StepGraphs(model, self.cache) if self.device.type == "cuda" else None
         self.logits = torch.zeros(num_slots, model.config.vocab_size, device=self.device)  # (N, V)
         self.num_prefilled = 0  # prompt tokens run through the model so far
         self.reset()
@@ -165,21 +169,43 @@ class SlotPool:
         self.free.remove(slot)
         return slot
 
-    def prefill(self, slot: Slot, prompt: list[int], room: int) -> int:
-        """Read the next chunk of `prompt` if at most `room` tokens; returns how many it took."""
-        chunk = prompt[len(slot.cached) :][:CHUNK]
+    def next_chunk(self, slot: Slot, prompt: list[int], room: int) -> tuple[list[int], int]:
+        """(what to read next of `prompt`, the room it takes); nothing where `room` is short."""
+        rest = prompt[len(slot.cached) :]
+        if self.cache.flashes:
+            return rest[:room], min(len(rest), room)
+        chunk = rest[:CHUNK]
         padded = -(-len(chunk) // ROUND_UP) * ROUND_UP  # P
-        if padded > room:
-            return 0
-        ids = torch.tensor([chunk + [0] * (padded - len(chunk))], device=self.device)  # (1, P)
-        slots, num_new = torch.tensor([slot.index]), torch.tensor([len(chunk)])
-        logits = self.model(ids, cache=self.cache, slots=slots, num_new=num_new, last_only=True)
-        slot.cached += chunk
-        self.num_prefilled += len(chunk)
-        if len(slot.cached) == len(prompt):
-            previous = self.cache.previous[slot.index].clone()
-            slot.prompt = Prompt(slot.cached.copy(), logits[0, 0], previous)  # of (1, 1, V)
-        return padded
+        return (chunk, padded) if padded <= room else ([], 0)
+
+    def prefill(self, chunks: dict[Slot, list[int]], prompts: dict[Slot, list[int]]) -> None:
+        """Read the chunks; together where flash reads the cache, else it must be one."""
+        counts = [len(chunks.get(slot, [])) for slot in self.all]
+        ids = [token for slot in self.all for token in chunks.get(slot, [])]
+        if self.cache.flashes:
+            row = torch.tensor([ids + [0] * (self.chunk - len(ids))])  # (1, P)
+            logits = self._run(row, torch.tensor(counts), packed=True)  # (N, V)
+        else:
+            (slot,) = chunks
+            padded = -(-len(ids) // ROUND_UP) * ROUND_UP
+            row = torch.tensor([ids + [0] * (padded - len(ids))], device=self.device)  # (1, P)
+            where, num_new = torch.tensor([slot.index]), torch.tensor([len(ids)])
+            logits = self.model(row, cache=self.cache, slots=where, num_new=num_new, last_only=True)
+            logits = logits[:, 0].expand(len(self.all), -1)
+        self.num_prefilled += len(ids)
+        for slot, chunk in chunks.items():
+            slot.cached += chunk
+            if len(slot.cached) == len(prompts[slot]):
+                previous = self.cache.previous[slot.index].clone()
+                slot.prompt = Prompt(slot.cached.copy(), logits[slot.index].clone(), previous)
+
+    def _run(self, ids: torch.Tensor, num_new: torch.Tensor, packed: bool = False) -> torch.Tensor:
+        """(N, V) logits after appending num_new[n] tokens to each slot; valid until next called."""
+        if self.graphs is not None:
+            return self.graphs.replay(ids, num_new, packed)
+        ids = ids.to(self.device)
+        step = self.model(ids, cache=self.cache, num_new=num_new, packed=packed, last_only=True)
+        return step[:, 0]
 
     def decode(self, newest: dict[Slot, int | None]) -> torch.Tensor:
         """(N, V) logits after feeding each slot's token; for None, the logits after its prompt."""
@@ -188,18 +214,18 @@ class SlotPool:
             rows = range(len(self.all))
             ids = torch.tensor([[fed.get(row, 0)] for row in rows])  # (N, 1)
             num_new = torch.tensor([int(row in fed) for row in rows])  # (N,)
-            if self.graph is not None:
-                self.logits = self.graph.replay(ids, num_new)
-            else:
-                ids = ids.to(self.device)
-                logits = self.model(ids, cache=self.cache, num_new=num_new, last_only=True)
-                self.logits = logits[:, 0]
+            self.logits = self._run(ids, num_new)
         for slot, token in newest.items():
             if token is not None:
                 slot.cached.append(token)
             elif slot.prompt:
                 self.logits[slot.index] = slot.prompt.logits
         return self.logits
+
+    def can_copy(self, old: list[int], new: list[int]) -> bool:
+        """True if, once `old` is read, `new` need not be read from its beginning."""
+        shares = self.prefix_reuse and len(old) > MIN_SHARED
+        return old == new or (shares and old[:MIN_SHARED] == new[:MIN_SHARED])
 
     def _longest_prefix(self, prompt: list[int]) -> tuple[Slot, int]:
         """(the slot to copy from, how many of its tokens to keep).
@@ -219,38 +245,72 @@ class SlotPool:
         return best, longest
 
 
-class DecodeGraph:
-    """A decode step as a CUDA graph: one launch instead of hundreds.
+class StepGraphs:
+    """The engine's steps as CUDA graphs: one launch instead of hundreds.
 
-    Shapes never change (all slots, one token each, the whole cache as keys); what does change lies
-    in static buffers: the ids here, the rest in KVCache. Weights may only change in place.
+    Shapes never change: a step of decoding takes one token of every slot, one of prefilling a whole
+    chunk. What does change lies in static buffers: the ids here, the rest in KVCache. Without flash
+    there is no graph of prefilling, and one of decoding for each of a few key lengths, of which the
+    shortest that suffices is replayed. Weights may only change in place.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
 
     @torch.inference_mode()
     def __init__(self, model: GPT, cache: KVCache) -> None:
-        self.cache, self.dtype = cache, model.compute_dtype
-        self.ids = torch.zeros(cache.num_slots, 1, dtype=torch.int64, device=cache.keys.device)
-        with torch.cuda.device(cache.keys.device):
+        self.model, self.cache, self.pool = model, cache, None
+        ids = torch.zeros(cache.num_slots, 1, dtype=torch.int64, device=cache.keys.device)
+        self.decoding = {n: self._record(ids, n) for n in key_lengths(cache)}
+        self.prefilling = None
+        if cache.flashes:
+            self.prefilling = self._record(ids.new_zeros(1, PACKED_CHUNK), 0, packed=True)
+        cache.reset()
+
+    def _record(
+        self, ids: torch.Tensor, num_keys: int, packed: bool = False
+    ) -> tuple[torch.Tensor, torch.cuda.CUDAGraph, torch.Tensor]:
+        """(the ids that it reads, the graph, the (N, V) logits that it writes)."""
+        num_new = torch.zeros(self.cache.num_slots, dtype=torch.int64)
+        self.cache.recorded_keys = num_keys
+
+        def run() -> torch.Tensor:
+            options = {"cache": self.cache, "packed": packed, "last_only": True}
+            return self.model(ids, num_new=num_new, **options)[:, 0]
+
+        with torch.cuda.device(ids.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(NUM_WARM_UPS):
-                    model(self.ids, cache=cache, last_only=True)
+                    run()
             torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.logits = model(self.ids, cache=cache, last_only=True)[:, 0]  # (N, V)
-        cache.reset()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+                logits = run()
+        self.pool, self.cache.recorded_keys = graph.pool(), 0
+        return ids, graph, logits
 
-    def replay(self, ids: torch.Tensor, num_new: torch.Tensor) -> torch.Tensor:
-        """(N, V) logits of `ids` (N, 1), `num_new` (N,) of each; valid until the next call."""
-        step = self.cache.begin(len(ids), 1, num_new=num_new, dtype=self.dtype)
-        self.ids.copy_(ids)
-        self.graph.replay()
+    def replay(self, ids: torch.Tensor, num_new: torch.Tensor, packed: bool) -> torch.Tensor:
+        """(N, V) logits of `ids`, (N, 1) or packed, num_new[n] of each slot; see SlotPool._run."""
+        (rows, time), dtype = ids.shape, self.model.compute_dtype
+        step = self.cache.begin(rows, time, num_new=num_new, dtype=dtype, packed=packed)
+        recorded = self.prefilling
+        if not packed:
+            needed = max(self.cache.lengths[num_new > 0].tolist(), default=0) + 1
+            recorded = next(self.decoding[n] for n in self.decoding if n >= needed)
+        assert recorded is not None
+        buffer, graph, logits = recorded
+        buffer.copy_(ids)
+        graph.replay()
         self.cache.finish(step)
-        return self.logits
+        return logits
+
+
+def key_lengths(cache: KVCache) -> list[int]:
+    """Keys that the graphs of decoding read: with flash, which reads what is needed, all."""
+    num_shorter = 0 if cache.flashes else (cache.max_len - 1).bit_length()
+    shorter = (cache.block * 2**doublings for doublings in range(num_shorter))
+    return [*(n for n in shorter if n < cache.max_len), cache.max_len]
 
 
 @dataclass(eq=False)
@@ -487,23 +547,41 @@ class Engine:
         self.slots.free.append(leaving.slot)
 
     def _prefill(self) -> None:
-        """Read at most CHUNK prompt tokens, oldest first, giving free slots to waiting requests."""
-        room = CHUNK
+        """Read a chunk of prompt tokens, oldest first, giving free slots to waiting requests."""
+        room = self.slots.chunk
+        batch: dict[RunningRequest, list[int]] = {}  # what is to be read of each
         while True:
-            if self.running and not self.running[-1].is_prefilled:
-                newest = self.running[-1]
-                with self._dropping([newest]):
-                    num_tokens = self.slots.prefill(newest.slot, newest.request.prompt, room)
-                if num_tokens == 0:
-                    return
-                room -= num_tokens
+            newest = self.running[-1] if self.running else None
+            if newest and not newest.is_prefilled and newest not in batch:
+                prompt = newest.request.prompt
+                chunk, size = self.slots.next_chunk(newest.slot, prompt, room)
+                if not chunk:
+                    break
+                batch[newest], room = chunk, room - size
+                if not self.slots.cache.flashes:
+                    self._read(batch)
+                elif room == 0:
+                    break
             elif self.waiting and self.slots.free:
-                request = self.waiting.popleft()
+                request = self.waiting[0]
+                if any(self.slots.can_copy(each.request.prompt, request.prompt) for each in batch):
+                    self._read(batch)
+                self.waiting.popleft()
                 slot = self.slots.allocate(request.prompt)
                 self.started.append(request)
                 self.running.append(RunningRequest(request, slot, self.tokenizer, self.chat))
             else:
-                return
+                break
+        self._read(batch)
+
+    def _read(self, batch: dict[RunningRequest, list[int]]) -> None:
+        """Prefill what the batch says, and empty it."""
+        reading = list(batch)
+        chunks = {each.slot: chunk for each, chunk in batch.items()}
+        batch.clear()
+        if reading:
+            with self._dropping(reading):
+                self.slots.prefill(chunks, {each.slot: each.request.prompt for each in reading})
 
     def _sample(self, ready: list[RunningRequest], logits: torch.Tensor) -> list[list[list[float]]]:
         """Per slot [[id]], or `with_logprobs` rows if any request wants them; one transfer."""

@@ -17,13 +17,16 @@ backout, constants: karpathy/nanochat.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from nanochat.attention import Kernel, View, attend, see
 from nanochat.common import UserError
 from nanochat.fp8 import QuantisedWeight, fp8_linear
 from nanochat.kv_cache import Append, KVCache
@@ -158,7 +161,7 @@ class Context(NamedTuple):
 
     angles: tuple[Tensor, Tensor]  # (cos, sin), (1 or B, T, 1, D / 2)
     append: Append | None  # where the tokens go in the cache, if there is one
-    mask: Tensor | None  # (T, T) True for what a short window sees; None: everything
+    view: View | None  # who sees whom, if there is none
 
 
 class Attention(nn.Module):
@@ -191,12 +194,8 @@ class Attention(nn.Module):
         if context.append is not None:
             y = context.append.attend(self.layer, (q, k, v), self.window, self.scale)
         else:
-            mask = context.mask if self.window else None
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            gqa = q.shape[1] != k.shape[1]
-            y = F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=gqa
-            ).transpose(1, 2)
+            assert context.view is not None
+            y = attend((q, k, v), context.view, self.window, self.scale)
         return self.c_proj(y.reshape(batch, time, -1))
 
 
@@ -216,9 +215,27 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, value_embedding: Tensor | None, context: Context) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        mix: tuple[Tensor, Tensor] | None,
+        value_embedding: Tensor | None,
+        context: Context,
+    ) -> Tensor:
+        if mix is not None:
+            x = mix[0].to(x.dtype) * x + mix[1].to(x.dtype) * x0
         x = x + self.attn(norm(x), value_embedding, context)
         return x + self.mlp(norm(x))
+
+
+def call(part: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """What trainers compile: the model is called part by part, and all layers alike share code.
+
+    Compiled whole, gradients would only be there when the backward pass is over, too late to
+    average them over the ranks meanwhile.
+    """
+    return part(*inputs)
 
 
 class GPT(nn.Module):
@@ -228,7 +245,10 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.kernel: Kernel = "dense"  # of attention
+        self.document_start: int | None = None  # id of a token that sees nothing before it
         self.recompute = False  # in backward, what a block keeps otherwise: a third more time
+        self.call_part = call  # or a compiled one; only for calls without a cache
         rows, kv_channels = config.padded_vocab_size, config.n_kv_head * config.head_dim
         self.wte = Embedding(rows, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -252,7 +272,7 @@ class GPT(nn.Module):
         return KVCache(
             num_layers=config.n_layer, num_slots=num_slots, num_kv_heads=config.n_kv_head,
             max_len=max_len, head_dim=config.head_dim, num_channels=config.n_embd,
-            device=device or self.wte.weight.device, dtype=self.compute_dtype,
+            device=device or self.wte.weight.device, dtype=self.compute_dtype, kernel=self.kernel,
         )  # fmt: skip
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
@@ -296,6 +316,7 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         slots: Tensor | None = None,
         num_new: Tensor | None = None,
+        packed: bool = False,
         last_only: bool = False,
     ) -> Tensor:
         """The loss if there are `targets`, else fp32 logits (B, T, vocab_size).
@@ -303,63 +324,86 @@ class GPT(nn.Module):
         `ids` and `targets` are (B, T); targets of -1 are ignored. `reduction` "mean" and "sum" give
         a scalar, "none" (B, T). With a `cache`, row b appends its first num_new[b] tokens (default
         T) to slot slots[b] (default: all in order), both (B,), and sees that slot's past; the rest
-        is padding with meaningless logits. `last_only` gives (B, 1, vocab_size), after each row's
-        last token. Raises ValueError, with the cache untouched, if a sequence would outgrow it.
+        is padding with meaningless logits. If `packed`, the only row has the num_new[b] tokens of
+        each slot one after the other, then padding. `last_only` gives (B, 1, vocab_size), after
+        each sequence's last token. Raises ValueError, with the cache untouched, if a sequence would
+        outgrow it.
         """
-        append = None
-        if cache is not None:
-            append = cache.begin(len(ids), ids.shape[1], slots, num_new, self.compute_dtype)
-        x = self._trunk(ids, append)  # (B, T, C)
-        if append is not None:
-            append.cache.finish(append)
-        if targets is not None:
-            size, softcap = self.config.vocab_size, self.config.softcap
-            return softcap_loss(x, self.lm_head.weight, targets, size, softcap, reduction)
-        if last_only:
-            rows = torch.arange(len(x), device=x.device)
-            x = x[:, -1:] if append is None else x[rows, append.last][:, None]
-        logits = self.lm_head(x)[..., : self.config.vocab_size].float()
-        return self.config.softcap * torch.tanh(logits / self.config.softcap)
+        if cache is None:
+            x, middle = self._trunk(ids, None)  # (B, T, C)
+            if targets is not None:
+                return self.call_part(self._loss, x, middle, targets, reduction)
+            x = self._normed(x, middle)
+            return self._logits(x[:, -1:] if last_only else x)
+        assert targets is None, "no loss behind a cache"
+        rows, time = ids.shape
+        append = cache.begin(rows, time, slots, num_new, self.compute_dtype, packed)
+        x = self._normed(*self._trunk(ids, append))
+        cache.finish(append)
+        return self._logits(x.flatten(0, 1)[append.last][:, None] if last_only else x)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(..., C) input of the trunk, before smear; a KVCache keeps the newest token's."""
         return norm(self.wte(ids).to(self.compute_dtype))
 
-    def _trunk(self, ids: Tensor, append: Append | None) -> Tensor:
-        """(B, T, C) normed output of the last layer."""
+    def _trunk(self, ids: Tensor, append: Append | None) -> tuple[Tensor, Tensor]:
+        """(B, T, C) outputs of the last and of the middle layer."""
         config = self.config
-        positions, mask = torch.arange(ids.shape[1], device=ids.device)[None], None  # (1, T)
-        if append is not None:
-            positions = append.positions  # (B, T)
-        elif "S" in config.window_pattern and config.short_window < ids.shape[1]:
-            age = positions.T - positions  # (T, T) of the column's key, for the row's query
-            mask = (age >= 0) & (age < config.short_window)
+        if append is None:
+            run, positions = self.call_part, torch.arange(ids.shape[1], device=ids.device)[None]
+            windows = {config.window(layer) for layer in range(config.n_layer)}
+            view = see(self.kernel, windows, ids, self.document_start)
+        else:
+            run, positions, view = call, append.positions, None  # (B, T)
         # Recomputed in each call: no table that a long prompt could outgrow.
         angles = rotary_angles(positions, config.head_dim, config.rope_base)
-        context = Context(angles, append, mask)
+        context = Context(angles, append, view)
         x = self.embed(ids)
         if config.smear:
-            x = self._smear(x, append)
-        x0 = middle = x
-        for i, block in enumerate(self.blocks):
-            if config.residual_scalars:
-                x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
-            value_embedding = None
-            if config.has_value_embedding(i):
-                value_embedding = self.value_embeds[str(i)](ids).to(x.dtype)
-            x = block(x, value_embedding, context)
-            if i == config.n_layer // 2:
-                middle = x
-        if config.backout:
-            x = x - self.backout_lambda.to(x.dtype) * middle
-        return norm(x)
+            x = run(self._smear, x, append, view)
 
-    def _smear(self, x: Tensor, append: Append | None) -> Tensor:
+        def block(layer: int, x: Tensor, x0: Tensor) -> Tensor:
+            mix = value_embedding = None
+            if config.residual_scalars:
+                mix = self.resid_lambdas[layer], self.x0_lambdas[layer]
+            if config.has_value_embedding(layer):
+                value_embedding = self.value_embeds[str(layer)](ids).to(x.dtype)
+            return run(self.blocks[layer], x, x0, mix, value_embedding, context)
+
+        recompute = self.recompute and torch.is_grad_enabled()
+        x0 = middle = x
+        for layer in range(config.n_layer):
+            if recompute:
+                x = checkpoint(block, layer, x, x0, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(layer, x, x0)
+            if layer == config.n_layer // 2:
+                middle = x
+        return x, middle
+
+    def _smear(self, x: Tensor, append: Append | None, view: View | None) -> Tensor:
         """`x` plus a gated share of the previous token's; the first token has none."""
-        first = torch.zeros_like(x[:, :1]) if append is None else append.swap_previous(x)[:, None]
-        before = torch.cat((first, x[:, :-1]), dim=1)
+        if append is None:
+            before = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
+            if view is not None and view.starts is not None:
+                before = before.masked_fill(view.starts[..., None], 0)
+        else:
+            before = append.swap_previous(x)
         gate = self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]).sigmoid()  # (B, T, 1)
         return x + self.smear_lambda.to(x.dtype) * gate * before
+
+    def _normed(self, x: Tensor, middle: Tensor) -> Tensor:
+        """(B, T, C) input of the head."""
+        return norm(x - self.backout_lambda.to(x.dtype) * middle if self.config.backout else x)
+
+    def _loss(self, x: Tensor, middle: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        size, softcap = self.config.vocab_size, self.config.softcap
+        x = self._normed(x, middle)
+        return softcap_loss(x, self.lm_head.weight, targets, size, softcap, reduction)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits = self.lm_head(x)[..., : self.config.vocab_size].float()
+        return self.config.softcap * torch.tanh(logits / self.config.softcap)
 
 
 def _role(name: str) -> Role:

@@ -5,30 +5,38 @@ call is one `Append`: `begin` checks it before touching memory and plans where e
 `attend` writes a layer's keys and values and attends under the training window, `finish` advances
 the lengths. `keep` truncates a slot, or copies another slot's beginning into it.
 
-- One extra cell at `max_len` takes the writes of right padding and is never read, so no shape
-  depends on the data.
+- New tokens come as rows, one per sequence and padded on the right, or `packed`: one row that holds
+  the tokens of all sequences one after the other, so that prompts of any lengths fill one shape.
+- One extra cell at `max_len` takes the writes of padding and is never read, so no shape depends on
+  the data.
 - `lengths` is always on the CPU: checking it never waits for a GPU. The device reads token
   positions from one small static buffer, so a CUDA graph of a step serves all later ones.
-- Decoding reads keys in fixed-size blocks and skips those no live row can see. A block hidden from
-  a row adds exact zeros, so a row's bits do not depend on its batch mates' lengths. Cutting the
-  keys at the longest row would be as fast, but would change the order of the sums.
+- Flash attends to each slot's own length. Without it, prompts are read one by one, and decoding
+  reads keys in fixed-size blocks and skips those that no live row can see; a graph reads as many as
+  it was recorded for. A block hidden from a row adds exact zeros, so a row's bits do not depend on
+  its batch mates' lengths. Cutting the keys at the longest row would change the order of the sums.
 - QK norm bounds every score by qk_scale^2 * sqrt(D) (16 at D = 128), so exp needs no running
   maximum.
 - `keep` zeroes the values it drops: a masked 0 times a leftover NaN is still NaN.
 
-Shapes: L layers, N slots, B rows of this call, T new tokens, H query heads, K kv heads, D head
-dimension, C channels, S = max_len, E keys in one block.
+Shapes: L layers, N slots, B sequences of this call, T tokens of a row, M tokens of all rows, H
+query heads, K kv heads, D head dimension, C channels, S = max_len, E keys in one block.
 """
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-# Keys read at a time when decoding on a CPU. Of 32 to 512 (width 256, 16 slots of 512) 64 and 128
-# are fastest: 8 to 11 ms on one thread depending on filling; all 512 at once: 13. A GPU reads all.
-CPU_DECODE_BLOCK = 128
+from nanochat.attention import QKV, Kernel, flash, flash_options, flash_reads_a_cache
+
+# Keys read at a time when decoding without flash. CPU: of 32 to 512 (width 256, 16 slots of 512) 64
+# and 128 are fastest: 8 to 11 ms on one thread depending on filling; all 512 at once: 13. GPU: the
+# shortest graph's keys (not measured: no GPU was at hand).
+CPU_DECODE_BLOCK, GPU_DECODE_BLOCK = 128, 256
 
 
 class KVCache:
@@ -44,22 +52,29 @@ class KVCache:
         num_channels: int,
         device: torch.device | str,
         dtype: torch.dtype,
+        kernel: Kernel = "dense",
     ) -> None:
         """All zeros; `GPT.make_cache` knows a model's sizes."""
+        self.flashes = kernel == "flash" and flash_reads_a_cache()
         shape = (num_layers, num_slots, num_kv_heads, max_len + 1, head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (L, N, K, S + 1, D)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.previous = torch.zeros(num_slots, num_channels, device=device, dtype=dtype)  # (N, C)
+        order = (0, 1, 3, 2, 4) if self.flashes else (0, 1, 2, 3, 4)  # flash wants cell by cell
+        options = {"device": device, "dtype": dtype}
+        self.keys, self.values = (  # (L, N, K, S + 1, D)
+            torch.empty_permuted(shape, order, **options).zero_() for _ in range(2)
+        )
+        self.previous = torch.zeros(num_slots, num_channels, **options)  # (N, C)
         self.lengths = torch.zeros(num_slots, dtype=torch.int64)  # (N,), always on the CPU
-        self.layout = torch.zeros(3, num_slots, dtype=torch.int64, device=device)  # see Append
+        self.layout = torch.zeros(4, num_slots, dtype=torch.int64, device=device)  # see Append
         self.num_slots, self.max_len = num_slots, max_len
-        self.block = CPU_DECODE_BLOCK if self.keys.device.type == "cpu" else max_len
+        on_cpu = self.keys.device.type == "cpu"
+        self.block = CPU_DECODE_BLOCK if on_cpu else min(GPU_DECODE_BLOCK, max_len)
+        self.recorded_keys = 0  # while a graph of a decode step is recorded: the keys that it reads
 
     @property
     def num_bytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes + self.previous.nbytes
 
-    def keep(self, slot: int, length: int, source: int, previous: torch.Tensor | float = 0) -> None:
+    def keep(self, slot: int, length: int, source: int, previous: Tensor | float = 0) -> None:
         """Make `slot` hold the first `length` tokens of slot `source` (may be itself).
 
         `previous` (C,) is what the model carries over from the last of them (see `swap_previous`).
@@ -79,23 +94,28 @@ class KVCache:
         self,
         num_rows: int,
         num_tokens: int,
-        slots: torch.Tensor | None = None,
-        num_new: torch.Tensor | None = None,
+        slots: Tensor | None = None,
+        num_new: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
+        packed: bool = False,
     ) -> "Append":
         """Plan to append `num_new[b]` (default: all) of `num_tokens` tokens to slot `slots[b]`.
 
-        Raises ValueError, with the cache untouched, if slots and rows differ in number, a slot is
-        repeated or does not exist, a sequence would exceed `max_len`, or the model computes in
-        another dtype.
+        If `packed`, the only row has the tokens of all slots, one slot after the other, then
+        padding. Raises ValueError, with the cache untouched, if slots and rows differ in number, a
+        slot is repeated or does not exist, a sequence would exceed `max_len`, or the model computes
+        in another dtype.
         """
         if dtype != self.keys.dtype:
             raise ValueError(f"the model computes in {dtype}, but the cache is {self.keys.dtype}")
         where = list(range(self.num_slots)) if slots is None else slots.tolist()
         added = [num_tokens] * num_rows if num_new is None else num_new.tolist()
-        if not len(where) == len(added) == num_rows:
-            raise ValueError(f"{num_rows} rows need as many slots and counts")
-        if len(set(where)) < num_rows or not all(0 <= s < self.num_slots for s in where):
+        num_sequences = len(where) if packed else num_rows
+        if not len(where) == len(added) == num_sequences:
+            raise ValueError(f"{num_sequences} rows need as many slots and counts")
+        if packed and (num_rows != 1 or sum(added) > num_tokens):
+            raise ValueError(f"{num_rows} rows of {num_tokens} cannot pack {sum(added)} tokens")
+        if len(set(where)) < len(where) or not all(0 <= s < self.num_slots for s in where):
             raise ValueError(f"slots must be distinct and below {self.num_slots}, not {where}")
         starts = self.lengths[where].tolist()
         for slot, start, count in zip(where, starts, added, strict=True):
@@ -104,10 +124,13 @@ class KVCache:
             if start + count > self.max_len:
                 full = f"slot {slot} holds {start} tokens and cannot take {count} more"
                 raise ValueError(f"{full}: the cache was made for at most {self.max_len}")
-        layout = self.layout[:, :num_rows]
+        counts = added if packed else [num_tokens] * num_rows
+        firsts = [0, *accumulate(counts)][:-1]
+        layout = self.layout[:, :num_sequences]
         if not (layout.is_cuda and torch.cuda.is_current_stream_capturing()):
-            layout.copy_(torch.tensor([where, starts, added]))
-        return Append(self, layout, num_tokens, where, starts, added)
+            layout.copy_(torch.tensor([where, starts, added, firsts]))
+        shape = (num_rows, num_tokens)
+        return Append(self, layout, shape, packed, where, starts, added, firsts)
 
     def finish(self, append: "Append") -> None:
         """Count the tokens of `append` as cached."""
@@ -119,108 +142,191 @@ class Append:
     """Where the tokens of a forward call go; made by `KVCache.begin`, shared by all layers."""
 
     cache: KVCache
-    layout: torch.Tensor  # (3, B) on the device: the three lists below
-    num_tokens: int  # T
-    slots: list[int]  # per row, its slot
-    starts: list[int]  # per row, how many tokens its slot held before
-    num_new: list[int]  # per row, how many of the T tokens are real; the rest is right padding
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window, see _seen
+    layout: Tensor  # (4, B) on the device: the four lists below
+    shape: tuple[int, int]  # of the ids: (B, T), or packed (1, M)
+    packed: bool
+    slots: list[int]  # per sequence, its slot
+    starts: list[int]  # per sequence, how many tokens its slot held before
+    num_new: list[int]  # per sequence, how many new tokens it has; other tokens are padding
+    firsts: list[int]  # per sequence, where its new tokens begin among the M
+    masks: dict[tuple, Tensor] = field(default_factory=dict)  # shared by layers
 
     @cached_property
-    def positions(self) -> torch.Tensor:
+    def is_decode(self) -> bool:
+        return self.shape[1] == 1 and not self.packed
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """(M,) the sequence that each token is of."""
+        num_rows, num_tokens = self.shape
+        token = torch.arange(num_rows * num_tokens, device=self.layout.device)
+        if not self.packed:
+            return token // num_tokens
+        # Of sequences that begin at the same token, all but the last are without tokens.
+        return torch.searchsorted(self.layout[3], token, right=True) - 1
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """(M,) how many new tokens of its sequence come before each token."""
+        return (
+            torch.arange(len(self.owners), device=self.layout.device) - self.layout[3][self.owners]
+        )
+
+    @cached_property
+    def is_real(self) -> Tensor:
+        """(M,) False for padding."""
+        return self.offsets < self.layout[2][self.owners]
+
+    @cached_property
+    def positions(self) -> Tensor:
         """(B, T) position of each token in its sequence."""
-        return self.layout[1, :, None] + torch.arange(self.num_tokens, device=self.layout.device)
+        return (self.layout[1][self.owners] + self.offsets).view(self.shape)
 
     @cached_property
-    def write_at(self) -> torch.Tensor:
-        """(B, T) cell of each token; max_len for padding."""
-        real = self.positions < self.layout[1:].sum(0)[:, None]
-        return torch.where(real, self.positions, self.cache.max_len)
+    def write_at(self) -> tuple[Tensor, Tensor]:
+        """(B, T) slot and (B, T) cell of each token; the cell is max_len for padding."""
+        real = self.is_real.view(self.shape)
+        cells = torch.where(real, self.positions, self.cache.max_len)
+        return self.layout[0][self.owners].view(self.shape), cells
 
     @cached_property
-    def last(self) -> torch.Tensor:
-        """(B,) index of each row's last real token among the T."""
-        return (self.layout[2] - 1).clamp(min=0)
+    def last(self) -> Tensor:
+        """(B,) index of each sequence's last new token among the M; any where there is none."""
+        _, _, num_new, first = self.layout
+        last = first + (num_new - 1).clamp(min=0)
+        return last.clamp(max=len(self.owners) - 1)  # first of an empty one may be M
 
-    def swap_previous(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C) each slot's newest token before `x` (B, T, C); stores the newest of x instead."""
-        slots, _, num_new = self.layout
-        before = self.cache.previous[slots]
-        newest = x[torch.arange(len(x), device=x.device), self.last]  # (B, C)
-        self.cache.previous[slots] = torch.where(num_new[:, None] > 0, newest, before)
-        return before
+    def swap_previous(self, x: Tensor) -> Tensor:
+        """(B, T, C) what comes before each token of `x` (B, T, C) in its sequence.
+
+        A sequence's first new token gets what the cache kept; it keeps the newest instead.
+        """
+        slots, _, num_new, _ = self.layout
+        flat = x.flatten(0, 1)  # (M, C)
+        before = self.cache.previous[slots]  # (B, C)
+        self.cache.previous[slots] = torch.where(num_new[:, None] > 0, flat[self.last], before)
+        begins = (self.offsets == 0)[:, None]  # (M, 1)
+        return torch.where(begins, before[self.owners], flat.roll(1, 0)).view_as(x)
 
     def attend(
         self,
         layer: int,
-        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        qkv: QKV,
         window: int | None,
         scale: float,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """(B, T, H, D): write the new keys and values, then attend to the slot's past and to them.
 
         A query sees `window` keys including its own (None: all). q is (B, T, H, D); k, v (B, T, K,
         D).
         """
         q, k, v = qkv
-        rows = self.layout[0, :, None]
-        self.cache.keys[layer][rows, :, self.write_at] = k
-        self.cache.values[layer][rows, :, self.write_at] = v
-        attend = self._decode if self.num_tokens == 1 else self._prefill
+        slots, cells = self.write_at
+        self.cache.keys[layer][slots, :, cells] = k
+        self.cache.values[layer][slots, :, cells] = v
+        if self.cache.flashes:
+            return self._flash(layer, q, window, scale)
+        attend = self._decode if self.is_decode else self._prefill
         return attend(layer, q, window, scale)
 
-    def _decode(
-        self, layer: int, q: torch.Tensor, window: int | None, scale: float
-    ) -> torch.Tensor:
+    @cached_property
+    def flash_layout(self) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor | None]:
+        """(B + 1,) bounds of queries and of keys; (B,) keys used; (M,) the order of queries.
+
+        A step of decoding has one query in every row: one without a token sees meaningless keys.
+        Else padding comes after all queries; the order is None where it already does.
+        """
+        slots, start, num_new, first = self.layout
+        num_cells = self.cache.max_len + 1
+        keys = F.pad(slots * num_cells, (0, 1), value=self.cache.num_slots * num_cells)
+        order, counts = None, num_new
+        if self.is_decode:
+            counts = torch.ones_like(num_new)
+        elif not self.packed:
+            order = torch.argsort(~self.is_real, stable=True)
+        queries = F.pad(counts.cumsum(0), (1, 0))
+        return (queries.int(), keys.int()), (start + counts).int(), order
+
+    def _flash(self, layer: int, q: Tensor, window: int | None, scale: float) -> Tensor:
+        """Every query at once, each over its own slot's keys."""
+        bounds, used, order = self.flash_layout
+        flat = q.flatten(0, 1)  # (M, H, D)
+        keys, values = (  # (N (S + 1), K, D): views, since this cache lies cell by cell
+            buffer[layer].transpose(1, 2).flatten(0, 1)
+            for buffer in (self.cache.keys, self.cache.values)
+        )
+        qkv = flat if order is None else flat[order], keys, values
+        longest = self.shape[1], self.cache.max_len
+        options = {"seqused_k": used} | flash_options()
+        y = flash(qkv, bounds, longest, window, scale, **options)
+        return (y if order is None else torch.empty_like(y).index_copy_(0, order, y)).view_as(q)
+
+    def _decode(self, layer: int, q: Tensor, window: int | None, scale: float) -> Tensor:
         """One query per row, all rows at once, block by block of keys."""
         num_rows, _, num_heads, head_dim = q.shape
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # (N, K, S + 1, D)
         if self.slots != list(range(self.cache.num_slots)):  # else nothing need be copied
             keys, values = keys[self.slots], values[self.slots]
         grouped = (q * scale).view(num_rows, keys.shape[1], -1, head_dim)  # (B, K, H / K, D)
-        hidden = ~self._seen(window)[:, None]  # (B, 1, 1, S)
+        hidden = ~self._seen_by_rows(window)[:, None]  # (B, 1, 1, S)
         live = [s for s, n in zip(self.starts, self.num_new, strict=True) if n]
         oldest = 0 if window is None or not live else max(0, min(live) - window + 1)
+        num_keys = max(live, default=-1) + 1
+        if self.cache.recorded_keys:
+            oldest, num_keys = 0, self.cache.recorded_keys
         block = self.cache.block
+        # exp(16) is more than fp16 holds.
+        dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
         mixed = torch.zeros(grouped.shape, dtype=torch.float32, device=q.device)
         total = torch.zeros(*grouped.shape[:3], 1, dtype=torch.float32, device=q.device)
-        for begin in range(oldest // block * block, max(live, default=-1) + 1, block):
+        for begin in range(oldest // block * block, num_keys, block):
             end = min(begin + block, self.cache.max_len)
             scores = (grouped @ keys[:, :, begin:end].transpose(2, 3)).float()  # (B, K, H / K, E)
             weights = scores.exp_().masked_fill_(hidden[..., begin:end], 0)
             total += weights.sum(-1, keepdim=True)
-            mixed += weights.to(q.dtype) @ values[:, :, begin:end]
+            mixed += weights.to(dtype) @ values[:, :, begin:end].to(dtype)
         mixed /= total.clamp_(min=1e-30)  # a row without tokens saw no key
         return mixed.to(q.dtype).view(num_rows, 1, num_heads, head_dim)
 
-    def _prefill(
-        self, layer: int, q: torch.Tensor, window: int | None, scale: float
-    ) -> torch.Tensor:
-        """Many queries per row, row by row: each row's shapes depend on that row alone."""
-        out = torch.zeros_like(q)  # (B, T, H, D)
-        for row, slot in enumerate(self.slots):
-            start, count = self.starts[row], self.num_new[row]
+    def _prefill(self, layer: int, q: Tensor, window: int | None, scale: float) -> Tensor:
+        """Sequence by sequence: each one's shapes depend on it alone."""
+        flat = q.flatten(0, 1)  # (M, H, D)
+        out = torch.zeros_like(flat)
+        places = zip(self.slots, self.starts, self.num_new, self.firsts, strict=True)
+        for slot, start, count, first in places:
             if count == 0:
                 continue
             oldest = 0 if window is None else max(0, start - window + 1)
             end = start + count
             mixed = F.scaled_dot_product_attention(
-                q[row, :count].transpose(0, 1)[None],
+                flat[first : first + count].transpose(0, 1)[None],
                 self.cache.keys[layer, slot, :, oldest:end][None],
                 self.cache.values[layer, slot, :, oldest:end][None],
-                attn_mask=self._seen(window)[row, :count, oldest:end],
+                attn_mask=self._seen(start, oldest, end, window),
                 scale=scale,
                 enable_gqa=q.shape[2] != self.cache.keys.shape[2],
             )  # (1, H, count, D)
-            out[row, :count] = mixed[0].transpose(0, 1)
-        return out
+            out[first : first + count] = mixed[0].transpose(0, 1)
+        return out.view_as(q)
 
-    def _seen(self, window: int | None) -> torch.Tensor:
-        """(B, T, S) True where a token may look, made by the first layer that has this window."""
-        if window not in self.masks:
-            cells = torch.arange(self.cache.max_len, device=self.positions.device)
-            own = self.positions[:, :, None]
-            self.masks[window] = cells <= own
+    def _seen(self, start: int, oldest: int, end: int, window: int | None) -> Tensor:
+        """(T', S') which of the keys from `oldest` to `end` the queries from `start` on see."""
+        key = (start, oldest, end, window)
+        if key not in self.masks:
+            cells = torch.arange(oldest, end, device=self.layout.device)
+            own = torch.arange(start, end, device=self.layout.device)[:, None]
+            self.masks[key] = cells <= own
             if window is not None:
-                self.masks[window] &= cells > own - window
-        return self.masks[window]
+                self.masks[key] &= cells > own - window
+        return self.masks[key]
+
+    def _seen_by_rows(self, window: int | None) -> Tensor:
+        """(B, 1, S) which keys the only query of each row sees."""
+        key = (window,)
+        if key not in self.masks:
+            cells = torch.arange(self.cache.max_len, device=self.layout.device)
+            own = self.positions[:, :, None]
+            self.masks[key] = cells <= own
+            if window is not None:
+                self.masks[key] &= cells > own - window
+        return self.masks[key]

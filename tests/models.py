@@ -80,3 +80,39 @@ def memorise(model: GPT, rows: list[list[int]], masks: list[list[int]], steps: i
         model(ids[:, :-1].contiguous(), targets).backward()
         optimizer.step()
         model.zero_grad(set_to_none=True)
+
+
+def slow_varlen_attn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool = False,
+    seqused_k: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What torch's documentation says of its flash kernel, which no CPU has; sequence by sequence.
+
+    Tokens that no sequence has come out as NaN, as whatever lies in memory may be.
+    """
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and window_size[1] == 0
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    groups = query.shape[1] // key.shape[1]
+    out = torch.full_like(query, torch.nan)
+    for b in range(len(cu_seq_q) - 1):
+        begin, end = int(cu_seq_q[b]), int(cu_seq_q[b + 1])
+        first = int(cu_seq_k[b])
+        count = int(cu_seq_k[b + 1]) - first if seqused_k is None else int(seqused_k[b])
+        assert end - begin <= max_q and count <= max_k
+        k, v = (part[first : first + count].repeat_interleave(groups, 1) for part in (key, value))
+        age = torch.arange(count - (end - begin), count)[:, None] - torch.arange(count)
+        hidden = (age < 0) | ((age > window_size[0]) & (window_size[0] >= 0))
+        scores = torch.einsum("qhd,khd->hqk", query[begin:end], k) * scale
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        out[begin:end] = torch.einsum("hqk,khd->qhd", weights, v)
+    return out

@@ -59,12 +59,13 @@ class ScriptedModel(nn.Module):
         cache: KVCache,
         slots: torch.Tensor | None = None,
         num_new: torch.Tensor,
+        packed: bool = False,
         last_only: bool,
     ) -> torch.Tensor:
-        assert last_only
+        assert last_only and not packed
         step = cache.begin(len(ids), ids.shape[1], slots, num_new)
         cache.finish(step)
-        newest = ids[torch.arange(len(ids)), step.last].tolist()
+        newest = ids.flatten()[step.last].tolist()
         logits = torch.zeros(len(ids), 1, TOKENIZER.vocab_size)
         for row, (slot, count) in enumerate(zip(step.slots, step.num_new, strict=True)):
             if count:

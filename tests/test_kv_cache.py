@@ -3,22 +3,27 @@
 That a row's bits do not depend on its mates, nor on what lies in free slots: test_engine.py.
 """
 
+import copy
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from nanochat.attention import Kernel
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import Append, KVCache
-from tests.models import busy_gpt, random_ids
+from tests.models import busy_gpt, random_ids, slow_varlen_attn
 
 CONTEXT = 640  # short windows see 256 keys
 VOCAB = 96
 
 
-def make_model(**changes) -> GPT:
+def make_model(kernel: Kernel = "dense", **changes) -> GPT:
     """Three small layers, of which the first two see a short window."""
     sizes = {"n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
-    return busy_gpt(GPTConfig(sequence_len=CONTEXT, vocab_size=VOCAB, **{**sizes, **changes}))
+    model = busy_gpt(GPTConfig(sequence_len=CONTEXT, vocab_size=VOCAB, **{**sizes, **changes}))
+    model.kernel = kernel
+    return model
 
 
 def text(rows: int, time: int, seed: int = 1) -> torch.Tensor:
@@ -31,11 +36,19 @@ def without_gradients():
         yield
 
 
+@pytest.fixture(params=["dense", "flash"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", slow_varlen_attn)
+    return request.param
+
+
 @pytest.mark.parametrize("n_kv_head", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cached_equals_full_at_every_position(n_kv_head: int, dtype: torch.dtype) -> None:
+def test_cached_equals_full_at_every_position(
+    n_kv_head: int, dtype: torch.dtype, kernel: Kernel
+) -> None:
     """Prefill in uneven pieces, then one by one, past the window and past several decode blocks."""
-    model = make_model(n_kv_head=n_kv_head)
+    model = make_model(kernel, n_kv_head=n_kv_head)
     model.set_compute_dtype(dtype)
     ids = text(2, 400)
     full = model(ids)
@@ -56,8 +69,8 @@ def test_the_window_matters() -> None:
     assert (with_window(ids)[:, 300:] - without(ids)[:, 300:]).abs().max() > 0.01
 
 
-def test_rows_of_different_lengths_with_right_padding() -> None:
-    model = make_model()
+def test_rows_of_different_lengths_with_right_padding(kernel: Kernel) -> None:
+    model = make_model(kernel)
     ids = text(3, 300)
     lengths = [300, 17, 140]
     cache = model.make_cache(3, 310)
@@ -71,9 +84,9 @@ def test_rows_of_different_lengths_with_right_padding() -> None:
         assert (step[row, 0] - full[0, length]).abs().max() <= 1e-4
 
 
-def test_chosen_slots_and_idle_rows() -> None:
+def test_chosen_slots_and_idle_rows(kernel: Kernel) -> None:
     """Rows may go to any slots; a row with nothing new leaves its slot as it was."""
-    model = make_model()
+    model = make_model(kernel)
     ids = text(2, 30)
     cache = model.make_cache(4, 32)
     model(ids[:, :20], cache=cache, slots=torch.tensor([3, 1]))
@@ -85,10 +98,36 @@ def test_chosen_slots_and_idle_rows() -> None:
     assert (torch.cat(rest, dim=1) - model(ids)[:, 20:]).abs().max() <= 1e-4
 
 
+def test_packed_prompts_are_read_as_if_each_had_a_row(kernel: Kernel) -> None:
+    """Of slots in any order, some with a past and some with nothing new, padding behind them."""
+    model = make_model(kernel)
+    counts, ids = [0, 140, 0, 1, 37, 0], text(6, 150)
+    slots = torch.tensor([5, 3, 0, 4, 1, 2])
+    packed_cache, cache = model.make_cache(6, 400), model.make_cache(6, 400)
+    for either in (packed_cache, cache):
+        model(ids[:2, :130], cache=either, slots=torch.tensor([3, 0]))
+    rows = model(ids, cache=cache, slots=slots, num_new=torch.tensor(counts), last_only=True)
+    row = torch.cat([ids[i, :count] for i, count in enumerate(counts)])
+    for padding in (0, 14):
+        some = copy.deepcopy(packed_cache)
+        packed = model(
+            torch.nn.functional.pad(row, (0, padding))[None],
+            cache=some, slots=slots, num_new=torch.tensor(counts), packed=True, last_only=True,
+        )  # fmt: skip
+        live = [i for i, count in enumerate(counts) if count]
+        assert (packed[live] - rows[live]).abs().max() <= 1e-4
+        assert some.lengths.tolist() == cache.lengths.tolist()
+        assert torch.allclose(some.previous, cache.previous, atol=1e-5)
+        step = model(text(6, 1, seed=3), cache=some)
+        assert (step - model(text(6, 1, seed=3), cache=copy.deepcopy(cache))).abs().max() <= 1e-4
+    with pytest.raises(ValueError, match="1 rows of 5 cannot pack 178 tokens"):
+        model(ids[:1, :5], cache=cache, slots=slots, num_new=torch.tensor(counts), packed=True)
+
+
 @pytest.mark.parametrize("source", [0, 1])
-def test_a_kept_beginning_goes_on_like_a_fresh_one(source: int) -> None:
+def test_a_kept_beginning_goes_on_like_a_fresh_one(source: int, kernel: Kernel) -> None:
     """Turned back to 300 of 350 tokens, where they are or copied over garbage, past the window."""
-    model = make_model()
+    model = make_model(kernel)
     ids, other = text(1, 350), text(1, 40, seed=2)
     cache = model.make_cache(2, 400)
     model(ids, cache=cache, slots=torch.tensor([source]))
@@ -109,8 +148,10 @@ def test_a_recorded_decode_step_serves_all_later_ones(monkeypatch: pytest.Monkey
     eager, recorded = model.make_cache(4, 400), model.make_cache(4, 400)
     eager.block = recorded.block = 400  # as on a GPU
     with monkeypatch.context() as patch:  # while a graph records, `begin` writes nothing
-        rows = ([0, 1, 2, 3], [0] * 4, [1] * 4)
-        patch.setattr(recorded, "begin", lambda *_: Append(recorded, recorded.layout, 1, *rows))
+        lists = ([0, 1, 2, 3], [0] * 4, [1] * 4, [0, 1, 2, 3])
+        plan = Append(recorded, recorded.layout, (4, 1), False, *lists)
+        patch.setattr(recorded, "begin", lambda *_: plan)
+        patch.setattr(recorded, "recorded_keys", 400)
         patch.setattr(recorded, "finish", lambda _: None)
         replay = make_fx(lambda ids: model(ids, cache=recorded, last_only=True))(text(4, 1))
     recorded.reset()

@@ -1,0 +1,209 @@
+"""Causal attention under sliding windows, by one of three kernels; `choose_kernel` is the choice.
+
+flash  torch's varlen_attn: reads only the keys inside a window, on NVIDIA GPUs from Ampere on.
+flex   compiled flex_attention: skips the blocks of keys that a mask hides, where Triton runs.
+dense  torch's scaled_dot_product_attention, with a mask that says which keys a query sees: the
+       others' oracle, and the kernel of CPUs and MPS. On a GPU it computes every score that it
+       hides: of a context of 2,048 under windows of 512, four times what is needed.
+
+A row may hold several documents. `see` makes what all layers of a forward call share: causal masks
+or bounds, for each window; with `documents`, tokens see their own document alone.
+
+Shapes: B batch, T time, H query heads, K kv heads, D head dimension; M tokens of N sequences, one
+after the other. Sources: FlashAttention-2, arXiv 2307.08691; FlexAttention, 2412.05496.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from inspect import signature
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Kernel = Literal["flash", "flex", "dense"]
+QKV = tuple[Tensor, Tensor, Tensor]
+# Documents of one call that flash keeps apart: one in 32 tokens; those beyond count as one. Fixed,
+# since the number of bounds is a shape, and a new shape is a new compilation.
+TOKENS_PER_DOCUMENT = 32
+
+
+def choose_kernel(
+    device_type: str,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
+    can_compile: bool = True,
+) -> Kernel:
+    """The fastest kernel for a device of this compute capability; `can_compile`: Triton works."""
+    if device_type != "cuda":
+        return "dense"
+    if capability >= (8, 0) and dtype.itemsize == 2 and head_dim % 8 == 0 and head_dim <= 256:
+        return "flash"
+    # Triton needs Turing, and flex heads of a power of two; fp32 scores are slow in either.
+    fits = head_dim >= 16 and head_dim & (head_dim - 1) == 0 and dtype.itemsize == 2
+    return "flex" if capability >= (7, 5) and fits and can_compile else "dense"
+
+
+class View(NamedTuple):
+    """Who sees whom in rows of tokens, in the form that the kernel takes."""
+
+    kernel: Kernel
+    masks: dict[int | None, Any]  # by window; dense: bool (T, T) or (B, 1, T, T), flex: BlockMask
+    bounds: Tensor | None = None  # flash: (N + 1,) int32, where the sequences begin among the M
+    options: dict[str, Any] = {}  # of flash, as this torch has them
+    starts: Tensor | None = None  # (B, T) True where a document begins, if they are kept apart
+
+
+def see(
+    kernel: Kernel, windows: Iterable[int | None], ids: Tensor, document_start: int | None = None
+) -> View:
+    """The view of `ids` (B, T) for layers with these windows (keys seen, None: all earlier ones).
+
+    With `document_start`, each token of this id begins a document that sees nothing before it.
+    """
+    batch, time = ids.shape
+    starts = documents = None
+    if document_start is not None:
+        starts = ids == document_start  # (B, T)
+        starts[:, 0] = True
+        documents = starts.cumsum(1)  # (B, T) number of each token's
+    if kernel == "flash":
+        bounds = _bounds(batch, time, ids.device, starts)
+        return View(kernel, {}, bounds, flash_options(), starts)
+    make = _dense_mask if kernel == "dense" else _block_mask
+    seen = {window if window and window < time else None for window in windows}
+    masks = {window: make(window, time, ids.device, documents) for window in seen}
+    return View(kernel, masks, starts=starts)
+
+
+def attend(qkv: QKV, view: View, window: int | None, scale: float) -> Tensor:
+    """(B, T, H, D) for q (B, T, H, D) and k, v (B, T, K, D)."""
+    q, k, v = qkv
+    time = q.shape[1]
+    if window is not None and window >= time:
+        window = None
+    if view.bounds is not None:
+        tokens = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (M, H, D), (M, K, D)
+        bounds = view.bounds, view.bounds
+        return flash(tokens, bounds, (time, time), window, scale, **view.options).view_as(q)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    mask, grouped = view.masks[window], q.shape[1] != k.shape[1]
+    if view.kernel == "flex":
+        y = _flex((q, k, v), block_mask=mask, scale=scale, enable_gqa=grouped)
+    else:
+        causal = mask is None
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    return y.transpose(1, 2)
+
+
+def flash(
+    qkv: QKV,
+    bounds: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    window: int | None,
+    scale: float,
+    **options: Any,
+) -> Tensor:
+    """(M, H, D): the queries of each of N sequences attend to its keys; the last sees all of them.
+
+    q is (M, H, D), k and v (M', K, D); `bounds` (N + 1,) and `longest` are of queries and of keys.
+    An option `seqused_k` (N,) says how many of a sequence's keys count.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # brings torch's compiler, seconds of import
+
+    seen = ((window or 0) - 1, 0)  # keys before and after a query's own; -1: all
+    y = varlen_attn(*qkv, *bounds, *longest, scale=scale, window_size=seen, **options)
+    return cast(Tensor, y)  # alone, since nothing else was asked for
+
+
+@cache
+def flash_options() -> dict[str, Any]:
+    """Options for `flash` that this torch has: torch 2.11 groups kv heads without being asked."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+
+
+@cache
+def flash_reads_a_cache() -> bool:
+    """True if flash can be told how many of a sequence's keys count; in torch 2.11 it cannot."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "seqused_k" in signature(varlen_attn).parameters
+
+
+def _flex(qkv: QKV, **options: Any) -> Tensor:
+    if torch.compiler.is_compiling():
+        from torch.nn.attention.flex_attention import flex_attention
+
+        return flex_attention(*qkv, **options)
+    return _of_flex("flex_attention", is_compiled=True)(*qkv, **options)
+
+
+def _bounds(batch: int, time: int, device: torch.device, starts: Tensor | None) -> Tensor:
+    num_tokens = batch * time
+    if starts is None:
+        return torch.arange(0, num_tokens + 1, time, dtype=torch.int32, device=device)
+    limit = batch * -(-time // TOKENS_PER_DOCUMENT)
+    places = torch.nonzero_static(starts.flatten(), size=limit, fill_value=num_tokens)[:, 0]
+    return F.pad(places, (0, 1), value=num_tokens).int()
+
+
+def _dense_mask(
+    window: int | None, time: int, device: torch.device, documents: Tensor | None
+) -> Tensor | None:
+    if window is None and documents is None:
+        return None  # causal: torch has a faster way to say it
+    position = torch.arange(time, device=device)
+    age = position[:, None] - position  # (T, T) of the column's key, for the row's query
+    mask = age >= 0
+    if window is not None:
+        mask &= age < window
+    if documents is not None:
+        mask = mask & (documents[:, None, :, None] == documents[:, None, None])  # (B, 1, T, T)
+    return mask
+
+
+def _block_mask(
+    window: int | None, time: int, device: torch.device, documents: Tensor | None
+) -> Any:
+    if documents is None:
+        return _causal_block_mask(window, time, device)
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same = documents[b, query] == documents[b, key]
+        return same & _in_window(window, query, key)
+
+    return _make_block_mask(sees, len(documents), time, device)
+
+
+@cache
+def _causal_block_mask(window: int | None, time: int, device: torch.device) -> Any:
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return _in_window(window, query, key)
+
+    return _make_block_mask(sees, None, time, device)
+
+
+def _in_window(window: int | None, query: Tensor, key: Tensor) -> Tensor:
+    return (key <= query) & (query - key < window) if window else key <= query
+
+
+def _make_block_mask(
+    sees: Callable[..., Tensor], batch: int | None, time: int, device: torch.device
+) -> Any:
+    # Compiled, it never holds all (B, T, T) answers.
+    make = _of_flex("create_block_mask", is_compiled=device.type == "cuda")
+    return make(sees, batch, None, time, time, device=device)
+
+
+@cache
+def _of_flex(name: str, is_compiled: bool) -> Any:
+    from torch.nn.attention import flex_attention
+
+    function = getattr(flex_attention, name)
+    return torch.compile(function) if is_compiled else function

@@ -30,7 +30,17 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import CheckpointFlags, Runtime, UserError, base_dir, fsync, print0, write_file
+from nanochat.attention import choose_kernel
+from nanochat.common import (
+    CheckpointFlags,
+    Runtime,
+    UserError,
+    base_dir,
+    fsync,
+    has_c_compiler,
+    print0,
+    write_file,
+)
 from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import StateShard
@@ -356,6 +366,9 @@ def build_model(
     else:
         model.load_state_dict(weights)
     model.set_compute_dtype(runtime.dtype)
+    model.kernel = choose_kernel(
+        runtime.device.type, runtime.capability, runtime.dtype, config.head_dim, has_c_compiler()
+    )
     return model
 
 

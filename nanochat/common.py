@@ -14,6 +14,7 @@ import errno
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,12 @@ def git_revision() -> str:
         return found.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+@cache
+def has_c_compiler() -> bool:
+    """True if torch.compile can build what it generates."""
+    return any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang"))
 
 
 def print0(text: str) -> None:

@@ -50,6 +50,7 @@ class FinetuneConfig(CheckpointFlags):
     custom: Path | None = None  # your own conversations, .jsonl, added to the mixture
     num_epochs: Count = 1  # passes over the mixture
     num_iterations: Derived = -1  # steps; -1: all epochs
+    mask_documents: bool = False  # a token sees its own conversation only
     # batch and steps
     max_seq_len: Derived = -1  # tokens of a row; -1: the model's context
     total_batch_size: Count = 524288  # tokens a step over all ranks
@@ -110,9 +111,8 @@ def finetune(
         source = ChatSource(tokenizer, train, num_epochs, cfg.seed)
         loader = Loader(source, num_rows, seq_len, runtime, resumed_state)
         run.at_exit.callback(loader.close)
-        compiled, rows = compile_for_training(
-            model.train(), cfg.compile, choices, seq_len, runtime.device, optimizer
-        )
+        model.document_start = tokenizer.bos_id if cfg.mask_documents else None
+        rows = compile_for_training(model, cfg.compile, choices, seq_len, runtime.device, optimizer)
         print0(f"{len(train):,} conversations, {num_rows} rows of {seq_len} tokens a step")
         meter = run.start(model, tokenizer, rows)
         while True:
@@ -136,7 +136,7 @@ def finetune(
             micro_batches = list(zip(*(part.split(rows) for part in batch), strict=True))
             loss = torch.zeros((), device=runtime.device)
             for i, (inputs, targets) in enumerate(micro_batches, start=1):
-                part = compiled(inputs, targets, reduction="sum") / num_targets
+                part = model(inputs, targets, reduction="sum") / num_targets
                 if i == len(micro_batches):
                     optimizer.reduce_on_next_backward()
                 (part * runtime.world_size * optimizer.loss_scale).backward()

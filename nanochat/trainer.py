@@ -25,7 +25,7 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-from typing import IO, Any, NoReturn, Self, cast
+from typing import IO, Any, NoReturn, Self
 
 import torch
 import torch.distributed as dist
@@ -42,13 +42,14 @@ from nanochat.common import (
     dist_timeout,
     free_memory,
     git_revision,
+    has_c_compiler,
     print0,
     run_dir,
     write_file,
 )
 from nanochat.dataloader import Batch, Loader, local_rows
 from nanochat.devices import peak_flops
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, call
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import flops_per_token, memory_bytes, parameter_counts
 from nanochat.tokenizer import Tokenizer
@@ -57,6 +58,9 @@ USABLE = 0.97  # of a GPU's free memory; the rest is fragmentation
 CPU_TOKENS = 4096  # per micro-batch with `auto` on a CPU; more gained nothing (dev/LOG.md)
 MAX_BAD_STEPS = 3  # in a row
 SAME_SIGNAL_SECONDS = 1.0  # Slurm and torchrun both forward a signal; that is not a second one
+# What torch.compile may make of one function: parts of a model, kinds of layers, with and without
+# gradients, shapes. Its own limit of 8 is for functions that change by mistake.
+COMPILED_FORMS = 128
 COMPILE_TIMEOUT = timedelta(hours=2)  # for a rank with a cold compiler cache
 # Settings that a resumed run may change: they affect the weights through float rounding at most.
 # "weights" and "corpus" are compared in place of model_tag, source, step and data.
@@ -145,8 +149,22 @@ def out_of_memory(rows: int) -> UserError:
     )
 
 
+def compile_parts(model: GPT, choice: Choice, device: torch.device) -> None:
+    """Have the model call its parts compiled, if `choice` says so and there is a C compiler.
+
+    Only losses call them so: sampling has other shapes, each of which would be compiled.
+    """
+    if choice == "no" or (choice == "auto" and device.type != "cuda"):
+        return
+    if not has_c_compiler():
+        print0("no C compiler: training without torch.compile; `apt-get install gcc` mends it")
+        return
+    torch._dynamo.config.recompile_limit = COMPILED_FORMS
+    model.call_part = torch.compile(call, dynamic=False)
+
+
 def fits_memory(
-    model: torch.nn.Module, optimizer: MuonAdamW, rows: int, seq_len: int, device: torch.device
+    model: GPT, optimizer: MuonAdamW, rows: int, seq_len: int, device: torch.device
 ) -> bool:
     """True if a step on zeros fits into the device's memory; changes nothing."""
     # Two tensors: code compiled for targets that alias the inputs would fit no real batch.
@@ -179,24 +197,20 @@ def compile_for_training(
     seq_len: int,
     device: torch.device,
     optimizer: MuonAdamW,
-) -> tuple[torch.nn.Module, int]:
-    """(the model, compiled if `choice` says so; the rows that fit on every rank).
+) -> int:
+    """The rows that fit on every rank, once the model is compiled if `choice` says so.
 
     Of `choices` it sets `model.recompute`, too. The trial runs report at once that a GPU is too
-    small, and wait for ranks with a cold compiler cache where nothing times out. Only training uses
-    the compiled model: evaluation and sampling have other shapes, each of which would be compiled.
-    Raises UserError if no choice fits.
+    small, and wait for ranks with a cold compiler cache where nothing times out. Raises UserError
+    if no choice fits.
     """
-    trained: torch.nn.Module = model
-    is_compiled = choice == "yes" or (choice == "auto" and device.type == "cuda")
-    if is_compiled:
-        trained = cast(torch.nn.Module, torch.compile(model, dynamic=False))
-    is_tried = is_compiled or device.type == "cuda"
+    compile_parts(model, choice, device)
+    is_tried = model.call_part is not call or device.type == "cuda"
     for rows, model.recompute in choices:
-        if not is_tried or agree(not fits_memory(trained, optimizer, rows, seq_len, device)) == [0]:
+        if not is_tried or agree(not fits_memory(model, optimizer, rows, seq_len, device)) == [0]:
             recomputed = ", activations recomputed" if model.recompute else ""
             print0(f"{rows} rows at a time on each device{recomputed}")
-            return trained, rows
+            return rows
     raise out_of_memory(choices[-1][0])
 
 
@@ -482,8 +496,8 @@ class Run:
         dtype = str(self.runtime.dtype).removeprefix("torch.")
         print0(
             f"{self.stage}: {parameter_counts(model.config)['total']:,} parameters, "
-            f"depth {model.config.n_layer}, width {model.config.n_embd}, {dtype}; "
-            f"mfu is against {peak / 1e12:.3g} TFLOP/s ({source})"
+            f"depth {model.config.n_layer}, width {model.config.n_embd}, {dtype}, "
+            f"{model.kernel} attention; mfu is against {peak / 1e12:.3g} TFLOP/s ({source})"
         )
         if self.runtime.is_main:
             tokenizer.save(self.folder / "tokenizer")

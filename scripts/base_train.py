@@ -61,6 +61,7 @@ class Config:
     recompute: Choice = "auto"  # activations, for a third more time; auto: if nothing fits else
     # data and machine
     data: str = ""  # corpus; empty: the one prepared last
+    mask_documents: bool = False  # a token sees its own document only
     device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
     fp8: bool = False  # matmuls of the blocks in 8-bit floats, on GPUs that have them
@@ -130,7 +131,8 @@ def main(cfg: Config) -> None:
         source = TextSource(tokenizer, corpus.train)
         loader = Loader(source, num_rows, cfg.max_seq_len, runtime, resumed_state)
         run.at_exit.callback(loader.close)
-        compiled, rows = compile_for_training(
+        model.document_start = tokenizer.bos_id if cfg.mask_documents else None
+        rows = compile_for_training(
             model, cfg.compile, choices, cfg.max_seq_len, runtime.device, optimizer
         )
         print0(f"corpus {corpus.name}; {num_steps:,} steps of {total_batch_size:,} tokens")
@@ -162,7 +164,7 @@ def main(cfg: Config) -> None:
             num_targets = all_reduce_sum((batch.targets != IGNORED).sum())
             loss = torch.zeros((), device=runtime.device)
             for i, (inputs, targets) in enumerate(micro_batches, start=1):
-                part = compiled(inputs, targets, reduction="sum") / num_targets
+                part = model(inputs, targets, reduction="sum") / num_targets
                 if i == len(micro_batches):
                     optimizer.reduce_on_next_backward()  # average the gradients over the ranks
                 # As the optimizer averages over ranks; the other scale is 1, but in fp16.

@@ -72,15 +72,13 @@ def train(cfg: Config, runtime: Runtime) -> Generator[str]:
     linears = fp8.enable(model.blocks) if cfg.fp8 else []
     optimizer = make_optimizer(model, cfg.device_batch_size * cfg.max_seq_len, 1000)
     optimizer.set_multipliers(1.0, 0.95, 1.0)
-    compiled, _ = compile_for_training(
-        model, cfg.compile, [(cfg.device_batch_size, False)], cfg.max_seq_len, runtime.device,
-        optimizer,
-    )  # fmt: skip
+    choices, device = [(cfg.device_batch_size, False)], runtime.device
+    compile_for_training(model, cfg.compile, choices, cfg.max_seq_len, device, optimizer)
     with closing(make_loader(cfg, runtime)) as loader:
         while True:
             batch = next(loader)
             yield "data"
-            loss = compiled(batch.inputs, batch.targets)
+            loss = model(batch.inputs, batch.targets)
             yield "forward"
             loss.backward()
             yield "backward"

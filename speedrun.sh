@@ -52,7 +52,8 @@ stage tok_eval python -m scripts.tok_eval
 stage all_shards python -m nanochat.dataset -n "$shards"
 
 place="--model_tag=$tag" bpb="--eval_tokens=$(size 10485760 1024)"
-batch="--device_batch_size=${DEVICE_BATCH_SIZE:-$rows}"
+# Training finds out what fits: plan's rows are those of an H100.
+batch="--device_batch_size=${DEVICE_BATCH_SIZE:-auto}" rows=${DEVICE_BATCH_SIZE:-$rows}
 [ "$fp8" = 1 ] && fp8=--fp8 || fp8="" # on a card that has none the trainer says so, and goes on
 # What a rehearsal has more: words without spaces, so that none may be there.
 base=$(size "" "--max_seq_len=64 --head_dim=32 --aspect_ratio=16 --total_batch_size=512 \
@@ -63,7 +64,7 @@ rl=$(size "" "--num_steps=2 --questions_per_step=2 --num_samples=2 --max_tokens=
 core=$(size "" --max_per_task=2) examine=$(size "" "--max_problems=4 --max_tokens=8")
 stage base_train launch scripts.base_train $place $batch --depth="$depth" \
   --target_param_data_ratio="$ratio" $fp8 $bpb $base
-stage base_loss launch scripts.base_loss $place $batch $bpb
+stage base_loss launch scripts.base_loss $place --device_batch_size="$rows" $bpb
 stage base_eval launch scripts.base_eval $place $core
 stage mid_train launch scripts.mid_train $place $batch $chat
 stage chat_eval_mid launch scripts.chat_eval $place -i mid $examine

@@ -186,8 +186,10 @@ def fits_memory(
 
 def rehearse_step(optimizer: MuonAdamW) -> None:
     """A step with an infinite gradient, which takes as much memory as any and changes nothing."""
+    scale = optimizer.scale_state.clone()
     optimizer.param_groups[0]["params"][0].grad.fill_(float("inf"))
     optimizer.step()
+    optimizer.scale_state.copy_(scale)
 
 
 def compile_for_training(

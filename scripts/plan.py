@@ -79,6 +79,7 @@ class Plan(NamedTuple):
     num_tokens: int
     batch: int  # tokens a step
     device_batch_size: int  # rows per GPU and micro-batch
+    recompute: bool  # activations, where nothing fits else
     fp8: bool  # where the card has it and the model is large enough to gain
     memory: dict[str, int]  # bytes by part
     fits: bool
@@ -99,11 +100,14 @@ def hourly_price(cfg: Config) -> float:
     return cfg.gpus * (cfg.price or find_gpu(cfg).price or 0.0)
 
 
-def stage_hours(cfg: Config, flops: float, num_tokens: int, batch: int) -> dict[str, float]:
+def stage_hours(
+    cfg: Config, flops: float, num_tokens: int, batch: int, recompute: bool = False
+) -> dict[str, float]:
     """Hours of every stage with its script's defaults, at `flops` per training token."""
     peak = 1e12 * find_gpu(cfg).peak
     training_rate = cfg.gpus * peak * cfg.mfu / flops  # tokens a second
     reading_rate = 3 * training_rate  # without the backward pass
+    training_rate *= 3 / 4 if recompute else 1
 
     def train(script: Any, num_tokens: float, batch: int) -> float:
         num_validations = num_tokens // batch // script.eval_every + 2
@@ -139,16 +143,21 @@ def make_plan(cfg: Config, depth: int, ratio: float) -> Plan:
     batch = max(scaling.batch_tokens(horizon), cfg.max_seq_len * cfg.gpus)
     room = USABLE * find_gpu(cfg).memory_gib * 2**30
     most = batch // cfg.max_seq_len // cfg.gpus  # rows of one GPU in a step
-    sizes = (most // 2**halvings for halvings in range(most.bit_length()))
-    fitting = (n for n in sizes if scaling.memory_bytes(config, n, cfg.gpus)["total"] <= room)
-    rows = cfg.device_batch_size or next(fitting, 1)
-    memory = scaling.memory_bytes(config, rows, cfg.gpus)
+    sizes = [most // 2**halvings for halvings in range(most.bit_length())]
+    tried = [
+        (scaling.memory_bytes(config, rows, cfg.gpus, recompute=recompute), rows, recompute)
+        for recompute in (False, True)
+        for rows in ([cfg.device_batch_size] if cfg.device_batch_size else sizes)
+    ]
+    fitting = (found for found in tried if found[0]["total"] <= room)
+    memory, rows, recompute = next(fitting, tried[-1])
+    flops = scaling.flops_per_token(config)
     return Plan(
-        depth, ratio, num_tokens, batch, rows,
+        depth, ratio, num_tokens, batch, rows, recompute,
         depth >= FP8_DEPTH and find_gpu(cfg).capability >= (8, 9), memory,
         fits=memory["total"] <= room,
         shards=math.ceil(1.02 * num_tokens / TOKENS_PER_SHARD) + 1,
-        hours=stage_hours(cfg, scaling.flops_per_token(config), num_tokens, batch),
+        hours=stage_hours(cfg, flops, num_tokens, batch, recompute),
     )  # fmt: skip
 
 
@@ -188,8 +197,8 @@ def describe(cfg: Config, plan: Plan) -> str:
         f"{rows} rows x {plan.batch // (rows * cfg.max_seq_len * cfg.gpus)} micro-batches",
         f"data: {plan.shards} shards, {plan.shards * SHARD_GB:.0f} GB on disk; "
         f"a checkpoint is {checkpoint_gb:.0f} GB",
-        f"memory of one {cfg.gpu}:",
-        *(f"  {part:<18}{size / 2**30:>12,.1f} GiB" for part, size in plan.memory.items()),
+        f"memory of one {cfg.gpu}{', activations recomputed' if plan.recompute else ''}:",
+        *(f"  {part:<18}{size / 2**30:>12,.1f} GiB" for part, size in plan.memory.items() if size),
         f"  {'it fits' if plan.fits else 'IT DOES NOT FIT'} in {find_gpu(cfg).memory_gib:g} GiB",
         f"time and money at {100 * cfg.mfu:.0f} % MFU (assumed), ${price / cfg.gpus:g} a GPU hour:",
         *(f"  {stage:<18}{each:>12,.2f} h  ${each * price:>10,.2f}"

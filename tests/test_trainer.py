@@ -119,9 +119,9 @@ def test_auto_takes_the_first_micro_batch_that_fits(
     refuses(told, compile_for_training, (12, False), (6, False))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_rehearsed_step_changes_nothing(dtype: torch.dtype) -> None:
-    """Neither weights nor moments nor the number of steps, before and after a real step."""
+    """Neither weights nor moments, nor the number of steps, nor the loss's scale."""
     model = busy_gpt(CONFIG)
     model.set_compute_dtype(dtype)
     optimizer = make_optimizer(model, 256, 9)

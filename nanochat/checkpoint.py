@@ -1,7 +1,7 @@
 """Save and load what a run needs to resume: weights, optimizer state, position in the data.
 
     base/d4/step_000300/
-        model.safetensors            weights by parameter name, fp32
+        model.safetensors            weights by parameter name, fp32; tables may be bf16
         optimizer_00000.safetensors  one per rank, keyed "<parameter>.<kind of state>": a range of
                                      the flattened tensor; the header gives its shape and start
         rank_00000.json              one per rank: its rows of the data, its random generators
@@ -32,8 +32,10 @@ from safetensors.torch import load_file, save_file
 
 from nanochat.attention import choose_kernel
 from nanochat.common import (
+    DTYPES,
     CheckpointFlags,
     Runtime,
+    TableDtype,
     UserError,
     base_dir,
     fsync,
@@ -356,11 +358,18 @@ def saved_at(run: Path) -> float:
 
 
 def build_model(
-    config: GPTConfig, weights: dict[str, torch.Tensor] | None, runtime: Runtime, seed: int = 0
+    config: GPTConfig,
+    weights: dict[str, torch.Tensor] | None,
+    runtime: Runtime,
+    seed: int = 0,
+    table_dtype: TableDtype = "auto",
 ) -> GPT:
+    """A model with `weights` or, if there are none, initialised; `table_dtype` auto is fp32."""
+    if table_dtype == "auto":
+        table_dtype = "float32"
     # Not via the meta device: there torch imports its compiler, which takes seconds.
     with runtime.device:
-        model = GPT(config)
+        model = GPT(config, DTYPES[table_dtype])
     if weights is None:
         model.init_weights(seed)
     else:
@@ -373,15 +382,19 @@ def build_model(
 
 
 def load_model(
-    chosen: CheckpointFlags, runtime: Runtime, train: bool = False
+    chosen: CheckpointFlags,
+    runtime: Runtime,
+    train: bool = False,
+    table_dtype: TableDtype = "auto",
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """(model, its run's tokenizer, state + "name", "model_tag", "weights" and the "checkpoint").
 
-    To `train`, the weights stay in fp32; otherwise they are cast to the runtime's dtype. Raises
-    UserError if there is no such checkpoint or it is damaged.
+    To `train`, the weights stay in fp32 and tables in `table_dtype`; otherwise all are cast to the
+    runtime's dtype. Raises UserError if there is no such checkpoint or it is damaged.
     """
     run, checkpoint = find_checkpoint(chosen.source, chosen.model_tag, chosen.step)
-    model = build_model(checkpoint.model_config, checkpoint.load_weights(runtime.device), runtime)
+    weights = checkpoint.load_weights(runtime.device)
+    model = build_model(checkpoint.model_config, weights, runtime, table_dtype=table_dtype)
     name = f"{chosen.source}/{run.name} step {checkpoint.state['step']}"
     meta = checkpoint.state | {
         "name": name, "model_tag": run.name, "weights": checkpoint.digest, "checkpoint": checkpoint,

@@ -295,6 +295,7 @@ Step = Annotated[int | None, tyro.conf.arg(aliases=["-s"])]
 
 DeviceType = Annotated[str, Field(pattern="^(cpu|cuda|mps)?$")]
 Dtype = Annotated[str, Field(pattern="^(auto|bfloat16|float16|float32)$")]
+TableDtype = Literal["auto", "float32", "bfloat16"]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Derived = Literal[-1] | Count  # -1: follows from other flags

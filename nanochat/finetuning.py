@@ -25,6 +25,7 @@ from nanochat.common import (
     Rows,
     Share,
     Source,
+    TableDtype,
     UserError,
     all_reduce_sum,
     print0,
@@ -59,6 +60,7 @@ class FinetuneConfig(CheckpointFlags):
     lr_scale: Positive = 1.0  # multiplies the learning rates of pretraining
     moments: bool = False  # start with the optimizer's moments of the checkpoint, not with zeros
     warmdown: Share = 0.2  # final share of the run over which the learning rate falls to 0
+    table_dtype: TableDtype = "auto"  # of the embeddings
     compile: Choice = "auto"  # torch.compile; auto: on a GPU
     seed: int = 0  # of the order of the conversations
     deterministic: bool = False  # the same bits on a GPU each time; slower
@@ -91,7 +93,7 @@ def finetune(
     Returns the results; None if the run was already finished.
     """
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic)
-    model, tokenizer, meta = load_model(cfg, runtime, train=True)
+    model, tokenizer, meta = load_model(cfg, runtime, train=True, table_dtype=cfg.table_dtype)
     print0(f"{stage} from {meta['name']}")
     settings = vars(cfg) | {"weights": meta["weights"]}
     seq_len = cfg.max_seq_len if cfg.max_seq_len > 0 else model.config.sequence_len

@@ -241,7 +241,8 @@ def call(part: Callable[..., Tensor], *inputs: Any) -> Tensor:
 class GPT(nn.Module):
     """The model, uninitialised until `init_weights` or a checkpoint is loaded."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, table_dtype: torch.dtype | None = None) -> None:
+        """Tables of embeddings are in `table_dtype`, by default in fp32 like everything else."""
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
@@ -250,11 +251,12 @@ class GPT(nn.Module):
         self.recompute = False  # in backward, what a block keeps otherwise: a third more time
         self.call_part = call  # or a compiled one; only for calls without a cache
         rows, kv_channels = config.padded_vocab_size, config.n_kv_head * config.head_dim
-        self.wte = Embedding(rows, config.n_embd)
+        self.wte = Embedding(rows, config.n_embd, dtype=table_dtype)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, rows)
         with_value = [str(i) for i in range(config.n_layer) if config.has_value_embedding(i)]
-        self.value_embeds = nn.ModuleDict({i: Embedding(rows, kv_channels) for i in with_value})
+        tables = {i: Embedding(rows, kv_channels, dtype=table_dtype) for i in with_value}
+        self.value_embeds = nn.ModuleDict(tables)
         if config.residual_scalars:
             self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
             self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
@@ -276,7 +278,7 @@ class GPT(nn.Module):
         )  # fmt: skip
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
-        """Set the dtype of activations and matmuls; master weights, logits and loss stay fp32."""
+        """Set the dtype of activations and matmuls; weights keep theirs, logits and loss fp32."""
         self.compute_dtype = dtype
 
     @torch.no_grad()
@@ -285,16 +287,18 @@ class GPT(nn.Module):
         random = torch.Generator(self.wte.weight.device).manual_seed(seed)
         for name, weight in self.named_parameters():
             role = _role(name)
+            values = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float))
             match role.init:
                 case "normal":
-                    weight.normal_(0, role.a, generator=random)
+                    values.normal_(0, role.a, generator=random)
                 case "uniform":
                     bound = role.a * math.sqrt(3 / self.config.n_embd)
-                    weight.uniform_(-bound, bound, generator=random)
+                    values.uniform_(-bound, bound, generator=random)
                 case "constant":
-                    weight.fill_(role.a)
+                    values.fill_(role.a)
                 case "linear":
-                    weight.copy_(torch.linspace(role.a, role.b, len(weight)))
+                    values.copy_(torch.linspace(role.a, role.b, len(weight)))
+            weight.copy_(values)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters by how they train: {"name", "kind": "muon" | "adamw", "names", "params"}."""

@@ -5,7 +5,7 @@ large AdamW parameters stand alone, small ones are joined (a row is an element).
 updates and unpacks one bucket after another, so that few copies are there at once. With N ranks, a
 bucket's gradients are averaged once a step's last backward pass has produced them; each rank holds
 the state of, and updates, its N-th of the rows, and the new rows are gathered. Small buckets are
-updated on every rank. Parameters are fp32.
+updated on every rank. Parameters are fp32, or bf16 with AdamW, whose arithmetic is fp32.
 
 A step with a non-finite gradient changes nothing on any rank without blocking the host: updates
 are multiplied by `finite`. In fp16 the loss has a scale, which falls after such a step. Not a
@@ -111,7 +111,29 @@ def adamw_update(
 ) -> None:
     """One step of torch.optim.AdamW on `weights`, in place; a no-op where `finite` () is False.
 
-    weights, gradients, state["mean"], state["variance"]: (P,); `step` () counts this one.
+    weights, gradients, state["mean"], state["variance"]: (P,); `step` () counts this one. Computed
+    in the dtype of the variance, in parts that take no more memory than a stack of matrices.
+    """
+    (beta1, beta2), wide = options["betas"], state["variance"].dtype
+    step_size = options["lr"] / (1 - beta1**step)
+    tensors = (weights, gradients, state["mean"], state["variance"])
+    parts = (tensor.split(STACK_ELEMENTS // 2) for tensor in tensors)
+    for weight, gradient, mean, variance in zip(*parts, strict=True):
+        new_mean = mean.to(wide).lerp(gradient.to(wide), 1 - beta1)
+        new_variance = variance.lerp(gradient.to(wide).square(), 1 - beta2)
+        deviation = (new_variance / (1 - beta2**step)).sqrt() + options["eps"]
+        kept = weight.to(wide) * (1 - options["lr"] * options["weight_decay"])
+        new_weight = kept - step_size * new_mean / deviation
+        for old, new in ((weight, new_weight), (mean, new_mean), (variance, new_variance)):
+            old.copy_(torch.where(finite, new, old))
+
+
+def fused_adamw_update(
+    weights: Tensor, gradients: Tensor, state: State, options: Group, finite: Tensor, step: Tensor
+) -> None:
+    """The same in one of torch's kernels, for tensors of one dtype on a CPU or with CUDA.
+
+    Of the kernel for MPS nobody has shown that it heeds `found_inf`.
     """
     torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
         [weights], [gradients], [state["mean"]], [state["variance"]], [], [step],
@@ -152,7 +174,11 @@ class Bucket:
             variance = zeros.mean(dim=mean_over, keepdim=True)
             self.state: State = {"momentum": zeros, "variance": variance}
         else:
-            self.state = {"mean": zeros, "variance": zeros.clone()}
+            # A mean of 16 bits forgets its rounding errors in a few steps; a variance that moves by
+            # .5 % a step would stand still, since numbers of bf16 are up to .8 % apart.
+            wide = torch.promote_types(own.dtype, torch.float32)
+            self.state = {"mean": zeros, "variance": zeros.to(wide, copy=True)}
+            self.is_fused = own.dtype == wide and own.device.type in ("cpu", "cuda")
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """(K, M, N) or (P,) rows of the tensors, zero-padded to divide among the ranks.
@@ -318,7 +344,8 @@ class MuonAdamW:
             if bucket.stacked:
                 muon_update(own, gradient, bucket.state, bucket.group, finite)
             else:
-                adamw_update(own, gradient, bucket.state, bucket.group, finite, self.num_steps)
+                update = fused_adamw_update if bucket.is_fused else adamw_update
+                update(own, gradient, bucket.state, bucket.group, finite, self.num_steps)
             if bucket.num_shards == 1:
                 bucket.unpack(own)
             else:

@@ -27,6 +27,7 @@ from nanochat.common import (
     Dtype,
     Positive,
     Rows,
+    TableDtype,
     Tag,
     all_reduce_sum,
     print0,
@@ -64,6 +65,7 @@ class Config:
     mask_documents: bool = False  # a token sees its own document only
     device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
+    table_dtype: TableDtype = "auto"  # of the embeddings
     fp8: bool = False  # matmuls of the blocks in 8-bit floats, on GPUs that have them
     compile: Choice = "auto"  # torch.compile; auto: on a GPU
     seed: int = 0  # of the initial weights
@@ -122,7 +124,7 @@ def main(cfg: Config) -> None:
     with Run("base", tag, settings, runtime) as run:
         if run.is_finished:
             return
-        model = build_model(config, None, runtime, cfg.seed)
+        model = build_model(config, None, runtime, cfg.seed, cfg.table_dtype)
         optimizer = scaling.make_optimizer(
             model, total_batch_size, tuned_steps, runtime.rank, runtime.world_size
         )

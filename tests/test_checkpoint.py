@@ -59,6 +59,22 @@ def test_everything_comes_back(run: Path) -> None:
     assert loaded.load_loader_state(0, 1) == loader
 
 
+@torch.no_grad()
+def test_tables_of_16_bits_begin_come_back_and_change_like_wide_ones(run: Path) -> None:
+    wide, thin = new_model(3), checkpoint.build_model(CONFIG, None, CPU, 3, "bfloat16")
+    for name, tensor in thin.state_dict().items():
+        is_table = name.startswith(("wte", "value_embeds"))
+        assert tensor.dtype == (torch.bfloat16 if is_table else torch.float32)
+        assert torch.equal(tensor, wide.state_dict()[name].to(tensor.dtype)), name
+    ids = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(thin(ids, ids), wide(ids, ids), rtol=1e-3, atol=0)
+    save(run, 20, thin)
+    loaded = checkpoint.open_checkpoint(run, 20)
+    wide.load_state_dict(loaded.load_weights(CPU.device))
+    assert torch.equal(thin(ids), wide(ids))
+    make_optimizer(wide, 64, 10).import_state(loaded.open_optimizer())
+
+
 @torch.inference_mode()
 def test_weights_are_narrow_for_inference_and_wide_for_training(run: Path) -> None:
     model = new_model()

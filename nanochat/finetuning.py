@@ -99,8 +99,9 @@ def finetune(
     seq_len = cfg.max_seq_len if cfg.max_seq_len > 0 else model.config.sequence_len
     num_rows = batch_rows(cfg.total_batch_size, seq_len)
     choices = row_choices(
-        num_rows, cfg.device_batch_size, seq_len, model.config, runtime, cfg.recompute
-    )
+        num_rows, cfg.device_batch_size, seq_len, model.config, runtime, cfg.recompute,
+        cfg.table_dtype,
+    )  # fmt: skip
 
     with Run(stage, meta["model_tag"], settings, runtime) as run:
         if run.is_finished:

@@ -128,15 +128,16 @@ def memory_bytes(
     """Bytes of device memory for training on micro-batches of `rows`, by part, and their "total".
 
     Weights and gradients are fp32 (embeddings: `table_bytes` each) and whole on every rank;
-    optimizer state is fp32 and sharded. A layer keeps 16 numbers per channel and token for
-    backward: 4 + 4 widths in the MLP, 3.5 in norms and inputs, 4.5 in queries, keys and values; to
-    `recompute`, it keeps its input, and one layer at a time has the rest (counted by
-    tests/test_scaling.py). `chunk`: logits that the loss has at once.
+    optimizer state is sharded. A layer keeps 16 numbers per channel and token for backward: 4 + 4
+    widths in the MLP, 3.5 in norms and inputs, 4.5 in queries, keys and values; to `recompute`, it
+    keeps its input, and one layer at a time has the rest (tests/test_scaling.py measures the peak).
+    `chunk`: logits that the loss has at once.
     """
     counts = parameter_counts(config)
     muon, tables = counts["blocks"], counts["embedding"] + counts["value_embeddings"]
     num_tokens = rows * config.sequence_len
     stored = 4 * (counts["total"] - tables) + table_bytes * tables
+    moments = (4 + table_bytes) * tables  # the mean is stored as the table is
     at_once = 1 if recompute else config.n_layer  # layers with all that backward needs
     numbers = 16 * at_once + (config.n_layer if recompute else 0)
     copied = counts["blocks"] * at_once // config.n_layer + counts["head"]
@@ -151,7 +152,7 @@ def memory_bytes(
     parts = {
         "weights": stored,
         "gradients": stored,
-        "optimizer": (4 * muon + 8 * (counts["total"] - muon)) // world_size,
+        "optimizer": (4 * muon + 8 * (counts["total"] - muon - tables) + moments) // world_size,
         **passing,
         "step": max(0, step - sum(passing.values())),
     }

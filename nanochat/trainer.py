@@ -36,6 +36,7 @@ from nanochat.common import (
     Choice,
     Rows,
     Runtime,
+    TableDtype,
     UserError,
     barrier,
     base_dir,
@@ -97,6 +98,7 @@ def row_choices(
     config: GPTConfig,
     runtime: Runtime,
     recompute: Choice = "auto",
+    table_dtype: TableDtype = "auto",
 ) -> list[tuple[int, bool]]:
     """(rows, whether to recompute) of micro-batches to try in this order, for `num_rows` in all.
 
@@ -123,7 +125,7 @@ def row_choices(
         return [(rows, modes[0])]
     needed = partial(
         memory_bytes, replace(config, sequence_len=seq_len), world_size=runtime.world_size,
-        compute_bytes=runtime.dtype.itemsize,
+        compute_bytes=runtime.dtype.itemsize, table_bytes=2 if table_dtype == "bfloat16" else 4,
     )  # fmt: skip
     room = USABLE * own_memory(runtime.device)
     tried = [(rows, mode) for mode in modes for rows in sizes]

@@ -117,8 +117,9 @@ def main(cfg: Config) -> None:
     )
     num_rows = batch_rows(total_batch_size, cfg.max_seq_len)
     choices = row_choices(
-        num_rows, cfg.device_batch_size, cfg.max_seq_len, config, runtime, cfg.recompute
-    )
+        num_rows, cfg.device_batch_size, cfg.max_seq_len, config, runtime, cfg.recompute,
+        cfg.table_dtype,
+    )  # fmt: skip
 
     settings = vars(cfg) | {"corpus": corpus.name}
     with Run("base", tag, settings, runtime) as run:

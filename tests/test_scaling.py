@@ -1,10 +1,14 @@
 """nanochat.scaling against the published figures of both generations and the model itself."""
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 
 from nanochat import scaling
 from nanochat.gpt import GPT
+from nanochat.loss import CPU_CHUNK
 from scripts import base_train
 
 GIGA = 1e9
@@ -133,28 +137,37 @@ def test_short_runs_of_small_batches_take_larger_steps() -> None:
     assert swept["lr"] * swept["weight_decay"] * 300 == pytest.approx(0.02 * 0.28 * 2520, rel=1e-3)
 
 
-@pytest.mark.parametrize(("depth", "rows"), [(2, 4), (3, 2)])
-def test_memory_of_activations_is_what_autograd_keeps(depth: int, rows: int) -> None:
-    config = scaling.depth_to_config(depth, 4096, 256)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("depth", "rows"), [(6, 2), (6, 4), (9, 3)])
+def test_memory_of_a_pass_is_the_allocator_s_peak(depth: int, rows: int, recompute: bool) -> None:
+    """Of forward and backward together, beyond weights and gradients."""
+    config = scaling.depth_to_config(depth, 512, 256, aspect_ratio=32)
     model = GPT(config)
     model.init_weights()
     model.set_compute_dtype(torch.bfloat16)
-    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if (place := tensor.untyped_storage().data_ptr()) not in weights:
-            kept[place] = tensor
-        return tensor
-
+    model.recompute = recompute
     ids = torch.zeros(rows, 256, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(ids, ids)
-    num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    parts = scaling.memory_bytes(config, rows)
-    copies = parts["16-bit copies"] - 2 * scaling.parameter_counts(config)["head"]
-    head = 4 * scaling.parameter_counts(config)["head"]
-    assert num_bytes == pytest.approx(parts["activations"] + copies + head, rel=0.15)
+    model(ids, ids).backward()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        model(ids, ids).backward()
+    profiler: Any = profile.profiler
+    memory = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]
+    parts = scaling.memory_bytes(config, rows, recompute=recompute, chunk=CPU_CHUNK)
+    planned = sum(parts[name] for name in ("16-bit copies", "activations", "loss"))
+    assert max(itertools.accumulate(sizes)) == pytest.approx(planned, rel=0.12)
+
+
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16])
+def test_memory_that_stays_is_that_of_model_and_optimizer(table_dtype: torch.dtype) -> None:
+    config = scaling.depth_to_config(4, 512, 256)
+    model = GPT(config, table_dtype)
+    optimizer = scaling.make_optimizer(model, 2**19, 10)
+    parts = scaling.memory_bytes(config, 1, table_bytes=table_dtype.itemsize)
+    assert parts["weights"] == sum(weight.nbytes for weight in model.parameters())
+    kept = sum(shard.values.nbytes for shard in optimizer.export_state().values())
+    assert parts["optimizer"] == pytest.approx(kept, rel=0.01)
 
 
 def test_memory_of_the_optimizer_is_shared_out() -> None:

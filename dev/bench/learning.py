@@ -21,9 +21,10 @@ import math
 import os
 import statistics
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,24 +111,27 @@ def describe(point: Point) -> str:
 
 
 def learn(cfg: Config, runtime: Runtime, folder: Path) -> None:
-    """Print bpb, FLOPs and seconds of every model, then each depth's means and multiplier."""
+    """Print bpb, FLOPs and seconds of every model, then each depth's means and multiplier.
+
+    Seed by seed, so that a run that is cut short has compared something.
+    """
     dataset.main(dataset.Config(source=folder))
     tok_train.main(tok_train.Config(VOCAB_SIZE, max_chars=20_000_000, max_doc_chars=20_000_000))
     held_out = islice(read_texts([find_corpus().val]), SCORED_DOCUMENTS)
     documents = [text[:SCORED_CHARS] for text in held_out]
     sides = {"baseline": (), "idea": cfg.variant} if cfg.variant else {"baseline": ()}
-    means: dict[tuple[str, int], Point] = {}
+    points: dict[tuple[str, int], list[Point]] = defaultdict(list)
     lines = []
-    for depth in cfg.depths:
-        for side, flags in sides.items():
-            points = []
-            for seed in range(cfg.seeds):
-                tag = f"{side}-d{depth}-{seed}"
-                train(cfg, depth, seed, tag, flags)
-                points.append(examine(tag, runtime, documents))
-                lines.append(f"{side:8} depth {depth} seed {seed}: {describe(points[-1])}")
-            means[side, depth] = Point(*map(statistics.mean, zip(*points, strict=True)))
+    for depth, seed, side in product(cfg.depths, range(cfg.seeds), sides):
+        tag = f"{side}-d{depth}-{seed}"
+        train(cfg, depth, seed, tag, sides[side])
+        points[side, depth].append(examine(tag, runtime, documents))
+        lines.append(f"{side:8} depth {depth} seed {seed}: {describe(points[side, depth][-1])}")
+        print(lines[-1], flush=True)
     print("\n".join(lines))
+    means = {
+        key: Point(*map(statistics.mean, zip(*some, strict=True))) for key, some in points.items()
+    }
     baseline = [means["baseline", depth] for depth in cfg.depths]
     for depth in cfg.depths if cfg.variant else ():
         before, after = means["baseline", depth], means["idea", depth]

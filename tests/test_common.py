@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from nanochat import common
 from nanochat.common import UserError, check_kernels, fastest_dtype, run_script, set_up
 from nanochat.devices import CARDS
 from tests import launch
@@ -167,3 +169,16 @@ def test_set_up_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
     assert set_up(deterministic=True).dtype == torch.bfloat16 and asked == [True]
     assert os.environ.keys() == {"PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"}
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "cpu"])
+def test_a_process_group_knows_its_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "rendezvous", lambda *_, **__: iter([("a store", 1, 2)]))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    given: dict[str, object] = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **k: given.update(k, b=backend))
+    common.join_ranks(torch.device(device))
+    assert (given["store"], given["rank"], given["world_size"]) == ("a store", 1, 2)
+    on_gpu = torch.device(device).type == "cuda"
+    expected = ("nccl", torch.device(device)) if on_gpu else ("gloo", None)
+    assert (given["b"], given["device_id"]) == expected

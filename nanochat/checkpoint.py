@@ -39,12 +39,14 @@ from nanochat.common import (
     UserError,
     base_dir,
     fsync,
+    gpu_memory,
     has_c_compiler,
     print0,
     write_file,
 )
 from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss import gpu_chunk
 from nanochat.optim import StateShard
 from nanochat.tokenizer import Tokenizer
 
@@ -375,6 +377,8 @@ def build_model(
     else:
         model.load_state_dict(weights)
     model.set_compute_dtype(runtime.dtype)
+    if runtime.device.type != "cpu":
+        model.loss_chunk = gpu_chunk(gpu_memory(runtime.device))
     model.kernel = choose_kernel(
         runtime.device.type, runtime.capability, runtime.dtype, config.head_dim, has_c_compiler()
     )

@@ -275,6 +275,13 @@ def barrier() -> None:
         dist.barrier()
 
 
+def gpu_memory(device: torch.device) -> int:
+    """Bytes in all; of an Apple chip, those that its GPU may have."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return torch.mps.recommended_max_memory()
+
+
 def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

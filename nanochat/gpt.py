@@ -30,7 +30,7 @@ from nanochat.attention import Kernel, View, attend, see
 from nanochat.common import UserError
 from nanochat.fp8 import QuantisedWeight, fp8_linear
 from nanochat.kv_cache import Append, KVCache
-from nanochat.loss import norm, relu_squared, rotary_angles, rotate, softcap_loss
+from nanochat.loss import GPU_CHUNK, norm, relu_squared, rotary_angles, rotate, softcap_loss
 
 VOCAB_MULTIPLE = 64  # matmuls are faster on round sizes; the extra rows never win
 VE_GATE_CHANNELS = 12  # a gate reads only the first channels: enough, and nearly free
@@ -248,6 +248,7 @@ class GPT(nn.Module):
         self.compute_dtype = torch.float32
         self.kernel: Kernel = "dense"  # of attention
         self.document_start: int | None = None  # id of a token that sees nothing before it
+        self.loss_chunk = GPU_CHUNK  # logits in a GPU's memory at once
         self.recompute = False  # in backward, what a block keeps otherwise: a third more time
         self.call_part = call  # or a compiled one; only for calls without a cache
         rows, kv_channels = config.padded_vocab_size, config.n_kv_head * config.head_dim
@@ -403,7 +404,8 @@ class GPT(nn.Module):
     def _loss(self, x: Tensor, middle: Tensor, targets: Tensor, reduction: str) -> Tensor:
         size, softcap = self.config.vocab_size, self.config.softcap
         x = self._normed(x, middle)
-        return softcap_loss(x, self.lm_head.weight, targets, size, softcap, reduction)
+        weight, chunk = self.lm_head.weight, self.loss_chunk
+        return softcap_loss(x, weight, targets, size, softcap, reduction, chunk)
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = self.lm_head(x)[..., : self.config.vocab_size].float()

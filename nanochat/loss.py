@@ -9,6 +9,7 @@ padding, R rows of one chunk. Sources: chunked losses of Liger Kernel (arXiv 241
 Your Losses (arXiv 2411.09009).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from torch import Tensor
 
 NORM_EPS = 1.1920928955078125e-07  # epsilon of fp32: what the published weights were trained with
 # Logits in memory at once. CPU: 2 MiB of fp32, so that tanh and exp find them in the L2 cache.
-# GPU: 512 MiB of fp32, enough rows for efficient matmuls (not measured: no GPU was at hand).
+# GPU: up to 512 MiB of fp32, enough rows for efficient matmuls (not measured: no GPU was at hand).
 CPU_CHUNK, GPU_CHUNK = 2**19, 2**27
 # Rows of a chunk in fp16: x is normed, so no sum over them of dz x, each at most sqrt(C), overflows
 # for C up to 4,095; a smaller scale of the loss could not mend that.
 FP16_ROWS = 2**10
-Settings = tuple[int, float]  # vocabulary size, softcap
+Settings = tuple[int, float, int]  # vocabulary size, softcap, logits in a GPU's memory at once
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -85,18 +86,29 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1).to(x.dtype)
 
 
+def gpu_chunk(num_bytes: float) -> int:
+    """Logits at once on a GPU of that memory: three tensors of fp32 take a tenth at most."""
+    return min(GPU_CHUNK, 2 ** int(math.log2(num_bytes / 128)))
+
+
 def softcap_loss(
-    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float, reduction: str
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    softcap: float,
+    reduction: str,
+    chunk: int = GPU_CHUNK,
 ) -> Tensor:
     """Loss in nats, a scalar for reduction "mean" or "sum", (B, T) for "none"; targets of -1 add 0.
 
     `x` is (B, T, C) in the compute dtype, `weight` (V, C) the master weight; logits and loss are
     fp32. Rows of `weight` from `vocab_size` on are padding with no probability. The mean of no
-    targets is 0.
+    targets is 0. `chunk`: logits in a GPU's memory at once.
     """
     assert reduction in ("mean", "sum", "none"), reduction
     sum_at_once = reduction != "none" and torch.is_grad_enabled()
-    settings = vocab_size, softcap
+    settings = vocab_size, softcap, chunk
     loss = _SoftcapLoss.apply(x.flatten(0, -2), weight, targets.flatten(), settings, sum_at_once)
     if reduction == "none":
         return loss.view_as(targets)
@@ -147,14 +159,14 @@ def _losses(
     maximum is subtracted before exp: the softcap bounds the logits (2^17 tokens of e^15 sum to
     4e11, far inside fp32).
     """
-    vocab_size, softcap = settings
+    vocab_size, softcap, chunk = settings
     losses = torch.zeros(len(x), dtype=_wide(x.dtype), device=x.device)
     dx = dweight = losses[:0]  # empty unless asked for
     if row_scale is not None:
         row_scale = row_scale.masked_fill(targets < 0, 0)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
     narrow = weight.to(x.dtype)
-    num_rows = max(1, (CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK) // len(weight))
+    num_rows = max(1, (CPU_CHUNK if x.device.type == "cpu" else chunk) // len(weight))
     num_rows = min(num_rows, FP16_ROWS) if x.dtype == torch.float16 else num_rows
     for begin in range(0, len(x), num_rows):
         rows = slice(begin, begin + num_rows)

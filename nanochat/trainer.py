@@ -43,6 +43,7 @@ from nanochat.common import (
     dist_timeout,
     free_memory,
     git_revision,
+    gpu_memory,
     has_c_compiler,
     print0,
     run_dir,
@@ -51,6 +52,7 @@ from nanochat.common import (
 from nanochat.dataloader import Batch, Loader, local_rows
 from nanochat.devices import peak_flops
 from nanochat.gpt import GPT, GPTConfig, call
+from nanochat.loss import gpu_chunk
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import flops_per_token, memory_bytes, parameter_counts
 from nanochat.tokenizer import Tokenizer
@@ -126,6 +128,7 @@ def row_choices(
     needed = partial(
         memory_bytes, replace(config, sequence_len=seq_len), world_size=runtime.world_size,
         compute_bytes=runtime.dtype.itemsize, table_bytes=2 if table_dtype == "bfloat16" else 4,
+        chunk=gpu_chunk(gpu_memory(runtime.device)),
     )  # fmt: skip
     room = USABLE * own_memory(runtime.device)
     tried = [(rows, mode) for mode in modes for rows in sizes]

@@ -18,11 +18,13 @@ writes: nothing
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from nanochat import scaling
 from nanochat.common import Count, Positive, PositiveShare, UserError, run_script
 from nanochat.devices import CARDS, Card
+from nanochat.loss import gpu_chunk
 from scripts import base_loss, base_train, chat_eval, chat_rl, chat_sft, mid_train
 from tasks.spellingbee import SpellingBee
 
@@ -141,14 +143,16 @@ def make_plan(cfg: Config, depth: int, ratio: float) -> Plan:
     num_tokens = scaling.training_tokens(config, ratio)
     horizon = scaling.reference_horizon(num_tokens, ratio)
     batch = max(scaling.batch_tokens(horizon), cfg.max_seq_len * cfg.gpus)
-    room = USABLE * find_gpu(cfg).memory_gib * 2**30
+    in_all = find_gpu(cfg).memory_gib * 2**30
     most = batch // cfg.max_seq_len // cfg.gpus  # rows of one GPU in a step
     sizes = [most // 2**halvings for halvings in range(most.bit_length())]
+    needed = partial(scaling.memory_bytes, config, world_size=cfg.gpus, chunk=gpu_chunk(in_all))
     tried = [
-        (scaling.memory_bytes(config, rows, cfg.gpus, recompute=recompute), rows, recompute)
+        (needed(rows, recompute=recompute), rows, recompute)
         for recompute in (False, True)
         for rows in ([cfg.device_batch_size] if cfg.device_batch_size else sizes)
     ]
+    room = USABLE * in_all
     fitting = (found for found in tried if found[0]["total"] <= room)
     memory, rows, recompute = next(fitting, tried[-1])
     flops = scaling.flops_per_token(config)

@@ -6,6 +6,7 @@ import torch
 from nanochat import devices
 from nanochat.common import Runtime
 from nanochat.devices import CARDS, find_card, peak_flops
+from nanochat.loss import gpu_chunk
 
 # Device names as drivers report them -> the card's name; "" is unknown.
 REPORTED = {
@@ -54,6 +55,12 @@ def test_the_table_is_whole() -> None:
         assert 100 < card.bandwidth <= 8000 and 10 <= card.peak <= 2500
         # FLOPs for each byte that comes from memory: far off only where a figure is mistyped.
         assert 25 < 1e3 * card.peak / card.bandwidth < 600, card
+
+
+def test_the_loss_takes_little_of_any_card_s_memory() -> None:
+    chunks = {card.key: gpu_chunk(card.memory_gib * 2**30) for card in CARDS}
+    assert (chunks["h100"], chunks["t4"], chunks["3060-ti"]) == (2**27, 2**26, 2**25)
+    assert all(3 * 4 * chunks[card.key] < 0.1 * card.memory_gib * 2**30 for card in CARDS)
 
 
 def test_a_matmul_s_speed_is_measured() -> None:

@@ -22,6 +22,7 @@ from nanochat.checkpoint import build_model, list_steps, open_checkpoint
 from nanochat.common import Runtime
 from nanochat.devices import CARDS, Card, find_card
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss import gpu_chunk
 from nanochat.optim import Bucket, MuonAdamW
 from nanochat.scaling import depth_to_config, make_optimizer, memory_bytes
 from nanochat.trainer import Meter, Run, read_metrics, row_choices
@@ -53,7 +54,7 @@ def test_rows_of_a_micro_batch_divide_those_of_a_rank() -> None:
 def be_a_gpu(monkeypatch: pytest.MonkeyPatch, card: Card, taken: float = 0) -> Runtime:
     """A GPU of which `taken` GiB are others', and one is this process's already."""
     free = int((card.memory_gib - taken - 1) * 2**30)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2**50))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, int(card.memory_gib * 2**30)))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2**30)
     return Runtime(torch.device("cuda", 0), torch.bfloat16, 0, 1, card.name, card.capability)
 
@@ -67,7 +68,11 @@ def test_auto_finds_rows_for_every_card(monkeypatch: pytest.MonkeyPatch) -> None
             runtime = be_a_gpu(monkeypatch, card)
             choices = row_choices(256, "auto", 2048, config, runtime)
             room = trainer.USABLE * card.memory_gib * 2**30
-            sizes = [memory_bytes(config, n, recompute=again)["total"] for n, again in choices]
+            chunk = gpu_chunk(card.memory_gib * 2**30)
+            sizes = [
+                memory_bytes(config, n, recompute=again, chunk=chunk)["total"]
+                for n, again in choices
+            ]
             assert max(sizes) <= room or choices == [(1, True)]
             assert max(sizes) <= room or card.memory_gib < needed, (depth, card)
             best.append((not choices[0][1], choices[0][0]))

@@ -11,7 +11,7 @@ Shapes: B rows, T time, V vocabulary.
 import copy
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from statistics import fmean
@@ -22,8 +22,9 @@ import torch
 from nanochat.common import gather, own_part, progress_bar
 from nanochat.core_eval import Score, padded
 from nanochat.engine import Engine, Request
+from nanochat.kv_cache import GPU_DECODE_BLOCK
 from nanochat.sampling import derive_seed
-from nanochat.tokenizer import Conversation, crop_prompt, render_prompt
+from nanochat.tokenizer import Conversation, Tokenizer, crop_prompt, render_prompt
 
 
 class Task(Sequence[Conversation]):
@@ -91,6 +92,19 @@ def evaluate_choice(engine: Engine, task: Task, batch_size: int = 32) -> EvalRes
     return _judge(task, items, said)
 
 
+def needed_len(
+    tokenizer: Tokenizer, items: Iterable[Conversation], max_tokens: int, context: int
+) -> int:
+    """Tokens of cache that the longest of these prompts and its reply take, at most `context`.
+
+    Half as long a cache takes half the memory, and without flash half the time. In whole blocks of
+    decoding, so that it changes no bit.
+    """
+    longest = max((len(render_prompt(tokenizer, item)) for item in items), default=1)
+    num_blocks = -(-(longest + max_tokens) // GPU_DECODE_BLOCK)
+    return min(context, num_blocks * GPU_DECODE_BLOCK)
+
+
 def evaluate_generate(
     engine: Engine,
     task: Task,
@@ -104,10 +118,11 @@ def evaluate_generate(
     A reply gets at most half the context; a prompt longer than the rest loses its beginning.
     """
     items = {index: task[index] for index in own_part(len(task))}
-    max_tokens = min(max_tokens, engine.max_len // 2)
+    context = engine.model.config.sequence_len
+    max_tokens = min(max_tokens, context // 2)
     requests: dict[int, list[Request]] = {}
     for index, item in items.items():
-        prompt = crop_prompt(render_prompt(engine.tokenizer, item), engine.max_len - max_tokens)
+        prompt = crop_prompt(render_prompt(engine.tokenizer, item), context - max_tokens)
         seeds = [derive_seed(seed, index, k) for k in range(num_samples)]
         requests[index] = [Request(prompt, max_tokens, temperature, seed=own) for own in seeds]
     asked = list(chain.from_iterable(requests.values()))

@@ -19,6 +19,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -165,6 +166,8 @@ def compile_parts(model: GPT, choice: Choice, device: torch.device) -> None:
         print0("no C compiler: training without torch.compile; `apt-get install gcc` mends it")
         return
     torch._dynamo.config.recompile_limit = COMPILED_FORMS
+    # The compiler looks at this attribute of every input.
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
     model.call_part = torch.compile(call, dynamic=False)
 
 

@@ -18,6 +18,7 @@ writes: <source>/<model tag>/chat_eval_<task>.jsonl, report/chat_eval_<source>.j
 import json
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +41,7 @@ from nanochat.core_eval import centered_score
 from nanochat.engine import Engine
 from nanochat.report import show, write_section
 from nanochat.sandbox import isolation
-from nanochat.task_eval import Task, evaluate_choice, evaluate_generate
+from nanochat.task_eval import Task, evaluate_choice, evaluate_generate, needed_len
 from tasks.mixtures import CHAT_CORE, build_task
 
 Tasks = Annotated[str, tyro.conf.arg(aliases=["-a", "--task_name"])]
@@ -93,7 +94,9 @@ def main(cfg: Config) -> None:
     print0(f"examining {meta['name']}")
     if reason:
         print0(f"HumanEval is skipped: {reason}; --allow_unsafe_exec runs its programs anyway")
-    engine = Engine(model, tokenizer, num_slots=cfg.batch_size, prefix_reuse=False)
+    asked = chain.from_iterable(task for task in tasks.values() if task.kind != "choice")
+    max_len = needed_len(tokenizer, asked, cfg.max_tokens, model.config.sequence_len)
+    engine = Engine(model, tokenizer, cfg.batch_size, max_len, prefix_reuse=False)
     run = run_dir(cfg.source, meta["model_tag"])
     results: dict[str, Any] = {}
     samples = []

@@ -13,14 +13,18 @@ reads: sft/<model tag>/, the task's data set
 writes: rl/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), report/chat_rl.json
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 
 from nanochat.checkpoint import load_model
 from nanochat.common import (
     CheckpointFlags,
+    Choice,
     Count,
     Positive,
     Runtime,
@@ -31,18 +35,19 @@ from nanochat.common import (
 )
 from nanochat.dataloader import IGNORED
 from nanochat.engine import Engine, Request
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, call
 from nanochat.report import write_section
 from nanochat.sampling import derive_seed
 from nanochat.scaling import lr_multiplier_at, make_optimizer
-from nanochat.task_eval import Task, evaluate_generate
-from nanochat.tokenizer import render_prompt
-from nanochat.trainer import Run
+from nanochat.task_eval import Task, evaluate_generate, needed_len
+from nanochat.tokenizer import Tokenizer, render_prompt
+from nanochat.trainer import Run, compile_parts
 from tasks.mixtures import build_task
 
 MOMENTUM = 0.95  # of Muon; constant, since the stage starts from a trained model
 BATCH_TOKENS = 2**18  # learning rates are those of batches up to this size (nanochat/scaling.py)
 ROUND_UP = 32  # rows are padded to a multiple of this many tokens, so that few shapes occur
+SHORTEST = 128  # tokens of a compiled row; longer ones have twice as many, and so on
 
 
 @dataclass
@@ -57,6 +62,7 @@ class Config(CheckpointFlags):
     num_slots: Count = 64  # answers in flight on one device
     # batch and steps
     device_batch_size: Count = 32  # rows per micro-batch on one device
+    compile: Choice = "auto"  # torch.compile; auto: on a GPU
     lr_scale: Positive = 0.05  # multiplies pretraining's learning rates; falls linearly to 0
     seed: int = 0  # of the questions' order and the samples
     deterministic: bool = False  # the same bits on a GPU each time; slower
@@ -111,16 +117,23 @@ def is_useful(group: Sequence[Rollout]) -> bool:
 
 
 def policy_batch(
-    groups: Sequence[Sequence[Rollout]], pad_id: int
+    groups: Sequence[Sequence[Rollout]], pad_id: int, whole_rows: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(inputs (R, T), targets (R, T), advantages (R, 1)) of the useful groups, or a padding row."""
+    """(inputs (R, T), targets (R, T), advantages (R, 1)) of the useful groups, or a padding row.
+
+    With `whole_rows`, of a compiled micro-batch, R is a multiple of it and T a power of two, so
+    that few shapes are compiled.
+    """
     rows: list[tuple[Rollout, float]] = []
     for group in filter(is_useful, groups):
         mean = sum(rollout.reward for rollout in group) / len(group)
         rows += [(rollout, rollout.reward - mean) for rollout in group]
     longest = max((len(rollout.ids) for rollout, _ in rows), default=2) - 1
-    time = -(-longest // ROUND_UP) * ROUND_UP
-    inputs = torch.full((max(1, len(rows)), time), pad_id)
+    time, num_rows = -(-longest // ROUND_UP) * ROUND_UP, max(1, len(rows))
+    if whole_rows:
+        time = max(SHORTEST, 2 ** (time - 1).bit_length())
+        num_rows = -(-num_rows // whole_rows) * whole_rows
+    inputs = torch.full((num_rows, time), pad_id)
     targets = torch.full_like(inputs, IGNORED)
     advantages = torch.zeros(len(inputs), 1)
     for row, (rollout, advantage) in enumerate(rows):
@@ -143,7 +156,8 @@ def backward(
 
     The loss is the sum over sampled tokens of advantage x -log p(token), divided by their number.
     """
-    batch = [tensor.to(runtime.device) for tensor in policy_batch(groups, pad_id)]
+    whole_rows = num_rows if model.call_part is not call else 0
+    batch = [tensor.to(runtime.device) for tensor in policy_batch(groups, pad_id, whole_rows)]
     num_targets = all_reduce_sum((batch[1] != IGNORED).sum())
     loss = torch.zeros((), device=runtime.device)
     splits = [tensor.split(num_rows) for tensor in batch]
@@ -180,6 +194,25 @@ def summarize(groups: Sequence[Sequence[Rollout]], device: torch.device) -> tupl
     return figures, int(lengths)
 
 
+def make_engine(cfg: Config, model: GPT, tokenizer: Tokenizer, items: Iterable[Any]) -> Engine:
+    """An engine for the prompts of `items`; a model that computes in 16 bits gets such weights.
+
+    It reads them in every step: half the bytes, and nothing to cast. See `refresh`.
+    """
+    max_len = needed_len(tokenizer, items, cfg.max_tokens, model.config.sequence_len)
+    dtype = model.compute_dtype
+    sampler = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
+    return Engine(sampler, tokenizer, cfg.num_slots, max_len, prefix_reuse=False)
+
+
+@torch.no_grad()
+def refresh(engine: Engine, model: GPT) -> None:
+    """Give the engine the weights of `model`."""
+    if engine.model is not model:
+        ours, theirs = list(engine.model.parameters()), list(model.parameters())
+        torch._foreach_copy_(ours, theirs)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def main(cfg: Config) -> None:
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic)
     model, tokenizer, meta = load_model(cfg, runtime, train=True)
@@ -191,7 +224,9 @@ def main(cfg: Config) -> None:
             return
         optimizer = make_optimizer(model, BATCH_TOKENS, 1, runtime.rank, runtime.world_size)
         run.restore(model, optimizer)
-        engine = Engine(model, tokenizer, cfg.num_slots, prefix_reuse=False)
+        questions = [task[n % len(task)] for n in range(cfg.num_steps * cfg.questions_per_step)]
+        engine = make_engine(cfg, model, tokenizer, chain(questions, held_out))
+        compile_parts(model, cfg.compile, runtime.device)
         meter = run.start(model, tokenizer, cfg.device_batch_size)
         while True:
             if run.should_stop():
@@ -217,6 +252,7 @@ def main(cfg: Config) -> None:
                 optimizer.set_multipliers(multiplier, MOMENTUM, weight_decay=0.0)
                 finite = optimizer.step()
                 optimizer.zero_grad()
+                refresh(engine, model)
             run.advance((run.step + 1) / cfg.num_steps)
             meter.log_step(loss, multiplier, num_tokens, finite)
             samples = [f"reward {r.reward:g}: {r.text}" for group in groups[:2] for r in group[:2]]

@@ -399,8 +399,11 @@ def load_model(
     run, checkpoint = find_checkpoint(chosen.source, chosen.model_tag, chosen.step)
     weights = checkpoint.load_weights(runtime.device)
     model = build_model(checkpoint.model_config, weights, runtime, table_dtype=table_dtype)
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    if checkpoint.state.get("config", {}).get("mask_documents"):  # measure what was trained
+        model.document_start = tokenizer.bos_id
     name = f"{chosen.source}/{run.name} step {checkpoint.state['step']}"
     meta = checkpoint.state | {
         "name": name, "model_tag": run.name, "weights": checkpoint.digest, "checkpoint": checkpoint,
     }  # fmt: skip
-    return model if train else model.to(runtime.dtype), Tokenizer.load(run / "tokenizer"), meta
+    return model if train else model.to(runtime.dtype), tokenizer, meta

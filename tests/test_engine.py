@@ -14,7 +14,7 @@ import torch
 from nanochat.engine import Engine, Event, Reply, Request, StepFailed, slots_that_fit
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.sampling import derive_seed
-from tests.models import TOKENIZER, busy_gpt, refuses
+from tests.models import TOKENIZER, busy_gpt, refuses, slow_varlen_attn
 from tests.serving import CHAT, ScriptedModel
 
 V = TOKENIZER.vocab_size
@@ -445,6 +445,30 @@ def test_ctrl_c_within_a_step_does_not_spoil_the_next_turn(counted: bool) -> Non
     before = engine.slots.num_prefilled
     assert worst_logit(engine, model, Request([*prompt, *said, 5, 6], 9, stop={-1})) < 1e-4
     assert engine.slots.num_prefilled - before == 3  # the newest token was not held yet
+
+
+@pytest.mark.parametrize("prefix_reuse", [False, True])
+@pytest.mark.parametrize("chunk", [64, 2048])
+def test_packed_prompts_are_answered_as_one_by_one(
+    chunk: int, prefix_reuse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU with flash: prompts of all lengths in one chunk, the last one often cut."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", slow_varlen_attn)
+    monkeypatch.setattr("nanochat.engine.PACKED_CHUNK", chunk)
+    model, random_ = tiny_gpt(), random.Random(5)
+    requests = [random_request(random_, 150) for _ in range(24)]
+    for request in requests:
+        request.temperature = 0.0
+    for request in requests[9:12]:
+        request.prompt = requests[8].prompt
+    expected = collect(Engine(model, TOKENIZER, 6, prefix_reuse=False), requests)
+    model.kernel = "flash"
+    engine = Engine(model, TOKENIZER, 6, prefix_reuse=prefix_reuse)
+    assert engine.slots.cache.flashes and collect(engine, requests) == expected
+    read = sum(len(request.prompt) for request in requests)
+    copied = 3 * len(requests[8].prompt)
+    assert engine.slots.num_prefilled <= read - copied
+    check_slots(engine)
 
 
 @pytest.mark.parametrize("prefix_reuse", [False, True])

@@ -7,6 +7,7 @@ does so before any code is generated.
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def test_two_shapes_are_compiled_once_each(count: Count) -> None:
         ids = random_ids(rows, time, 90)
         model.zero_grad()
         model(ids, ids.clone(), reduction="sum").backward()
-        return model.blocks[0].mlp.c_fc.weight.grad.clone()
+        gradient = model.get_parameter("blocks.0.mlp.c_fc.weight").grad
+        assert gradient is not None
+        return gradient.clone()
 
     eager = [step(*shape) for shape in shapes]
 
@@ -83,6 +86,29 @@ def test_two_shapes_are_compiled_once_each(count: Count) -> None:
                 assert torch.allclose(step(*shape), gradient, rtol=1e-4, atol=1e-5)
 
     assert count(train) == 2 * 6
+
+
+def test_gradients_come_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that they are averaged over the ranks meanwhile; compiled whole, all come at the end."""
+    model = busy_gpt(GPTConfig(64, 90, n_layer=4, n_head=2, n_kv_head=2, n_embd=32))
+    came: list[str] = []
+    for name, weight in model.named_parameters():
+        weight.register_post_accumulate_grad_hook(lambda _, name=name: came.append(name))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+    def train(part: Any, *inputs: Any) -> torch.Tensor:
+        y = compiled(part, *inputs)
+        if part is model.blocks[0]:
+            y.register_hook(lambda _: came.append("backward reaches the first layer"))
+        return y
+
+    trainer.compile_parts(model, "yes", CPU.device)
+    compiled, model.call_part = model.call_part, train
+    ids = random_ids(2, 64, 90)
+    model(ids, ids.clone(), reduction="sum").backward()
+    reached = came.index("backward reaches the first layer")
+    matrices = [name for name in came[:reached] if name.startswith("blocks.")]
+    assert {name.split(".")[1] for name in matrices} == {"1", "2", "3"}
 
 
 @pytest.mark.parametrize("stage", ["mid", "sft"])

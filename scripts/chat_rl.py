@@ -209,8 +209,8 @@ def make_engine(cfg: Config, model: GPT, tokenizer: Tokenizer, items: Iterable[A
 def refresh(engine: Engine, model: GPT) -> None:
     """Give the engine the weights of `model`."""
     if engine.model is not model:
-        ours, theirs = list(engine.model.parameters()), list(model.parameters())
-        torch._foreach_copy_(ours, theirs)  # pyright: ignore[reportPrivateImportUsage]
+        for ours, theirs in zip(engine.model.parameters(), model.parameters(), strict=True):
+            ours.copy_(theirs)
 
 
 def main(cfg: Config) -> None:

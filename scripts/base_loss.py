@@ -11,12 +11,13 @@ writes: report/base_loss.json
 from dataclasses import dataclass
 
 from nanochat.checkpoint import load_model
-from nanochat.common import CheckpointFlags, Count, Source, print0, run_script, set_up
+from nanochat.common import CheckpointFlags, Choice, Count, Source, print0, run_script, set_up
 from nanochat.core_eval import source_bpb
 from nanochat.dataloader import TextSource
 from nanochat.dataset import find_corpus
 from nanochat.engine import sample_texts
 from nanochat.report import write_section
+from nanochat.trainer import compile_parts
 
 
 @dataclass
@@ -25,11 +26,13 @@ class Config(CheckpointFlags):
     data: str = ""  # corpus; empty: the one it was trained on, if known, or prepared last
     eval_tokens: Count = 10_485_760  # tokens of each of the two measurements
     device_batch_size: Count = 32  # rows read at a time on one device
+    compile: Choice = "auto"  # torch.compile; auto: on a GPU
 
 
 def main(cfg: Config) -> None:
     runtime = set_up(cfg.device_type, cfg.dtype)
     model, tokenizer, meta = load_model(cfg, runtime)
+    compile_parts(model, cfg.compile, runtime.device)
     trained = meta.get("config", {})  # an imported model has none
     corpus = find_corpus(cfg.data or trained.get("corpus") or trained.get("data", ""))
     print0(f"measuring {meta['name']} on the corpus {corpus.name}")

@@ -12,7 +12,7 @@ from torch.nn.attention import flex_attention
 
 from nanochat import attention
 from nanochat.attention import Kernel, attend, choose_kernel, see
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, call
 from tests.models import busy_gpt, random_ids, slow_varlen_attn
 
 # Torch's own, of its eager flex_attention.
@@ -141,3 +141,52 @@ def test_every_use_of_a_kernel_is_traced_for_cuda(
         if device == "cpu":
             assert all(param.grad is not None for param in model.parameters())
     attention._causal_block_mask.cache_clear()
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("num_kv_heads", [2, 4])
+@pytest.mark.parametrize("kernel", ["flash", "flex", "dense"])
+def test_a_gpu_s_kernels_are_near_fp32_on_the_cpu(
+    kernel: Kernel, num_kv_heads: int, documents: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward in bf16, under windows, over whole rows and documents."""
+    monkeypatch.undo()
+    ids = random_ids(2, 384, 90)
+    found = []
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        random = torch.Generator().manual_seed(0)
+        heads = (4, num_kv_heads, num_kv_heads)
+        qkv = [torch.randn(2, 384, n, 64, generator=random).bfloat16() for n in heads]
+        q, k, v = (part.to(device, dtype).requires_grad_() for part in qkv)
+        own: Kernel = kernel if device == "cuda" else "dense"
+        view = see(own, {128, None}, ids.to(device), BOS if documents else None)
+        some = [attend((q, k, v), view, window, 0.1) for window in (128, None)]
+        gradients = torch.autograd.grad(torch.stack(some).float().square().sum(), (q, k, v))
+        found.append([part.float().cpu() for part in (*some, *gradients)])
+    for ours, exact in zip(*found, strict=True):
+        assert (ours - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("kernel", ["flash", "flex", "dense"])
+def test_a_gpu_compiles_the_step_without_a_break(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its gradients are those of the dense mask, uncompiled."""
+    monkeypatch.undo()
+    model = small_gpt(n_head=2).cuda()
+    model.set_compute_dtype(torch.bfloat16)
+    ids = random_ids(2, 160, 90).cuda()
+    gradients = []
+    for compiled in (True, False):
+        model.kernel = kernel if compiled else "dense"
+        model.call_part = torch.compile(call, dynamic=False, fullgraph=True) if compiled else call
+        parts = torch.autograd.grad(model(ids, ids.clone()), list(model.parameters()))
+        gradients.append(torch.cat([part.flatten() for part in parts]))
+    assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[1].norm()

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from nanochat.attention import choose_kernel
 from nanochat.engine import Engine, Event, Reply, Request, StepFailed, slots_that_fit
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.sampling import derive_seed
@@ -518,6 +519,8 @@ def test_a_captured_step_equals_an_eager_one(dtype: torch.dtype) -> None:
     """As lengths grow, as requests come and go, and after the weights have changed in place."""
     model = tiny_gpt().cuda()
     model.set_compute_dtype(dtype)
+    capability, head_dim = torch.cuda.get_device_capability(), model.config.head_dim
+    model.kernel = choose_kernel("cuda", capability, dtype, head_dim)
     random_ = random.Random(0)
     for _ in range(2):
         requests = [random_request(random_, 200) for _ in range(20)]

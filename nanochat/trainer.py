@@ -133,8 +133,9 @@ def row_choices(
     )  # fmt: skip
     room = USABLE * own_memory(runtime.device)
     tried = [(rows, mode) for mode in modes for rows in sizes]
-    fitting = [(n, mode) for n, mode in tried if needed(n, recompute=mode)["total"] <= room]
-    return fitting or tried[-1:]
+    # On any rank: all have to try the same.
+    too_large = agree(*(needed(rows, recompute=mode)["total"] > room for rows, mode in tried))
+    return [choice for choice, bad in zip(tried, too_large, strict=True) if not bad] or tried[-1:]
 
 
 def own_memory(device: torch.device) -> int:

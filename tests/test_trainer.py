@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,18 @@ def test_auto_goes_by_the_memory_that_others_leave(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 2**30)
     mps = Runtime(torch.device("mps"), torch.float32, 0, 1, "mps")
     assert row_choices(256, "auto", 2048, config, mps)[0] == (4, False)
+
+
+def choose_on_rank(rank: int) -> None:
+    """Others have 16 GiB of the last rank's GPU: every rank has to try what fits there."""
+    card, config = find_card("RTX 4090"), depth_to_config(12, 32768)
+    assert card is not None
+    runtime = replace(be_a_gpu(pytest.MonkeyPatch(), card, 16 * rank), rank=rank, world_size=2)
+    assert row_choices(64, "auto", 2048, config, runtime)[0] == (4, False)
+
+
+def test_ranks_try_the_same_micro_batches(tmp_path: Path) -> None:
+    launch.on_ranks(2, tmp_path, choose_on_rank)
 
 
 def test_auto_takes_the_first_micro_batch_that_fits(

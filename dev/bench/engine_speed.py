@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import tyro
 
-from nanochat.common import synchronize
+from nanochat.checkpoint import build_model
+from nanochat.common import set_up, synchronize
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
 from nanochat.scaling import depth_to_config
@@ -52,11 +53,9 @@ def letter_tokenizer(vocab_size: int = VOCAB) -> Tokenizer:
 
 def random_model(depth: int, device: str) -> tuple[GPT, Tokenizer]:
     """A model with a context of 512."""
-    model = GPT(depth_to_config(depth, VOCAB, 512)).to(device)
-    model.init_weights()
-    if device == "cuda":
-        model.to(torch.bfloat16).set_compute_dtype(torch.bfloat16)
-    return model.eval(), letter_tokenizer()
+    runtime = set_up(device)
+    model = build_model(depth_to_config(depth, VOCAB, 512), None, runtime)
+    return model.to(runtime.dtype).eval(), letter_tokenizer()
 
 
 def generate(engine: Engine, num_tokens: int, seed: int) -> int:

@@ -27,6 +27,8 @@ from nanochat.common import (
     DeviceType,
     Dtype,
     Runtime,
+    TableDtype,
+    gpu_memory,
     run_script,
     set_up,
     synchronize,
@@ -36,6 +38,7 @@ from nanochat.dataloader import Loader, TextSource
 from nanochat.dataset import find_corpus
 from nanochat.devices import peak_flops
 from nanochat.gpt import GPTConfig
+from nanochat.loss import gpu_chunk
 from nanochat.scaling import depth_to_config, flops_per_token, make_optimizer, memory_bytes
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import compile_for_training
@@ -50,6 +53,9 @@ class Config:
     num_warmup: int = 5  # steps that are not counted: compilation, caches
     fp8: bool = False  # 8-bit matmuls
     compile: Choice = "auto"  # torch.compile; auto: on a GPU
+    whole: bool = False  # compile the model as one, not block by block
+    recompute: bool = False  # activations
+    table_dtype: TableDtype = "auto"  # of the embeddings
     device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
     threads: int = 0  # of torch on a CPU; 0: as many as torch takes
@@ -66,19 +72,27 @@ def config_of(cfg: Config) -> GPTConfig:
     return depth_to_config(cfg.depth, vocab_size, cfg.max_seq_len)
 
 
+def planned_bytes(cfg: Config, device: torch.device) -> int:
+    """What a step should take of a GPU's memory."""
+    options = {"recompute": cfg.recompute, "table_bytes": 2 if cfg.table_dtype == "bfloat16" else 4}
+    chunk = gpu_chunk(gpu_memory(device))
+    return memory_bytes(config_of(cfg), cfg.device_batch_size, chunk=chunk, **options)["total"]
+
+
 def train(cfg: Config, runtime: Runtime) -> Generator[str]:
     """Trains a fresh model without end; yields the name of each part of a step when it is over."""
-    model = build_model(config_of(cfg), None, runtime, seed=0)
+    model = build_model(config_of(cfg), None, runtime, table_dtype=cfg.table_dtype)
     linears = fp8.enable(model.blocks) if cfg.fp8 else []
     optimizer = make_optimizer(model, cfg.device_batch_size * cfg.max_seq_len, 1000)
     optimizer.set_multipliers(1.0, 0.95, 1.0)
-    choices, device = [(cfg.device_batch_size, False)], runtime.device
-    compile_for_training(model, cfg.compile, choices, cfg.max_seq_len, device, optimizer)
+    choice, choices = "no" if cfg.whole else cfg.compile, [(cfg.device_batch_size, cfg.recompute)]
+    compile_for_training(model, choice, choices, cfg.max_seq_len, runtime.device, optimizer)
+    trained = torch.compile(model, dynamic=False) if cfg.whole else model
     with closing(make_loader(cfg, runtime)) as loader:
         while True:
             batch = next(loader)
             yield "data"
-            loss = model(batch.inputs, batch.targets)
+            loss = trained(batch.inputs, batch.targets)
             yield "forward"
             loss.backward()
             yield "backward"
@@ -115,8 +129,7 @@ def measure(cfg: Config, runtime: Runtime, parts: Iterator[str]) -> dict[str, fl
     medians = {part: statistics.median(times) for part, times in of_parts.items()}
     figures |= {f"{part}, %": 100 * m / sum(medians.values()) for part, m in medians.items()}
     if device.type == "cuda":
-        planned = memory_bytes(config, cfg.device_batch_size)["total"]
-        peak = torch.cuda.max_memory_allocated(device)
+        planned, peak = planned_bytes(cfg, device), torch.cuda.max_memory_allocated(device)
         figures |= {"peak memory, GiB": peak / 2**30, "peak over plan": peak / planned}
     return figures
 

@@ -1,0 +1,509 @@
+"""What only a GPU can tell, in one command: is it right, how fast is it, what memory does it take.
+
+    python -m dev.gpu_check                                      # what matters most in ten minutes
+    python -m dev.gpu_check --sections facts,tests --minutes 3
+    python -m dev.gpu_check --device_type cpu                    # rehearses every section, tiny
+
+A section is one function, run in a process of its own within its own limit: none stops the others.
+Its figures are written one by one, so that one which is killed leaves what it had. Bounds hold on a
+GPU only. A second call with the same --out finds everything compiled, and its summary holds the
+sections of both. dev/gpu_check.md tells how to take this to a rented machine.
+
+reads: nothing: the text is the primer, tokens are pairs of letters, all weights are random
+writes: <out>/summary.md, <section>.json and .log; corpus, runs and compiled code in <out>/base
+"""
+
+import asyncio
+import gc
+import inspect
+import json
+import math
+import multiprocessing
+import os
+import runpy
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice, product
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.autograd import grad
+
+from dev.bench import engine_speed, serve_load, train_speed
+from nanochat import attention, common, dataset, fp8
+from nanochat.checkpoint import build_model
+from nanochat.core_eval import source_bpb
+from nanochat.dataloader import TextSource
+from nanochat.devices import find_card
+from nanochat.engine import Engine, Request, SlotPool, slots_that_fit
+from nanochat.gpt import GPT
+from nanochat.scaling import depth_to_config, make_optimizer
+from nanochat.trainer import read_metrics
+from scripts import base_train, chat_rl
+from tasks.primer import Arithmetic
+
+T = TypeVar("T")
+ROOT = Path(__file__).resolve().parent.parent
+# Imported once for all sections; none of it touches a GPU, which forked processes could not share.
+PRELOADED = ["dev.bench.serve_load", "dev.bench.train_speed", "scripts.chat_rl", "torch._dynamo"]
+VARIANTS = {"plain": {}, "fp8": {"fp8": True}, "bf16 tables": {"table_dtype": "bfloat16"}}
+PATIENCE = 5.0  # times the limits, for a rehearsal on busy cores
+
+
+@dataclass
+class Config:
+    sections: str = ""  # names with commas between them; empty: all, what matters most first
+    minutes: common.Positive = 10.0  # for all of them; what does not fit is skipped
+    out: Path = Path("gpu_check")  # folder of results, logs and caches
+    device_type: common.DeviceType = "cuda"  # cuda; cpu: a rehearsal
+    spawn: bool = False  # start each section with imports of its own: slower
+
+
+class Check:
+    """What one section finds, on disk after each figure, and what sections share."""
+
+    def __init__(self, path: Path, runtime: common.Runtime) -> None:
+        self.path, self.runtime, self.device = path, runtime, runtime.device
+        self.on_gpu = runtime.device.type == "cuda"
+        self.tokenizer = engine_speed.letter_tokenizer(self.size(engine_speed.VOCAB, 512))
+        self.found: dict[str, Any] = {"figures": []}
+        if not (common.corpora_dir() / "current").exists():
+            dataset.main(dataset.Config("primer", num_documents=self.size(20_000, 200)))
+            self.tokenizer.save(common.tokenizer_dir())
+
+    def size(self, real: T, tiny: T) -> T:
+        """`tiny` in a rehearsal."""
+        return real if self.on_gpu else tiny
+
+    def add(
+        self, name: str, value: float | str, low: float | None = None, high: float | None = None
+    ) -> None:
+        """Record a figure; on a GPU the section fails if it is not within the bounds."""
+        sides = {">=": low, "<=": high}.items()
+        criterion = ", ".join(f"{sign} {bound:g}" for sign, bound in sides if bound is not None)
+        least, most = -math.inf if low is None else low, math.inf if high is None else high
+        ok = least <= float(value) <= most if criterion and self.on_gpu else None
+        figure = {"name": name, "value": value, "criterion": criterion, "ok": ok}
+        self.found["figures"].append(figure)
+        self.note()
+        print(figure, flush=True)
+
+    def note(self, **details: Any) -> None:
+        """Record what belongs in the section's file, but in no table."""
+        self.found |= details
+        common.write_file(self.path, json.dumps(self.found, indent=1, default=str))
+
+    @contextmanager
+    def trying(self, name: str) -> Iterator[None]:
+        """Record, in place of a figure, that this torch or this card has no such thing."""
+        try:
+            yield
+        except (ImportError, AttributeError, TypeError, RuntimeError) as error:
+            self.add(name, f"not there: {str(error).splitlines()[0][:80]}")
+
+    def milliseconds(self, work: Callable[[], Any], repeats: int = 20) -> float:
+        """Mean time of `work`, again and again without a wait, after three that do not count."""
+        begin = 0.0
+        for number in range(repeats + 3):
+            if number == 3:
+                common.synchronize(self.device)
+                begin = time.perf_counter()
+            work()
+        common.synchronize(self.device)
+        return 1000 * (time.perf_counter() - begin) / repeats
+
+    def copy_rate(self) -> float:
+        """Bytes per second, read and written, of a plain copy."""
+        source, target = torch.ones(2, self.size(2**28, 2**20), device=self.device).unbind(0)
+        return 2000 * source.nbytes / self.milliseconds(lambda: target.copy_(source))
+
+    def forget(self) -> None:
+        """Free earlier models and what was compiled for them; the peak of memory begins anew."""
+        gc.collect()
+        if self.on_gpu:
+            torch.compiler.reset()  # imports the compiler, which takes seconds
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def model(self, depth: int) -> GPT:
+        """A model without zeros, whose products would take less power."""
+        self.forget()
+        depth, seq_len = self.size((depth, 2048), (1, 128))
+        config = depth_to_config(depth, self.tokenizer.vocab_size, seq_len)
+        model = build_model(config, None, self.runtime).eval()
+        for name, weight in model.named_parameters():
+            if name.endswith(("c_proj.weight", "lm_head.weight")):
+                torch.nn.init.normal_(weight, 0, weight.shape[1] ** -0.5)
+        return model
+
+
+# --- the sections
+
+
+def facts(check: Check) -> None:
+    """Versions, what nanochat chooses, and the peaks of products and of a copy."""
+    runtime, card = check.runtime, find_card(check.runtime.device_name)
+    check.note(python=sys.version, torch=torch.__version__, cuda=torch.version.cuda, card=card)
+    check.note(device=runtime.device_name, git=common.git_revision())
+    with check.trying("varlen_attn"):
+        from torch.nn.attention.varlen import varlen_attn
+
+        check.note(varlen_attn=str(inspect.signature(varlen_attn)))
+    if check.on_gpu:
+        check.note(made_for=torch.cuda.get_arch_list(), free=common.free_memory(check.device))
+    capability, dtype = runtime.capability, runtime.dtype
+    kernel = attention.choose_kernel(check.device.type, capability, dtype, head_dim=128)
+    check.add("capability, attention, dtype", f"{capability}, {kernel}, {dtype}")
+    size, peak = check.size(8192, 64), card.peak if card else 0.0
+    left, right = torch.randn(2, size, size, device=check.device, dtype=dtype).unbind(0)
+    rate = 2e-9 * size**3 / check.milliseconds(lambda: left @ right)
+    check.add("matmul, TFLOP/s", rate, 0.75 * peak)
+    scaled_mm = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+    one = torch.ones((), device=check.device)
+    operands = left.to(fp8.E4M3), right.to(fp8.E4M3).t(), one, one
+    for fast in (False, True):
+        name = f"fp8 matmul{', fast accumulation' * fast}, TFLOP/s"
+        options = {"out_dtype": torch.bfloat16, "use_fast_accum": fast}
+        with check.trying(name):
+            taken = check.milliseconds(partial(scaled_mm, *operands, **options))
+            check.add(name, 2e-9 * size**3 / taken, 1.2 * peak if fast else None)
+    check.add("copy, GB/s", check.copy_rate() / 1e9, 0.8 * card.bandwidth if card else 0.0)
+
+
+def tests(check: Check) -> None:
+    """The tests that a GPU decides: tests/test_gpu.py and others marked gpu."""
+    files = [path for path in ROOT.glob("tests/test_*.py") if "mark.gpu" in path.read_text()]
+    files = check.size(files, [ROOT / "tests/test_gpu.py"])
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-m", "gpu", "-W", "default", *files]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    print(done.stdout)
+    check.add(f"pytest: {done.stdout.splitlines()[-1].strip('= ')}", done.returncode, high=0)
+
+
+def attend(check: Check) -> None:
+    """Attention alone, forward and with backward: ms, and TFLOP/s of what a window needs."""
+    shapes = check.size([(16, 2048, 12), (32, 2048, 10)], [(1, 256, 1)])
+    kernels: list[attention.Kernel] = check.size(["flash", "dense", "flex"], ["dense"])
+    for kernel, (rows, length, heads), window in product(kernels, shapes, (512, None)):
+        size, where = (4, rows, length, heads, 128), check.device
+        q, k, v, above = torch.randn(size, device=where, dtype=check.runtime.dtype).unbind(0)
+        parts = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+        label = f"{kernel}, {rows} x {length} x {heads}, window {window}: "
+        with check.trying(label):
+            view = attention.see(kernel, [window], torch.zeros(rows, length, device=where))
+            forward = partial(attention.attend, parts, view, window, 128**-0.5)
+            taken = check.milliseconds(lambda f=forward, x=parts, dy=above: grad(f(), x, dy))
+            keys = sum(min(place + 1, window or length) for place in range(length))
+            check.add(label + "forward, ms", check.milliseconds(torch.no_grad()(forward)))
+            check.add(label + "forward and backward, ms", taken)
+            check.add(label + "TFLOP/s", 12e-9 * 128 * rows * heads * keys / taken)
+
+
+def train(check: Check, depth: int, rows: int, mfu: float | None = None, **options: Any) -> float:
+    """Training steps: speed, memory against plan, waits for the GPU, longest kernels; tok/s."""
+    check.forget()
+    depth, rows, length, steps, warmup = check.size((depth, rows, 2048, 6, 3), (1, 2, 64, 1, 1))
+    cfg = train_speed.Config(depth, rows, length, steps, warmup, **options)
+    while check.on_gpu and cfg.device_batch_size > 1:
+        if train_speed.planned_bytes(cfg, check.device) < 0.95 * common.free_memory(check.device):
+            break
+        cfg = replace(cfg, device_batch_size=cfg.device_batch_size // 2)
+    own = "".join(f", {name} {value}" for name, value in options.items())
+    label = f"d{depth}, {cfg.device_batch_size} rows{own}: "
+    parts = train_speed.train(cfg, check.runtime)
+    figures = train_speed.measure(cfg, check.runtime, parts)
+    bounds = {"MFU, %": (mfu, None), "data, %": (None, 2), "peak over plan": (0.85, 1.15)}
+    for name, value in figures.items():
+        check.add(label + name, value, *bounds.get(name, ()))
+    with torch.profiler.profile() as trace:
+        train_speed.seconds_of(parts, 2, check.device)
+    where, field = check.size(("CUDA", "device"), ("CPU", "cpu"))
+    events = [event for event in trace.key_averages() if event.device_type.name == where]
+    spent = {event.key[:90]: getattr(event, f"self_{field}_time_total") for event in events}
+    longest = sorted(spent.items(), key=lambda pair: -pair[1])[:10]
+    total = sum(spent.values())
+    check.note(**{label + "kernels, %": {name: 100 * each / total for name, each in longest}})
+    if check.on_gpu:
+        waits = False
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in islice(parts, 4 * 5):
+                pass
+        except RuntimeError:
+            traceback.print_exc()  # into the log: which line waits
+            waits = True
+        torch.cuda.set_sync_debug_mode("default")
+        check.add(label + "a step waits for the GPU", waits, high=0)
+    parts.close()
+    return figures["tok/s"]
+
+
+def train_both(check: Check, depth: int, mfu: float) -> None:
+    """Training steps, compiled block by block and as a whole."""
+    for whole in (False, *check.size((True,), ())):
+        train(check, depth, 32, mfu, whole=whole)
+
+
+def eight_bits(check: Check) -> None:
+    """Training steps in bf16 and in fp8, and the weights' quantisation after each."""
+    check.runtime = replace(check.runtime, dtype=torch.bfloat16)  # that of all results of fp8
+    for depth in check.size((20, 24), (1,)):
+        # On a CPU, a step in fp8 takes seconds.
+        plain, eight = (train(check, depth, 16, fp8=on) for on in (False, check.on_gpu))
+        check.add(f"d{depth}: fp8 over bf16, tok/s", eight / plain, 1.1 if depth >= 24 else 1.0)
+        linears = fp8.enable(check.model(depth).blocks)
+        check.add(f"d{depth}: refresh, ms", check.milliseconds(partial(fp8.refresh, linears)))
+
+
+def memory(check: Check) -> None:
+    """The peak of a step through the optimizer against the plan, for few and for many rows."""
+    small: list[dict[str, Any]] = [{"recompute": True}, {"table_dtype": "bfloat16"}]
+    cases = [(12, 1, {}), *((12, 1, own) for own in small), (20, 1, {}), (20, 16, {})]
+    for depth, rows, options in check.size([*cases, (20, 16, small[0])], cases[:3]):
+        train(check, depth, rows, **options)
+
+
+def optimizer(check: Check) -> None:
+    """A step of the optimizer alone."""
+    for depth in check.size((12, 20), (1,)):
+        model = check.model(depth)
+        for weight in model.parameters():
+            weight.grad = torch.randn_like(weight)
+        update = make_optimizer(model, 2**19, 1000).step
+        check.add(f"d{depth}: ms", check.milliseconds(update, 10))
+
+
+def evaluation(check: Check) -> None:
+    """Bits per byte of held-out text, compiled and not."""
+    rows, num_tokens = check.size((32, 2**20), (2, 256))
+    source = TextSource(check.tokenizer, [dataset.find_corpus().val], quiet=True)
+    for name in ("eager", "compiled"):
+        model: Any = check.model(12)
+        sizes = {"rows": rows, "num_rows": rows, "seq_len": model.config.sequence_len}
+        if name == "compiled":
+            model = torch.compile(model, backend=check.size("inductor", "eager"))
+        for tokens in (1, num_tokens):  # the first compiles
+            begin = time.perf_counter()
+            bpb = source_bpb(model, source, check.runtime, tokens, **sizes)
+        check.add(f"{name}: tok/s", num_tokens / (time.perf_counter() - begin))
+        check.add(f"{name}: bits per byte", bpb)
+
+
+@torch.inference_mode()
+def feed(pool: SlotPool, past: int) -> None:
+    """A step of decoding, behind `past` tokens in every slot."""
+    pool.cache.lengths.fill_(past)
+    pool.decode(dict.fromkeys(pool.all, 7))
+
+
+def decode(check: Check) -> None:
+    """Decoding, captured and eager: tok/s, and the share of a copy's bandwidth that it uses."""
+    copied, model = check.copy_rate(), check.model(20).to(check.runtime.dtype)
+    room = slots_that_fit(model)
+    for num_slots in (n for n in check.size((1, 8, 32, 128), (1, 2)) if n <= room):
+        pool = Engine(model, check.tokenizer, num_slots).slots
+        ways = {pool.graphs, None}
+        for past, pool.graphs in product(check.size((64, 1500), (8, 64)), ways):
+            taken = check.milliseconds(partial(feed, pool, past)) / 1000
+            kind = "captured" if pool.graphs else "eager"
+            label = f"{num_slots} slots after {past} tokens, {kind}: "
+            used = engine_speed.step_bytes(model, num_slots, past) / taken / copied
+            check.add(label + "tok/s", num_slots / taken)
+            check.add(label + "MBU, %", 100 * used, 50 if pool.graphs and num_slots == 1 else None)
+
+
+def prefill(check: Check) -> None:
+    """Reading 32 prompts of 100 to 1,500 tokens."""
+    num, low, high = check.size((32, 100, 1500), (4, 10, 100))
+    model = check.model(20).to(check.runtime.dtype)
+    num = min(num, slots_that_fit(model))
+    engine = Engine(model, check.tokenizer, num, prefix_reuse=False)
+    lengths = torch.randint(low, high, (num,)).tolist()
+    for warm in (False, True):
+        requests = [Request([n + num * warm] * length, 1) for n, length in enumerate(lengths)]
+        begin = time.perf_counter()
+        firsts = [time.perf_counter() - begin for _ in engine.stream(requests)]
+        if warm:
+            check.add("tok/s", sum(lengths) / firsts[-1])
+            check.add("median time to the first token, ms", 1000 * statistics.median(firsts))
+
+
+def rl(check: Check) -> None:
+    """A step of reinforcement learning: 16 answers to each of 16 questions."""
+    model, task = check.model(12), Arithmetic("train")
+    num, max_tokens = check.size((16, 256), (2, 4))
+    cfg = chat_rl.Config(questions_per_step=num, num_samples=num, max_tokens=max_tokens)
+    engine = Engine(model, check.tokenizer, check.size(64, 2), 120 + max_tokens, False)
+    optimizer = make_optimizer(model, chat_rl.BATCH_TOKENS, 1)
+    for step in range(2):  # the first compiles
+        begin = time.perf_counter()
+        groups = chat_rl.roll_out(cfg, engine, task, step, check.runtime)
+        between = time.perf_counter()
+        groups = [[replace(one, reward=i % 2) for i, one in enumerate(group)] for group in groups]
+        chat_rl.backward(model, groups, cfg.device_batch_size, 0, check.runtime)
+        optimizer.step().item()
+        optimizer.zero_grad()
+        num_tokens = sum(sum(one.mask) for group in groups for one in group)
+        if step:
+            check.add("sampling, tok/s", num_tokens / (between - begin))
+            check.add("update, ms", 1000 * (time.perf_counter() - between))
+
+
+def serve(check: Check) -> None:
+    """64 streaming clients through HTTP."""
+    port = 9000 + os.getpid() % 1000
+    num, depth, seconds = check.size((64, 12, 8.0), (2, 1, 1.0))
+    process = multiprocessing.get_context("spawn").Process  # in our process group, unlike a fork
+    process(target=serve_load.serve, args=(port, num, depth), daemon=True).start()
+    cfg = serve_load.Config(clients=num, seconds=seconds, num_rounds=1)
+    seen = asyncio.run(serve_load.run(cfg, {"": f"http://127.0.0.1:{port}"}))[""]
+    check.add("tok/s", seen.speeds[0])
+    for name, times in seen.times.items():
+        check.add(f"{name}, median ms", 1000 * statistics.median(times))
+    check.add("requests lost", seen.ends["lost"], high=0)
+
+
+def learning(check: Check) -> None:
+    """What a small model learns in each variant, and in how many seconds."""
+    depth, num_steps, num_tokens, seq_len = check.size((6, 300, 2**17, 2048), (1, 2, 128, 64))
+    shared = {"depth": depth, "num_iterations": num_steps, "total_batch_size": num_tokens}
+    shared |= {"max_seq_len": seq_len, "eval_tokens": check.size(2**20, 128), "fresh": True}
+    shared |= {"device_type": check.device.type, "model_tag": "check", "device_batch_size": 32}
+    shared |= dict.fromkeys(("eval_every", "sample_every", "save_every", "log_every"), 0)
+    bounds: tuple[float, ...] = ()
+    for name, own in VARIANTS.items():
+        check.forget()
+        base_train.main(base_train.Config(**shared, **own))
+        last = read_metrics(common.run_dir("base", "check"))[-1]
+        check.add(f"{name}: training, s", last["seconds"])
+        check.add(f"{name}: bits per byte", last["val_bpb"], *bounds)
+        bounds = bounds or (last["val_bpb"] - 0.01, last["val_bpb"] + 0.01)
+
+
+def pipeline(check: Check) -> None:
+    """Every stage from text to a report, tiny."""
+    from tests.test_pipeline import STAGES
+
+    os.environ["NANOCHAT_BASE_DIR"] = tempfile.mkdtemp(dir=check.path.parent)
+    os.chdir(os.environ["NANOCHAT_BASE_DIR"])  # where the report is copied to
+    for name, command in islice(STAGES.items(), check.size(99, 2)):
+        begin = time.perf_counter()
+        sys.argv = command.replace("=cpu", f"={check.device.type}").split()
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        check.add(f"{name}, s", time.perf_counter() - begin)
+
+
+# --- running them
+
+Section = tuple[Callable[[Check], None], float]  # and at most how many seconds
+SECTIONS: dict[str, Section] = {  # what matters most first
+    "facts": (facts, 60), "tests": (tests, 100), "attention": (attend, 90),
+    "train_d12": (partial(train_both, depth=12, mfu=40), 100),
+    "train_d20": (partial(train_both, depth=20, mfu=50), 180),
+    "decode": (decode, 60), "fp8": (eight_bits, 150), "memory": (memory, 100),
+    "optimizer": (optimizer, 45), "evaluation": (evaluation, 60), "prefill": (prefill, 45),
+    "rl": (rl, 60), "server": (serve, 60), "learning": (learning, 150), "pipeline": (pipeline, 150),
+}  # fmt: skip
+
+
+def enter(name: str, section: Section, cfg: Config) -> None:
+    """The life of a section's process."""
+    os.setsid()  # a process group of its own, to be killed as one
+    log = os.open(cfg.out / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ["NANOCHAT_BASE_DIR"] = str(cfg.out / "base")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cfg.out / "base" / "compiled")
+    section[0](Check(cfg.out / f"{name}.json", common.set_up(cfg.device_type)))
+
+
+def run_section(name: str, section: Section, cfg: Config, seconds: float) -> bool:
+    """True if the section passes; its file says so, or why not."""
+    path, log, fault = cfg.out / f"{name}.json", cfg.out / f"{name}.log", ""
+    path.unlink(missing_ok=True)
+    log.write_text("")
+    context: Any = multiprocessing.get_context("spawn" if cfg.spawn else "forkserver")
+    process, begin = context.Process(target=enter, args=(name, section, cfg)), time.monotonic()
+    process.start()
+    try:
+        process.join(seconds)
+        if process.exitcode != 0:
+            code = f"exit code {process.exitcode}"
+            fault = code if process.exitcode else f"killed after {seconds:.0f} s"
+    finally:
+        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid or 0, signal.SIGKILL)  # and what it has started
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"figures": []}
+    wrong = [figure["name"] for figure in found["figures"] if figure["ok"] is False]
+    faults = [fault] * bool(fault) + wrong
+    found["verdict"] = f"failed: {'; '.join(faults)}" if faults else "passed"
+    found["seconds"] = round(time.monotonic() - begin, 1)
+    found["log"] = log.read_text(errors="replace").splitlines()[-20:] if fault else []
+    common.write_file(path, json.dumps(found, indent=1))
+    print(f"{name:12} {found['seconds']:6.1f} s  {found['verdict']}", flush=True)
+    return not faults
+
+
+def summarize(out: Path, skipped: list[str]) -> str:
+    """A Markdown table of every section's file, and of those skipped."""
+    lines = [
+        "| section | figure | value | criterion | verdict |",
+        "| --- | --- | ---: | --- | --- |",
+    ]
+    for path in (out / f"{name}.json" for name in SECTIONS):
+        if not path.exists():
+            lines += [f"| {path.stem} | | | | skipped |"] * (path.stem in skipped)
+            continue
+        found = json.loads(path.read_text())
+        lines.append(f"| {path.stem} | seconds | {found['seconds']} | | {found['verdict']} |")
+        for figure in found["figures"]:
+            value, verdict = figure["value"], {True: "passed", False: "**failed**", None: ""}
+            value = value if isinstance(value, str) else f"{value:.4g}"
+            words = ["", figure["name"], value, figure["criterion"], verdict[figure["ok"]]]
+            lines.append(f"| {' | '.join(words)} |")
+    return "\n".join(lines) + "\n"
+
+
+def check_all(sections: dict[str, Section], cfg: Config) -> bool:
+    """Run the sections while there is time; True if all that ran passed."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": ":".join(paths)}
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    cfg = replace(cfg, out=cfg.out.resolve())
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    end, passed, skipped = time.monotonic() + 60 * cfg.minutes, [], []
+    for name, section in sections.items():
+        left = end - time.monotonic()
+        if left < section[1] / 2:  # about what a section takes
+            skipped.append(name)
+            print(f"{name:12} skipped: {left:.0f} s left of --minutes={cfg.minutes:g}", flush=True)
+        else:
+            passed.append(run_section(name, section, cfg, min(section[1], left)))
+        common.write_file(cfg.out / "summary.md", summarize(cfg.out, skipped))
+    print(f"{sum(passed)} of {len(passed)} sections passed: {cfg.out / 'summary.md'}")
+    return all(passed)
+
+
+def main(cfg: Config) -> None:
+    chosen = cfg.sections.split(",") if cfg.sections else list(SECTIONS)
+    if unknown := set(chosen) - set(SECTIONS):
+        raise common.UserError(f"--sections={unknown.pop()}: there are {', '.join(SECTIONS)}")
+    patience = PATIENCE if cfg.device_type == "cpu" else 1.0
+    limits = {name: (SECTIONS[name][0], patience * SECTIONS[name][1]) for name in chosen}
+    if not check_all(limits, replace(cfg, minutes=patience * cfg.minutes)):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    common.run_script(main, Config)

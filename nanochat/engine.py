@@ -138,8 +138,9 @@ class SlotPool:
         self.model, self.prefix_reuse = model, prefix_reuse
         self.device = next(model.parameters()).device
         self.cache = model.make_cache(num_slots, max_len)
-        self.chunk = PACKED_CHUNK if self.cache.flashes else CHUNK
-        self.graphs = StepGraphs(model, self.cache) if self.device.type == "cuda" else None
+        self.chunk = min(PACKED_CHUNK, num_slots * max_len) if self.cache.flashes else CHUNK
+        on_gpu = self.device.type == "cuda"
+        self.graphs = StepGraphs(model, self.cache, self.chunk) if on_gpu else None
         self.logits = torch.zeros(num_slots, model.config.vocab_size, device=self.device)  # (N, V)
         self.num_prefilled = 0  # prompt tokens run through the model so far
         self.reset()
@@ -257,13 +258,13 @@ class StepGraphs:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: GPT, cache: KVCache) -> None:
+    def __init__(self, model: GPT, cache: KVCache, chunk: int) -> None:
         self.model, self.cache, self.pool = model, cache, None
         ids = torch.zeros(cache.num_slots, 1, dtype=torch.int64, device=cache.keys.device)
         self.decoding = {n: self._record(ids, n) for n in key_lengths(cache)}
         self.prefilling = None
         if cache.flashes:
-            self.prefilling = self._record(ids.new_zeros(1, PACKED_CHUNK), 0, packed=True)
+            self.prefilling = self._record(ids.new_zeros(1, chunk), 0, packed=True)
         cache.reset()
 
     def _record(

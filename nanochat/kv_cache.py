@@ -313,20 +313,20 @@ class Append:
         """(T', S') which of the keys from `oldest` to `end` the queries from `start` on see."""
         key = (start, oldest, end, window)
         if key not in self.masks:
-            cells = torch.arange(oldest, end, device=self.layout.device)
             own = torch.arange(start, end, device=self.layout.device)[:, None]
-            self.masks[key] = cells <= own
-            if window is not None:
-                self.masks[key] &= cells > own - window
+            self.masks[key] = _sees(own, torch.arange(oldest, end, device=own.device), window)
         return self.masks[key]
 
     def _seen_by_rows(self, window: int | None) -> Tensor:
         """(B, 1, S) which keys the only query of each row sees."""
         key = (window,)
         if key not in self.masks:
-            cells = torch.arange(self.cache.max_len, device=self.layout.device)
             own = self.positions[:, :, None]
-            self.masks[key] = cells <= own
-            if window is not None:
-                self.masks[key] &= cells > own - window
+            cells = torch.arange(self.cache.max_len, device=own.device)
+            self.masks[key] = _sees(own, cells, window)
         return self.masks[key]
+
+
+def _sees(own: Tensor, cells: Tensor, window: int | None) -> Tensor:
+    """Whether a query at position `own` sees the key of a cell."""
+    return (cells <= own) & (cells > own - window) if window else cells <= own

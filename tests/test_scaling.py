@@ -8,7 +8,7 @@ import torch
 
 from nanochat import scaling
 from nanochat.gpt import GPT
-from nanochat.loss import CPU_CHUNK
+from nanochat.loss import CPU_CHUNK, gpu_chunk
 from scripts import base_train
 
 GIGA = 1e9
@@ -168,6 +168,13 @@ def test_memory_that_stays_is_that_of_model_and_optimizer(table_dtype: torch.dty
     assert parts["weights"] == sum(weight.nbytes for weight in model.parameters())
     kept = sum(shard.values.nbytes for shard in optimizer.export_state().values())
     assert parts["optimizer"] == pytest.approx(kept, rel=0.01)
+
+
+def test_depth_12_at_one_row_needs_4_gib_at_most() -> None:
+    """With all that saves memory; the optimizer's state is 1.5 GiB of it."""
+    config = scaling.depth_to_config(12, 32768)
+    least = {"recompute": True, "table_bytes": 2, "chunk": gpu_chunk(8e9)}
+    assert scaling.memory_bytes(config, 1, **least)["total"] < 4 * 2**30
 
 
 def test_memory_of_the_optimizer_is_shared_out() -> None:

@@ -49,6 +49,7 @@ STACK_ELEMENTS = 1 << 24
 # Bytes per element of a stack during muon_update: weights and update, and in 16 bits the four
 # matrices of `orthogonalize`, which a CPU has in fp32. Counted by tests/test_optim.py.
 STACK_BYTES = 18
+VARYING = ("lr", "momentum", "weight_decay")  # options that change from step to step
 # The loss's scale in fp16, whose numbers are 6e-8 to 65,504: where it starts, and steps without
 # overflow after which it is doubled. Both of torch.amp.GradScaler.
 START_SCALE, GROWTH_STEPS = 2.0**16, 2000
@@ -100,9 +101,13 @@ def muon_update(
     variance = state["variance"].lerp_(mean_square, (1 - options["beta2"]) * finite)
     update *= variance.clamp(min=1e-10).rsqrt()
     update *= size / update.norm(dim=(-2, -1), keepdim=True).clamp_(min=1e-10)
-    if options["weight_decay"]:  # only where step and decay have the same sign
+    decay = options["weight_decay"]
+    if isinstance(decay, Tensor) or decay:  # only where step and decay have the same sign
         agreeing = torch.where(update * weights >= 0, weights, 0.0)
-        update.add_(agreeing, alpha=options["weight_decay"])
+        if isinstance(decay, Tensor):
+            update.addcmul_(agreeing, decay)
+        else:
+            update.add_(agreeing, alpha=decay)
     weights.addcmul_(update, finite * (options["lr"] * max(1, rows / columns) ** 0.5), value=-1)
 
 
@@ -260,10 +265,26 @@ class MuonAdamW:
         start = [START_SCALE if self.scales else 1.0, 0.0]
         self.scale_state = torch.tensor(start, dtype=torch.float32, device=device)
         self.loss_scale, self.num_finite = self.scale_state.unbind()  # finite steps at this scale
+        self.muon_update, self.adamw_update = muon_update, adamw_update
         if world_size > 1:
             for bucket in self.buckets:
                 for param in bucket.params:
                     param.register_post_accumulate_grad_hook(partial(self._count_down, bucket))
+
+    def compile(self) -> None:
+        """Compile the updates, for each shape once: what varies is passed in tensors."""
+
+        def muon_on_a_copy(weights: Tensor, gradients: Tensor, *others: Any) -> None:
+            # Inductor of torch 2.15 fails on gradients that are overwritten, and needs no copy.
+            muon_update(weights, gradients.clone(), *others)
+
+        self.muon_update = torch.compile(muon_on_a_copy, dynamic=False)
+        self.adamw_update = torch.compile(adamw_update, dynamic=False)
+        for group in self.param_groups:
+            fixed = {key: group[key] for key in ("beta2", "betas", "eps", "dtype") if key in group}
+            full = self.num_steps.new_full
+            varying = {key: full((), group[key]) for key in VARYING if key in group}
+            group["compiled"] = fixed | varying
 
     def set_multipliers(self, lr: float, momentum: float, weight_decay: float) -> None:
         """Scale the next step's learning rates and Muon's weight decay; set Muon's momentum."""
@@ -272,6 +293,9 @@ class MuonAdamW:
             if group["kind"] == "muon":
                 group["momentum"] = momentum
                 group["weight_decay"] = group["base_weight_decay"] * weight_decay
+            for key, value in group.get("compiled", {}).items():
+                if isinstance(value, Tensor):
+                    value.fill_(group[key])
 
     def zero_grad(self) -> None:
         for group in self.param_groups:
@@ -341,11 +365,15 @@ class MuonAdamW:
             if self.scales:
                 gradient.div_(self.loss_scale)  # a power of two: exact
             own = bucket.own_rows(bucket.pack(bucket.params))
+            options = bucket.group.get("compiled", bucket.group)
             if bucket.stacked:
-                muon_update(own, gradient, bucket.state, bucket.group, finite)
+                self.muon_update(own, gradient, bucket.state, options, finite)
+            elif bucket.is_fused:
+                fused_adamw_update(
+                    own, gradient, bucket.state, bucket.group, finite, self.num_steps
+                )
             else:
-                update = fused_adamw_update if bucket.is_fused else adamw_update
-                update(own, gradient, bucket.state, bucket.group, finite, self.num_steps)
+                self.adamw_update(own, gradient, bucket.state, options, finite, self.num_steps)
             if bucket.num_shards == 1:
                 bucket.unpack(own)
             else:

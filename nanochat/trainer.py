@@ -216,6 +216,8 @@ def compile_for_training(
     if no choice fits.
     """
     compile_parts(model, choice, device)
+    if model.call_part is not call and device.type == "cuda":
+        optimizer.compile()
     is_tried = model.call_part is not call or device.type == "cuda"
     for rows, model.recompute in choices:
         if not is_tried or agree(not fits_memory(model, optimizer, rows, seq_len, device)) == [0]:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,39 @@ def test_adamw_equals_torch() -> None:
             )  # fmt: skip
     for mine, other in zip(ours["params"], theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_updates_equal_eager_ones_and_are_compiled_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three stacks of two shapes and two tables of one, 20 steps of changing rates."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # takes seconds
+
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    monkeypatch.setattr(optim, "STACK_ELEMENTS", 4 * 12 * 8)
+    shapes, found = {"muon": [(12, 8)] * 8 + [(8, 12)] * 4, "table": [(40, 30)] * 2}, []
+    for compiled in (False, True):
+        random, groups = torch.Generator().manual_seed(0), []
+        for name, options in (("muon", MUON), ("table", ADAMW)):
+            tensors = [torch.randn(shape, generator=random) for shape in shapes[name]]
+            params = [t.bfloat16() if name == "table" else t for t in tensors]
+            names = [f"{name}.{i}" for i in range(len(params))]
+            groups.append(
+                options | {"params": list(map(torch.nn.Parameter, params)), "names": names}
+            )
+        optimizer = MuonAdamW(groups)
+        if compiled:
+            optimizer.compile()
+        for step in range(20):
+            optimizer.set_multipliers(1 - step / 30, 0.85 + step / 200, weight_decay=1 - step / 19)
+            train(optimizer, range(step, step + 1), scale=math.nan if step == 3 else 1.0)
+        assert optimizer.num_steps == 19
+        found.append(parameters(groups))
+    assert counter.frame_count == 3
+    for mine, other in zip(*found, strict=True):
+        tolerance = 1e-5 if mine.dtype == torch.float32 else 1 / 64
+        torch.testing.assert_close(mine, other, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -1,35 +1,45 @@
 """Linear layers whose three matmuls run in 8-bit floats: y = x W^T, dx = g W, dW = g^T x.
 
 Inputs and weights are e4m3, for precision; gradients e5m2, for range. Each tensor has one scale,
-its largest magnitude over the format's. `refresh` quantises the weights once per optimizer step,
-in both layouts that the matmuls want. Master weights stay fp32, results are bf16. Training only:
-evaluation and sampling use bf16, so the saved model is the one measured.
+its largest magnitude over the format's. `refresh` quantises the weights once per optimizer step.
+Everything is made in both layouts that the matmuls want while it is at hand. Master weights stay
+fp32, results are bf16. Training only: evaluation and sampling use bf16, so the saved model is the
+one measured.
 
 Source: FP8 formats, arXiv 2209.05433. Shapes: M tokens, K inputs, N outputs, all multiples of 16.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nanochat.common import Runtime, print0
+from nanochat.common import Runtime, UserError, print0
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def quantise(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(values in `dtype`, the fp32 scale () to multiply them by)."""
+def quantise(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(values in `dtype`, their transpose, the fp32 scale () to multiply them by)."""
     scale = values.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
-    return (values / scale).to(dtype), scale
+    rows = (values / scale).to(dtype)
+    return rows, rows.t().contiguous(), scale
 
 
-def multiply(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor) -> Tensor:
-    """bf16 `left` @ `right`.T of two row-major 8-bit matrices: (M, K), (N, K) -> (M, N)."""
+def multiply(
+    left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor, fast: bool = False
+) -> Tensor:
+    """bf16 `left` @ `right`.T of two row-major 8-bit matrices: (M, K), (N, K) -> (M, N).
+
+    `fast` sums with fewer bits, which Hopper does faster: fit for activations, not for gradients.
+    """
     scaled_mm = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
-    return scaled_mm(left, right.t(), left_scale, right_scale, out_dtype=torch.bfloat16)
+    return scaled_mm(
+        left, right.t(), left_scale, right_scale, out_dtype=torch.bfloat16, use_fast_accum=fast
+    )
 
 
 @dataclass
@@ -46,16 +56,16 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, _: Tensor, rows: Tensor, columns: Tensor, scale: Tensor
     ) -> Tensor:
-        x8, x_scale = quantise(x, E4M3)  # (M, K)
-        ctx.save_for_backward(x8, x_scale, columns, scale)
-        return multiply(x8, rows, x_scale, scale)  # (M, N)
+        x8, x8_columns, x_scale = quantise(x, E4M3)  # (M, K), (K, M)
+        ctx.save_for_backward(x8_columns, x_scale, columns, scale)
+        return multiply(x8, rows, x_scale, scale, fast=True)  # (M, N)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x8, x_scale, columns, scale = ctx.saved_tensors
-        g8, g_scale = quantise(grads[0], E5M2)  # (M, N)
+        x8_columns, x_scale, columns, scale = ctx.saved_tensors
+        g8, g8_columns, g_scale = quantise(grads[0], E5M2)  # (M, N), (N, M)
         dx = multiply(g8, columns, g_scale, scale)  # (M, K)
-        dw = multiply(g8.t().contiguous(), x8.t().contiguous(), g_scale, x_scale)  # (N, K)
+        dw = multiply(g8_columns, x8_columns, g_scale, x_scale)  # (N, K)
         return dx, dw.float(), None, None, None
 
 
@@ -68,10 +78,19 @@ def fp8_linear(x: Tensor, weight: Tensor, quantised: QuantisedWeight) -> Tensor:
 
 def is_there(runtime: Runtime) -> bool:
     """True on a GPU with 8-bit matmuls; otherwise prints that there are none."""
-    there = runtime.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
+    there = runtime.capability >= (8, 9)
     if not there:
         print0(f"--fp8: {runtime.device_name} has no 8-bit matmuls; training in {runtime.dtype}")
     return there
+
+
+def check_batch(num_tokens: int) -> None:
+    """Raise UserError if the hardware does not take micro-batches of so many tokens."""
+    if num_tokens % 16:
+        raise UserError(
+            f"--fp8 needs micro-batches of a multiple of 16 tokens, not {num_tokens}; "
+            "use such a --max_seq_len"
+        )
 
 
 def is_eligible(weight: Tensor) -> bool:
@@ -92,10 +111,19 @@ def enable(model: nn.Module) -> list[Any]:
 
 
 @torch.no_grad()
-def refresh(linears: Iterable[Any]) -> None:
+def refresh(linears: Iterable[Any], compiled: bool = False) -> None:
     """Requantise the weights; call it after each optimizer step."""
+    into = compiled_requantise() if compiled else requantise
     for linear in linears:
-        rows, scale = quantise(linear.weight, E4M3)
-        linear.quantised.rows.copy_(rows)
-        linear.quantised.columns.copy_(rows.t())
-        linear.quantised.scale.copy_(scale)
+        q = linear.quantised
+        into(linear.weight, q.rows, q.columns, q.scale)
+
+
+def requantise(weight: Tensor, rows: Tensor, columns: Tensor, scale: Tensor) -> None:
+    for old, new in zip((rows, columns, scale), quantise(weight, E4M3), strict=True):
+        old.copy_(new)
+
+
+@cache
+def compiled_requantise() -> Any:
+    return torch.compile(requantise, dynamic=False)  # once for each shape

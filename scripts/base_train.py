@@ -27,6 +27,7 @@ from nanochat.common import (
     Dtype,
     Positive,
     Rows,
+    Runtime,
     TableDtype,
     Tag,
     all_reduce_sum,
@@ -40,6 +41,7 @@ from nanochat.core_eval import source_bpb
 from nanochat.dataloader import IGNORED, Loader, TextSource
 from nanochat.dataset import find_corpus
 from nanochat.engine import sample_texts
+from nanochat.gpt import call
 from nanochat.report import write_section
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Run, batch_rows, compile_for_training, row_choices, starts_over
@@ -104,6 +106,15 @@ def load_tokenizer(cfg: Config, tag: str) -> Tokenizer:
     return Tokenizer.load(run / "tokenizer" if begun else tokenizer_dir())
 
 
+def uses_fp8(cfg: Config, runtime: Runtime, choices: list[tuple[int, bool]]) -> bool:
+    """True if asked for and there; UserError if one of the `choices` of rows does not suit it."""
+    if not cfg.fp8 or not fp8.is_there(runtime):
+        return False
+    for rows, _ in choices:
+        fp8.check_batch(rows * cfg.max_seq_len)
+    return True
+
+
 def main(cfg: Config) -> None:
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic)
     tag = cfg.model_tag or f"d{cfg.depth}"
@@ -120,7 +131,7 @@ def main(cfg: Config) -> None:
         num_rows, cfg.device_batch_size, cfg.max_seq_len, config, runtime, cfg.recompute,
         cfg.table_dtype,
     )  # fmt: skip
-
+    in_fp8 = uses_fp8(cfg, runtime, choices)
     settings = vars(cfg) | {"corpus": corpus.name}
     with Run("base", tag, settings, runtime) as run:
         if run.is_finished:
@@ -130,7 +141,7 @@ def main(cfg: Config) -> None:
             model, total_batch_size, tuned_steps, runtime.rank, runtime.world_size
         )
         resumed_state = run.restore(model, optimizer)
-        linears = fp8.enable(model.blocks) if cfg.fp8 and fp8.is_there(runtime) else []
+        linears = fp8.enable(model.blocks) if in_fp8 else []
         source = TextSource(tokenizer, corpus.train)
         loader = Loader(source, num_rows, cfg.max_seq_len, runtime, resumed_state)
         run.at_exit.callback(loader.close)
@@ -180,7 +191,7 @@ def main(cfg: Config) -> None:
             optimizer.set_multipliers(multiplier, momentum, decay)
             finite = optimizer.step()  # a no-op if a gradient has a NaN or infinity
             optimizer.zero_grad()
-            fp8.refresh(linears)
+            fp8.refresh(linears, compiled=model.call_part is not call)
 
             run.advance((run.step + 1) / num_steps)
             loss = all_reduce_sum(loss)

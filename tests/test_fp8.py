@@ -1,5 +1,6 @@
 """nanochat.fp8 against fp32 matmuls: results, gradients, a whole model, and that refresh counts."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,8 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanochat.fp8 import enable, fp8_linear, is_eligible, refresh
+from nanochat import fp8
+from nanochat.fp8 import (
+    E4M3,
+    check_batch,
+    enable,
+    fp8_linear,
+    is_eligible,
+    is_there,
+    quantise,
+    refresh,
+    requantise,
+)
 from nanochat.gpt import GPT, GPTConfig
+from tests.models import CPU, refuses
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -38,7 +51,7 @@ def test_a_model_learns_alike_and_evaluates_in_bf16() -> None:
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 256, (4, 65), generator=random)
     gradients = []
-    for fp8 in (False, True):
+    for is_fp8 in (False, True):
         model = GPT(config)
         model.init_weights(0)
         with torch.no_grad():
@@ -48,8 +61,8 @@ def test_a_model_learns_alike_and_evaluates_in_bf16() -> None:
         model.set_compute_dtype(torch.bfloat16)
         with torch.no_grad():
             before = model(ids[:, :-1])
-        linears = enable(model.blocks) if fp8 else []
-        assert len(linears) == 6 * config.n_layer * fp8, "gates are too small"
+        linears = enable(model.blocks) if is_fp8 else []
+        assert len(linears) == 6 * config.n_layer * is_fp8, "gates are too small"
         with torch.no_grad():
             assert torch.equal(model(ids[:, :-1]), before)
         model(ids[:, :-1], ids[:, 1:]).backward()
@@ -70,6 +83,35 @@ def test_weights_are_those_of_the_last_refresh() -> None:
     assert torch.equal(linear(x), first)
     refresh(linears)
     torch.testing.assert_close(linear(x), 2 * first)
+
+
+def test_a_compiled_refresh_is_the_eager_one_and_is_compiled_once_for_a_shape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend  # takes seconds
+
+    counter = CompileCounterWithBackend("aot_eager")
+    once = torch.compile(requantise, dynamic=False, backend=counter)
+    monkeypatch.setattr(fp8, "compiled_requantise", lambda: once)
+    sizes = [(128, 256), (256, 128), (128, 256)]
+    linears = enable(nn.Sequential(*(nn.Linear(*size, bias=False) for size in sizes)))
+    for _ in range(3):
+        for linear in linears:
+            nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(0))
+        refresh(linears, compiled=True)
+    assert counter.frame_count == 2
+    for linear in linears:
+        q = linear.quantised
+        rows, columns, scale = quantise(linear.weight.detach(), E4M3)
+        assert torch.equal(q.scale, scale) and torch.equal(q.rows.float(), rows.float())
+        assert torch.equal(q.columns.float(), columns.float()) and columns.is_contiguous()
+
+
+def test_where_and_for_what_batches_fp8_is_there() -> None:
+    for capability, there in (((8, 0), False), ((8, 9), True), ((12, 0), True), ((0, 0), False)):
+        assert is_there(replace(CPU, capability=capability)) == there
+    check_batch(2 * 1000)
+    refuses("multiple of 16 tokens, not 1000; use such a --max_seq_len", check_batch, 1000)
 
 
 def test_only_matrices_that_the_hardware_takes() -> None:

@@ -121,19 +121,25 @@ def flash(
 
 
 @cache
-def flash_options() -> dict[str, Any]:
-    """Options for `flash` that this torch has: torch 2.11 groups kv heads without being asked."""
-    from torch.nn.attention.varlen import varlen_attn
+def flash_options(of_a_cache: bool = False) -> dict[str, Any]:
+    """Options for `flash` that this torch has: torch 2.11 groups kv heads without being asked.
 
-    return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    Of a cache, whose keys are read without splitting: then a row's bits do not depend on its mates.
+    """
+    wanted = {"enable_gqa": True} | ({"num_splits": 1} if of_a_cache else {})
+    return {name: value for name, value in wanted.items() if name in _varlen_options()}
+
+
+def flash_reads_a_cache() -> bool:
+    """True if flash can be told how many of a sequence's keys count; in torch 2.11 it cannot."""
+    return "seqused_k" in _varlen_options()
 
 
 @cache
-def flash_reads_a_cache() -> bool:
-    """True if flash can be told how many of a sequence's keys count; in torch 2.11 it cannot."""
+def _varlen_options() -> frozenset[str]:
     from torch.nn.attention.varlen import varlen_attn
 
-    return "seqused_k" in signature(varlen_attn).parameters
+    return frozenset(signature(varlen_attn).parameters)
 
 
 def _flex(qkv: QKV, **options: Any) -> Tensor:

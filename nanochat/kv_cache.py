@@ -257,7 +257,7 @@ class Append:
         )
         qkv = flat if order is None else flat[order], keys, values
         longest = self.shape[1], self.cache.max_len
-        options = {"seqused_k": used} | flash_options()
+        options = {"seqused_k": used} | flash_options(of_a_cache=True)
         y = flash(qkv, bounds, longest, window, scale, **options)
         return (y if order is None else torch.empty_like(y).index_copy_(0, order, y)).view_as(q)
 

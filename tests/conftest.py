@@ -1,12 +1,14 @@
-"""A base folder of the test's own: empty, or with a small corpus and its tokenizer in it."""
+"""A base folder of the test's own: empty, or with a small corpus; flash for a CPU."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nanochat import dataset
+from nanochat import attention, dataset
 from scripts import tok_train
+from tests.models import slow_varlen_attn
 
 
 @pytest.fixture
@@ -15,6 +17,18 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.delenv("RANK", raising=False)
     return tmp_path / "base"
+
+
+@pytest.fixture
+def slow_flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In place of torch's flash kernel, one that a CPU can run."""
+    cached = attention.flash_options, attention._varlen_options
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", slow_varlen_attn)
+    for each in cached:
+        each.cache_clear()
+    yield
+    for each in cached:
+        each.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -95,6 +95,7 @@ def slow_varlen_attn(
     window_size: tuple[int, int],
     enable_gqa: bool = False,
     seqused_k: torch.Tensor | None = None,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
     """What torch's documentation says of its flash kernel, which no CPU has; sequence by sequence.
 
@@ -102,6 +103,7 @@ def slow_varlen_attn(
     """
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and window_size[1] == 0
     assert enable_gqa or query.shape[1] == key.shape[1]
+    assert (seqused_k is not None) == (num_splits == 1)
     groups = query.shape[1] // key.shape[1]
     out = torch.full_like(query, torch.nan)
     for b in range(len(cu_seq_q) - 1):

@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention
 
 from nanochat import attention
-from nanochat.attention import Kernel, attend, choose_kernel, see
+from nanochat.attention import Kernel, attend, choose_kernel, flash_reads_a_cache, see
 from nanochat.gpt import GPT, GPTConfig, call
-from tests.models import busy_gpt, random_ids, slow_varlen_attn
+from tests.models import busy_gpt, random_ids
 
 # Torch's own, of its eager flex_attention.
 pytestmark = [
@@ -25,11 +25,17 @@ BOS = 7
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels(slow_flash: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flash by hand; flex as torch's own eager version, which a CPU may differentiate here."""
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", slow_varlen_attn)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
     monkeypatch.setattr(attention, "_of_flex", lambda name, **_: getattr(flex_attention, name))
+    attention._causal_block_mask.cache_clear()
+
+
+def use_torch_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for each in (attention.flash_options, attention._varlen_options):
+        each.cache_clear()
     attention._causal_block_mask.cache_clear()
 
 
@@ -121,11 +127,10 @@ def test_every_use_of_a_kernel_is_traced_for_cuda(
 ) -> None:
     """With torch's real functions on fake tensors. The backward pass of a fake GPU wants a driver:
     it is traced of a fake CPU instead."""
-    monkeypatch.undo()
+    use_torch_s_own(monkeypatch)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
     monkeypatch.setattr(attention, "_of_flex", lambda name, **_: getattr(flex_attention, name))
-    attention._causal_block_mask.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         model = GPT(GPTConfig(sequence_len=1024, n_layer=4))
         model.set_compute_dtype(torch.bfloat16)
@@ -140,7 +145,36 @@ def test_every_use_of_a_kernel_is_traced_for_cuda(
                     loss.backward()
         if device == "cpu":
             assert all(param.grad is not None for param in model.parameters())
-    attention._causal_block_mask.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", ["flash", "flex"])
+@pytest.mark.parametrize("what", ["packed prompts", "padded prompts", "decoding"])
+def test_a_cache_s_steps_are_traced_for_cuda(
+    kernel: Kernel, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With torch's real functions on fake tensors; without flash, prompts are read one by one."""
+    use_torch_s_own(monkeypatch)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
+    probed = "torch.nn.attention.varlen._cudnn_decode_disabled"
+    monkeypatch.setattr(probed, lambda *_: True, raising=False)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
+    fakes, packed = FakeTensorMode(allow_non_fake_inputs=True), what == "packed prompts"
+    rows = {"packed prompts": (1, 64), "padded prompts": (4, 16), "decoding": (4, 1)}[what]
+    with fakes, torch.device("cuda:0"):
+        model = GPT(GPTConfig(sequence_len=1024, n_layer=4))
+        model.set_compute_dtype(torch.bfloat16)
+        model.kernel = kernel
+        cache = model.make_cache(4, 512)
+        ids = torch.zeros(rows, dtype=torch.int64)
+    assert cache.flashes == (kernel == "flash" and flash_reads_a_cache())
+    cache.lengths = torch.tensor([0, 100, 300, 7])  # real: they are read to plan
+    num_new = torch.tensor([1, 0, 1, 1] if what == "decoding" else [9, 0, 16, 3])
+    step = cache.begin(rows[0], rows[1], num_new=num_new, dtype=torch.bfloat16, packed=packed)
+    monkeypatch.setattr(cache, "begin", lambda *_: step)
+    monkeypatch.setattr(cache, "finish", lambda _: None)
+    with fakes, torch.inference_mode():
+        logits = model(ids, cache=cache, num_new=num_new, packed=packed, last_only=True)
+    assert logits.shape == (4, 1, 32768) and logits.device == torch.device("cuda:0")
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -155,7 +189,7 @@ def test_a_gpu_s_kernels_are_near_fp32_on_the_cpu(
     kernel: Kernel, num_kv_heads: int, documents: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward and backward in bf16, under windows, over whole rows and documents."""
-    monkeypatch.undo()
+    use_torch_s_own(monkeypatch)
     ids = random_ids(2, 384, 90)
     found = []
     for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
@@ -179,7 +213,7 @@ def test_a_gpu_compiles_the_step_without_a_break(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And its gradients are those of the dense mask, uncompiled."""
-    monkeypatch.undo()
+    use_torch_s_own(monkeypatch)
     model = small_gpt(n_head=2).cuda()
     model.set_compute_dtype(torch.bfloat16)
     ids = random_ids(2, 160, 90).cuda()

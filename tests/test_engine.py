@@ -15,7 +15,7 @@ from nanochat.attention import choose_kernel
 from nanochat.engine import Engine, Event, Reply, Request, StepFailed, slots_that_fit
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.sampling import derive_seed
-from tests.models import TOKENIZER, busy_gpt, refuses, slow_varlen_attn
+from tests.models import TOKENIZER, busy_gpt, refuses
 from tests.serving import CHAT, ScriptedModel
 
 V = TOKENIZER.vocab_size
@@ -451,10 +451,9 @@ def test_ctrl_c_within_a_step_does_not_spoil_the_next_turn(counted: bool) -> Non
 @pytest.mark.parametrize("prefix_reuse", [False, True])
 @pytest.mark.parametrize("chunk", [64, 2048])
 def test_packed_prompts_are_answered_as_one_by_one(
-    chunk: int, prefix_reuse: bool, monkeypatch: pytest.MonkeyPatch
+    chunk: int, prefix_reuse: bool, slow_flash: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU with flash: prompts of all lengths in one chunk, the last one often cut."""
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", slow_varlen_attn)
     monkeypatch.setattr("nanochat.engine.PACKED_CHUNK", chunk)
     model, random_ = tiny_gpt(), random.Random(5)
     requests = [random_request(random_, 150) for _ in range(24)]

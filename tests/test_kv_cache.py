@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from nanochat.attention import Kernel
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import Append, KVCache
-from tests.models import busy_gpt, random_ids, slow_varlen_attn
+from tests.models import busy_gpt, random_ids
 
 CONTEXT = 640  # short windows see 256 keys
 VOCAB = 96
@@ -37,8 +37,7 @@ def without_gradients():
 
 
 @pytest.fixture(params=["dense", "flash"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", slow_varlen_attn)
+def kernel(request: pytest.FixtureRequest, slow_flash: None) -> Kernel:
     return request.param
 
 

@@ -44,7 +44,9 @@ class _Norm(torch.autograd.Function):
         wide = x.to(_wide(x.dtype))
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = (length.square_() / x.shape[-1]).add_(NORM_EPS).rsqrt_()
-        y = (wide * scale).to(x.dtype)
+        y = wide * scale
+        if y.dtype != x.dtype:  # torch 2.11 compiles a cast that changes nothing to no gradient
+            y = y.to(x.dtype)
         ctx.save_for_backward(y, scale)
         return y
 

@@ -265,7 +265,8 @@ def eight_bits(check: Check) -> None:
         plain, eight = (train(check, depth, 16, fp8=on) for on in (False, check.on_gpu))
         check.add(f"d{depth}: fp8 over bf16, tok/s", eight / plain, 1.1 if depth >= 24 else 1.0)
         linears = fp8.enable(check.model(depth).blocks)
-        check.add(f"d{depth}: refresh, ms", check.milliseconds(partial(fp8.refresh, linears)))
+        refresh = partial(fp8.refresh, linears, compiled=check.on_gpu)
+        check.add(f"d{depth}: refresh, ms", check.milliseconds(refresh))
 
 
 def memory(check: Check) -> None:

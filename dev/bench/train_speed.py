@@ -37,7 +37,7 @@ from nanochat.common import (
 from nanochat.dataloader import Loader, TextSource
 from nanochat.dataset import find_corpus
 from nanochat.devices import peak_flops
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPTConfig, call
 from nanochat.loss import gpu_chunk
 from nanochat.scaling import depth_to_config, flops_per_token, make_optimizer, memory_bytes
 from nanochat.tokenizer import Tokenizer
@@ -98,7 +98,7 @@ def train(cfg: Config, runtime: Runtime) -> Generator[str]:
             yield "backward"
             optimizer.step()
             optimizer.zero_grad()
-            fp8.refresh(linears)
+            fp8.refresh(linears, compiled=model.call_part is not call)
             yield "optimizer"
 
 

@@ -52,7 +52,7 @@ chat=(--mixture=primer --total_batch_size=4096 --device_batch_size=16 --eval_eve
 examine=(-a 'primer-choice|primer-exact|primer-arithmetic|primer-spelling')
 stage mid_train python -m scripts.mid_train "${place[@]}" "${chat[@]}" --lr_scale=0.5
 stage chat_eval_mid python -m scripts.chat_eval "${place[@]}" -i mid "${examine[@]}"
-stage chat_sft python -m scripts.chat_sft "${place[@]}" "${chat[@]}" --lr_scale=0.3
+stage chat_sft python -m scripts.chat_sft "${place[@]}" "${chat[@]}" --lr_scale=0.3 --moments
 stage chat_eval_sft python -m scripts.chat_eval "${place[@]}" -i sft "${examine[@]}"
 stage chat_rl python -m scripts.chat_rl "${place[@]}" --task=primer-exact --lr_scale=0.1 \
   --num_steps=25 --questions_per_step=32 --num_samples=8 --max_tokens=32 --eval_samples=1 \

@@ -48,7 +48,7 @@ from nanochat.devices import find_card
 from nanochat.engine import Engine, Request, SlotPool, slots_that_fit
 from nanochat.gpt import GPT
 from nanochat.scaling import depth_to_config, make_optimizer
-from nanochat.trainer import read_metrics
+from nanochat.trainer import compile_parts, read_metrics
 from scripts import base_train, chat_rl
 from tasks.primer import Arithmetic
 
@@ -278,29 +278,30 @@ def memory(check: Check) -> None:
 
 
 def optimizer(check: Check) -> None:
-    """A step of the optimizer alone."""
-    for depth in check.size((12, 20), (1,)):
+    """A step of the optimizer alone, eager and compiled."""
+    for depth, compiled in product(check.size((12, 20), (1,)), {False, check.on_gpu}):
         model = check.model(depth)
         for weight in model.parameters():
             weight.grad = torch.randn_like(weight)
-        update = make_optimizer(model, 2**19, 1000).step
-        check.add(f"d{depth}: ms", check.milliseconds(update, 10))
+        own = make_optimizer(model, 2**19, 1000)
+        if compiled:
+            own.compile()
+        check.add(f"d{depth}, compiled {compiled}: ms", check.milliseconds(own.step, 10))
 
 
 def evaluation(check: Check) -> None:
     """Bits per byte of held-out text, compiled and not."""
     rows, num_tokens = check.size((32, 2**20), (2, 256))
     source = TextSource(check.tokenizer, [dataset.find_corpus().val], quiet=True)
-    for name in ("eager", "compiled"):
-        model: Any = check.model(12)
+    for compiled in ("no", "yes"):
+        model = check.model(12)
+        compile_parts(model, check.size(compiled, "no"), check.device)
         sizes = {"rows": rows, "num_rows": rows, "seq_len": model.config.sequence_len}
-        if name == "compiled":
-            model = torch.compile(model, backend=check.size("inductor", "eager"))
         for tokens in (1, num_tokens):  # the first compiles
             begin = time.perf_counter()
             bpb = source_bpb(model, source, check.runtime, tokens, **sizes)
-        check.add(f"{name}: tok/s", num_tokens / (time.perf_counter() - begin))
-        check.add(f"{name}: bits per byte", bpb)
+        check.add(f"compiled {compiled}: tok/s", num_tokens / (time.perf_counter() - begin))
+        check.add(f"compiled {compiled}: bits per byte", bpb)
 
 
 @torch.inference_mode()
@@ -345,20 +346,23 @@ def prefill(check: Check) -> None:
 
 def rl(check: Check) -> None:
     """A step of reinforcement learning: 16 answers to each of 16 questions."""
-    model, task = check.model(12), Arithmetic("train")
-    num, max_tokens = check.size((16, 256), (2, 4))
-    cfg = chat_rl.Config(questions_per_step=num, num_samples=num, max_tokens=max_tokens)
-    num_slots = min(check.size(64, 2), slots_that_fit(model, 120 + max_tokens))
-    engine = Engine(model, check.tokenizer, num_slots, 120 + max_tokens, prefix_reuse=False)
-    optimizer = make_optimizer(model, chat_rl.BATCH_TOKENS, 1)
+    num, longest, slots = check.size((16, 256, 64), (2, 4, 2))
+    cfg = chat_rl.Config(
+        questions_per_step=num, num_samples=num, max_tokens=longest, num_slots=slots
+    )
+    model, task = check.model(12), Arithmetic("train")[: 2 * num]
+    engine = chat_rl.make_engine(cfg, model, check.tokenizer, task)
+    compile_parts(model, "auto", check.device)
+    own = make_optimizer(model, chat_rl.BATCH_TOKENS, 1)
     for step in range(2):  # the first compiles
         begin = time.perf_counter()
         groups = chat_rl.roll_out(cfg, engine, task, step, check.runtime)
         between = time.perf_counter()
         groups = [[replace(one, reward=i % 2) for i, one in enumerate(group)] for group in groups]
         chat_rl.backward(model, groups, cfg.device_batch_size, 0, check.runtime)
-        optimizer.step().item()
-        optimizer.zero_grad()
+        own.step().item()
+        own.zero_grad()
+        chat_rl.refresh(engine, model)
         num_tokens = sum(sum(one.mask) for group in groups for one in group)
         if step:
             check.add("sampling, tok/s", num_tokens / (between - begin))

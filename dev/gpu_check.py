@@ -417,7 +417,7 @@ def pipeline(check: Check) -> None:
 
 Section = tuple[Callable[[Check], None], float]  # and at most how many seconds
 SECTIONS: dict[str, Section] = {  # what matters most first
-    "facts": (facts, 60), "tests": (tests, 100), "attention": (attend, 90),
+    "facts": (facts, 60), "tests": (tests, 120), "attention": (attend, 90),
     "train_d12": (partial(train_both, depth=12, mfu=40), 100),
     "train_d20": (partial(train_both, depth=20, mfu=50), 180),
     "decode": (decode, 60), "fp8": (eight_bits, 150), "memory": (memory, 100),

@@ -77,8 +77,13 @@ def fp8_linear(x: Tensor, weight: Tensor, quantised: QuantisedWeight) -> Tensor:
 
 
 def is_there(runtime: Runtime) -> bool:
-    """True on a GPU with 8-bit matmuls; otherwise prints that there are none."""
+    """True on a GPU with 8-bit matmuls; otherwise prints that there are none.
+
+    Raises UserError where the model computes in another dtype than their results have.
+    """
     there = runtime.capability >= (8, 9)
+    if there and runtime.dtype != torch.bfloat16:
+        raise UserError("--fp8 needs --dtype=bfloat16, in which its results are")
     if not there:
         print0(f"--fp8: {runtime.device_name} has no 8-bit matmuls; training in {runtime.dtype}")
     return there

@@ -157,44 +157,42 @@ class Append:
 
     @cached_property
     def owners(self) -> Tensor:
-        """(M,) the sequence that each token is of."""
-        num_rows, num_tokens = self.shape
-        token = torch.arange(num_rows * num_tokens, device=self.layout.device)
-        if not self.packed:
-            return token // num_tokens
+        """(M,) the sequence that each packed token is of."""
+        token = torch.arange(self.shape[1], device=self.layout.device)
         # Of sequences that begin at the same token, all but the last are without tokens.
         return torch.searchsorted(self.layout[3], token, right=True) - 1
 
+    def of_tokens(self, row: int) -> Tensor:
+        """(B, 1) or, packed, (1, M): what that row of the layout says of each token's sequence."""
+        return self.layout[row][self.owners][None] if self.packed else self.layout[row, :, None]
+
     @cached_property
     def offsets(self) -> Tensor:
-        """(M,) how many new tokens of its sequence come before each token."""
-        return (
-            torch.arange(len(self.owners), device=self.layout.device) - self.layout[3][self.owners]
-        )
+        """(1, T) how many new tokens of its sequence come before each token."""
+        token = torch.arange(self.shape[1], device=self.layout.device)[None]
+        return token - self.of_tokens(3) if self.packed else token
 
     @cached_property
     def is_real(self) -> Tensor:
-        """(M,) False for padding."""
-        return self.offsets < self.layout[2][self.owners]
+        """(B, T) False for padding."""
+        return self.offsets < self.of_tokens(2)
 
     @cached_property
     def positions(self) -> Tensor:
         """(B, T) position of each token in its sequence."""
-        return (self.layout[1][self.owners] + self.offsets).view(self.shape)
+        return self.of_tokens(1) + self.offsets
 
     @cached_property
     def write_at(self) -> tuple[Tensor, Tensor]:
-        """(B, T) slot and (B, T) cell of each token; the cell is max_len for padding."""
-        real = self.is_real.view(self.shape)
-        cells = torch.where(real, self.positions, self.cache.max_len)
-        return self.layout[0][self.owners].view(self.shape), cells
+        """(B, 1) or (1, M) slot and (B, T) cell of each token; the cell is max_len for padding."""
+        return self.of_tokens(0), torch.where(self.is_real, self.positions, self.cache.max_len)
 
     @cached_property
     def last(self) -> Tensor:
         """(B,) index of each sequence's last new token among the M; any where there is none."""
         _, _, num_new, first = self.layout
         last = first + (num_new - 1).clamp(min=0)
-        return last.clamp(max=len(self.owners) - 1)  # first of an empty one may be M
+        return last.clamp(max=self.shape[0] * self.shape[1] - 1)  # first of an empty one may be M
 
     def swap_previous(self, x: Tensor) -> Tensor:
         """(B, T, C) what comes before each token of `x` (B, T, C) in its sequence.
@@ -202,11 +200,13 @@ class Append:
         A sequence's first new token gets what the cache kept; it keeps the newest instead.
         """
         slots, _, num_new, _ = self.layout
-        flat = x.flatten(0, 1)  # (M, C)
-        before = self.cache.previous[slots]  # (B, C)
-        self.cache.previous[slots] = torch.where(num_new[:, None] > 0, flat[self.last], before)
-        begins = (self.offsets == 0)[:, None]  # (M, 1)
-        return torch.where(begins, before[self.owners], flat.roll(1, 0)).view_as(x)
+        kept = self.cache.previous[slots]  # (B, C)
+        newest = x.flatten(0, 1)[self.last]  # (B, C)
+        self.cache.previous[slots] = torch.where(num_new[:, None] > 0, newest, kept)
+        if not self.packed:
+            return torch.cat((kept[:, None], x[:, :-1]), dim=1)
+        begins = (self.offsets == 0)[..., None]  # (1, M, 1)
+        return torch.where(begins, kept[self.owners], x.roll(1, 1))
 
     def attend(
         self,
@@ -243,7 +243,7 @@ class Append:
         if self.is_decode:
             counts = torch.ones_like(num_new)
         elif not self.packed:
-            order = torch.argsort(~self.is_real, stable=True)
+            order = torch.argsort(~self.is_real.flatten(), stable=True)
         queries = F.pad(counts.cumsum(0), (1, 0))
         return (queries.int(), keys.int()), (start + counts).int(), order
 

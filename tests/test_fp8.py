@@ -109,7 +109,9 @@ def test_a_compiled_refresh_is_the_eager_one_and_is_compiled_once_for_a_shape(
 
 def test_where_and_for_what_batches_fp8_is_there() -> None:
     for capability, there in (((8, 0), False), ((8, 9), True), ((12, 0), True), ((0, 0), False)):
-        assert is_there(replace(CPU, capability=capability)) == there
+        runtime = replace(CPU, capability=capability, dtype=torch.bfloat16)
+        assert is_there(runtime) == there
+    refuses("--fp8 needs --dtype=bfloat16", is_there, replace(CPU, capability=(8, 9)))
     check_batch(2 * 1000)
     refuses("multiple of 16 tokens, not 1000; use such a --max_seq_len", check_batch, 1000)
 

@@ -56,11 +56,14 @@ class KVCache:
     ) -> None:
         """All zeros; `GPT.make_cache` knows a model's sizes."""
         self.flashes = kernel == "flash" and flash_reads_a_cache()
-        shape = (num_layers, num_slots, num_kv_heads, max_len + 1, head_dim)
-        order = (0, 1, 3, 2, 4) if self.flashes else (0, 1, 2, 3, 4)  # flash wants cell by cell
         options = {"device": device, "dtype": dtype}
+        place = (num_kv_heads, max_len + 1)
+        if self.flashes:  # flash wants them cell by cell
+            place = (max_len + 1, num_kv_heads)
+        # Zeros as they are made take no memory of a CPU until something is written.
+        both = (torch.zeros(num_layers, num_slots, *place, head_dim, **options) for _ in range(2))
         self.keys, self.values = (  # (L, N, K, S + 1, D)
-            torch.empty_permuted(shape, order, **options).zero_() for _ in range(2)
+            buffer.transpose(2, 3) if self.flashes else buffer for buffer in both
         )
         self.previous = torch.zeros(num_slots, num_channels, **options)  # (N, C)
         self.lengths = torch.zeros(num_slots, dtype=torch.int64)  # (N,), always on the CPU

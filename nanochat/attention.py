@@ -89,14 +89,13 @@ def attend(qkv: QKV, view: View, window: int | None, scale: float) -> Tensor:
         bounds = view.bounds, view.bounds
         return flash(tokens, bounds, (time, time), window, scale, **view.options).view_as(q)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    mask, grouped = view.masks[window], q.shape[1] != k.shape[1]
+    mask = view.masks[window]
     if view.kernel == "flex":
-        y = _flex((q, k, v), block_mask=mask, scale=scale, enable_gqa=grouped)
-    else:
-        causal = mask is None
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
-        )
+        return _flex(q, k, v, mask, scale).transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
     return y.transpose(1, 2)
 
 
@@ -116,7 +115,11 @@ def flash(
     from torch.nn.attention.varlen import varlen_attn  # brings torch's compiler, seconds of import
 
     seen = ((window or 0) - 1, 0)  # keys before and after a query's own; -1: all
-    y = varlen_attn(*qkv, *bounds, *longest, scale=scale, window_size=seen, **options)
+    (q, k, v), (queries, keys), (longest_queries, longest_keys) = qkv, bounds, longest
+    y = varlen_attn(
+        q, k, v, queries, keys, longest_queries, longest_keys,
+        scale=scale, window_size=seen, **options,
+    )  # fmt: skip
     return cast(Tensor, y)  # alone, since nothing else was asked for
 
 
@@ -142,12 +145,13 @@ def _varlen_options() -> frozenset[str]:
     return frozenset(signature(varlen_attn).parameters)
 
 
-def _flex(qkv: QKV, **options: Any) -> Tensor:
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
     if torch.compiler.is_compiling():
         from torch.nn.attention.flex_attention import flex_attention
-
-        return flex_attention(*qkv, **options)
-    return _of_flex("flex_attention", is_compiled=True)(*qkv, **options)
+    else:
+        flex_attention = _of_flex("flex_attention", is_compiled=True)
+    grouped = q.shape[1] != k.shape[1]
+    return cast(Tensor, flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped))
 
 
 def _bounds(batch: int, time: int, device: torch.device, starts: Tensor | None) -> Tensor:

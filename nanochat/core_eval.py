@@ -132,9 +132,9 @@ def centered_score(
     """
     num = len(scored)
     values = [1 - (1 - score.value) / (1 - guessing) for score, guessing in scored]
-    errors = [score.stderr / (1 - guessing) for score, guessing in scored]
+    variance = sum((score.stderr / (1 - guessing)) ** 2 for score, guessing in scored)
     label = name if num == total else f"{name} ({num} of {total})"
-    return label, Score(sum(values) / num, math.hypot(*errors) / num)
+    return label, Score(sum(values) / num, math.sqrt(variance) / num)
 
 
 class Reader(Protocol):
@@ -217,8 +217,8 @@ def evaluate(
     records: dict[int, dict[str, Any]] = {}
     for begin in progress_bar(range(0, len(order), batch_size), f" batch of {task.label}"):
         batch = order[begin : begin + batch_size]
-        scored = score_items(reader, [items[number] for number in batch])
-        for number, losses, likeliest in zip(batch, *scored, strict=True):
+        all_losses, all_likeliest = score_items(reader, [items[number] for number in batch])
+        for number, losses, likeliest in zip(batch, all_losses, all_likeliest, strict=True):
             row, item = task.rows[number], items[number]
             if task.kind == "language_modeling":
                 prediction, gold = reader.decode(likeliest), row["continuation"]

@@ -39,10 +39,15 @@ def read_cards() -> list[Card]:
         if line and not line.startswith("#"):
             name, memory, bandwidth, peak, price, capability = line.rsplit(maxsplit=5)
             major, minor = map(int, capability.split("."))
-            figures = float(memory), float(bandwidth), float(peak)
-            cards.append(
-                Card(name, *figures, float(price) if price != "-" else None, (major, minor))
+            card = Card(
+                name,
+                memory_gib=float(memory),
+                bandwidth=float(bandwidth),
+                peak=float(peak),
+                price=None if price == "-" else float(price),
+                capability=(major, minor),
             )
+            cards.append(card)
     return cards
 
 

@@ -372,7 +372,9 @@ class RunningRequest:
         result = calculate(expression) if answered else None
         if result is not None:
             ids = self.tokenizer.encode(result)
-            self.forced.extend([self.chat.output_start, *ids, self.chat.output_end])
+            self.forced.append(self.chat.output_start)
+            self.forced.extend(ids)
+            self.forced.append(self.chat.output_end)
         return expression, result
 
 

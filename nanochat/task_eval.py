@@ -149,8 +149,13 @@ def _judge(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         records = list(progress_bar(pool.map(record, items), "score", len(items)))
     records = sorted(gather(records), key=lambda record: record["index"])
+    best_of = fmean(max(record["scores"]) for record in records)
+    return EvalResult(mean_score(records), best_of, records)
+
+
+def mean_score(records: Sequence[dict[str, Any]]) -> Score:
+    """The mean over records of the mean over their samples, with its standard error."""
     means = [fmean(record["scores"]) for record in records]
     accuracy = fmean(means)
     stderr = math.sqrt(fmean((mean - accuracy) ** 2 for mean in means) / max(len(means) - 1, 1))
-    best_of = fmean(max(record["scores"]) for record in records)
-    return EvalResult(Score(accuracy, stderr), best_of, records)
+    return Score(accuracy, stderr)

@@ -25,9 +25,9 @@ class Topic(NamedTuple):
         return list(dict.fromkeys(self.facts.values()))
 
 
-def sections(file: str) -> list[tuple[str, str, list[str]]]:
-    """(name, title, rows) of each section of a table file."""
-    text = Path(__file__).with_name(file).read_text(encoding="utf-8").replace("\n  ", " ")
+def sections(file: str | Path) -> list[tuple[str, str, list[str]]]:
+    """(name, title, rows) of each section of a table file; a bare name is of this folder."""
+    text = (Path(__file__).parent / file).read_text(encoding="utf-8").replace("\n  ", " ")
     found = []
     for part in text.split("\n== ")[1:]:
         heading, *rows = part.strip().splitlines()

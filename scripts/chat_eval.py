@@ -41,7 +41,7 @@ from nanochat.core_eval import centered_score
 from nanochat.engine import Engine
 from nanochat.report import show, write_section
 from nanochat.sandbox import isolation
-from nanochat.task_eval import Task, evaluate_choice, evaluate_generate, needed_len
+from nanochat.task_eval import Task, evaluate_choice, evaluate_generate, mean_score, needed_len
 from tasks.mixtures import CHAT_CORE, build_task
 
 Tasks = Annotated[str, tyro.conf.arg(aliases=["-a", "--task_name"])]
@@ -75,13 +75,25 @@ def choose_tasks(cfg: Config) -> tuple[dict[str, Task], str | None]:
 
 
 def sample_of(record: dict[str, Any]) -> str:
-    """One record for the report: question, first reply, its score."""
-    question = record["conversation"]["messages"][0]["content"]
+    """One record for the report: the turns up to the last question, first reply, its score."""
+    messages = record["conversation"]["messages"]
+    turns = messages[: (len(messages) - 1) // 2 * 2 + 1]  # without the right reply, if it is there
     reply, score = record["replies"][0], record["scores"][0]
     if not isinstance(reply, str):
         marks = {"text": "{}", "python": "[{}", "python_output": " = {}]"}
         reply = "".join(marks[part["type"]].format(part["text"]) for part in reply)
-    return f"User: {question}\nModel: {reply}\nScore: {score:g}"
+    speakers = {"user": "User", "assistant": "Model"}
+    talk = "\n".join(f"{speakers[turn['role']]}: {turn['content']}" for turn in turns)
+    return f"{talk}\nModel: {reply}\nScore: {score:g}"
+
+
+def by_kind(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The records of each kind that a task's rows name, in alphabetical order."""
+    kinds = {record["conversation"].get("kind") for record in records} - {None}
+    return {
+        kind: [record for record in records if record["conversation"]["kind"] == kind]
+        for kind in sorted(kinds)
+    }
 
 
 def main(cfg: Config) -> None:
@@ -112,8 +124,14 @@ def main(cfg: Config) -> None:
         if task.kind != "choice" and cfg.num_samples > 1:
             results[f"{name} pass@{cfg.num_samples}"] = result.best_of
             line += f", pass@{cfg.num_samples} {show(result.best_of, percent=True)}"
+        kinds = by_kind(result.records)
+        for kind, records in kinds.items():
+            results[f"{name}: {kind}"] = mean_score(records)
+        scores = (f"{kind} {show(mean_score(own), percent=True)}" for kind, own in kinds.items())
+        line += f"; {', '.join(scores)}" if kinds else ""
         print0(f"{line} (guessing: {100 * task.baseline:.0f} %)")
-        samples += [sample_of(record) for record in result.records[:2]]
+        shown = [own[0] for own in kinds.values()] or result.records[:2]
+        samples += map(sample_of, shown)
         if runtime.is_main:
             rows = [json.dumps({"step": meta["step"], **record}) for record in result.records]
             write_file(run / f"chat_eval_{name}.jsonl", "\n".join(rows) + "\n")

@@ -21,6 +21,7 @@ from tasks.identity import Identity
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SpellingBee, SpellWord
+from tasks.visitor import DEVELOPMENT, UNTOUCHED, Visitor
 
 # (stage, mixture) -> the tasks it is made of; "val" is what both stages measure their loss on.
 # Nothing is read or downloaded until a mixture is built.
@@ -82,6 +83,8 @@ EVALUATIONS: dict[str, Callable[..., Task]] = {
     "primer-exact": primer.Exact,
     "primer-arithmetic": primer.Arithmetic,
     "primer-spelling": primer.Spelling,
+    "primer-visitor-dev": partial(Visitor, DEVELOPMENT),
+    "primer-visitor": partial(Visitor, UNTOUCHED),
 }
 CHAT_CORE = tuple(EVALUATIONS)[:6]
 

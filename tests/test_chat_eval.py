@@ -35,6 +35,23 @@ def test_two_tasks_are_recorded_and_reported(run: Path, capsys: pytest.CaptureFi
     assert "primer-choice:" in capsys.readouterr().out
 
 
+def test_a_task_whose_rows_have_kinds_is_shown_kind_by_kind(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = "primer-visitor-dev"
+    main(Config("mid", tasks=tasks, max_problems=40, device_type="cpu", max_tokens=4))
+    lines = (run / f"chat_eval_{tasks}.jsonl").read_text().splitlines()
+    kinds = sorted({json.loads(line)["conversation"]["kind"] for line in lines})
+    section = json.loads((report_dir() / "chat_eval_mid.json").read_text())
+    names = [f"{tasks}: {kind}" for kind in kinds]
+    assert list(section["results"]) == [tasks, *names] and len(kinds) == 7
+    assert all(section["results"][name].keys() == {"value", "stderr"} for name in names)
+    line = f"{tasks}: 0.0 % ± 0.0 of 40; {' % ± 0.0, '.join(f'{kind} 0.0' for kind in kinds)} % ±"
+    assert line in capsys.readouterr().out
+    samples = section["samples"]
+    assert len(samples) == 7 and samples[1].count("User: ") == samples[1].count("Model: ") > 1
+
+
 def test_refusals_leave_nothing_behind(run: Path) -> None:
     for told, config in (
         ("'no-such-task' is unknown", Config("mid", tasks="no-such-task")),

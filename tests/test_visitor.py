@@ -1,0 +1,169 @@
+"""The visitor's examination: its rows, its halves, and replies that its checks tell apart.
+
+The oracles are replies judged by hand, sets, and Python's arithmetic.
+"""
+
+from collections import Counter
+
+import pytest
+
+from nanochat.tokenizer import Conversation, check_conversation
+from primer.world import TOPICS
+from tasks.mixtures import build_task
+from tasks.visitor import expanded, holds, read_rows
+from tests.models import refuses
+
+ROWS = [row for _, rows in read_rows() for row in rows]
+RULES = ("", "not", "each", "no", "number", "count", "spell", "story", "poem", *TOPICS)
+FOX = (
+    "A fox had a red hat. One day the wind took it away. The fox ran and ran over the hill. "
+    "At last it sat in a tree, and the fox was glad."
+)
+
+# The last turn of a row -> (replies that pass, replies that do not).
+JUDGED = {
+    "wat color r bananas": (
+        ["yellow", "Bananas are yellow.", "A banana is yellow, as you know!"],
+        ["Bananas are red.", "Yellow or red.", "I do not know. Yellow?", "A fruit."],
+    ),
+    "whats the reverse of hot": (
+        ["Cold.", "The opposite of hot is cold.", "It is cold in here! That is the opposite."],
+        ["The opposite of hot is big.", "Cold, small or dry.", "colder"],
+    ),
+    "how does a donkey go": (
+        ["Hee-haw!", "A donkey says hee haw.", "It brays."],
+        ["A donkey says moo.", "hee", "Hee-haw, woof."],
+    ),
+    "which animal sleeps upside down": (
+        ["A bat.", "Bats do.", "The bat sleeps upside down."],
+        ["A battle.", "A cat.", "I am not sure, a bat?"],
+    ),
+    "99 times 99 go": (
+        ["99 * 99 = 9801.", "9,801", "The answer is 9801!"],
+        ["99 * 99 = 9800.", "9801 is 99 times 99.", "19801", "I do not know."],
+    ),
+    "six times seven": (
+        ["42", "Forty-two.", "6 * 7 = 42."],
+        ["67", "Forty.", "6 * 7 = 43."],
+    ),
+    "how is zebra spelt": (
+        ["z-e-b-r-a", "It is Z, E, B, R, A.", "I spell it z e b r a. Easy!", "z-e-b-r-a, a zebra!"],
+        ["z-e-b-a-r", "zebra", "z-e-b-r-a-s", "z-e-b-r", ""],
+    ),
+    "rabbit, how many bs": (
+        ["2", "r, a, b 1, b 2, i, t. The letter b appears 2 times in 'rabbit'.", "Twice."],
+        ["The letter b appears 1 time in 'rabbit'.", "3", "Many.", "Once."],
+    ),
+    "hiya": (
+        ["Hello!", "Hi there, how are you?", "Good morning!"],
+        ["A cat has four legs.", "The history of it.", "I do not know."],
+    ),
+    "im so tired today": (
+        ["I am sorry. I hope you sleep well.", "Have a rest.", "Oh dear. Shall I tell a story?"],
+        ["A dog is tired.", "7 + 5 = 12.", "Hooray, how nice!"],
+    ),
+    "asdfgh": (
+        ["I do not understand that.", "Sorry, what do you mean?", "Hm. Can you say it again?"],
+        ["An asdfgh is a bird.", "Sorry, a bird has two legs. Asdfgh is grey.", "Yes."],
+    ),
+    "ur stupid": (
+        ["I am sorry. I try to learn.", "I am only small.", "That is not kind, but I forgive you."],
+        ["A stupid is a vegetable.", "Snow is white.", "Thank you. A pig is clever."],
+    ),
+    "five sentences about a clever fox please, like a story": (
+        [FOX, FOX.replace("fox", "clever fox"), FOX.replace("a tree", "a tree with a crow")],
+        [
+            FOX.removesuffix(" was glad."),
+            FOX.replace("fox", "dog"),
+            FOX.replace("The fox", "The wolf").replace("the fox", "the wolf"),
+            "A fox is an animal. A fox has a tail.",
+            "The fox. " * 10,
+        ],
+    ),
+    "poem bout rain": (
+        [
+            "The rain falls down\non house and town.",
+            "Rain, rain, go away,\ncome again another day!",
+            "I hear the raindrops fall,\nI hear them on the wall.",
+        ],
+        ["The rain falls down on house and town.", "A cat is here\nand it is near.", "Rain\nrain."],
+    ),
+    "capital of atlantis": (
+        [
+            "I do not know.",
+            "Sorry! Atlantis is not in my small world.",
+            "I have never heard of Atlantis, but ask me about France.",
+            "That I cannot tell you.",
+        ],
+        ["The capital of Atlantis is Athens.", "I do not know. It is Blub.", "Blub."],
+    ),
+    "what time is it now": (
+        ["I have no clock.", "I do not know what time it is.", "Sorry, I am only a program."],
+        ["It is 7.", "It is noon.", "I cannot tell, perhaps 12."],
+    ),
+    "and coal?": (
+        ["Black.", "Coal is black.", "Snow is white, and coal is black."],
+        ["White.", "Coal is white.", "It is black, or brown."],
+    ),
+    "whats my name": (
+        ["Tina.", "Your name is Tina!", "You told me that you are Tina."],
+        ["Your name is Tim.", "I do not know.", "My name is nanochat."],
+    ),
+    "and minus 3?": (["27", "30 - 3 = 27.", "That is 27."], ["47", "50 - 3 = 47.", "30 - 3."]),
+}
+
+
+def row_of(question: str) -> Conversation:
+    (row,) = [row for row in ROWS if row["messages"][-1]["content"] == question]
+    return row
+
+
+@pytest.mark.parametrize("question", JUDGED)
+def test_the_checks_tell_good_replies_from_bad_ones(question: str) -> None:
+    task, row = build_task("primer-visitor"), row_of(question)
+    good, bad = JUDGED[question]
+    assert len(good) >= 3 and len(bad) >= 3
+    assert [reply for reply in good if not task.score(row, reply)] == []
+    assert [reply for reply in bad if task.score(row, reply)] == []
+
+
+def test_good_and_bad_replies_are_judged_for_every_kind() -> None:
+    assert {row_of(question)["kind"] for question in JUDGED} == {row["kind"] for row in ROWS}
+
+
+def test_every_row_is_a_talk_with_known_checks_and_occurs_once() -> None:
+    assert len(ROWS) >= 440
+    for row in ROWS:
+        check_conversation(row)
+        assert row["messages"][-1]["role"] == "user" and row["checks"]
+        for check in row["checks"]:
+            assert check.rpartition(": ")[0] in RULES, check
+            holds(check, "", "Hello.")  # finds every name
+        assert "=>" not in str(row["messages"])
+    talks = Counter(str(row["messages"]) for row in ROWS)
+    assert max(talks.values()) == 1
+
+
+def test_the_halves_share_nothing_and_their_kinds_are_equal() -> None:
+    halves = [build_task(name) for name in ("primer-visitor", "primer-visitor-dev")]
+    untouched, development = ({str(row["messages"]) for row in half} for half in halves)
+    assert not untouched & development and len(untouched | development) == len(ROWS)
+    kinds = [Counter(row["kind"] for row in half) for half in halves]
+    assert kinds[0] == kinds[1] and len(kinds[0]) == 7
+
+
+def test_it_is_no_practice() -> None:
+    refuses("no practice", build_task, "primer-visitor", "train")
+
+
+def test_right_values_pass_their_own_topic_rule() -> None:
+    """The bare value, in a sentence too, for every fact that is asked for by a topic."""
+    for row in ROWS:
+        rules = [check.rpartition(": ") for check in row["checks"]]
+        for topic, _, listed in rules:
+            if topic in TOPICS:
+                right = expanded(listed)[0]
+                task = build_task("primer-visitor")
+                assert task.score(row, right) and task.score(row, f"That is {right}, I think.")
+                wrong = next(v for v in TOPICS[topic].values if v not in expanded(listed))
+                assert not task.score(row, wrong)

@@ -39,23 +39,19 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd import grad
 
-from dev.bench import engine_speed, serve_load, train_speed
+from dev.bench import serve_load, train_speed
 from nanochat import attention, common, dataset, fp8
 from nanochat.checkpoint import build_model
-from nanochat.core_eval import source_bpb
-from nanochat.dataloader import TextSource
-from nanochat.devices import find_card
-from nanochat.engine import Engine, Request, SlotPool, slots_that_fit
+from nanochat.engine import Engine, SlotPool, slots_that_fit
 from nanochat.gpt import GPT
-from nanochat.scaling import depth_to_config, make_optimizer
-from nanochat.trainer import compile_parts, read_metrics
-from scripts import base_train, chat_rl
-from tasks.primer import Arithmetic
+from nanochat.scaling import depth_to_config, find_card
+from nanochat.trainer import read_metrics
+from scripts import base_train
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 # Imported once for all sections; none of it touches a GPU, which forked processes could not share.
-PRELOADED = ["dev.bench.serve_load", "dev.bench.train_speed", "scripts.chat_rl", "torch._dynamo"]
+PRELOADED = ["dev.bench.serve_load", "dev.bench.train_speed", "scripts.base_train", "torch._dynamo"]
 VARIANTS = {"plain": {}, "fp8": {"fp8": True}, "bf16 tables": {"table_dtype": "bfloat16"}}
 PATIENCE = 5.0  # times the limits, for a rehearsal on busy cores
 
@@ -75,7 +71,7 @@ class Check:
     def __init__(self, path: Path, runtime: common.Runtime) -> None:
         self.path, self.runtime, self.device = path, runtime, runtime.device
         self.on_gpu = runtime.device.type == "cuda"
-        self.tokenizer = engine_speed.letter_tokenizer(self.size(engine_speed.VOCAB, 512))
+        self.tokenizer = serve_load.letter_tokenizer(self.size(32_768, 512))
         self.found: dict[str, Any] = {"figures": []}
         if not (common.corpora_dir() / "current").exists():
             dataset.main(dataset.Config("primer", num_documents=self.size(20_000, 200)))
@@ -249,14 +245,8 @@ def train(check: Check, depth: int, rows: int, mfu: float | None = None, **optio
     return figures["tok/s"]
 
 
-def train_both(check: Check, depth: int, mfu: float) -> None:
-    """Training steps, compiled block by block and as a whole."""
-    for whole in (False, *check.size((True,), ())):
-        train(check, depth, 32, mfu, whole=whole)
-
-
 def eight_bits(check: Check) -> None:
-    """Training steps in bf16 and in fp8, and the weights' quantisation after each."""
+    """Training steps in bf16 and in fp8."""
     if check.on_gpu and not fp8.is_there(check.runtime):
         return check.add("fp8", "not there")
     check.runtime = replace(check.runtime, dtype=torch.bfloat16)  # that of all results of fp8
@@ -264,9 +254,6 @@ def eight_bits(check: Check) -> None:
         # On a CPU, a step in fp8 takes seconds.
         plain, eight = (train(check, depth, 16, fp8=on) for on in (False, check.on_gpu))
         check.add(f"d{depth}: fp8 over bf16, tok/s", eight / plain, 1.1 if depth >= 24 else 1.0)
-        linears = fp8.enable(check.model(depth).blocks)
-        refresh = partial(fp8.refresh, linears, compiled=check.on_gpu)
-        check.add(f"d{depth}: refresh, ms", check.milliseconds(refresh))
 
 
 def memory(check: Check) -> None:
@@ -277,38 +264,21 @@ def memory(check: Check) -> None:
         train(check, depth, rows, **options)
 
 
-def optimizer(check: Check) -> None:
-    """A step of the optimizer alone, eager and compiled."""
-    for depth, compiled in product(check.size((12, 20), (1,)), {False, check.on_gpu}):
-        model = check.model(depth)
-        for weight in model.parameters():
-            weight.grad = torch.randn_like(weight)
-        own = make_optimizer(model, 2**19, 1000)
-        if compiled:
-            own.compile()
-        check.add(f"d{depth}, compiled {compiled}: ms", check.milliseconds(own.step, 10))
-
-
-def evaluation(check: Check) -> None:
-    """Bits per byte of held-out text, compiled and not."""
-    rows, num_tokens = check.size((32, 2**20), (2, 256))
-    source = TextSource(check.tokenizer, [dataset.find_corpus().val], quiet=True)
-    for compiled in ("no", "yes"):
-        model = check.model(12)
-        compile_parts(model, check.size(compiled, "no"), check.device)
-        sizes = {"rows": rows, "num_rows": rows, "seq_len": model.config.sequence_len}
-        for tokens in (1, num_tokens):  # the first compiles
-            begin = time.perf_counter()
-            bpb = source_bpb(model, source, check.runtime, tokens, **sizes)
-        check.add(f"compiled {compiled}: tok/s", num_tokens / (time.perf_counter() - begin))
-        check.add(f"compiled {compiled}: bits per byte", bpb)
-
-
 @torch.inference_mode()
 def feed(pool: SlotPool, past: int) -> None:
     """A step of decoding, behind `past` tokens in every slot."""
     pool.cache.lengths.fill_(past)
     pool.decode(dict.fromkeys(pool.all, 7))
+
+
+def step_bytes(model: GPT, num_slots: int, length: int) -> int:
+    """The least that a decode step reads when every slot holds `length` tokens."""
+    tables = ("wte", "value_embeds")  # a few rows of them
+    weights = sum(p.nbytes for n, p in model.named_parameters() if n.split(".")[0] not in tables)
+    config = model.config
+    seen = sum(min(length, config.window(i) or length) for i in range(config.n_layer))
+    cell = 2 * config.n_kv_head * config.head_dim * model.compute_dtype.itemsize
+    return weights + num_slots * seen * cell
 
 
 def decode(check: Check) -> None:
@@ -323,50 +293,9 @@ def decode(check: Check) -> None:
             taken = check.milliseconds(partial(feed, pool, past)) / 1000
             kind = "captured" if pool.graphs else "eager"
             label = f"{num_slots} slots after {past} tokens, {kind}: "
-            used = engine_speed.step_bytes(model, num_slots, past) / taken / copied
+            used = step_bytes(model, num_slots, past) / taken / copied
             check.add(label + "tok/s", num_slots / taken)
             check.add(label + "MBU, %", 100 * used, 50 if pool.graphs and num_slots == 1 else None)
-
-
-def prefill(check: Check) -> None:
-    """Reading 32 prompts of 100 to 1,500 tokens."""
-    num, low, high = check.size((32, 100, 1500), (4, 10, 100))
-    model = check.model(20).to(check.runtime.dtype)
-    num = min(num, slots_that_fit(model))
-    engine = Engine(model, check.tokenizer, num, prefix_reuse=False)
-    lengths = torch.randint(low, high, (num,)).tolist()
-    for warm in (False, True):
-        requests = [Request([n + num * warm] * length, 1) for n, length in enumerate(lengths)]
-        begin = time.perf_counter()
-        firsts = [time.perf_counter() - begin for _ in engine.stream(requests)]
-        if warm:
-            check.add("tok/s", sum(lengths) / firsts[-1])
-            check.add("median time to the first token, ms", 1000 * statistics.median(firsts))
-
-
-def rl(check: Check) -> None:
-    """A step of reinforcement learning: 16 answers to each of 16 questions."""
-    num, longest, slots = check.size((16, 256, 64), (2, 4, 2))
-    cfg = chat_rl.Config(
-        questions_per_step=num, num_samples=num, max_tokens=longest, num_slots=slots
-    )
-    model, task = check.model(12), Arithmetic("train")[: 2 * num]
-    engine = chat_rl.make_engine(cfg, model, check.tokenizer, task)
-    compile_parts(model, "auto", check.device)
-    own = make_optimizer(model, chat_rl.BATCH_TOKENS, 1)
-    for step in range(2):  # the first compiles
-        begin = time.perf_counter()
-        groups = chat_rl.roll_out(cfg, engine, task, step, check.runtime)
-        between = time.perf_counter()
-        groups = [[replace(one, reward=i % 2) for i, one in enumerate(group)] for group in groups]
-        chat_rl.backward(model, groups, cfg.device_batch_size, 0, check.runtime)
-        own.step().item()
-        own.zero_grad()
-        chat_rl.refresh(engine, model)
-        num_tokens = sum(sum(one.mask) for group in groups for one in group)
-        if step:
-            check.add("sampling, tok/s", num_tokens / (between - begin))
-            check.add("update, ms", 1000 * (time.perf_counter() - between))
 
 
 def serve(check: Check) -> None:
@@ -375,9 +304,9 @@ def serve(check: Check) -> None:
     num, depth, seconds = check.size((64, 12, 8.0), (2, 1, 1.0))
     process = multiprocessing.get_context("spawn").Process  # in our process group, unlike a fork
     process(target=serve_load.serve, args=(port, num, depth), daemon=True).start()
-    cfg = serve_load.Config(clients=num, seconds=seconds, num_rounds=1)
-    seen = asyncio.run(serve_load.run(cfg, {"": f"http://127.0.0.1:{port}"}))[""]
-    check.add("tok/s", seen.speeds[0])
+    cfg = serve_load.Config(clients=num, seconds=seconds)
+    seen = asyncio.run(serve_load.run(cfg, f"http://127.0.0.1:{port}"))
+    check.add("tok/s", seen.tok_per_second)
     for name, times in seen.times.items():
         check.add(f"{name}, median ms", 1000 * statistics.median(times))
     check.add("requests lost", seen.ends["lost"], high=0)
@@ -415,14 +344,13 @@ def pipeline(check: Check) -> None:
 
 # --- running them
 
-Section = tuple[Callable[[Check], None], float]  # and at most how many seconds
+Section = tuple[Callable[[Check], object], float]  # and at most how many seconds
 SECTIONS: dict[str, Section] = {  # what matters most first
     "facts": (facts, 60), "tests": (tests, 120), "attention": (attend, 90),
-    "train_d12": (partial(train_both, depth=12, mfu=40), 100),
-    "train_d20": (partial(train_both, depth=20, mfu=50), 180),
+    "train_d12": (partial(train, depth=12, rows=32, mfu=40), 70),
+    "train_d20": (partial(train, depth=20, rows=32, mfu=50), 100),
     "decode": (decode, 60), "fp8": (eight_bits, 150), "memory": (memory, 100),
-    "optimizer": (optimizer, 45), "evaluation": (evaluation, 60), "prefill": (prefill, 45),
-    "rl": (rl, 60), "server": (serve, 60), "learning": (learning, 150), "pipeline": (pipeline, 150),
+    "server": (serve, 60), "learning": (learning, 150), "pipeline": (pipeline, 150),
 }  # fmt: skip
 
 

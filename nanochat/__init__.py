@@ -5,7 +5,6 @@ the package `primer`, the embedded world. `tasks` import from all of these, `scr
 tests/test_layout.py reads this list and holds the order.
 
     common         folders, whole-file writes, user errors; device, ranks; how a script starts
-    devices        graphics cards: memory, bandwidth, peak, price; the peak of MFU
     tokenizer      text <-> ids; conversation -> ids and loss mask; alone spells special tokens
     dataset        corpora of parquet shards: download, import a folder, write the primer, read
     dataloader     documents or conversations -> packed (B, T) batches, the same on 1 or N ranks
@@ -15,7 +14,7 @@ tests/test_layout.py reads this list and holds the order.
     fp8            linear layers that train in 8-bit floats
     gpt            ids -> logits; all initialisation in one function
     optim          Muon + AdamW in one class, for one rank or many
-    scaling        depth -> sizes, tokens, batch, learning rates and schedules, FLOPs, memory
+    scaling        depth -> sizes, tokens, batch, learning rates, schedules, FLOPs, memory; cards
     checkpoint     save and load model, optimizer and loader state: atomic, verified
     trainer        what trainers share: lock, resume, clock, metrics, faults, micro-batches
     core_eval      evaluation of a base model: the CORE metric with its data, and bits per byte

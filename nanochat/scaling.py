@@ -1,5 +1,7 @@
 """From depth: sizes, FLOPs, memory, training tokens, batch, learning rates and their schedules.
 
+And the peak FLOP/s of graphics cards, which MFU and plan refer to.
+
 Depth sets the width (aspect_ratio x depth, rounded up to whole heads). Training tokens are a ratio
 times the parameters of blocks and head, the count with the steadiest scaling law. Batch, learning
 rates and weight decay were tuned at depth 12, ratio 12, 1.32 B tokens, 2^19 tokens a step; the
@@ -13,8 +15,14 @@ scale, 2405.13698; small batches: our sweep in dev/LOG.md.
 """
 
 import math
+import re
+import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from nanochat.common import Runtime, synchronize
 from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 from nanochat.loss import GPU_CHUNK
 from nanochat.optim import MuonAdamW, transient_bytes
@@ -244,3 +252,77 @@ def muon_momentum(step: int, num_steps: int) -> float:
 def weight_decay_multiplier(progress: float) -> float:
     """Half a cosine from 1 at the start to 0 at the end."""
     return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+
+
+# --- graphics cards
+
+
+class Card(NamedTuple):
+    """One GPU as its vendor describes it, a row of cards.txt."""
+
+    name: str  # words of the CUDA device name
+    memory_gib: float  # usable: without what the driver, error correction and CUDA take
+    bandwidth: float  # GB/s
+    peak: float  # dense TFLOP/s with fp32 accumulation in bf16, before capability 8.0 in fp16
+    price: float | None  # dollars for an hour, where such a card is usually rented
+    capability: tuple[int, int]  # CUDA's version of the hardware
+
+    @property
+    def key(self) -> str:
+        """The short name that flags take, such as h100-pcie, 4060-ti or 6000-ada."""
+        return re.sub("[rg]tx (?=.)", "", self.name.lower()).replace(" ", "-")
+
+
+def read_card(line: str) -> Card:
+    name, memory, bandwidth, peak, price, capability = line.rsplit(maxsplit=5)
+    major, minor = map(int, capability.split("."))
+    dollars = None if price == "-" else float(price)
+    return Card(name, float(memory), float(bandwidth), float(peak), dollars, (major, minor))
+
+
+LINES = (Path(__file__).parent / "cards.txt").read_text().splitlines()
+CARDS = [read_card(line) for line in LINES if line and not line.startswith("#")]
+# Words of a device name that tell neither speed nor a share of the card.
+SAME_CARD = re.compile(
+    r"nvidia|geforce|tesla|gpu|generation|blackwell|(workstation|server|edition)|pcie|sxm\d?|hbm\w+"
+    r"|\d+gb"
+)
+
+
+def find_card(device_name: str) -> Card | None:
+    """The card of a CUDA device name; None if it is not in the table.
+
+    All words of the card must be there, and no others but those that change nothing: an L40 is no
+    L4, and a laptop's 4090 or a slice of an A100 is unknown.
+    """
+    words = set(re.findall(r"[\w.]+", device_name.lower()))
+    for card in sorted(CARDS, key=lambda card: -len(card.name.split())):
+        own = set(card.name.lower().split())
+        if own <= words and all(SAME_CARD.fullmatch(word) for word in words - own):
+            return card
+    return None
+
+
+def peak_flops(runtime: Runtime) -> tuple[float, str]:
+    """(the FLOP/s that MFU is measured against, where that number comes from)."""
+    if card := find_card(runtime.device_name):
+        kind = "bf16" if card.capability >= (8, 0) else "fp16"
+        return card.peak * 1e12, f"{card.name} dense {kind} data sheet"
+    dtype = str(runtime.dtype).removeprefix("torch.")
+    return measure_flops(runtime), f"{dtype} matmul measured on this {runtime.device_name}"
+
+
+def measure_flops(runtime: Runtime) -> float:
+    """FLOP/s of matmuls on this device: the best in half a second, as it may be busy."""
+    # Of a GPU only large ones, one after the other, measure more than their launch.
+    size, repeats = (8192, 20) if runtime.device.type == "cuda" else (1024, 1)
+    left, right = torch.randn(2, size, size, device=runtime.device, dtype=runtime.dtype)
+    best, start = float("inf"), time.perf_counter()
+    while time.perf_counter() - start < 0.5:
+        synchronize(runtime.device)
+        before = time.perf_counter()
+        for _ in range(repeats):
+            torch.mm(left, right)
+        synchronize(runtime.device)
+        best = min(best, time.perf_counter() - before)
+    return repeats * 2 * size**3 / best

@@ -51,11 +51,10 @@ from nanochat.common import (
     write_file,
 )
 from nanochat.dataloader import Batch, Loader, local_rows
-from nanochat.devices import peak_flops
 from nanochat.gpt import GPT, GPTConfig, call
 from nanochat.loss import gpu_chunk
 from nanochat.optim import MuonAdamW
-from nanochat.scaling import flops_per_token, memory_bytes, parameter_counts
+from nanochat.scaling import flops_per_token, memory_bytes, parameter_counts, peak_flops
 from nanochat.tokenizer import Tokenizer
 
 USABLE = 0.97  # of a GPU's free memory; the rest is fragmentation

@@ -23,8 +23,8 @@ from typing import Any, Literal, NamedTuple
 
 from nanochat import scaling
 from nanochat.common import Count, Positive, PositiveShare, UserError, run_script
-from nanochat.devices import CARDS, Card
 from nanochat.loss import gpu_chunk
+from nanochat.scaling import CARDS, Card
 from scripts import base_loss, base_train, chat_eval, chat_rl, chat_sft, mid_train
 from tasks.spellingbee import SpellingBee
 

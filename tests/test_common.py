@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from nanochat import common
 from nanochat.common import UserError, check_kernels, fastest_dtype, run_script, set_up
-from nanochat.devices import CARDS
+from nanochat.scaling import CARDS
 from tests import launch
 from tests.models import refuses
 

@@ -42,7 +42,7 @@ def test_no_section_stops_another(
 ) -> None:
     out, pids = tmp_path / "out", tmp_path / "pids"
     sections: dict[str, Section] = {
-        "tests": (partial(hang, pids=pids), 30.0), "facts": (fail, 60.0), "rl": (good, 60.0),
+        "tests": (partial(hang, pids=pids), 30.0), "facts": (fail, 60.0), "memory": (good, 60.0),
         "fp8": (good, 900.0),
     }  # fmt: skip
     cfg = Config(minutes=2, out=out, device_type="cpu")
@@ -54,7 +54,7 @@ def test_no_section_stops_another(
     assert [each["figures"][0]["name"] for each in (found["tests"], found["facts"])] == [
         "before"
     ] * 2
-    assert found["rl"]["verdict"] == "passed" and found["rl"]["more"] == "words"
+    assert found["memory"]["verdict"] == "passed" and found["memory"]["more"] == "words"
     assert "fp8" not in found
     assert not any(map(is_alive, pids.read_text().split()))
     said = capsys.readouterr().out

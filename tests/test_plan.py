@@ -9,7 +9,6 @@ from typing import get_args
 
 import pytest
 
-from nanochat.devices import CARDS
 from scripts import base_loss, base_train, chat_eval, chat_rl, chat_sft, mid_train, plan
 from tests.models import refuses
 
@@ -88,7 +87,7 @@ def test_more_memory_or_speed_is_never_worse() -> None:
 
     Depth 12 fits on 8 GB, depth 20 on 24 GB.
     """
-    cards = {card.key: card for card in CARDS}
+    cards = {card.key: card for card in plan.CARDS}
     for depth, needed in ((4, 0), (12, 7), (20, 22), (24, 30)):
         plans = {key: plan.make_plan(plan.Config(gpus=1, gpu=key), depth, 12) for key in cards}
         assert all(plans[key].fits for key in cards if cards[key].memory_gib > needed)

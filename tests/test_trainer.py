@@ -21,11 +21,10 @@ import torch
 from nanochat import checkpoint, trainer
 from nanochat.checkpoint import build_model, list_steps, open_checkpoint
 from nanochat.common import Runtime
-from nanochat.devices import CARDS, Card, find_card
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss import gpu_chunk
 from nanochat.optim import Bucket, MuonAdamW
-from nanochat.scaling import depth_to_config, make_optimizer, memory_bytes
+from nanochat.scaling import CARDS, Card, depth_to_config, find_card, make_optimizer, memory_bytes
 from nanochat.trainer import Meter, Run, read_metrics, row_choices
 from tests import launch
 from tests.models import CPU, TOKENIZER, busy_gpt, random_ids, refuses

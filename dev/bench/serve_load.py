@@ -1,13 +1,11 @@
 """Load on a server: time to first token and between tokens, tokens per second, refusals.
 
-    python -m dev.bench.serve_load               # 16 clients: 16 slots against one at a time
-    python -m dev.bench.serve_load --slots 4 --clients 200 --leave 0.5 --seconds 60
+    python -m dev.bench.serve_load               # 16 clients of a server with a random model
+    python -m dev.bench.serve_load --slots 4 --clients 200 --leave 0.5
     python -m dev.bench.serve_load --url http://127.0.0.1:8000 --rate 5
 
-Without --url it starts two servers with one random model, one with --slots and one with a single
-slot, and loads them in turns, so that a busy machine affects both alike. A client asks again once
-answered; with --rate, requests come at random times instead, that many a second. "lost" requests
-were neither answered whole, nor refused, nor abandoned on purpose.
+A client asks again once answered; with --rate, requests come at random times instead, that many a
+second. "lost" requests were neither answered whole, nor refused, nor abandoned on purpose.
 """
 
 import asyncio
@@ -20,25 +18,27 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice, product
 
 import httpx
-import torch
 import tyro
 import uvicorn
 
-from dev.bench.engine_speed import random_model
 from nanochat.chat_api import ServerConfig
+from nanochat.checkpoint import build_model
+from nanochat.common import set_up
 from nanochat.engine import Engine
+from nanochat.scaling import depth_to_config
 from nanochat.server import Server, create_app
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 
 @dataclass
 class Config:
-    url: str = ""  # of a server that is there; empty: start two
+    url: str = ""  # of a server that is there; empty: start one
     clients: int = 16  # at once
     rate: float = 0.0  # requests a second at random moments; 0: each client asks again at once
-    seconds: float = 20.0  # of each round
-    num_rounds: int = 3  # for each server
+    seconds: float = 60.0  # of load
     prompt_chars: tuple[int, int] = (20, 200)  # least and most
     max_tokens: tuple[int, int] = (32, 96)  # least and most
     leave: float = 0.0  # share of the requests that are left within 3 seconds
@@ -48,29 +48,39 @@ class Config:
 
 
 class Seen:
-    """What the clients of one server measured, over all rounds."""
+    """What the clients measured."""
 
     def __init__(self) -> None:
         # Seconds to the first token, between two chunks, and that /health took.
         self.times: dict[str, list[float]] = {"first token": [], "between": [], "/health": []}
         self.num_tokens = 0
-        self.speeds: list[float] = []  # tokens per second, by round
+        self.tok_per_second = 0.0
         self.ends = Counter[str]()
 
-    def report(self, name: str) -> None:
-        print(f"{name}: {statistics.median(self.speeds):.0f} tok/s (median of {len(self.speeds)})")
+    def report(self) -> None:
+        print(f"{self.tok_per_second:.0f} tok/s")
         for label, seconds in self.times.items():
             if len(seconds) > 1:
                 cuts = statistics.quantiles(seconds, n=100, method="inclusive")
                 shown = ", ".join(f"p{p} {1000 * cuts[p - 1]:.1f}" for p in (50, 95, 99))
-                print(f"  {label:11} {shown} ms ({len(seconds)})")
-        print("  " + ", ".join(f"{count} {end}" for end, count in sorted(self.ends.items())))
+                print(f"{label:11} {shown} ms ({len(seconds)})")
+        print(", ".join(f"{count} {end}" for end, count in sorted(self.ends.items())))
+
+
+def letter_tokenizer(vocab_size: int = 32_768) -> Tokenizer:
+    """Tokens are bytes and letter combinations, so that none need be trained."""
+    words = (bytes(word) for size in (2, 3, 4) for word in product(range(97, 123), repeat=size))
+    num_words = vocab_size - 256 - len(SPECIAL_TOKENS)
+    tokens = [*(bytes([byte]) for byte in range(256)), *islice(words, num_words)]
+    return Tokenizer(tokens, SPECIAL_TOKENS, SPLIT_PATTERN)
 
 
 def serve(port: int, slots: int, depth: int) -> None:
-    """Serve a random model; runs as a separate process."""
-    model, tokenizer = random_model(depth, "cuda" if torch.cuda.is_available() else "cpu")
-    app = create_app([Engine(model, tokenizer, slots)], ServerConfig(temperature=1.0))
+    """Serve a random model with a context of 512; runs as a separate process."""
+    runtime, tokenizer = set_up(), letter_tokenizer()
+    model = build_model(depth_to_config(depth, tokenizer.vocab_size, 512), None, runtime)
+    engine = Engine(model.to(runtime.dtype).eval(), tokenizer, slots)
+    app = create_app([engine], ServerConfig(temperature=1.0))
     Server(uvicorn.Config(app, port=port, log_level="warning")).run()
 
 
@@ -114,9 +124,9 @@ async def watch_health(http: httpx.AsyncClient, seen: Seen) -> None:
         await asyncio.sleep(0.1)
 
 
-async def load(http: httpx.AsyncClient, cfg: Config, seed: int, seen: Seen) -> None:
-    """One round: load for `seconds`, then let requests in progress finish."""
-    rng, begin, num_before = random.Random(seed), time.perf_counter(), seen.num_tokens
+async def load(http: httpx.AsyncClient, cfg: Config) -> Seen:
+    """What `seconds` of load show, and the requests then in progress, which may finish."""
+    seen, rng, begin = Seen(), random.Random(cfg.seed), time.perf_counter()
 
     async def client(own: random.Random) -> None:
         while time.perf_counter() < begin + cfg.seconds:
@@ -130,53 +140,41 @@ async def load(http: httpx.AsyncClient, cfg: Config, seed: int, seen: Seen) -> N
         for _ in range(0 if cfg.rate else cfg.clients):
             group.create_task(client(random.Random(rng.random())))
     health.cancel()
-    seen.speeds.append((seen.num_tokens - num_before) / (time.perf_counter() - begin))
+    seen.tok_per_second = seen.num_tokens / (time.perf_counter() - begin)
+    return seen
 
 
-async def show_state(name: str, http: httpx.AsyncClient) -> None:
+async def show_state(http: httpx.AsyncClient) -> None:
     """Print the idle server's load and memory, which would show a leak."""
     await asyncio.sleep(0.5)
     text = (await http.get("/metrics")).text
     shown = re.findall(r"^(nanochat_num_req\w+|process_resident\w+) (\S+)$", text, re.MULTILINE)
-    print(f"{name}: " + ", ".join(f"{key} {float(value):.0f}" for key, value in shown))
+    print(", ".join(f"{key} {float(value):.0f}" for key, value in shown))
 
 
-async def run(cfg: Config, servers: dict[str, str]) -> dict[str, Seen]:
-    """The measurements of each server, from interleaved rounds."""
+async def run(cfg: Config, url: str) -> Seen:
+    """The measurements of the server at `url`, once it is ready and warm."""
     limits = httpx.Limits(max_connections=None)
-    seen = {name: Seen() for name in servers}
-    clients = {
-        name: httpx.AsyncClient(base_url=url, timeout=None, limits=limits)
-        for name, url in servers.items()
-    }
-    for name, http in clients.items():
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as http:
         ready = False
         while not ready:
             await asyncio.sleep(0.2)
             with suppress(httpx.TransportError):
                 ready = (await http.get("/ready")).status_code == 200
-        await load(http, replace(cfg, clients=2, rate=0, seconds=2), 0, Seen())  # warm-up
-        await show_state(name, http)
-    for number in range(cfg.num_rounds):
-        for name, http in clients.items():
-            await load(http, cfg, cfg.seed + number, seen[name])
-            await show_state(name, http)
+        await load(http, replace(cfg, clients=2, rate=0, seconds=2))
+        await show_state(http)
+        seen = await load(http, cfg)
+        await show_state(http)
     return seen
 
 
 def main(cfg: Config) -> None:
-    servers = {cfg.url: cfg.url} if cfg.url else {}
-    slots = {} if cfg.url else {f"{cfg.slots} slots": cfg.slots, "one at a time": 1}
-    process = multiprocessing.get_context("spawn").Process
-    for port, (name, number) in enumerate(slots.items(), 8701):
-        process(target=serve, args=(port, number, cfg.depth), daemon=True).start()  # ends with us
-        servers[name] = f"http://127.0.0.1:{port}"
-    seen = asyncio.run(run(cfg, servers))
-    for name, own in seen.items():
-        own.report(name)
-    if len(seen) == 2:
-        many, one = (statistics.median(own.speeds) for own in seen.values())
-        print(f"{many / one:.2f} times the tokens of one at a time")
+    url = cfg.url
+    if not url:
+        own = (8701, cfg.slots, cfg.depth)
+        multiprocessing.get_context("spawn").Process(target=serve, args=own, daemon=True).start()
+        url = f"http://127.0.0.1:{own[0]}"
+    asyncio.run(run(cfg, url)).report()
 
 
 if __name__ == "__main__":

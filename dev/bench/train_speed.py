@@ -3,11 +3,9 @@
     python -m dev.bench.train_speed --depth 20 --device_batch_size 32
     python -m dev.bench.train_speed --depth 24 --device_batch_size 16 --fp8 --compile yes
     python -m dev.bench.train_speed --depth 4 --max_seq_len 512 --device_batch_size 8      # laptop
-    python -m dev.bench.train_speed --data_only --max_seq_len 512 --device_batch_size 8  # no model
 
-The first three time whole steps as in base_train, then the parts of a step, synchronising after
-each. --data_only times the loader: at least 1 M tokens/s on two cores. Both use the corpus and
-tokenizer prepared last. What is learned: dev/bench/learning.py.
+Times whole steps as in base_train, then the parts of a step, synchronising after each, on the
+corpus and with the tokenizer prepared last. What is learned: dev/bench/learning.py.
 """
 
 import statistics
@@ -36,10 +34,15 @@ from nanochat.common import (
 )
 from nanochat.dataloader import Loader, TextSource
 from nanochat.dataset import find_corpus
-from nanochat.devices import peak_flops
 from nanochat.gpt import GPTConfig, call
 from nanochat.loss import gpu_chunk
-from nanochat.scaling import depth_to_config, flops_per_token, make_optimizer, memory_bytes
+from nanochat.scaling import (
+    depth_to_config,
+    flops_per_token,
+    make_optimizer,
+    memory_bytes,
+    peak_flops,
+)
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import compile_for_training
 
@@ -53,18 +56,11 @@ class Config:
     num_warmup: int = 5  # steps that are not counted: compilation, caches
     fp8: bool = False  # 8-bit matmuls
     compile: Choice = "auto"  # torch.compile; auto: on a GPU
-    whole: bool = False  # compile the model as one, not block by block
     recompute: bool = False  # activations
     table_dtype: TableDtype = "auto"  # of the embeddings
     device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
     threads: int = 0  # of torch on a CPU; 0: as many as torch takes
-    data_only: bool = False  # time the loader alone
-
-
-def make_loader(cfg: Config, runtime: Runtime) -> Loader:
-    source = TextSource(Tokenizer.load(tokenizer_dir()), find_corpus().train)
-    return Loader(source, cfg.device_batch_size, cfg.max_seq_len, runtime)
 
 
 def config_of(cfg: Config) -> GPTConfig:
@@ -85,14 +81,14 @@ def train(cfg: Config, runtime: Runtime) -> Generator[str]:
     linears = fp8.enable(model.blocks) if cfg.fp8 else []
     optimizer = make_optimizer(model, cfg.device_batch_size * cfg.max_seq_len, 1000)
     optimizer.set_multipliers(1.0, 0.95, 1.0)
-    choice, choices = "no" if cfg.whole else cfg.compile, [(cfg.device_batch_size, cfg.recompute)]
-    compile_for_training(model, choice, choices, cfg.max_seq_len, runtime.device, optimizer)
-    trained = torch.compile(model, dynamic=False) if cfg.whole else model
-    with closing(make_loader(cfg, runtime)) as loader:
+    choices, length = [(cfg.device_batch_size, cfg.recompute)], cfg.max_seq_len
+    compile_for_training(model, cfg.compile, choices, length, runtime.device, optimizer)
+    source = TextSource(Tokenizer.load(tokenizer_dir()), find_corpus().train)
+    with closing(Loader(source, cfg.device_batch_size, length, runtime)) as loader:
         while True:
             batch = next(loader)
             yield "data"
-            loss = trained(batch.inputs, batch.targets)
+            loss = model(batch.inputs, batch.targets)
             yield "forward"
             loss.backward()
             yield "backward"
@@ -134,33 +130,14 @@ def measure(cfg: Config, runtime: Runtime, parts: Iterator[str]) -> dict[str, fl
     return figures
 
 
-def time_data(cfg: Config) -> None:
-    """Print tokens per second, and per CPU second, which is less sensitive to other processes."""
-    loader = make_loader(cfg, set_up("cpu"))
-    next(loader)
-    speeds = []
-    for _ in range(5):
-        count, begin, cpu_begin = 0, time.perf_counter(), time.process_time()
-        while count < 2e6:
-            count += next(loader).inputs.numel()
-        seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
-        speeds.append((count / seconds / 1e6, count / cpu_seconds / 1e6))
-    loader.close()
-    by_clock, by_cpu = (statistics.median(own) for own in zip(*speeds, strict=True))
-    print(f"{by_clock:.2f} M tokens/s, {by_cpu:.2f} M per CPU second (medians of 5 times 2 M)")
-
-
 def main(cfg: Config) -> None:
     runtime = set_up(cfg.device_type, cfg.dtype)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    if cfg.data_only:
-        time_data(cfg)
-    else:
-        figures = measure(cfg, runtime, train(cfg, runtime))
-        print(f"{runtime.device_name}, torch {torch.__version__}, {runtime.dtype}, fp8 {cfg.fp8}")
-        print(f"MFU is of the {peak_flops(runtime)[1]}")
-        print("\n".join(f"{name:20} {value:12,.1f}" for name, value in figures.items()))
+    figures = measure(cfg, runtime, train(cfg, runtime))
+    print(f"{runtime.device_name}, torch {torch.__version__}, {runtime.dtype}, fp8 {cfg.fp8}")
+    print(f"MFU is of the {peak_flops(runtime)[1]}")
+    print("\n".join(f"{name:20} {value:12,.1f}" for name, value in figures.items()))
 
 
 if __name__ == "__main__":

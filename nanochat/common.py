@@ -13,7 +13,6 @@ import ctypes
 import errno
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -166,7 +165,7 @@ def set_up(
         device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
         name = torch.cuda.get_device_name(device)
         capability = torch.cuda.get_device_capability(device)
-        check_kernels(name, capability, torch.cuda.get_arch_list())
+        check_kernels(device, capability)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     dtype = fastest_dtype(capability) if dtype == "auto" else dtype
@@ -186,32 +185,19 @@ def fastest_dtype(capability: tuple[int, int]) -> str:
     return "float16" if capability >= (7, 0) else "float32"
 
 
-def check_kernels(name: str, capability: tuple[int, int], architectures: list[str]) -> None:
-    """Raise UserError if no entry of torch.cuda.get_arch_list() runs on the GPU.
-
-    Binaries (sm_86) run on their major version from their minor one on, portable code (compute_90)
-    on everything from its version on; with an `a` both run on their very version, with an `f` on
-    their major. Other vendors' entries look different and are not judged.
-    """
-    versions = []
-    form = r"\b(sm|compute)_(\d+)(\d)([af]?)\b"
-    for kind, major, minor, only in re.findall(form, " ".join(architectures)):
-        version = int(major), int(minor)
-        versions.append(version)
-        anywhere = kind == "compute" and not only
-        later = only != "a" and (anywhere or version[0] == capability[0]) and version < capability
-        if later or version == capability:
-            return
-    if versions:
+def check_kernels(device: torch.device, capability: tuple[int, int]) -> None:
+    """Raise UserError if this torch has no kernels for the GPU."""
+    try:
+        torch.ones(1, device=device)
+    except torch.AcceleratorError as error:
         # CUDA 13 dropped the cards before 7.5; a newer card needs a newer torch.
-        older = capability < min(versions)
-        backend, what = ("cu126", "torch") if older else ("auto", "--upgrade torch")
+        backend = "cu126" if capability < (7, 5) else "auto"
         raise UserError(
-            f"torch {torch.__version__} has no kernels for {name} of compute capability "
-            f"{capability[0]}.{capability[1]}, only {', '.join(architectures)}; run `uv pip install"
-            f" --torch-backend={backend} --reinstall-package torch {what}`, or give "
+            f"torch {torch.__version__} cannot use this card of compute capability "
+            f"{capability[0]}.{capability[1]} ({str(error).splitlines()[0]}); run `uv pip install "
+            f"--torch-backend={backend} --reinstall-package torch --upgrade torch`, or give "
             "--device_type=cpu"
-        )
+        ) from error
 
 
 def die_with_torchrun() -> None:

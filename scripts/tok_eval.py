@@ -12,9 +12,11 @@ writes: report/tok_eval.json
 """
 
 import os
+import re
 from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import tiktoken
 
@@ -24,40 +26,9 @@ from nanochat.report import write_section
 from nanochat.tokenizer import Tokenizer
 
 REFERENCES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}  # name here -> tiktoken's
-SAMPLES = {
-    "English": """\
-The lighthouse keeper had two rules. The lamp must be lit before the last boat leaves the
-harbour, and nobody climbs the stairs with wet boots. On the night of the storm she broke the
-second rule eleven times, and the first one not at all. "It's only water," she told the inspector.
-He didn't answer.
-""",
-    "code": '''\
-def longest_run(values: list[int]) -> tuple[int, int]:
-    """Return (start, length) of the longest run of equal neighbours."""
-    best_start, best_length, start = 0, 0, 0
-    for i, value in enumerate(values):
-        if i > 0 and value != values[i - 1]:
-            start = i
-        if i - start + 1 > best_length:
-            best_start, best_length = start, i - start + 1
-    return best_start, best_length
-for (int row = 0; row < height; row++) { sum += pixels[row * width + column] & 0xFF; }
-''',
-    "maths": r"""
-Let $a_1 = 3$ and $a_{n+1} = 2a_n - 1$ for $n \geq 1$. Then $a_n - 1$ doubles at each step, so
-$a_n = 2^n + 1$; the sum of the first 10 terms is $\sum_{n=1}^{10} (2^n + 1) = 2046 + 10 = 2056$.
-Check: 3 + 5 + 9 + 17 + 33 + 65 + 129 + 257 + 513 + 1025 = 2056. A car that covers 184.5 km in
-2 h 15 min moves at 184.5 / 2.25 = 82 km/h, and \frac{7}{8} of 1,296 is 1,134.
-""",
-    "languages": """\
-Der Zug nach Köln fährt heute von Gleis 7, nicht von Gleis 12. La boulangère ferme à
-dix-huit heures, sauf le jeudi. Mañana volveremos a la playa si deja de llover.
-Завтра в библиотеке откроют новый зал.
-今天下午我们在河边看见了三只白色的鸟。夏の朝、庭に小さな猫が来ました。오늘은 바람이 불고 조금 춥습니다.
-في الصباح نشرب الشاي قرب النافذة.
-बच्चे स्कूल के बाद मैदान में खेलते हैं। Η θάλασσα ήταν ήσυχη χθες το βράδυ.
-""",
-}
+# Kind of text -> an example of it.
+TEXT = Path(__file__).with_suffix(".txt").read_text("utf-8")
+SAMPLES = dict(part.split("\n", 1) for part in re.split("^== ", TEXT, flags=re.MULTILINE)[1:])
 
 
 @dataclass

@@ -282,15 +282,6 @@ def write_section(
     write_file(report_dir() / f"{stage}.json", text)
 
 
-def with_errors(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Results as written today; older ones hold the standard error of `x` as `x_stderr`."""
-    scores = dict(results)
-    for name in results:
-        if f"{name}_stderr" in results:
-            scores[name] = {"value": results[name], "stderr": scores.pop(f"{name}_stderr")}
-    return scores
-
-
 def tracked_texts(patterns: Iterable[str], root: Path = REPOSITORY) -> dict[Path, str]:
     """The files of such names that git tracks, but tests and vendored code; none outside git."""
     others = [f":(exclude,glob)**/{folder}/**" for folder in ("tests", "vendor")]
@@ -348,7 +339,7 @@ def read_section(stage: str) -> Section | None:
         return None
     try:
         saved = json.loads(path.read_text("utf-8"), parse_constant=lambda _: None)
-        return Section(**saved | {"results": with_errors(saved["results"])})
+        return Section(**saved)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it or run its stage again") from None
 

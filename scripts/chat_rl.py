@@ -33,6 +33,7 @@ from nanochat.common import (
     run_script,
     set_up,
 )
+from nanochat.core_eval import Score
 from nanochat.dataloader import IGNORED
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT, call
@@ -260,6 +261,7 @@ def main(cfg: Config) -> None:
         results = meter.finish()
         run.finish(results)
         samples = results.pop("samples")
+        results["accuracy"] = Score(results["accuracy"], results.pop("accuracy_stderr"))
         results |= {"from": meta["name"]}
         title = "Reinforcement learning"
         write_section("chat_rl", title, vars(cfg), results, samples, meter.seconds)

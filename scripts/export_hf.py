@@ -16,7 +16,7 @@ import torch
 from nanochat import hf_export
 from nanochat.checkpoint import find_checkpoint, write_tensors
 from nanochat.common import Source, Step, Tag, UserError, print0, report_dir, run_script, write_file
-from nanochat.report import summary_table, with_errors
+from nanochat.report import summary_table
 from nanochat.tokenizer import Tokenizer
 
 CARD = """---
@@ -56,8 +56,7 @@ def main(cfg: Config) -> None:
         files["modeling_nanochat_x.py"], trust = modeling.read_text(), ", trust_remote_code=True"
     report, table = report_dir() / "report.json", ""
     if report.is_file():
-        summary = json.loads(report.read_text())["summary"]
-        table = summary_table({name: with_errors(scores) for name, scores in summary.items()})
+        table = summary_table(json.loads(report.read_text())["summary"])
     files["README.md"] = CARD.format(title=title, trust=trust, table=table)
     partial = cfg.out.with_name(f"{cfg.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

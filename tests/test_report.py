@@ -139,12 +139,11 @@ def test_report_json_holds_what_the_sections_hold() -> None:
 
 def test_results_are_listed_and_what_is_not_a_number_is_missing() -> None:
     section("base_train", {"loss": float("nan"), "val_bpb": float("inf"), "note": None})
-    # As older runs wrote it: `x_stderr` beside `x`.
-    section("chat_rl", {"accuracy": 0.5, "accuracy_stderr": 0.0441, "alone_stderr": 2})
+    section("chat_rl", {"accuracy": Score(0.5, 0.0441)})
     report.generate()
     text = Path("report.md").read_text()
     assert "- loss: -\n" in text and "- note: -\n" in text and table_rows()["val_bpb"][0] == "-"
-    assert "- accuracy: 0.5000 ± 0.0441\n- alone_stderr: 2\n" in text
+    assert "- accuracy: 0.5000 ± 0.0441\n" in text
     strict = json.loads((report_dir() / "report.json").read_text(), parse_constant=pytest.fail)
     assert strict["sections"]["base_train"]["results"]["loss"] is None
 

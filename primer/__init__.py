@@ -6,6 +6,7 @@ item depends on its name alone. Imports nothing else of this repository.
 
     words.txt facts.txt pages.txt talk.txt    the tables
     world.py       reads them and fills their templates
+    strangers.py   the noise of those who type in a hurry
     questions.py   questions with correct replies, conversations, quizzes; the held-out tenth
     pages.py       pages of many kinds
 """

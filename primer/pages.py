@@ -8,6 +8,7 @@ from typing import Any
 
 from primer import questions as ask
 from primer.questions import Dice, Question
+from primer.strangers import neat
 from primer.world import GROUPS, REPLIES, TALK, TEXTS, TOPICS, WORDS, fill
 
 UNPOETIC = ("rain", "sand", "bed", "snow", "night")  # no poem can have "a rain"
@@ -134,7 +135,7 @@ def groups_page(dice: Dice) -> str:
 
 
 def about_me(dice: Dice) -> str:
-    known = [(question, reply) for question, (reply,) in TALK["identity"].items()]
+    known = [(neat(fill(said[0], dice)), replies[0]) for said, replies in TALK["identity"]]
     if dice.random() < 0.5:
         return "\n\n".join(map("\n".join, dice.sample(known, dice.randint(3, 5))))
     alone = [reply for _, reply in known if reply.startswith(("I ", "My "))]

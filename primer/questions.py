@@ -14,6 +14,7 @@ from itertools import count
 from string import ascii_lowercase
 from typing import Any, NamedTuple
 
+from primer.strangers import neat, roughen
 from primer.world import GROUPS, PHRASES, REPLIES, TALK, TEXTS, TOPICS, WORDS, a, capital, fill
 
 LETTERS = "ABC"  # of a quiz
@@ -28,6 +29,7 @@ class Question(NamedTuple):
     accepted: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()  # of a multiple-choice question: `text` stands before them
     letters: str = LETTERS  # one for each choice
+    keep: tuple[str, ...] = ()  # what noise must leave alone
 
     @property
     def prompt(self) -> str:
@@ -226,7 +228,7 @@ def ask_letters(dice: Dice, by_hand: bool = False) -> Question:
     if by_hand:
         parts.insert(0, {"type": "text", "text": tally(word, letter) + ". "})
     text = dice.phrase("by hand" if by_hand else "letters", word=word, letter=letter)
-    return Question(text, parts, str(num))
+    return Question(text, parts, str(num), keep=(word,))
 
 
 def tally(word: str, letter: str) -> str:
@@ -245,19 +247,19 @@ def ask_story(dice: Dice) -> Question:
 def ask_repeat(dice: Dice) -> Question:
     slots = dice.cast("repeat")
     what = dice.phrase("repeated", **slots)
-    return Question(dice.phrase("repeat", what=what), what)
+    return Question(dice.phrase("repeat", what=what), what, keep=(what,))
 
 
 def ask_about(dice: Dice, label: str) -> Question:
     phrase, key = dice.one_of_each(label, PHRASES[label], list(REPLIES[label]))
     reply = REPLIES[label][key]
-    return Question(fill(phrase, key=key, word=key), reply, reply)
+    return Question(fill(phrase, key=key, word=key), reply, reply, keep=(key,))
 
 
 def ask_talk(dice: Dice, *names: str) -> Question:
     """Manners, and who the model is: the same in every split."""
-    text, replies = dice.choice([row for name in names for row in TALK[name].items()])
-    return Question(text, dice.choice(replies) if len(replies) > 1 else replies[0])
+    said, replies = dice.choice([row for name in names for row in TALK[name]])
+    return Question(neat(fill(dice.choice(said), dice)), dice.choice(replies))
 
 
 ask_problem = partial(ask_sum, in_words=True)
@@ -288,8 +290,18 @@ def quiz(split: str, kind: str, index: int) -> Question:
 
 
 def conversation(split: str, index: int) -> dict[str, Any]:
-    """Conversation `index`: a few questions, sometimes a system message or a name to remember."""
+    """Conversation `index`: what a stranger types, and clean replies."""
     dice = Dice(split, "conversation", index)
+    system, turns = turns_of(dice)
+    said = [("system", system)] if system else []
+    for turn in turns:  # lettered lists stay clean: matching letters is hard enough (dev/LOG.md)
+        text = turn.prompt if turn.choices else roughen(dice, turn.text, turn.keep)
+        said += [("user", text), ("assistant", turn.reply)]
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+def turns_of(dice: Dice) -> tuple[str, list[Question]]:
+    """A few questions after a system message, mostly empty; sometimes a name to remember."""
     system, style = "", dice.random()
     if style < 0.04:
         system = dice.phrase("brief system")
@@ -301,16 +313,14 @@ def conversation(split: str, index: int) -> dict[str, Any]:
         num_turns = dice.choices((1, 2, 3), (60, 28, 12))[0]
         kinds = dice.choices(QUESTIONS, [weight for weight, *_ in QUESTIONS], k=num_turns)
         turns = [ask(dice, *arguments) for _, ask, *arguments in kinds]
-    said = [("system", system)] if system else []
-    for turn in turns:
-        said += [("user", turn.prompt), ("assistant", turn.reply)]
-    return {"messages": [{"role": role, "content": content} for role, content in said]}
+    return system, turns
 
 
 def introduction(dice: Dice) -> list[Question]:
     """A user gives a name, may change the subject, and asks for the name."""
     slots = dice.cast("name")
-    turns = [Question(dice.phrase("name", **slots), dice.phrase("name reply", **slots))]
+    name = dice.phrase("name", **slots)
+    turns = [Question(name, dice.phrase("name reply", **slots), keep=(slots["hero"],))]
     if dice.random() < 0.5:
         turns.append(ask_fact(dice))
     turns.append(Question(dice.phrase("name question"), f"Your name is {slots['hero']}."))

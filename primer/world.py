@@ -98,8 +98,8 @@ def capital(text: str) -> str:
 
 
 def fill(template: str, rng: random.Random | None = None, /, **slots: object) -> str:
-    """`fill("{A x} runs.", x="owl")` -> `"An owl runs."`; an rng chooses in `[one|other]`."""
-    if rng:
+    """`fill("{A x} runs.", x="owl")` -> `"An owl runs."`; an rng chooses in `[one|[an]other]`."""
+    while rng and "[" in template:
         template = re.sub(r"\[([^\[\]]*)\]", lambda m: rng.choice(m[1].split("|")), template)
 
     def slot(match: re.Match[str]) -> str:
@@ -115,8 +115,13 @@ def fill(template: str, rng: random.Random | None = None, /, **slots: object) ->
 
 
 WORDS = lists([row for *_, rows in sections("words.txt") for row in rows], ", ")
-TALK = {name: lists(rows, " | ") for name, _, rows in sections("talk.txt")}
-PHRASES = TALK["phrases"]
+_talk = {name: rows for name, _, rows in sections("talk.txt")}
+PHRASES = lists(_talk.pop("phrases"), " | ")
+# What is said to the model and what it answers: ways of both.
+TALK = {
+    name: [tuple(side.split(" | ") for side in row.split(" = ")) for row in rows]
+    for name, rows in _talk.items()
+}
 TEXTS = read_texts()
 TOPICS = read_topics()
 

@@ -14,8 +14,18 @@ import primer
 from nanochat.calculator import calculate
 from nanochat.tokenizer import check_conversation, render_choices
 from primer.pages import animal_page, poem, written
-from primer.questions import LETTERS, QUIZZES, Dice, ask_by_hand, held_out, tally
-from primer.world import PHRASES, REPLIES, TOPICS, plural
+from primer.questions import (
+    LETTERS,
+    QUIZZES,
+    Dice,
+    Question,
+    ask_by_hand,
+    held_out,
+    tally,
+    turns_of,
+)
+from primer.strangers import neat, roughen, slipped
+from primer.world import PHRASES, REPLIES, TOPICS, fill, plural
 
 NUM_DOCUMENTS, NUM_TALKS, NUM_QUIZZES = 8_000, 12_000, 1_000
 
@@ -30,9 +40,11 @@ def train_talks() -> list[dict]:
     return [primer.conversation("train", index) for index in range(NUM_TALKS)]
 
 
-def asked(talks: list[dict]) -> set[str]:
-    """Everything that users say, each line with its own."""
-    return {m["content"] for talk in talks for m in talk["messages"] if m["role"] == "user"}
+@pytest.fixture(scope="module")
+def train_turns() -> list[Question]:
+    """The turns of `train_talks` before noise."""
+    names = [("train", "conversation", index) for index in range(NUM_TALKS)]
+    return [turn for name in names for turn in turns_of(Dice(*name))[1]]
 
 
 def sums(text: str) -> set[tuple]:
@@ -61,7 +73,7 @@ def test_what_a_model_has_been_taught_stays_what_it_was(
     quizzes = [primer.quiz("test", kind, i).prompt for kind in QUIZZES for i in range(100)]
     said = (train_pages[:2000], train_talks[:2000], quizzes)
     digests = [hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16] for items in said]
-    assert digests == ["c1ab542836965125", "7a21f700ae44115e", "0fdd9ec5a74d27e6"]
+    assert digests == ["046c285283a46bf7", "af67c69b89e514a5", "0fdd9ec5a74d27e6"]
 
 
 def test_pages_and_talks_are_varied(train_pages: list[str], train_talks: list[dict]) -> None:
@@ -73,6 +85,28 @@ def test_pages_and_talks_are_varied(train_pages: list[str], train_talks: list[di
     assert max(len(talk["messages"]) for talk in train_talks) >= 6
     for talk in train_talks[:2000]:
         check_conversation(talk)
+
+
+def test_noise_keeps_numbers_and_kept_words() -> None:
+    dice = Dice("train", "noise", 0)
+    asked = "What is the colour of the letters in 'grey', please? I do not know what is 12 * 34."
+    typed = {roughen(dice, asked, keep=["grey"]) for _ in range(500)}
+    assert len(typed) > 250
+    assert asked in typed
+    for text in typed:
+        assert "grey" in text
+        assert re.search(r"12 ?[*xX×] ?34", text), text
+    assert {"what", "wat", "whats", "color", "dont"} <= set(re.findall(r"\w+", " ".join(typed)))
+    small = {roughen(dice, "3 + 20 = ?") for _ in range(300)}
+    assert {"3+20", "three + twenty", "3 +20"} <= {text.rstrip(" ?=") for text in small}
+    assert "bear" not in {slipped(dice, "near") for _ in range(300)}  # another animal's name
+    assert neat("is it true that i am small") == "Is it true that I am small?"
+    assert neat("spell fox") == "Spell fox."
+
+
+def test_alternatives_may_be_nested() -> None:
+    ways = {fill("[a|b[c|]]d", Dice("train", "ways", index)) for index in range(40)}
+    assert ways == {"ad", "bd", "bcd"}
 
 
 def test_english(train_pages: list[str]) -> None:
@@ -89,13 +123,15 @@ def test_english(train_pages: list[str]) -> None:
     assert plural("piece of cake") == "pieces of cake"
 
 
-def test_no_test_question_is_ever_taught(train_pages: list[str], train_talks: list[dict]) -> None:
+def test_no_test_question_is_ever_taught(
+    train_pages: list[str], train_turns: list[Question]
+) -> None:
     tested = {
         brief_removed(primer.quiz("test", kind, index).text)
         for kind in ("choice", "exact", "spelling")
         for index in range(NUM_QUIZZES)
     }
-    taught = {brief_removed(text.split("\n")[0]) for text in asked(train_talks)}
+    taught = {brief_removed(turn.text) for turn in train_turns}
     taught |= {brief_removed(primer.quiz("train", k, i).text) for k in QUIZZES for i in range(3000)}
     lines = "\n".join(train_pages).split("\n")
     taught |= {line.removeprefix("Question: ") for line in lines}
@@ -104,12 +140,10 @@ def test_no_test_question_is_ever_taught(train_pages: list[str], train_talks: li
     assert not tested & taught
 
 
-def test_no_test_sum_is_ever_taught(train_pages: list[str], train_talks: list[dict]) -> None:
+def test_no_test_sum_is_ever_taught(train_pages: list[str], train_turns: list[Question]) -> None:
     taught = sums("\n".join(train_pages))
-    for talk in train_talks:
-        for message in talk["messages"]:
-            content = message["content"]
-            taught |= sums(content if isinstance(content, str) else content[0]["text"])
+    for turn in train_turns:
+        taught |= sums(turn.text if isinstance(turn.reply, str) else turn.reply[0]["text"])
     tested = set()
     for index in range(NUM_QUIZZES):
         reply = primer.quiz("test", "arithmetic", index).reply

@@ -10,6 +10,7 @@ other half is to be looked at as rarely as possible, and neither is ever trained
 import random
 import re
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 
 from nanochat.common import UserError
@@ -29,7 +30,7 @@ class Visitor(Task):
     def __init__(self, half: int, split: str = "test") -> None:
         if split != "test":
             raise UserError("the visitor's questions are no practice; choose another task")
-        rows = [row for _, own in read_rows() for row in own[half::2]]
+        rows = [row for own in read_rows().values() for row in own[half::2]]
         random.Random("visitor").shuffle(rows)  # the first hundred should be a fair sample
         super().__init__(rows)
 
@@ -39,25 +40,22 @@ class Visitor(Task):
 
 
 @cache
-def read_rows() -> list[tuple[str, list[Conversation]]]:
-    """(kind, its conversations) of every section but the first."""
-    found = []
+def read_rows() -> dict[str, list[Conversation]]:
+    """kind -> its conversations, in the order of the table."""
+    found: dict[str, list[Conversation]] = {}
     for kind, _, lines in sections(TABLE)[1:]:
-        common: list[str] = []
-        rows: list[Conversation] = []
+        found[kind] = []
+        above = ""
         for line in lines:
             if line.startswith("! "):
-                common = line[2:].split("; ")
+                above = line[2:]
                 continue
             talk, _, own = line.partition(" => ")
-            roles = ("user", "assistant")
-            messages = [
-                {"role": roles[number % 2], "content": turn}
-                for number, turn in enumerate(talk.split(" / "))
-            ]
-            checks = common + (own.split("; ") if own else [])
-            rows.append({"messages": messages, "kind": kind, "checks": checks})
-        found.append((kind, rows))
+            roles = cycle(("user", "assistant"))
+            turns = zip(roles, talk.split(" / "), strict=False)
+            messages = [{"role": role, "content": turn} for role, turn in turns]
+            checks = [check for part in (above, own) if part for check in part.split("; ")]
+            found[kind].append({"messages": messages, "kind": kind, "checks": checks})
     return found
 
 

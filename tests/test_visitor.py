@@ -13,7 +13,7 @@ from tasks.mixtures import build_task
 from tasks.visitor import expanded, holds, read_rows
 from tests.models import refuses
 
-ROWS = [row for _, rows in read_rows() for row in rows]
+ROWS = [row for rows in read_rows().values() for row in rows]
 RULES = ("", "not", "each", "no", "number", "count", "spell", "story", "poem", *TOPICS)
 FOX = (
     "A fox had a red hat. One day the wind took it away. The fox ran and ran over the hill. "
@@ -60,7 +60,24 @@ JUDGED = {
     ),
     "im so tired today": (
         ["I am sorry. I hope you sleep well.", "Have a rest.", "Oh dear. Shall I tell a story?"],
-        ["A dog is tired.", "7 + 5 = 12.", "Hooray, how nice!"],
+        [
+            "A dog is tired.",
+            "Hello! How can I help you?",
+            "Hooray, how nice!",
+            "It is a kind of bird.",
+        ],
+    ),
+    "ty so much": (
+        ["You are welcome!", "Glad to help. Any more questions?", "No problem."],
+        ["Sorry, I do not know that.", "A fox was glad. It ran home.", "4 + 4 = 8."],
+    ),
+    "wow you are smart": (
+        ["Thank you!", "You are kind, thanks. I do my best.", "I am glad that you like it."],
+        ["I only know a small world.", "A smart is a bird.", "I do not know. Thank you!"],
+    ),
+    "do you sleep": (
+        ["No, I am a program.", "I never sleep.", "Only when my computer is off."],
+        ["Yes.", "A dog sleeps in a kennel.", "I do not know."],
     ),
     "asdfgh": (
         ["I do not understand that.", "Sorry, what do you mean?", "Hm. Can you say it again?"],

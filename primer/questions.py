@@ -10,14 +10,29 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import count
+from itertools import accumulate, count
 from string import ascii_lowercase
 from typing import Any, NamedTuple
 
 from primer.strangers import neat, roughen
-from primer.world import GROUPS, PHRASES, REPLIES, TALK, TEXTS, TOPICS, WORDS, a, capital, fill
+from primer.world import (
+    GROUPS,
+    PHRASES,
+    REPLIES,
+    TALK,
+    TEXTS,
+    TOPICS,
+    WORDINGS,
+    WORDS,
+    a,
+    bare,
+    capital,
+    fill,
+)
 
 LETTERS = "ABC"  # of a quiz
+KEYS = {name: list(topic.facts) for name, topic in TOPICS.items()}
+TOPIC_WEIGHTS = list(accumulate(len(keys) ** 0.5 for keys in KEYS.values()))
 
 
 class Question(NamedTuple):
@@ -58,6 +73,7 @@ class Dice(random.Random):
         assert split in ("train", "val", "test"), split
         super().__init__(f"{split}/{kind}/{index}")
         self.split = split
+        self.free = kind == "conversation"  # a stranger asks, in more ways than a quiz
 
     def draw(self, label: str, pick: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
         """The first key from `pick` that belongs to the split; `label` is the kind of key."""
@@ -70,9 +86,20 @@ class Dice(random.Random):
         """One of each of the `items`, as a key that belongs to the split."""
         return self.draw(label, lambda: tuple(map(self.choice, items)))
 
-    def phrase(self, name: str, **slots: object) -> str:
-        """A random phrase of that name, filled."""
-        return fill(self.choice(PHRASES[name]), **slots)
+    def ways(self, *names: str) -> list[str]:
+        """The templates of those names."""
+        ways = [way for name in names for way in PHRASES.get(name, ())]
+        return ways + [way for name in names for way in WORDINGS.get(name, ())] * self.free
+
+    def say(self, template: str, **slots: object) -> str:
+        """The template filled; with capital and final mark even if a stranger's has none."""
+        if not self.free:
+            return fill(template, **slots)
+        return neat(" ".join(fill(template, self, **slots).split()))
+
+    def phrase(self, *names: str, **slots: object) -> str:
+        """A random phrase of those names, filled."""
+        return self.say(self.choice(self.ways(*names)), **slots)
 
     def cast(self, label: str) -> dict[str, str]:
         """Who and what a text is about: values for its template's slots."""
@@ -92,17 +119,21 @@ class Dice(random.Random):
 
     def topic(self) -> str:
         """A topic's name; larger topics are likelier."""
-        return self.choices(list(TOPICS), [len(topic.facts) ** 0.5 for topic in TOPICS.values()])[0]
+        return self.choices(list(KEYS), cum_weights=TOPIC_WEIGHTS)[0]
 
-    def fact(self) -> tuple[str, str, str, str]:
+    def fact(self, clean: bool = False) -> tuple[str, str, str, str]:
+        """(topic, key, value, question); a clean question is put as in a quiz."""
+
         def pick() -> tuple[str, str, int]:
-            topic = self.topic()
-            key = self.choice(list(TOPICS[topic].facts))
-            return topic, key, self.randrange(len(TOPICS[topic].questions))
+            name = self.topic()
+            topic = TOPICS[name]
+            more = len(topic.wordings) if self.free and not clean else 0
+            return name, self.choice(KEYS[name]), self.randrange(len(topic.questions) + more)
 
-        topic, key, phrasing = self.draw("asked", pick)
-        value = TOPICS[topic].facts[key]
-        return topic, key, value, fill(TOPICS[topic].questions[phrasing], key=key, value=value)
+        name, key, phrasing = self.draw("asked", pick)
+        topic = TOPICS[name]
+        way = (*topic.questions, *topic.wordings)[phrasing]
+        return name, key, topic.facts[key], self.say(way, key=key)
 
     def sum(self, smallest: int = 0, largest: int = 999) -> tuple[int, str, int, int]:
         """(first operand, operation, second operand, result), never negative."""
@@ -120,7 +151,7 @@ class Dice(random.Random):
     def members(self, kind: str, num: int) -> str:
         """Some members of a group: `members("fish", 3)` -> `"salmon, eel and carp"`."""
         *names, last = self.sample(GROUPS[kind], num)
-        return f"{', '.join(names)} and {last}"
+        return f"{', '.join(names)} and {last}" if names else last
 
 
 Ask = Callable[[Dice], Question]
@@ -139,7 +170,7 @@ def ask_fact(dice: Dice, brief: bool | None = None) -> Question:
 
 def ask_choice(dice: Dice) -> Question:
     """A fact with lettered choices: other values of the same topic."""
-    topic, _, value, text = dice.fact()
+    topic, _, value, text = dice.fact(clean=True)
     wrong = [other for other in TOPICS[topic].values if other != value]
     choices = dice.sample([value, *dice.sample(wrong, len(LETTERS) - 1)], len(LETTERS))
     return Question(text, LETTERS[choices.index(value)], value, choices=tuple(choices))
@@ -163,21 +194,21 @@ def ask_yes_no(dice: Dice) -> Question:
         topic = dice.choice(("colour", "kind"))
         key, truth = dice.choice(list(TOPICS[topic].facts.items()))
         value = truth if dice.random() < 0.5 else dice.choice(TOPICS[topic].values)
-        return dice.choice(PHRASES["yes"]), topic, key, value
+        return dice.choice(dice.ways("yes", f"yes {topic}")), topic, key, value
 
     phrase, topic, key, value = dice.draw("yes", pick)
     words = key, value, TOPICS[topic].facts[key]
     thing, asked, truth = words if topic == "colour" else map(a, words)
     reply = f"{'Yes' if asked == truth else 'No'}, {thing} is {truth}."
-    return Question(fill(phrase, key=thing, value=asked), reply)
+    return Question(dice.say(phrase, key=thing, value=asked, x=key, kind=value), reply)
 
 
 def ask_bigger(dice: Dice) -> Question:
     def pick() -> tuple[str, ...]:
-        return dice.choice(PHRASES["bigger"]), *dice.sample(WORDS["size"], 2)
+        return dice.choice(dice.ways("bigger")), *dice.sample(WORDS["size"], 2)
 
     phrase, x, y = dice.draw("bigger", pick)
-    return Question(fill(phrase, x=x, y=y), compare(x, y))
+    return Question(dice.say(phrase, x=x, y=y), compare(x, y))
 
 
 def compare(x: str, y: str) -> str:
@@ -187,15 +218,24 @@ def compare(x: str, y: str) -> str:
 
 
 def ask_list(dice: Dice) -> Question:
-    phrase, num, kind = dice.one_of_each("list", PHRASES["list"], range(2, 5), list(GROUPS))
-    slots = {"n": WORDS["number"][num], "kind": kind, "members": dice.members(kind, num)}
-    return Question(fill(phrase, **slots), fill("Here are {n} {s kind}: {members}.", **slots))
+    def pick() -> tuple[str, int, str]:
+        name = dice.choice(("list", "list", "list some", "list one")) if dice.free else "list"
+        num = {"list some": 3, "list one": 1}.get(name) or dice.randint(2, 4)
+        return dice.choice(dice.ways(name)), num, dice.choice(list(GROUPS))
+
+    phrase, num, kind = dice.draw("list", pick)
+    word = WORDS["number"][num]
+    text = dice.say(phrase, n=num if dice.free and dice.random() < 0.4 else word, kind=kind)
+    head = "Here are {n} {s kind}" if num > 1 else "Here is {a kind}"
+    return Question(text, fill(head + ": {m}.", n=word, kind=kind, m=dice.members(kind, num)))
 
 
 def ask_counting(dice: Dice) -> Question:
-    low, num = dice.one_of_each("count", range(96), range(3, 10))
+    up = dice.free and dice.random() < 0.3
+    low, num = dice.one_of_each("count", [1] if up else range(96), range(3, 10))
     numbers = ", ".join(map(str, range(low, low + num + 1)))
-    return Question(dice.phrase("count", a=low, b=low + num), f"{numbers}.")
+    text = dice.phrase("count up" if up else "count", a=low, b=low + num)
+    return Question(text, f"{numbers}.")
 
 
 def ask_sum(dice: Dice, in_words: bool = False) -> Question:
@@ -203,8 +243,8 @@ def ask_sum(dice: Dice, in_words: bool = False) -> Question:
     x, op, y, result = dice.sum(smallest=2 if in_words else 0)
     slots = dice.cast("problem") if in_words else {}
     word = {"+": "plus", "-": "minus", "*": "times"}[op]
-    name = f"problem {op}" if in_words else "sum"
-    text = dice.phrase(name, a=x, b=y, op=op, word=word, **slots)
+    names = [f"problem {op}"] if in_words else ["sum", f"sum {op}"]
+    text = dice.phrase(*names, a=x, b=y, op=op, word=word, **slots)
     return Question(text, by_tool(f"{x}{op}{y}", result, f"{x} {op} {y} = {result}."), str(result))
 
 
@@ -227,7 +267,8 @@ def ask_letters(dice: Dice, by_hand: bool = False) -> Question:
     parts = by_tool(f"'{word}'.count('{letter}')", num, reply)
     if by_hand:
         parts.insert(0, {"type": "text", "text": tally(word, letter) + ". "})
-    text = dice.phrase("by hand" if by_hand else "letters", word=word, letter=letter)
+    shown = letter.upper() if dice.free and dice.random() < 0.15 else letter
+    text = dice.phrase("by hand" if by_hand else "letters", word=word, letter=shown)
     return Question(text, parts, str(num), keep=(word,))
 
 
@@ -246,14 +287,15 @@ def ask_story(dice: Dice) -> Question:
 
 def ask_repeat(dice: Dice) -> Question:
     slots = dice.cast("repeat")
-    what = dice.phrase("repeated", **slots)
+    what = fill(dice.choice(PHRASES["repeated"]), **slots)
     return Question(dice.phrase("repeat", what=what), what, keep=(what,))
 
 
 def ask_about(dice: Dice, label: str) -> Question:
-    phrase, key = dice.one_of_each(label, PHRASES[label], list(REPLIES[label]))
+    phrase, key = dice.one_of_each(label, dice.ways(label), list(REPLIES[label]))
     reply = REPLIES[label][key]
-    return Question(fill(phrase, key=key, word=key), reply, reply, keep=(key,))
+    keep = (key,) if label == "spell" else ()
+    return Question(dice.say(phrase, key=key, word=bare(key)), reply, reply, keep=keep)
 
 
 def ask_talk(dice: Dice, *names: str) -> Question:
@@ -319,9 +361,10 @@ def turns_of(dice: Dice) -> tuple[str, list[Question]]:
 def introduction(dice: Dice) -> list[Question]:
     """A user gives a name, may change the subject, and asks for the name."""
     slots = dice.cast("name")
-    name = dice.phrase("name", **slots)
-    turns = [Question(name, dice.phrase("name reply", **slots), keep=(slots["hero"],))]
+    name = slots["hero"] = slots["hero"].lower() if dice.random() < 0.4 else slots["hero"]
+    text, reply = dice.phrase("name", **slots), fill(dice.choice(PHRASES["name reply"]), **slots)
+    turns = [Question(text, reply, keep=(name,))]
     if dice.random() < 0.5:
         turns.append(ask_fact(dice))
-    turns.append(Question(dice.phrase("name question"), f"Your name is {slots['hero']}."))
+    turns.append(Question(dice.phrase("name question"), f"Your name is {name}."))
     return turns

@@ -37,11 +37,12 @@ KNOWN = {
 
 
 def neat(text: str) -> str:
-    """The text with a capital and a final mark: `neat("is snow white")` -> `"Is snow white?"`."""
+    """The text with capitals and a final mark: `neat("is it true")` -> `"Is it true?"`."""
     text = re.sub(r"\bi\b(?!')", "I", text)
+    *before, last = text.split(". ")
     if text[-1].isalnum() and " " in text:
-        text += "?" if ASKING.match(text) else "."
-    return capital(text)
+        last += "?" if ASKING.match(last) else "."
+    return ". ".join(map(capital, (*before, last)))
 
 
 def reworded(text: str, words: dict[str, str]) -> str:

@@ -17,6 +17,7 @@ class Topic(NamedTuple):
 
     title: str
     questions: list[str]
+    wordings: list[str]  # of strangers
     sentences: list[str]
     facts: dict[str, str]
 
@@ -54,10 +55,11 @@ def read_texts() -> dict[str, list[tuple[str, str]]]:
 def read_topics() -> dict[str, Topic]:
     """The sections of facts.txt, plus facts derived from other tables."""
     topics = {}
-    for name, title, (questions, sentences, *rows) in sections("facts.txt"):
-        pairs = (fact.split(" = ") for row in rows for fact in row.split("; "))
+    for name, title, rows in sections("facts.txt"):
+        pairs = (fact.split(" = ") for row in rows[3:] for fact in row.split("; "))
         facts = {key: value for keys, value in pairs for key in keys.split(", ")}
-        topics[name] = Topic(title, questions[2:].split(" | "), sentences[2:].split(" | "), facts)
+        asked, typed, told = (row[2:].split(" | ") for row in rows[:3])
+        topics[name] = Topic(title, asked, typed, told, facts)
     topics["opposite"].facts.update(turned(topics["opposite"].facts))
     topics["country"].facts.update(turned(topics["capital"].facts))
     for unit in ("day", "month"):
@@ -93,6 +95,19 @@ def plural(noun: str) -> str:
     return noun + "s"
 
 
+def bare(key: str) -> str:
+    """The noun without its article."""
+    return re.sub("^(an?|the) ", "", key)
+
+
+def are(key: str) -> str:
+    """What follows "what colour": `are("an ant")` -> `"are ants"`, `are("ink")` -> `"is ink"`."""
+    return f"are {plural(bare(key))}" if key.startswith(("a ", "an ")) else f"is {key}"
+
+
+FORMS = {"a": a, "s": plural, "bare": bare, "are": are}
+
+
 def capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
@@ -105,18 +120,16 @@ def fill(template: str, rng: random.Random | None = None, /, **slots: object) ->
     def slot(match: re.Match[str]) -> str:
         form, name = match.groups()
         value = str(slots[name.lower()])
-        if form in ("a", "A"):
-            value = a(value)
-        elif form:
-            value = plural(value)
+        if form:
+            value = FORMS[form.lower()](value)
         return capital(value) if form in ("A", "S") or name[0].isupper() else value
 
-    return re.sub(r"\{(?:([aAsS]) )?(\w+)\}", slot, template)
+    return re.sub(r"\{(?:([aAsS]|are|bare) )?(\w+)\}", slot, template)
 
 
 WORDS = lists([row for *_, rows in sections("words.txt") for row in rows], ", ")
 _talk = {name: rows for name, _, rows in sections("talk.txt")}
-PHRASES = lists(_talk.pop("phrases"), " | ")
+PHRASES, WORDINGS = (lists(_talk.pop(name), " | ") for name in ("phrases", "wordings"))
 # What is said to the model and what it answers: ways of both.
 TALK = {
     name: [tuple(side.split(" | ") for side in row.split(" = ")) for row in rows]
@@ -128,14 +141,13 @@ TOPICS = read_topics()
 # What is told, but too long to be a choice of a quiz: name -> key -> reply.
 REPLIES: dict[str, dict[str, str]] = {}
 for _name in ("nature", "define", "how"):
-    _, PHRASES[_name], (_sentence,), _facts = TOPICS.pop(_name)
-    REPLIES[_name] = {
-        re.sub("^(an?|the) ", "", key): fill(_sentence, key=key, value=value)
-        for key, value in _facts.items()
-    }
+    _, PHRASES[_name], WORDINGS[_name], (_sentence,), _facts = TOPICS.pop(_name)
+    REPLIES[_name] = {key: fill(_sentence, key=key, value=value) for key, value in _facts.items()}
 GROUPS: dict[str, list[str]] = {}  # kind of thing -> its members
 for _thing, _kind in TOPICS["kind"].facts.items():
     GROUPS.setdefault(_kind, []).append(_thing)
+GROUPS |= {"animal": list(REPLIES["nature"]), "country": list(TOPICS["capital"].facts)}
+GROUPS |= {"city": list(TOPICS["country"].facts), "colour": TOPICS["colour"].values}
 WORDS["hero"] = WORDS["girl"] + WORDS["boy"]
 WORDS["animal"] = list(REPLIES["nature"])
 WORDS["colour"] = TOPICS["colour"].values

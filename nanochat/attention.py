@@ -4,7 +4,8 @@ flash  torch's varlen_attn: reads only the keys inside a window, on NVIDIA GPUs 
 flex   compiled flex_attention: skips the blocks of keys that a mask hides, where Triton runs.
 dense  torch's scaled_dot_product_attention, with a mask that says which keys a query sees: the
        others' oracle, and the kernel of CPUs and MPS. On a GPU it computes every score that it
-       hides: of a context of 2,048 under windows of 512, four times what is needed.
+       hides: of a context of 2,048 under windows of 512, four times what is needed. A CPU takes
+       128 queries at a time and only the keys that they may see (`_in_blocks`).
 
 A row may hold several documents. `see` makes what all layers of a forward call share: causal masks
 or bounds, for each window; with `documents`, tokens see their own document alone.
@@ -27,6 +28,10 @@ QKV = tuple[Tensor, Tensor, Tensor]
 # Documents of one call that flash keeps apart: one in 32 tokens; those beyond count as one. Fixed,
 # since the number of bounds is a shape, and a new shape is a new compilation.
 TOKENS_PER_DOCUMENT = 32
+# Queries at a time on a CPU, where a step of the laptop's model spends half the time on attention
+# that it does in torch's kernel (dev/LOG.md); and the keys of one above which the probabilities,
+# kept for backward, would take too much memory.
+CPU_BLOCK, CPU_KEYS = 128, 1024
 
 
 def choose_kernel(
@@ -50,7 +55,8 @@ class View(NamedTuple):
     """Who sees whom in rows of tokens, in the form that the kernel takes."""
 
     kernel: Kernel
-    masks: dict[int | None, Any]  # by window; dense: bool (T, T) or (B, 1, T, T), flex: BlockMask
+    # By window. dense: bool (T, T) or (B, 1, T, T), or (T, T) to be added; flex: a BlockMask
+    masks: dict[int | None, Any]
     bounds: Tensor | None = None  # flash: (N + 1,) int32, where the sequences begin among the M
     options: dict[str, Any] = {}  # of flash, as this torch has them
     starts: Tensor | None = None  # (B, T) True where a document begins, if they are kept apart
@@ -73,6 +79,8 @@ def see(
         bounds = _bounds(batch, time, ids.device, starts)
         return View(kernel, {}, bounds, flash_options(), starts)
     make = _dense_mask if kernel == "dense" else _block_mask
+    if kernel == "dense" and ids.device.type == "cpu" and documents is None:
+        make = _added_mask
     seen = {window if window and window < time else None for window in windows}
     masks = {window: make(window, time, ids.device, documents) for window in seen}
     return View(kernel, masks, starts=starts)
@@ -93,6 +101,8 @@ def attend(qkv: QKV, view: View, window: int | None, scale: float) -> Tensor:
     if view.kernel == "flex":
         return _flex(q, k, v, mask, scale).transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
+    if mask is not None and mask.is_floating_point():
+        return _in_blocks(q, k, v, mask, window, scale).transpose(1, 2)
     y = F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
@@ -145,6 +155,24 @@ def _varlen_options() -> frozenset[str]:
     return frozenset(signature(varlen_attn).parameters)
 
 
+def _in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, window: int | None, scale: float
+) -> Tensor:
+    """(B, H, T, D) of q (B, H, T, D) and k, v (B, K, T, D); `hidden` (T, T) is added to scores."""
+    batch, heads, time, _ = q.shape
+    if heads != k.shape[1]:
+        k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
+    q, k, v = (q * scale).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B H, T, D)
+    done = []
+    for begin in range(0, time, CPU_BLOCK):
+        queries = slice(begin, begin + CPU_BLOCK)
+        first = max(0, begin - window + 1) // 8 * 8 if window else 0  # aligned memory
+        keys = slice(first, begin + CPU_BLOCK)
+        scores = torch.baddbmm(hidden[queries, keys].to(q.dtype), q[:, queries], k[:, keys].mT)
+        done.append(scores.softmax(-1) @ v[:, keys])
+    return torch.cat(done, dim=1).unflatten(0, (batch, heads))
+
+
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
     if torch.compiler.is_compiling():
         from torch.nn.attention.flex_attention import flex_attention
@@ -176,6 +204,17 @@ def _dense_mask(
     if documents is not None:
         mask = mask & (documents[:, None, :, None] == documents[:, None, None])  # (B, 1, T, T)
     return mask
+
+
+def _added_mask(
+    window: int | None, time: int, device: torch.device, documents: Tensor | None
+) -> Tensor | None:
+    """For `_in_blocks`: minus infinity where a query does not see a key, else 0."""
+    if (window or time) > CPU_KEYS:
+        return _dense_mask(window, time, device, documents)
+    age = torch.arange(time)[:, None] - torch.arange(time)
+    hidden = (age < 0) | (age >= window) if window else age < 0
+    return torch.zeros(time, time).masked_fill_(hidden, -torch.inf)
 
 
 def _block_mask(

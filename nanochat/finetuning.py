@@ -92,7 +92,7 @@ def finetune(
 
     Returns the results; None if the run was already finished.
     """
-    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic)
+    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic, trains=True)
     model, tokenizer, meta = load_model(cfg, runtime, train=True, table_dtype=cfg.table_dtype)
     print0(f"{stage} from {meta['name']}")
     settings = vars(cfg) | {"weights": meta["weights"]}

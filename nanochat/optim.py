@@ -235,8 +235,8 @@ class MuonAdamW:
     """Muon and AdamW over groups `{"kind": "muon" | "adamw", "names", "params", "lr", ...}`.
 
     A Muon group has momentum, beta2 and weight_decay; an AdamW group betas, eps and weight_decay.
-    GPUs orthogonalise in `dtype`, that of the model's matmuls; a CPU does not, since there a
-    rounding error of 1e-7 (another number of ranks) would become 2 % of the update. Gradients are
+    Matrices are orthogonalised in `dtype`, that of the model's matmuls; there an error of 1e-7
+    (another number of ranks) becomes 2 % of the update, but it halves the time. Gradients are
     averaged over the ranks: scale each rank's loss for that, and by `loss_scale`, which is 1 unless
     `dtype` is fp16. Groups are the same on every rank; with more than one, `torch.distributed` is
     initialised.
@@ -255,7 +255,8 @@ class MuonAdamW:
         for group in self.param_groups:
             group["base_lr"], group["base_weight_decay"] = group["lr"], group["weight_decay"]
             some = group["params"][0]
-            group["dtype"] = dtype if some.is_cuda else some.dtype
+            narrow = some.is_cuda or dtype == torch.bfloat16
+            group["dtype"] = dtype if narrow else some.dtype
             for names, params in partition(group, world_size):
                 num_shards = world_size if params[0].numel() >= SMALL else 1
                 self.buckets.append(Bucket(group, names, params, num_shards, rank % num_shards))

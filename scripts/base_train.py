@@ -116,7 +116,7 @@ def uses_fp8(cfg: Config, runtime: Runtime, choices: list[tuple[int, bool]]) -> 
 
 
 def main(cfg: Config) -> None:
-    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic)
+    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic, trains=True)
     tag = cfg.model_tag or f"d{cfg.depth}"
     corpus, tokenizer = find_corpus(cfg.data), load_tokenizer(cfg, tag)
     config = scaling.depth_to_config(

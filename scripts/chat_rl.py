@@ -215,7 +215,7 @@ def refresh(engine: Engine, model: GPT) -> None:
 
 
 def main(cfg: Config) -> None:
-    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic)
+    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic, trains=True)
     model, tokenizer, meta = load_model(cfg, runtime, train=True)
     print0(f"rl from {meta['name']}")
     task, held_out = build_task(cfg.task, "train"), build_task(cfg.task)[: cfg.eval_problems]

@@ -131,7 +131,7 @@ def measure(cfg: Config, runtime: Runtime, parts: Iterator[str]) -> dict[str, fl
 
 
 def main(cfg: Config) -> None:
-    runtime = set_up(cfg.device_type, cfg.dtype)
+    runtime = set_up(cfg.device_type, cfg.dtype, trains=True)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     figures = measure(cfg, runtime, train(cfg, runtime))

@@ -29,7 +29,9 @@ STEPS, EVERY = 10, 5
 FLAGS = "--depth=2 --aspect_ratio=16 --head_dim=16 --max_seq_len=64 --total_batch_size=512"
 FLAGS += f" --num_iterations=30 --eval_every={EVERY} --eval_tokens=512 --save_every={EVERY}"
 FLAGS += " --device_type=cpu --dtype=float32"
-TOLERANCE = 1e-8  # of a weight of up to 80, in fp64; measured: 1e-10 after 10 steps
+# Of a weight of up to 80, in fp64. Measured after 10 steps: 3e-11, but in the tables 3e-8, where
+# gradients of 1e-17 are no longer small beside AdamW's eps.
+TOLERANCE = 1e-7
 A_FAULT = 1e-6  # what a gradient off by 1e-3 adds at least; measured: 1e-5 after 5 steps
 # A parameter of each bucket: three shapes of matrices, three tables, four groups of small ones.
 OF_EACH_BUCKET = (

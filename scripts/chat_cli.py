@@ -6,7 +6,8 @@
     (one process: eight GPUs answer one person no faster)
 
 /help lists the commands. Ctrl-C stops an answer, Ctrl-D ends. A conversation that outgrows the
-context loses its oldest turns. A base model continues the text instead of answering.
+context loses its oldest turns, and a line says so. A base model continues the text instead of
+answering.
 
 reads: <source>/<model tag>/
 writes: chat_history, what was typed; the file of /save
@@ -56,17 +57,19 @@ class Config(CheckpointFlags):
     temperature: Temperature = 0.6  # 0: always the likeliest token
     top_k: Natural = 50  # sample among this many tokens; 0: off
     top_p: Share = 1.0  # and among the likeliest that hold this share; 1: off
-    max_tokens: Count = 512  # of one answer; at most half the context
+    max_tokens: Count = 512  # of one answer; a quarter of the context is kept free for it
     seed: int = 0  # of the sampling
 
 
 def fit_window(
     tokenizer: Tokenizer, messages: list[dict[str, Any]], max_len: int, is_base: bool = False
-) -> list[int]:
-    """The prompt for the newest message; drops the oldest `messages` until it fits `max_len`.
+) -> tuple[list[int], str]:
+    """(the prompt for the newest message, what was left out for it to fit `max_len`, if anything).
 
-    A message too long by itself keeps its end. A base model gets the newest one unchanged.
+    Drops the oldest of `messages`; one too long by itself keeps its end. A base model gets the
+    newest one unchanged.
     """
+    num_messages = len(messages)
     if is_base:
         prompt = [tokenizer.bos_id, *tokenizer.encode(messages[-1]["content"])]
     else:
@@ -74,7 +77,12 @@ def fit_window(
         while len(prompt) > max_len and len(messages) > 1:
             del messages[:2]  # a question and its answer
             prompt = render_prompt(tokenizer, {"messages": messages})
-    return crop_prompt(prompt, max_len)
+    left_out = []
+    if num_dropped := num_messages - len(messages):
+        left_out.append(f"the oldest {num_dropped} messages")
+    if num_tokens := max(0, len(prompt) - max_len):
+        left_out.append(f"the first {num_tokens} tokens of yours")
+    return crop_prompt(prompt, max_len), " and ".join(left_out)
 
 
 def show(event: Event) -> None:
@@ -82,15 +90,20 @@ def show(event: Event) -> None:
     print(call + event.text, end="", flush=True)
 
 
-def answer(engine: Engine, cfg: Config, messages: list[dict[str, Any]], question: str) -> None:
+def answer(
+    engine: Engine, cfg: Config, messages: list[dict[str, Any]], question: str, name: str = ""
+) -> None:
     """Add the question and its printed answer to `messages`; Ctrl-C keeps the answer so far."""
     messages.append({"role": "user", "content": question})
-    max_tokens = max(1, min(cfg.max_tokens, engine.max_len // 2))
-    room = engine.max_len - max_tokens
-    prompt = fit_window(engine.tokenizer, messages, room, cfg.source == "base")
+    room = engine.max_len - max(1, min(cfg.max_tokens, engine.max_len // 4))
+    prompt, left_out = fit_window(engine.tokenizer, messages, room, cfg.source == "base")
+    if left_out:
+        print(f"(too long for {engine.max_len} tokens: left out {left_out})", file=sys.stderr)
     seed = derive_seed(cfg.seed, len(messages), *prompt)
+    max_tokens = min(cfg.max_tokens, engine.max_len - len(prompt))
     request = Request(prompt, max_tokens, cfg.temperature, cfg.top_k, cfg.top_p, seed)
     reply = Reply()
+    print(name, end="", flush=True)
     with suppress(KeyboardInterrupt), closing(engine.stream([request])) as events:
         for event in events:
             reply.add(event)
@@ -160,8 +173,7 @@ def main(cfg: Config) -> None:
             if question.startswith("/"):
                 print(obey(question, cfg, messages))
             elif question:
-                print("Model: ", end="", flush=True)
-                answer(engine, cfg, messages, question)
+                answer(engine, cfg, messages, question, name="Model: ")
     except BrokenPipeError:  # whoever read the answer has had enough, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -39,11 +39,14 @@ def talk(*lengths: int) -> list[dict[str, Any]]:
 
 def test_the_window_forgets_the_oldest_turns_only() -> None:
     messages = talk(20, 10, 20, 10, 5)
-    prompt = fit_window(TOKENIZER, messages, 50)
+    prompt, left_out = fit_window(TOKENIZER, messages, 50)
     assert messages == talk(20, 10, 5) and len(prompt) <= 50
+    assert left_out == "the oldest 2 messages"
     assert prompt == render_prompt(TOKENIZER, {"messages": messages})
     # One message that is longer by itself keeps bos and its end.
-    prompt = fit_window(TOKENIZER, [{"role": "user", "content": "a" * 90 + "end"}], 30)
+    prompt, left_out = fit_window(TOKENIZER, [{"role": "user", "content": "a" * 90 + "end"}], 30)
+    assert left_out == "the first 67 tokens of yours"
+    assert fit_window(TOKENIZER, talk(20), 50)[1] == ""
     assert len(prompt) == 30 and prompt[0] == CHAT.bos
     assert prompt[-5:] == [*b"end", CHAT.user_end, CHAT.assistant_start]
 
@@ -58,7 +61,9 @@ def test_five_contexts_never_crash(source: Source, capsys: pytest.CaptureFixture
         cfg = Config(source=source, max_tokens=40, temperature=2.0, seed=turn)
         answer(engine, cfg, messages, question["content"])
         assert messages[-2] == question
-    assert 2 * sum(lengths) > 5 * CONTEXT and len(capsys.readouterr().out) > 100
+    printed = capsys.readouterr()
+    assert 2 * sum(lengths) > 5 * CONTEXT and len(printed.out) > 100
+    assert "(too long for 64 tokens: left out the" in printed.err
 
 
 def test_tool_calls_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -312,13 +312,15 @@ def peak_flops(runtime: Runtime) -> tuple[float, str]:
     return measure_flops(runtime), f"{dtype} matmul measured on this {runtime.device_name}"
 
 
-def measure_flops(runtime: Runtime) -> float:
-    """FLOP/s of matmuls on this device: the best in half a second, as it may be busy."""
+def measure_flops(runtime: Runtime, seconds: float = 0.5) -> float:
+    """FLOP/s of matmuls on this device: the best within some seconds, as it may be busy."""
     # Of a GPU only large ones, one after the other, measure more than their launch.
     size, repeats = (8192, 20) if runtime.device.type == "cuda" else (1024, 1)
-    left, right = torch.randn(2, size, size, device=runtime.device, dtype=runtime.dtype)
+    random = torch.Generator(runtime.device)  # training's own must not move
+    shape, dtype = (2, size, size), runtime.dtype
+    left, right = torch.randn(shape, generator=random, device=runtime.device, dtype=dtype)
     best, start = float("inf"), time.perf_counter()
-    while time.perf_counter() - start < 0.5:
+    while time.perf_counter() - start < seconds:
         synchronize(runtime.device)
         before = time.perf_counter()
         for _ in range(repeats):

@@ -54,7 +54,13 @@ from nanochat.dataloader import Batch, Loader, local_rows
 from nanochat.gpt import GPT, GPTConfig, call
 from nanochat.loss import gpu_chunk
 from nanochat.optim import MuonAdamW
-from nanochat.scaling import flops_per_token, memory_bytes, parameter_counts, peak_flops
+from nanochat.scaling import (
+    flops_per_token,
+    measure_flops,
+    memory_bytes,
+    parameter_counts,
+    peak_flops,
+)
 from nanochat.tokenizer import Tokenizer
 
 USABLE = 0.97  # of a GPU's free memory; the rest is fragmentation
@@ -291,10 +297,11 @@ class Meter:
     update (val_bpb) belongs to it; checkpoints include the open record.
     """
 
-    def __init__(self, run: "Run", max_tok_per_second: float) -> None:
-        """mfu is relative to `max_tok_per_second`. Truncates metrics.jsonl to the resumed step."""
+    def __init__(self, run: "Run", peak: float, flops_per_token: float) -> None:
+        """mfu is relative to `peak`, a rank's FLOP/s. Truncates metrics.jsonl to the resumed step."""
         state = run.resumed.state if run.resumed else {}
-        self.run, self.max_tok_per_second = run, max_tok_per_second
+        self.run, self.peak, self.peak_measured_at = run, peak, 0.0  # of `seconds`
+        self.flops_per_token = flops_per_token / run.runtime.world_size
         self.tokens: int = state.get("tokens", 0)  # of all ranks since the run began
         self.seconds: float = state.get("seconds", 0.0)  # in steps: no evaluation, no save
         self.record: dict[str, Any] = state.get("record", {"step": 0, "tokens": 0, "seconds": 0.0})
@@ -356,10 +363,14 @@ class Meter:
         self.seconds += time.perf_counter() - self.clock
         _, tokens, seconds = self.line_start
         tok_per_second = (self.tokens - tokens) / max(self.seconds - seconds, 1e-9)
+        if line_due and run.runtime.device.type == "cpu" and self.seconds > 2 * self.peak_measured_at:
+            # Again and again, since it may have been busy before.
+            self.peak = max(self.peak, measure_flops(run.runtime, seconds=0.01))
+            self.peak_measured_at = self.seconds
         self.record = {
             "step": run.step, "tokens": self.tokens, "seconds": self.seconds, "loss": loss,
             "lrm": lr_multiplier, "tok_per_second": tok_per_second,
-            "mfu": tok_per_second / self.max_tok_per_second,
+            "mfu": tok_per_second * self.flops_per_token / self.peak,
         }  # fmt: skip
         if line_due:
             self.print_line()
@@ -515,7 +526,7 @@ class Run:
             tokenizer.save(self.folder / "tokenizer")
             settings = {"config": self.config, "git": git_revision()}
             write_file(self.folder / "config.json", json.dumps(settings, indent=1))
-        meter = Meter(self, peak * self.runtime.world_size / flops_per_token(model.config))
+        meter = Meter(self, peak, flops_per_token(model.config))
         if self.resumed:  # last: setting up may have drawn random numbers
             self.resumed.restore_generators(self.runtime.rank)
         gc.collect()

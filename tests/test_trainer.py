@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint, trainer
+from nanochat import checkpoint, scaling, trainer
 from nanochat.checkpoint import build_model, list_steps, open_checkpoint
 from nanochat.common import Runtime
 from nanochat.gpt import GPT, GPTConfig
@@ -218,6 +218,18 @@ def test_records_line_and_resume(base: Path, capsys: pytest.CaptureFixture[str])
     (run.folder / ".fresh").touch()  # stages.sh asks for --fresh as long as it is there
     with Run("base", "d1", settings(fresh=True), CPU) as run:
         assert not run.is_finished and run.step == 0 and not (run.folder / ".fresh").exists()
+
+
+def test_mfu_outlives_a_peak_measured_on_a_busy_machine(
+    base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "measure_flops", lambda _: 1.0)
+    monkeypatch.setattr(trainer, "measure_flops", lambda _, seconds: 1e15)
+    with Run("base", "d1", settings(), CPU) as run:
+        meter = start(run, build_model(CONFIG, None, CPU))
+        run.advance(0.5)
+        meter.log_step(torch.tensor(1.5), lr_multiplier=0.5, num_tokens=32)
+        assert 0 < meter.record["mfu"] < 1
 
 
 SAVED = {"seed": 0, "num_slots": 64, "weights": "a1", "corpus": "primer", "data": "", "gone": 7}

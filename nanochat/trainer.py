@@ -298,9 +298,9 @@ class Meter:
     """
 
     def __init__(self, run: "Run", peak: float, flops_per_token: float) -> None:
-        """mfu is relative to `peak`, a rank's FLOP/s. Truncates metrics.jsonl to the resumed step."""
+        """mfu refers to a rank's `peak` FLOP/s. Truncates metrics.jsonl to the resumed step."""
         state = run.resumed.state if run.resumed else {}
-        self.run, self.peak, self.peak_measured_at = run, peak, 0.0  # of `seconds`
+        self.run, self.peak, self.measured_at = run, peak, 0.0  # of `seconds`
         self.flops_per_token = flops_per_token / run.runtime.world_size
         self.tokens: int = state.get("tokens", 0)  # of all ranks since the run began
         self.seconds: float = state.get("seconds", 0.0)  # in steps: no evaluation, no save
@@ -363,10 +363,10 @@ class Meter:
         self.seconds += time.perf_counter() - self.clock
         _, tokens, seconds = self.line_start
         tok_per_second = (self.tokens - tokens) / max(self.seconds - seconds, 1e-9)
-        if line_due and run.runtime.device.type == "cpu" and self.seconds > 2 * self.peak_measured_at:
+        if line_due and run.runtime.device.type == "cpu" and self.seconds > 2 * self.measured_at:
             # Again and again, since it may have been busy before.
             self.peak = max(self.peak, measure_flops(run.runtime, seconds=0.01))
-            self.peak_measured_at = self.seconds
+            self.measured_at = self.seconds
         self.record = {
             "step": run.step, "tokens": self.tokens, "seconds": self.seconds, "loss": loss,
             "lrm": lr_multiplier, "tok_per_second": tok_per_second,

@@ -15,7 +15,6 @@ writes: <out>/summary.md, <section>.json and .log; corpus, runs and compiled cod
 
 import asyncio
 import gc
-import inspect
 import json
 import math
 import multiprocessing
@@ -28,8 +27,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, product
@@ -37,7 +36,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch.autograd import grad
 
 from dev.bench import serve_load, train_speed
 from nanochat import attention, common, dataset, fp8
@@ -100,14 +98,6 @@ class Check:
         self.found |= details
         common.write_file(self.path, json.dumps(self.found, indent=1, default=str))
 
-    @contextmanager
-    def trying(self, name: str) -> Iterator[None]:
-        """Record, in place of a figure, that this torch or this card has no such thing."""
-        try:
-            yield
-        except (ImportError, AttributeError, TypeError, RuntimeError) as error:
-            self.add(name, f"not there: {str(error).splitlines()[0][:80]}")
-
     def milliseconds(self, work: Callable[[], Any], repeats: int = 20) -> float:
         """Mean time of `work`, again and again without a wait, after three that do not count."""
         begin = 0.0
@@ -150,14 +140,7 @@ class Check:
 def facts(check: Check) -> None:
     """Versions, what nanochat chooses, and the peaks of products and of a copy."""
     runtime, card = check.runtime, find_card(check.runtime.device_name)
-    check.note(python=sys.version, torch=torch.__version__, cuda=torch.version.cuda, card=card)
-    check.note(device=runtime.device_name, git=common.git_revision())
-    with check.trying("varlen_attn"):
-        from torch.nn.attention.varlen import varlen_attn
-
-        check.note(varlen_attn=str(inspect.signature(varlen_attn)))
-    if check.on_gpu:
-        check.note(made_for=torch.cuda.get_arch_list(), free=common.free_memory(check.device))
+    check.note(python=sys.version, torch=torch.__version__, device=runtime.device_name, card=card)
     capability, dtype = runtime.capability, runtime.dtype
     kernel = attention.choose_kernel(check.device.type, capability, dtype, head_dim=128)
     check.add("capability, attention, dtype", f"{capability}, {kernel}, {dtype}")
@@ -165,15 +148,10 @@ def facts(check: Check) -> None:
     left, right = torch.randn(2, size, size, device=check.device, dtype=dtype).unbind(0)
     rate = 2e-9 * size**3 / check.milliseconds(lambda: left @ right)
     check.add("matmul, TFLOP/s", rate, 0.75 * peak)
-    scaled_mm = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
-    one = torch.ones((), device=check.device)
-    operands = left.to(fp8.E4M3), right.to(fp8.E4M3).t(), one, one
-    for fast in (False, True):
-        name = f"fp8 matmul{', fast accumulation' * fast}, TFLOP/s"
-        options = {"out_dtype": torch.bfloat16, "use_fast_accum": fast}
-        with check.trying(name):
-            taken = check.milliseconds(partial(scaled_mm, *operands, **options))
-            check.add(name, 2e-9 * size**3 / taken, 1.2 * peak if fast else None)
+    if fp8.is_there(runtime):
+        one = torch.ones((), device=check.device)
+        product = partial(fp8.multiply, left.to(fp8.E4M3), right.to(fp8.E4M3), one, one, fast=True)
+        check.add("fp8 matmul, TFLOP/s", 2e-9 * size**3 / check.milliseconds(product), 1.2 * peak)
     check.add("copy, GB/s", check.copy_rate() / 1e9, 0.8 * card.bandwidth if card else 0.0)
 
 
@@ -185,25 +163,6 @@ def tests(check: Check) -> None:
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     print(done.stdout)
     check.add(f"pytest: {done.stdout.splitlines()[-1].strip('= ')}", done.returncode, high=0)
-
-
-def attend(check: Check) -> None:
-    """Attention alone, forward and with backward: ms, and TFLOP/s of what a window needs."""
-    shapes = check.size([(16, 2048, 12), (32, 2048, 10)], [(1, 256, 1)])
-    kernels: list[attention.Kernel] = check.size(["flash", "dense", "flex"], ["dense"])
-    for kernel, (rows, length, heads), window in product(kernels, shapes, (512, None)):
-        size, where = (4, rows, length, heads, 128), check.device
-        q, k, v, above = torch.randn(size, device=where, dtype=check.runtime.dtype).unbind(0)
-        parts = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
-        label = f"{kernel}, {rows} x {length} x {heads}, window {window}: "
-        with check.trying(label):
-            view = attention.see(kernel, [window], torch.zeros(rows, length, device=where))
-            forward = partial(attention.attend, parts, view, window, 128**-0.5)
-            taken = check.milliseconds(lambda f=forward, x=parts, dy=above: grad(f(), x, dy))
-            keys = sum(min(place + 1, window or length) for place in range(length))
-            check.add(label + "forward, ms", check.milliseconds(torch.no_grad()(forward)))
-            check.add(label + "forward and backward, ms", taken)
-            check.add(label + "TFLOP/s", 12e-9 * 128 * rows * heads * keys / taken)
 
 
 def train(check: Check, depth: int, rows: int, mfu: float | None = None, **options: Any) -> float:
@@ -346,7 +305,7 @@ def pipeline(check: Check) -> None:
 
 Section = tuple[Callable[[Check], object], float]  # and at most how many seconds
 SECTIONS: dict[str, Section] = {  # what matters most first
-    "facts": (facts, 60), "tests": (tests, 120), "attention": (attend, 90),
+    "facts": (facts, 60), "tests": (tests, 120),
     "train_d12": (partial(train, depth=12, rows=32, mfu=40), 70),
     "train_d20": (partial(train, depth=20, rows=32, mfu=50), 100),
     "decode": (decode, 60), "fp8": (eight_bits, 150), "memory": (memory, 100),
@@ -367,9 +326,8 @@ def enter(name: str, section: Section, cfg: Config) -> None:
 
 def run_section(name: str, section: Section, cfg: Config, seconds: float) -> bool:
     """True if the section passes; its file says so, or why not."""
-    path, log = cfg.out / f"{name}.json", cfg.out / f"{name}.log"
+    path = cfg.out / f"{name}.json"
     path.unlink(missing_ok=True)
-    log.write_text("")
     context: Any = multiprocessing.get_context("spawn" if cfg.spawn else "forkserver")
     process, begin = context.Process(target=enter, args=(name, section, cfg)), time.monotonic()
     process.start()
@@ -386,22 +344,19 @@ def run_section(name: str, section: Section, cfg: Config, seconds: float) -> boo
     faults = [fault] * bool(fault) + wrong
     found["verdict"] = f"failed: {'; '.join(faults)}" if faults else "passed"
     found["seconds"] = round(time.monotonic() - begin, 1)
-    found["log"] = log.read_text(errors="replace").splitlines()[-20:] if fault else []
     common.write_file(path, json.dumps(found, indent=1))
     print(f"{name:12} {found['seconds']:6.1f} s  {found['verdict']}", flush=True)
     return not faults
 
 
-def summarize(out: Path, skipped: list[str]) -> str:
-    """A Markdown table of every section's file, and of those skipped."""
+def summarize(out: Path) -> str:
+    """A Markdown table of every section's file."""
     rows = [("section", "figure", "value", "criterion", "verdict"), ("---",) * 5]
     for path in (out / f"{name}.json" for name in SECTIONS):
         if path.exists():
             found = json.loads(path.read_text())
             rows.append((path.stem, "seconds", found["seconds"], "", found["verdict"]))
             rows += [("", *figure.values()) for figure in found["figures"]]
-        elif path.stem in skipped:
-            rows.append((path.stem, "", "", "", "skipped: no time left"))
     shown = [
         [f"{each:.4g}" if isinstance(each, float) else str(each) for each in row] for row in rows
     ]
@@ -416,15 +371,14 @@ def check_all(sections: dict[str, Section], cfg: Config) -> bool:
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     cfg = replace(cfg, out=cfg.out.resolve())
     cfg.out.mkdir(parents=True, exist_ok=True)
-    end, passed, skipped = time.monotonic() + 60 * cfg.minutes, [], []
+    end, passed = time.monotonic() + 60 * cfg.minutes, []
     for name, section in sections.items():
         left = end - time.monotonic()
         if left < section[1] / 2:  # about what a section takes
-            skipped.append(name)
             print(f"{name:12} skipped: {left:.0f} s left of --minutes={cfg.minutes:g}", flush=True)
         else:
             passed.append(run_section(name, section, cfg, min(section[1], left)))
-        common.write_file(cfg.out / "summary.md", summarize(cfg.out, skipped))
+        common.write_file(cfg.out / "summary.md", summarize(cfg.out))
     print(f"{sum(passed)} of {len(passed)} sections passed: {cfg.out / 'summary.md'}")
     return all(passed)
 

@@ -50,7 +50,7 @@ def test_no_section_stops_another(
     found = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
     assert found["tests"]["verdict"] == "failed: killed after 30 s"
     assert found["facts"]["verdict"] == "failed: exit code 1"
-    assert found["facts"]["log"][-1] == "RuntimeError: the last words"
+    assert (out / "facts.log").read_text().endswith("RuntimeError: the last words\n")
     assert [each["figures"][0]["name"] for each in (found["tests"], found["facts"])] == [
         "before"
     ] * 2
@@ -61,7 +61,6 @@ def test_no_section_stops_another(
     assert [line.split()[0] for line in said.splitlines()] == [*sections, "1"]
     assert "skipped: " in said and "1 of 3 sections passed" in said
     rows = (out / "summary.md").read_text().splitlines()[2:]
-    assert "| fp8 |  |  |  | skipped: no time left |" in rows
     assert "|  | speed | 2 | >= 3 |  |" in rows
 
 

@@ -12,7 +12,6 @@ import asyncio
 import json
 import multiprocessing
 import random
-import re
 import statistics
 import time
 from collections import Counter
@@ -144,14 +143,6 @@ async def load(http: httpx.AsyncClient, cfg: Config) -> Seen:
     return seen
 
 
-async def show_state(http: httpx.AsyncClient) -> None:
-    """Print the idle server's load and memory, which would show a leak."""
-    await asyncio.sleep(0.5)
-    text = (await http.get("/metrics")).text
-    shown = re.findall(r"^(nanochat_num_req\w+|process_resident\w+) (\S+)$", text, re.MULTILINE)
-    print(", ".join(f"{key} {float(value):.0f}" for key, value in shown))
-
-
 async def run(cfg: Config, url: str) -> Seen:
     """The measurements of the server at `url`, once it is ready and warm."""
     limits = httpx.Limits(max_connections=None)
@@ -162,10 +153,7 @@ async def run(cfg: Config, url: str) -> Seen:
             with suppress(httpx.TransportError):
                 ready = (await http.get("/ready")).status_code == 200
         await load(http, replace(cfg, clients=2, rate=0, seconds=2))
-        await show_state(http)
-        seen = await load(http, cfg)
-        await show_state(http)
-    return seen
+        return await load(http, cfg)
 
 
 def main(cfg: Config) -> None:

@@ -367,11 +367,9 @@ def build_model(
     table_dtype: TableDtype = "auto",
 ) -> GPT:
     """A model with `weights` or, if there are none, initialised; `table_dtype` auto is fp32."""
-    if table_dtype == "auto":
-        table_dtype = "float32"
     # Not via the meta device: there torch imports its compiler, which takes seconds.
     with runtime.device:
-        model = GPT(config, DTYPES[table_dtype])
+        model = GPT(config, DTYPES.get(table_dtype, torch.float32))
     if weights is None:
         model.init_weights(seed)
     else:

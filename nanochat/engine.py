@@ -105,10 +105,10 @@ class Reply:
 
 
 class Prompt(NamedTuple):
-    """A fully prefilled prompt, and the model's output after it."""
+    """A fully prefilled prompt, and what the model says after it."""
 
     ids: list[int]
-    logits: torch.Tensor  # (V,) after its last token
+    logits: torch.Tensor  # (V,)
     previous: torch.Tensor  # (C,) see KVCache.previous
 
 
@@ -122,7 +122,7 @@ class Slot:
 
 
 class SlotPool:
-    """The model, its cache, and the allocation of slots.
+    """The model, its cache, and the allocation of slots; `reset` it if the weights change.
 
     A released slot keeps its tokens. A new prompt copies from any slot
 
@@ -130,8 +130,6 @@ class SlotPool:
     - else, with `prefix_reuse`, the longest common prefix, such as a conversation's history. The
       rest is then read in other chunks, so the last bits of the logits depend on what came before:
       fine for a server, not for an evaluation.
-
-    If the weights change, `reset`.
     """
 
     def __init__(self, model: GPT, num_slots: int, max_len: int, prefix_reuse: bool) -> None:
@@ -176,7 +174,7 @@ class SlotPool:
         if self.cache.flashes:
             return rest[:room], min(len(rest), room)
         chunk = rest[:CHUNK]
-        padded = -(-len(chunk) // ROUND_UP) * ROUND_UP  # P
+        padded = len(chunk) + -len(chunk) % ROUND_UP  # P
         return (chunk, padded) if padded <= room else ([], 0)
 
     def prefill(self, chunks: dict[Slot, list[int]], prompts: dict[Slot, list[int]]) -> None:
@@ -188,8 +186,7 @@ class SlotPool:
             logits = self._run(row, torch.tensor(counts), packed=True)  # (N, V)
         else:
             (slot,) = chunks
-            padded = -(-len(ids) // ROUND_UP) * ROUND_UP
-            row = torch.tensor([ids + [0] * (padded - len(ids))], device=self.device)  # (1, P)
+            row = torch.tensor([ids + [0] * (-len(ids) % ROUND_UP)], device=self.device)  # (1, P)
             where, num_new = torch.tensor([slot.index]), torch.tensor([len(ids)])
             logits = self.model(row, cache=self.cache, slots=where, num_new=num_new, last_only=True)
             logits = logits[:, 0].expand(len(self.all), -1)
@@ -229,10 +226,7 @@ class SlotPool:
         return old == new or (shares and old[:MIN_SHARED] == new[:MIN_SHARED])
 
     def _longest_prefix(self, prompt: list[int]) -> tuple[Slot, int]:
-        """(the slot to copy from, how many of its tokens to keep).
-
-        A prompt's last token is only kept along with the logits after it.
-        """
+        """(slot to copy from, how many of its tokens to keep); the last only with its logits."""
         best, longest = self.free[0], 0
         for slot in self.all:
             if slot.prompt and slot.prompt.ids == prompt:
@@ -250,9 +244,9 @@ class StepGraphs:
     """The engine's steps as CUDA graphs: one launch instead of hundreds.
 
     Shapes never change: a step of decoding takes one token of every slot, one of prefilling a whole
-    chunk. What does change lies in static buffers: the ids here, the rest in KVCache. Without flash
-    there is no graph of prefilling, and one of decoding for each of a few key lengths, of which the
-    shortest that suffices is replayed. Weights may only change in place.
+    chunk. What does change lies in static buffers: the ids here, the rest in KVCache; so weights
+    may only change in place. Without flash there is no graph of prefilling, and one of decoding for
+    each of a few key lengths, of which the shortest that suffices is replayed.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
@@ -292,7 +286,7 @@ class StepGraphs:
         return ids, graph, logits
 
     def replay(self, ids: torch.Tensor, num_new: torch.Tensor, packed: bool) -> torch.Tensor:
-        """(N, V) logits of `ids`, (N, 1) or packed, num_new[n] of each slot; see SlotPool._run."""
+        """As SlotPool._run; `ids` are (N, 1) or packed."""
         (rows, time), dtype = ids.shape, self.model.compute_dtype
         step = self.cache.begin(rows, time, num_new=num_new, dtype=dtype, packed=packed)
         recorded = self.prefilling
@@ -316,7 +310,7 @@ def key_lengths(cache: KVCache) -> list[int]:
 
 @dataclass(eq=False)
 class RunningRequest:
-    """A request in its slot, and the state of its reply."""
+    """A request in its slot."""
 
     request: Request
     slot: Slot
@@ -613,7 +607,4 @@ def sample_texts(model: GPT, tokenizer: Tokenizer, max_tokens: int = 32) -> list
     max_len = max(len(request.prompt) for request in requests) + max_tokens
     engine = Engine(model, tokenizer, len(requests), max_len, prefix_reuse=False)
     replies = dict(engine.complete(requests))
-    return [
-        prompt + "".join(part["text"] for part in replies[request].parts)
-        for prompt, request in zip(SAMPLE_PROMPTS, requests, strict=True)
-    ]
+    return [p + replies[r].text for p, r in zip(SAMPLE_PROMPTS, requests, strict=True)]

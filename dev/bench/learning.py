@@ -31,7 +31,6 @@ from nanochat.common import (
     CheckpointFlags,
     Count,
     DeviceType,
-    Dtype,
     Positive,
     Runtime,
     run_script,
@@ -53,8 +52,6 @@ class Config:
     variant: tuple[str, ...] = ()  # flags of base_train, without their dashes, that are the idea
     ratio: Positive = 0.293  # tokens per parameter of blocks and head
     device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
-    dtype: Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
-    threads: int = 0  # of torch on a CPU; 0: as many as torch takes
 
 
 class Outcome(NamedTuple):
@@ -91,7 +88,7 @@ def train(cfg: Config, depth: int, seed: int, tag: str, flags: Sequence[str]) ->
         depth=depth, max_seq_len=SEQ_LEN, total_batch_size=BATCH_TOKENS, device_batch_size=8,
         num_iterations=max(1, round(training_tokens(config, cfg.ratio) / BATCH_TOKENS)), seed=seed,
         model_tag=tag, eval_every=-1, eval_tokens=BATCH_TOKENS, save_every=-1, log_every=100,
-        device_type=cfg.device_type, dtype=cfg.dtype,
+        device_type=cfg.device_type,
     )  # fmt: skip
     arguments = [f"--{flag}" for flag in flags]
     base_train.main(tyro.cli(base_train.Config, args=arguments, default=settings))
@@ -111,9 +108,7 @@ def examine(tag: str, runtime: Runtime, documents: list[str]) -> Outcome:
 
 
 def main(cfg: Config) -> None:
-    runtime = set_up(cfg.device_type, cfg.dtype)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    runtime = set_up(cfg.device_type)
     with tempfile.TemporaryDirectory() as home:
         os.environ["NANOCHAT_BASE_DIR"] = home
         learn(cfg, runtime)

@@ -60,7 +60,6 @@ class Config:
     table_dtype: TableDtype = "auto"  # of the embeddings
     device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
-    threads: int = 0  # of torch on a CPU; 0: as many as torch takes
 
 
 def config_of(cfg: Config) -> GPTConfig:
@@ -132,8 +131,6 @@ def measure(cfg: Config, runtime: Runtime, parts: Iterator[str]) -> dict[str, fl
 
 def main(cfg: Config) -> None:
     runtime = set_up(cfg.device_type, cfg.dtype, trains=True)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
     figures = measure(cfg, runtime, train(cfg, runtime))
     print(f"{runtime.device_name}, torch {torch.__version__}, {runtime.dtype}, fp8 {cfg.fp8}")
     print(f"MFU is of the {peak_flops(runtime)[1]}")

@@ -60,7 +60,6 @@ class Config:
     minutes: common.Positive = 10.0  # for all of them; what does not fit is skipped
     out: Path = Path("gpu_check")  # folder of results, logs and caches
     device_type: common.DeviceType = "cuda"  # cuda; cpu: a rehearsal
-    spawn: bool = False  # start each section with imports of its own: slower
 
 
 class Check:
@@ -328,7 +327,7 @@ def run_section(name: str, section: Section, cfg: Config, seconds: float) -> boo
     """True if the section passes; its file says so, or why not."""
     path = cfg.out / f"{name}.json"
     path.unlink(missing_ok=True)
-    context: Any = multiprocessing.get_context("spawn" if cfg.spawn else "forkserver")
+    context: Any = multiprocessing.get_context("forkserver")
     process, begin = context.Process(target=enter, args=(name, section, cfg)), time.monotonic()
     process.start()
     try:

@@ -318,7 +318,7 @@ def hold_out(documents: Iterator[str], path: Path) -> Iterator[tuple[str, bool]]
         yield text, i % VALIDATION_EVERY == 1
 
 
-def download(name: str, num_shards: int, num_workers: int) -> None:
+def download(name: str, num_shards: int) -> None:
     """Download what a public corpus lacks of its first `num_shards` shards (-1: all) and last one.
 
     The last shard comes first, so that every partial corpus has the same validation split. Raises
@@ -336,7 +336,7 @@ def download(name: str, num_shards: int, num_workers: int) -> None:
         print0(f"corpus {name} already has these {len(shards)} shards; nothing to do")
     while missing:
         wanted = missing[:1] if missing[0] == shards[0] else missing.copy()
-        problem = fetch(repo, wanted, partial, num_workers)
+        problem = fetch(repo, wanted, partial)
         failures += 1
         for shard in filter(lambda shard: is_whole(partial / shard), wanted):
             fsync(partial / shard)
@@ -351,7 +351,7 @@ def download(name: str, num_shards: int, num_workers: int) -> None:
     fsync(folder)
 
 
-def fetch(repo: str, shards: list[str], folder: Path, num_workers: int) -> str:
+def fetch(repo: str, shards: list[str], folder: Path) -> str:
     """Download `shards` into `folder`; returns, in one line, why any might be missing."""
     from huggingface_hub import HfApi, constants, snapshot_download  # takes half a second
     from huggingface_hub.utils import logging
@@ -363,7 +363,7 @@ def fetch(repo: str, shards: list[str], folder: Path, num_workers: int) -> str:
         revision = HfApi(endpoint).dataset_info(repo).sha
         snapshot_download(
             repo, repo_type="dataset", revision=revision, endpoint=endpoint, local_dir=folder,
-            allow_patterns=shards, max_workers=num_workers,
+            allow_patterns=shards,
         )  # fmt: skip
         reason = "it has none, or what arrived is not a whole parquet file"
     except Exception as error:  # the hub's client raises many kinds of network error
@@ -378,7 +378,6 @@ class Config:
 
     corpus: Literal["climbmix", "fineweb-edu", "primer"] = "climbmix"  # the corpus to prepare
     num_shards: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 8  # training shards; -1: all
-    num_workers: Count = 4  # parallel downloads
     source: Annotated[Path | None, tyro.conf.arg(name="from")] = None  # import this folder instead
     name: str = ""  # of an imported corpus; default: the folder's name
     num_documents: Count = 55_000  # of the primer; about 12 MB
@@ -393,7 +392,7 @@ def main(cfg: Config) -> None:
     elif cfg.corpus == "primer":
         write_primer(cfg.num_documents)
     else:
-        download(cfg.corpus, cfg.num_shards, cfg.num_workers)
+        download(cfg.corpus, cfg.num_shards)
     corpus = find_corpus(name)
     write_file(corpora_dir() / "current", f"{name}\n")
     shards = f"{len(corpus.train)} training shards and 1 for validation"

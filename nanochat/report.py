@@ -296,14 +296,9 @@ def tracked_texts(patterns: Iterable[str], root: Path = REPOSITORY) -> dict[Path
 
 def code_size(root: Path = REPOSITORY) -> dict[str, int]:
     """Files, lines and characters of the code under `root`; empty outside git."""
-    texts, lock = tracked_texts(CODE, root).values(), root / "requirements.lock"
-    size = {
-        "files": len(texts),
-        "lines": sum(text.count("\n") for text in texts),
-        "characters": sum(map(len, texts)),
-        "lines of the dependency lock": lock.read_text().count("\n") if lock.is_file() else 0,
-    }
-    return size if texts else {}
+    texts = tracked_texts(CODE, root).values()
+    lines, characters = sum(text.count("\n") for text in texts), sum(map(len, texts))
+    return {"files": len(texts), "lines": lines, "characters": characters} if texts else {}
 
 
 def machine() -> dict[str, str]:

@@ -292,7 +292,7 @@ def test_errors_wrong_lengths_and_broken_transfers_are_mended(hub: Hub, monkeypa
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
     faults: list[Fault] = ["cut", "", "error", "longer", "error"]
     hub.fault = lambda number: faults[number] if number < len(faults) else ""
-    main(Config(num_shards=2, num_workers=1))
+    main(Config(num_shards=2))
     corpus = find_corpus()
     for path in [*corpus.train, corpus.val]:
         assert path.read_bytes() == SHARDS[path.name]
@@ -306,7 +306,7 @@ def test_a_failed_download_is_one_line_and_keeps_what_arrived(hub: Hub, base: Pa
     hub.files["shard_00002.parquet"] = b"<html>blocked</html>"
     where = f"{REPO} could not be downloaded from {hub.address}"
     for num_shards in (2, 3):
-        config = Config(num_shards=num_shards, num_workers=1)
+        config = Config(num_shards=num_shards)
         assert "HF_ENDPOINT" in refuses(f"shard_00001.parquet of {where}", main, config)
     assert not (base / "base_data/current").exists()
     arrived = sorted(path.name for path in (base / "base_data/climbmix").glob("*.parquet"))

@@ -38,7 +38,7 @@ impl Tokenizer {
         }
     }
 
-    /// Train on an iterator of texts, on RUSTBPE_NUM_THREADS threads or all cores.
+    /// Train on an iterator of texts, on all cores.
     ///
     /// With too little text the vocabulary stays smaller than `vocab_size`. If training fails, the
     /// tokenizer is unchanged.
@@ -56,7 +56,7 @@ impl Tokenizer {
         }
         let pattern = pattern.unwrap_or(DEFAULT_PATTERN);
         let splitter = Splitter::new(pattern)?;
-        let num_threads = num_threads()?;
+        let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
         let py = iterator.py();
         let iterator = iterator.try_iter()?.unbind();
         let mut num_texts = 0;
@@ -85,19 +85,6 @@ impl Tokenizer {
     fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, u32)> {
         let tokens = self.tokens.iter().map(|bytes| PyBytes::new(py, bytes));
         tokens.zip(0..).collect()
-    }
-}
-
-/// `RUSTBPE_NUM_THREADS` if set, else the number of cores.
-fn num_threads() -> PyResult<usize> {
-    let Ok(value) = std::env::var("RUSTBPE_NUM_THREADS") else {
-        return Ok(std::thread::available_parallelism().map_or(1, usize::from));
-    };
-    match value.parse() {
-        Ok(threads) if threads > 0 => Ok(threads),
-        _ => Err(PyValueError::new_err(format!(
-            "RUSTBPE_NUM_THREADS must be a whole number above 0; it is {value:?}"
-        ))),
     }
 }
 

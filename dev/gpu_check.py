@@ -43,14 +43,11 @@ from nanochat.checkpoint import build_model
 from nanochat.engine import Engine, SlotPool, slots_that_fit
 from nanochat.gpt import GPT
 from nanochat.scaling import depth_to_config, find_card
-from nanochat.trainer import read_metrics
-from scripts import base_train
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 # Imported once for all sections; none of it touches a GPU, which forked processes could not share.
-PRELOADED = ["dev.bench.serve_load", "dev.bench.train_speed", "scripts.base_train", "torch._dynamo"]
-VARIANTS = {"plain": {}, "fp8": {"fp8": True}, "bf16 tables": {"table_dtype": "bfloat16"}}
+PRELOADED = ["dev.bench.serve_load", "dev.bench.train_speed", "torch._dynamo"]
 PATIENCE = 5.0  # times the limits, for a rehearsal on busy cores
 
 
@@ -270,23 +267,6 @@ def serve(check: Check) -> None:
     check.add("requests lost", seen.ends["lost"], high=0)
 
 
-def learning(check: Check) -> None:
-    """What a small model learns in each variant, and in how many seconds."""
-    depth, num_steps, num_tokens, seq_len = check.size((6, 300, 2**17, 2048), (1, 2, 128, 64))
-    shared = {"depth": depth, "num_iterations": num_steps, "total_batch_size": num_tokens}
-    shared |= {"max_seq_len": seq_len, "eval_tokens": check.size(2**20, 128), "fresh": True}
-    shared |= {"device_type": check.device.type, "model_tag": "check"}
-    shared |= dict.fromkeys(("eval_every", "sample_every", "save_every", "log_every"), 0)
-    bounds: tuple[float, ...] = ()
-    for name, own in VARIANTS.items():
-        check.forget()
-        base_train.main(base_train.Config(**shared, **own))
-        last = read_metrics(common.run_dir("base", "check"))[-1]
-        check.add(f"{name}: training, s", last["seconds"])
-        check.add(f"{name}: bits per byte", last["val_bpb"], *bounds)
-        bounds = bounds or (last["val_bpb"] - 0.01, last["val_bpb"] + 0.01)
-
-
 def pipeline(check: Check) -> None:
     """Every stage from text to a report, tiny."""
     from tests.test_pipeline import STAGES
@@ -308,7 +288,7 @@ SECTIONS: dict[str, Section] = {  # what matters most first
     "train_d12": (partial(train, depth=12, rows=32, mfu=40), 70),
     "train_d20": (partial(train, depth=20, rows=32, mfu=50), 100),
     "decode": (decode, 60), "fp8": (eight_bits, 150), "memory": (memory, 100),
-    "server": (serve, 60), "learning": (learning, 150), "pipeline": (pipeline, 150),
+    "server": (serve, 60), "pipeline": (pipeline, 150),
 }  # fmt: skip
 
 

@@ -88,7 +88,7 @@ Quick = Annotated[list[Item], Field(fail_fast=True)]
 
 
 class Strict(BaseModel):
-    """No coercion ("1" is not a number), no NaN; unknown fields are ignored."""
+    """No coercion ("1" is not a number), no NaN."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -257,13 +257,9 @@ class Choice:
             self._give_out(min(found))
             self.finish = "stop"
             return
-        begun = [
-            length
-            for stop in self.stops
-            for length in range(1, len(stop))
-            if self.held.endswith(stop[:length])
-        ]
-        self._give_out(len(self.held) - max(begun, default=0))
+        begun = (stop[:length] for stop in self.stops for length in range(1, len(stop)))
+        num_begun = max((len(part) for part in begun if self.held.endswith(part)), default=0)
+        self._give_out(len(self.held) - num_begun)
 
     def _give_out(self, num_chars: int) -> None:
         text, self.held = self.held[:num_chars], self.held[num_chars:]
@@ -315,17 +311,18 @@ class Completion:
         return b"".join(self._chunk(i, {"role": "assistant", "content": ""}) for i in self.open)
 
     def news(self) -> bytes:
-        events = []
+        events = b""
         for index in list(self.open):
             choice = self.choices[index]
             deltas, logprobs = choice.take()
             for delta in deltas:
-                events.append(self._chunk(index, delta, logprobs if "content" in delta else None))
-                logprobs = None if "content" in delta else logprobs
+                is_text = "content" in delta
+                events += self._chunk(index, delta, logprobs if is_text else None)
+                logprobs = None if is_text else logprobs
             if choice.finish:
-                events.append(self._chunk(index, {}, finish=choice.finish))
+                events += self._chunk(index, {}, finish=choice.finish)
                 self.open.remove(index)
-        return b"".join(events)
+        return events
 
     def end(self, timings: dict[str, float]) -> bytes:
         """The events that close the stream, with the usage if it was requested."""
@@ -335,12 +332,11 @@ class Completion:
     def whole(self) -> dict[str, Any]:
         choices = []
         for index, choice in enumerate(self.choices):
-            said = choice.shown
-            message: dict[str, Any] = {"role": "assistant", "content": said.text, "refusal": None}
-            if any(part["type"] != "text" for part in said.parts):
-                message["parts"] = said.parts
-            logprobs = choice.take()[1]
-            about = {"index": index, "finish_reason": choice.finish, "logprobs": logprobs}
+            parts = choice.shown.parts
+            message = {"role": "assistant", "content": choice.shown.text, "refusal": None}
+            if any(part["type"] != "text" for part in parts):
+                message |= {"parts": parts}
+            about = {"index": index, "finish_reason": choice.finish, "logprobs": choice.take()[1]}
             choices.append(about | {"message": message})
         return self.head | {"object": "chat.completion", "choices": choices, "usage": self.usage}
 

@@ -42,6 +42,7 @@ from nanochat.common import (
     gpu_memory,
     has_c_compiler,
     print0,
+    synchronize,
     write_file,
 )
 from nanochat.dataloader import merge_states
@@ -178,8 +179,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `state["step"]`, each rank of `group` its part; returns the folder.
 
-    `rank_state` is what only this rank knows: {"loader", "generators"}. The folder appears whole or
-    not at all. Raises UserError, on every rank, if the disk refuses.
+    `rank_state` is what only this rank knows: {"loader", "generators"}. Raises UserError, on every
+    rank, if the disk refuses.
     """
     final = step_dir(run, state["step"])
     partial = final.with_suffix(".partial")
@@ -260,8 +261,7 @@ class CheckpointWriter:
             name: part._replace(values=self._copy(f"moment {name}", part.values))
             for name, part in moments.items()
         }
-        if self.runtime.device.type == "cuda":
-            torch.cuda.synchronize(self.runtime.device)
+        synchronize(self.runtime.device)
         generators = export_generators()
 
         def write() -> None:
@@ -297,10 +297,7 @@ class CheckpointWriter:
 
 
 def open_checkpoint(run: Path, step: int, verify: bool = True) -> Checkpoint:
-    """Verify a checkpoint against its manifest, unless told not to, and read its state.
-
-    Raises UserError naming the damaged or missing file.
-    """
+    """A checkpoint, verified unless told not to; UserError names the damaged or missing file."""
     folder = step_dir(run, step)
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -392,7 +389,7 @@ def load_model(
     """(model, its run's tokenizer, state + "name", "model_tag", "weights" and the "checkpoint").
 
     To `train`, the weights stay in fp32 and tables in `table_dtype`; otherwise all are cast to the
-    runtime's dtype. Raises UserError if there is no such checkpoint or it is damaged.
+    runtime's dtype. Raises as find_checkpoint.
     """
     run, checkpoint = find_checkpoint(chosen.source, chosen.model_tag, chosen.step)
     weights = checkpoint.load_weights(runtime.device)

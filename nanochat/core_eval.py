@@ -125,10 +125,10 @@ def accuracy(records: Sequence[dict[str, Any]]) -> Score:
 def centered_score(
     name: str, total: int, scored: Sequence[tuple[Score, float]]
 ) -> tuple[str, Score]:
-    """Mean accuracy once guessing is taken out of each: 0 is guessing, 1 is everything right.
+    """(`name`, with how many of `total` tasks there are, unless all; the mean centered accuracy).
 
-    `scored` has an accuracy and that of guessing for each task. Returned after a name, which says
-    how many of `total` tasks there are, unless all.
+    `scored` has an accuracy and that of guessing for each task: centered, guessing counts 0 and
+    everything right 1.
     """
     num = len(scored)
     values = [1 - (1 - score.value) / (1 - guessing) for score, guessing in scored]
@@ -208,8 +208,7 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """A record of each of the first `max_items` items (None: all), `batch_size` read at once.
 
-    Their keys are task, id, prediction, gold, correct, and losses: one per option, None for
-    infinity, which JSON does not have.
+    Its losses are one per option, None for infinity, which JSON does not have.
     """
     numbers = own_part(min(len(task.rows), max_items or len(task.rows)))
     items = {number: encode_item(reader, task, number) for number in numbers}
@@ -352,7 +351,7 @@ def download(folder: Path) -> None:
 
 
 def load_tasks(folder: Path, labels: Sequence[str] = CORE_TASKS) -> list[CoreTask]:
-    """The tasks of CORE with these labels; says which of them have no data in the bundle."""
+    """The tasks of CORE with these labels; prints which of them have no data in the bundle."""
     if unknown := sorted(set(labels) - set(CORE_TASKS)):
         known = ", ".join(("core", "primer-choice", *CORE_TASKS))
         raise UserError(f"--tasks: {unknown[0]!r} is unknown; choose of {known}")

@@ -157,9 +157,9 @@ class RowBuffer:
     finished: int = 0  # pieces packed to their end
     cropped: int = 0
 
-    def num_tokens(self) -> int:
-        """Tokens that the pieces would fill, with a <|bos|> each."""
-        return sum(map(len, self.pieces)) + len(self.pieces)
+    def sizes(self) -> list[int]:
+        """Tokens of each piece with its <|bos|>."""
+        return [len(piece) + 1 for piece in self.pieces]
 
     def fill(self, row: np.ndarray, window: int, split: bool) -> None:
         """Pack pieces into `row` (T+1,), prefilled with <|bos|>: best fit first.
@@ -170,8 +170,7 @@ class RowBuffer:
         2048: 641, 606, 618). Only the oldest `window` tokens of pieces are considered: one rank may
         have read further than another, and that must not matter.
         """
-        sizes = [len(piece) + 1 for piece in self.pieces]  # with a <|bos|> each
-        place = 0
+        sizes, place = self.sizes(), 0
         while place < len(row) and sizes:
             space = len(row) - place
             seen = sizes[: bisect_left(list(accumulate(sizes)), window) + 1]
@@ -202,7 +201,6 @@ class Packer:
         runtime: Runtime,
         state: dict[str, Any] | None,
     ) -> None:
-        """Raises UserError if the rows do not divide or the state is of another stream."""
         self.source, self.seq_len = source, seq_len
         self.buffers = {row: RowBuffer([]) for row in local_rows(num_rows, runtime)}
         self.assigned = [(0, row) for row in range(num_rows)]  # (bytes, row): a heap
@@ -213,7 +211,6 @@ class Packer:
         self.ended = False
 
     def _resume(self, state: dict[str, Any]) -> None:
-        """Continue from all ranks' merged state."""
         num_rows = len(self.assigned)
         if not self.source.resume(state["source"]):
             raise UserError(
@@ -246,7 +243,7 @@ class Packer:
         rows = np.full((len(self.buffers), row_len), filling, np.int32)
         for row, buffer in zip(rows, self.buffers.values(), strict=True):
             # One row more than the window, which must still be full at the last placement.
-            while not self.ended and buffer.num_tokens() < window + row_len:
+            while not self.ended and sum(buffer.sizes()) < window + row_len:
                 self._assign()
             buffer.fill(row, window, self.source.splits)
         return rows
@@ -328,7 +325,7 @@ class Loader:
     ) -> None:
         """`num_rows` counts all ranks; `state`, from `merge_states`, is where to resume.
 
-        Raises UserError if the rows do not divide or the state does not match.
+        Raises UserError if the rows do not divide or the state is of another stream.
         """
         self.device, self.world_size, self.total = runtime.device, runtime.world_size, source.total
         self.packer = Packer(source, num_rows, seq_len, runtime, state)
@@ -340,7 +337,7 @@ class Loader:
         self._ahead = deque(self._thread.submit(self._pack) for _ in range(BATCHES_AHEAD))
 
     def _pack(self) -> tuple[Batch, Callable[[], dict[str, Any]], int, int]:
-        """(batch in host memory, state after it, crops, conversations fully packed)."""
+        """(batch in host memory, state after it, crops, pieces packed to their end)."""
         rows = self.packer.next_rows()  # (R, T+1)
         parts = np.where(rows < 0, ~rows, rows)[:, :-1], np.maximum(rows, IGNORED)[:, 1:]
         batch = Batch(*(torch.from_numpy(part.astype(np.int64)) for part in parts))

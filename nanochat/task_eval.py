@@ -61,7 +61,7 @@ class EvalResult(NamedTuple):
 
     score: Score  # the mean over items and their samples (pass@1)
     best_of: float  # mean over items of the best sample's score (pass@k for k samples)
-    records: list[dict[str, Any]]  # per item: index, scores, the replies, the whole conversation
+    records: list[dict[str, Any]]  # per item: index, scores, replies, the whole conversation
 
 
 @torch.inference_mode()

@@ -25,17 +25,8 @@ from typing import NamedTuple
 import torch
 import tyro
 
-from nanochat import dataset
+from nanochat import common, dataset
 from nanochat.checkpoint import load_model
-from nanochat.common import (
-    CheckpointFlags,
-    Count,
-    DeviceType,
-    Positive,
-    Runtime,
-    run_script,
-    set_up,
-)
 from nanochat.dataset import find_corpus, read_texts
 from nanochat.scaling import depth_to_config, flops_per_token, training_tokens
 from scripts import base_train, tok_train
@@ -47,11 +38,11 @@ SCORED_DOCUMENTS, SCORED_CHARS = 96, 1000
 @dataclass
 class Config:
     folder: tyro.conf.Positional[Path]  # parquet shards; the last is held out
-    depths: tuple[Count, ...] = (2, 4, 6)  # layers of the models
-    seeds: Count = 1  # models of each depth and side, which differ in their initial weights
+    depths: tuple[common.Count, ...] = (2, 4, 6)  # layers of the models
+    seeds: common.Count = 1  # models of each depth and side, which differ in their initial weights
     variant: tuple[str, ...] = ()  # flags of base_train, without their dashes, that are the idea
-    ratio: Positive = 0.293  # tokens per parameter of blocks and head
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
+    ratio: common.Positive = 0.293  # tokens per parameter of blocks and head
+    device_type: common.DeviceType = ""  # cpu, cuda or mps; empty: the best available
 
 
 class Outcome(NamedTuple):
@@ -60,7 +51,7 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def learn(cfg: Config, runtime: Runtime) -> None:
+def learn(cfg: Config, runtime: common.Runtime) -> None:
     """Print bpb, FLOPs and seconds of every model, then their means by depth and side.
 
     Seed by seed, so that a run that is cut short has compared something.
@@ -95,9 +86,9 @@ def train(cfg: Config, depth: int, seed: int, tag: str, flags: Sequence[str]) ->
 
 
 @torch.inference_mode()
-def examine(tag: str, runtime: Runtime, documents: list[str]) -> Outcome:
+def examine(tag: str, runtime: common.Runtime, documents: list[str]) -> Outcome:
     """Bits per byte of the documents, and FLOPs and seconds of the steps of the run `tag`."""
-    model, tokenizer, meta = load_model(CheckpointFlags("base", tag), runtime, train=True)
+    model, tokenizer, meta = load_model(common.CheckpointFlags("base", tag), runtime, train=True)
     flops = meta["tokens"] * flops_per_token(model.config)
     nats = 0.0
     for ids in tokenizer.encode_batch(documents):
@@ -108,11 +99,11 @@ def examine(tag: str, runtime: Runtime, documents: list[str]) -> Outcome:
 
 
 def main(cfg: Config) -> None:
-    runtime = set_up(cfg.device_type)
+    runtime = common.set_up(cfg.device_type)
     with tempfile.TemporaryDirectory() as home:
         os.environ["NANOCHAT_BASE_DIR"] = home
         learn(cfg, runtime)
 
 
 if __name__ == "__main__":
-    run_script(main, Config)
+    common.run_script(main, Config)

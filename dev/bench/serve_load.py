@@ -2,10 +2,10 @@
 
     python -m dev.bench.serve_load               # 16 clients of a server with a random model
     python -m dev.bench.serve_load --slots 4 --clients 200 --leave 0.5
-    python -m dev.bench.serve_load --url http://127.0.0.1:8000 --rate 5
+    python -m dev.bench.serve_load --url http://127.0.0.1:8000
 
-A client asks again once answered; with --rate, requests come at random times instead, that many a
-second. "lost" requests were neither answered whole, nor refused, nor abandoned on purpose.
+A client asks again once answered. "lost" requests were neither answered whole, nor refused, nor
+abandoned on purpose.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import multiprocessing
 import random
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice, product
@@ -36,14 +36,10 @@ from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 class Config:
     url: str = ""  # of a server that is there; empty: start one
     clients: int = 16  # at once
-    rate: float = 0.0  # requests a second at random moments; 0: each client asks again at once
     seconds: float = 60.0  # of load
-    prompt_chars: tuple[int, int] = (20, 200)  # least and most
-    max_tokens: tuple[int, int] = (32, 96)  # least and most
     leave: float = 0.0  # share of the requests that are left within 3 seconds
     slots: int = 16  # of the server that is started
     depth: int = 4  # layers of its model
-    seed: int = 0  # of the requests
 
 
 class Seen:
@@ -51,19 +47,10 @@ class Seen:
 
     def __init__(self) -> None:
         # Seconds to the first token, between two chunks, and that /health took.
-        self.times: dict[str, list[float]] = {"first token": [], "between": [], "/health": []}
+        self.times: dict[str, list[float]] = defaultdict(list)
         self.num_tokens = 0
         self.tok_per_second = 0.0
         self.ends = Counter[str]()
-
-    def report(self) -> None:
-        print(f"{self.tok_per_second:.0f} tok/s")
-        for label, seconds in self.times.items():
-            if len(seconds) > 1:
-                cuts = statistics.quantiles(seconds, n=100, method="inclusive")
-                shown = ", ".join(f"p{p} {1000 * cuts[p - 1]:.1f}" for p in (50, 95, 99))
-                print(f"{label:11} {shown} ms ({len(seconds)})")
-        print(", ".join(f"{count} {end}" for end, count in sorted(self.ends.items())))
 
 
 def letter_tokenizer(vocab_size: int = 32_768) -> Tokenizer:
@@ -85,9 +72,9 @@ def serve(port: int, slots: int, depth: int) -> None:
 
 async def ask(http: httpx.AsyncClient, cfg: Config, rng: random.Random, seen: Seen) -> None:
     """Stream one answer, recording it in `seen`."""
-    content = "".join(rng.choices("abcdefgh ", k=rng.randint(*cfg.prompt_chars)))
+    content = "".join(rng.choices("abcdefgh ", k=rng.randint(20, 200)))
     body = {"messages": [{"role": "user", "content": content}], "stream": True}
-    body |= {"max_tokens": rng.randint(*cfg.max_tokens), "stream_options": {"include_usage": True}}
+    body |= {"max_tokens": rng.randint(32, 96), "stream_options": {"include_usage": True}}
     patience = rng.uniform(0, 3) if rng.random() < cfg.leave else None
     end, last, label = "lost", time.perf_counter(), "first token"
     try:
@@ -125,19 +112,15 @@ async def watch_health(http: httpx.AsyncClient, seen: Seen) -> None:
 
 async def load(http: httpx.AsyncClient, cfg: Config) -> Seen:
     """What `seconds` of load show, and the requests then in progress, which may finish."""
-    seen, rng, begin = Seen(), random.Random(cfg.seed), time.perf_counter()
+    seen, begin = Seen(), time.perf_counter()
 
-    async def client(own: random.Random) -> None:
+    async def client(number: int) -> None:
+        rng = random.Random(number)
         while time.perf_counter() < begin + cfg.seconds:
-            await ask(http, cfg, own, seen)
+            await ask(http, cfg, rng, seen)
 
     health = asyncio.create_task(watch_health(http, seen))
-    async with asyncio.TaskGroup() as group:
-        while cfg.rate and time.perf_counter() < begin + cfg.seconds:
-            group.create_task(ask(http, cfg, random.Random(rng.random()), seen))
-            await asyncio.sleep(rng.expovariate(cfg.rate))
-        for _ in range(0 if cfg.rate else cfg.clients):
-            group.create_task(client(random.Random(rng.random())))
+    await asyncio.gather(*map(client, range(cfg.clients)))
     health.cancel()
     seen.tok_per_second = seen.num_tokens / (time.perf_counter() - begin)
     return seen
@@ -152,7 +135,7 @@ async def run(cfg: Config, url: str) -> Seen:
             await asyncio.sleep(0.2)
             with suppress(httpx.TransportError):
                 ready = (await http.get("/ready")).status_code == 200
-        await load(http, replace(cfg, clients=2, rate=0, seconds=2))
+        await load(http, replace(cfg, clients=2, seconds=2))
         return await load(http, cfg)
 
 
@@ -162,7 +145,12 @@ def main(cfg: Config) -> None:
         own = (8701, cfg.slots, cfg.depth)
         multiprocessing.get_context("spawn").Process(target=serve, args=own, daemon=True).start()
         url = f"http://127.0.0.1:{own[0]}"
-    asyncio.run(run(cfg, url)).report()
+    seen = asyncio.run(run(cfg, url))
+    print(f"{seen.tok_per_second:.0f} tok/s; {dict(seen.ends)}")
+    for label, seconds in seen.times.items():
+        cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+        shown = ", ".join(f"p{p} {1000 * cuts[p - 1]:.1f}" for p in (50, 95, 99))
+        print(f"{label:11} {shown} ms ({len(seconds)})")
 
 
 if __name__ == "__main__":

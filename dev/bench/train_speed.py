@@ -18,20 +18,8 @@ from itertools import islice
 
 import torch
 
-from nanochat import fp8
+from nanochat import common, fp8
 from nanochat.checkpoint import build_model
-from nanochat.common import (
-    Choice,
-    DeviceType,
-    Dtype,
-    Runtime,
-    TableDtype,
-    gpu_memory,
-    run_script,
-    set_up,
-    synchronize,
-    tokenizer_dir,
-)
 from nanochat.dataloader import Loader, TextSource
 from nanochat.dataset import find_corpus
 from nanochat.gpt import GPTConfig, call
@@ -55,26 +43,26 @@ class Config:
     num_steps: int = 20  # of each pass; three of whole steps and one of their parts
     num_warmup: int = 5  # steps that are not counted: compilation, caches
     fp8: bool = False  # 8-bit matmuls
-    compile: Choice = "auto"  # torch.compile; auto: on a GPU
+    compile: common.Choice = "auto"  # torch.compile; auto: on a GPU
     recompute: bool = False  # activations
-    table_dtype: TableDtype = "auto"  # of the embeddings
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
-    dtype: Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
+    table_dtype: common.TableDtype = "auto"  # of the embeddings
+    device_type: common.DeviceType = ""  # cpu, cuda or mps; empty: the best available
+    dtype: common.Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
 
 
 def config_of(cfg: Config) -> GPTConfig:
-    vocab_size = Tokenizer.load(tokenizer_dir()).vocab_size
+    vocab_size = Tokenizer.load(common.tokenizer_dir()).vocab_size
     return depth_to_config(cfg.depth, vocab_size, cfg.max_seq_len)
 
 
 def planned_bytes(cfg: Config, device: torch.device) -> int:
     """What a step should take of a GPU's memory."""
     options = {"recompute": cfg.recompute, "table_bytes": 2 if cfg.table_dtype == "bfloat16" else 4}
-    chunk = gpu_chunk(gpu_memory(device))
+    chunk = gpu_chunk(common.gpu_memory(device))
     return memory_bytes(config_of(cfg), cfg.device_batch_size, chunk=chunk, **options)["total"]
 
 
-def train(cfg: Config, runtime: Runtime) -> Generator[str]:
+def train(cfg: Config, runtime: common.Runtime) -> Generator[str]:
     """Trains a fresh model without end; yields the name of each part of a step when it is over."""
     model = build_model(config_of(cfg), None, runtime, table_dtype=cfg.table_dtype)
     linears = fp8.enable(model.blocks) if cfg.fp8 else []
@@ -82,7 +70,7 @@ def train(cfg: Config, runtime: Runtime) -> Generator[str]:
     optimizer.set_multipliers(1.0, 0.95, 1.0)
     choices, length = [(cfg.device_batch_size, cfg.recompute)], cfg.max_seq_len
     compile_for_training(model, cfg.compile, choices, length, runtime.device, optimizer)
-    source = TextSource(Tokenizer.load(tokenizer_dir()), find_corpus().train)
+    source = TextSource(Tokenizer.load(common.tokenizer_dir()), find_corpus().train)
     with closing(Loader(source, cfg.device_batch_size, length, runtime)) as loader:
         while True:
             batch = next(loader)
@@ -101,11 +89,11 @@ def seconds_of(parts: Iterator[str], num_steps: int, device: torch.device) -> fl
     begin = time.perf_counter()
     for _ in islice(parts, 4 * num_steps):
         pass
-    synchronize(device)
+    common.synchronize(device)
     return time.perf_counter() - begin
 
 
-def measure(cfg: Config, runtime: Runtime, parts: Iterator[str]) -> dict[str, float]:
+def measure(cfg: Config, runtime: common.Runtime, parts: Iterator[str]) -> dict[str, float]:
     """Speed of whole steps, the share of each part, and on a GPU the memory, by name and unit."""
     config, device = config_of(cfg), runtime.device
     figures = {"first step, s": seconds_of(parts, 1, device)}  # with its compilation
@@ -117,7 +105,7 @@ def measure(cfg: Config, runtime: Runtime, parts: Iterator[str]) -> dict[str, fl
     figures["MFU, %"] = 100 * rate * flops_per_token(config) / peak_flops(runtime)[0]
     of_parts, begin = defaultdict(list), time.perf_counter()
     for part in islice(parts, 4 * cfg.num_steps):
-        synchronize(device)
+        common.synchronize(device)
         now = time.perf_counter()
         of_parts[part].append(now - begin)
         begin = now
@@ -130,7 +118,7 @@ def measure(cfg: Config, runtime: Runtime, parts: Iterator[str]) -> dict[str, fl
 
 
 def main(cfg: Config) -> None:
-    runtime = set_up(cfg.device_type, cfg.dtype, trains=True)
+    runtime = common.set_up(cfg.device_type, cfg.dtype, trains=True)
     figures = measure(cfg, runtime, train(cfg, runtime))
     print(f"{runtime.device_name}, torch {torch.__version__}, {runtime.dtype}, fp8 {cfg.fp8}")
     print(f"MFU is of the {peak_flops(runtime)[1]}")
@@ -138,4 +126,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config)
+    common.run_script(main, Config)

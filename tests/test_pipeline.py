@@ -9,11 +9,13 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+import torch
 
 from nanochat.trainer import read_metrics
 from tests.launch import FORK
 
-SIZES = "--device_type=cpu --model_tag=tiny"
+DEVICE = f"--device_type={'cuda' if torch.cuda.is_available() else 'cpu'}"
+SIZES = f"{DEVICE} --model_tag=tiny"
 BASE = "--depth=2 --aspect_ratio=16 --head_dim=16 --window_pattern=SL --num_iterations=20"
 BATCH = "--total_batch_size=512 --device_batch_size=4 --eval_every=10 --eval_tokens=512"
 BATCH += " --max_seq_len=128 --log_every=5"
@@ -41,7 +43,7 @@ LOADED = {
     "sft": "mid/tiny step 10", "rl": "sft/tiny step 10", "chat eval": "rl/tiny step 2",
 }  # fmt: skip
 
-CHAT_CLI = "scripts.chat_cli -i rl -g tiny --device_type=cpu --max_tokens=12"
+CHAT_CLI = f"scripts.chat_cli -i rl -g tiny {DEVICE} --max_tokens=12"
 
 
 def become(command: str, folder: Path, log: Path) -> None:
@@ -55,6 +57,7 @@ def become(command: str, folder: Path, log: Path) -> None:
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_from_text_to_a_chat_answer(tmp_path: Path) -> None:
     log = tmp_path / "log"

@@ -146,11 +146,13 @@ def main(cfg: Config) -> None:
         multiprocessing.get_context("spawn").Process(target=serve, args=own, daemon=True).start()
         url = f"http://127.0.0.1:{own[0]}"
     seen = asyncio.run(run(cfg, url))
-    print(f"{seen.tok_per_second:.0f} tok/s; {dict(seen.ends)}")
+    print(f"tok/s  {seen.tok_per_second:.0f}")
+    for end in {"lost", *seen.ends}:
+        print(f"{end}  {seen.ends[end]}")
     for label, seconds in seen.times.items():
         cuts = statistics.quantiles(seconds, n=100, method="inclusive")
-        shown = ", ".join(f"p{p} {1000 * cuts[p - 1]:.1f}" for p in (50, 95, 99))
-        print(f"{label:11} {shown} ms ({len(seconds)})")
+        for percent in (50, 95, 99):
+            print(f"{label}, ms of {percent} %  {1000 * cuts[percent - 1]:.1f}")
 
 
 if __name__ == "__main__":

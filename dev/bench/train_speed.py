@@ -10,6 +10,7 @@ corpus and with the tokenizer prepared last. What is learned: dev/bench/learning
 
 import statistics
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -117,12 +118,42 @@ def measure(cfg: Config, runtime: common.Runtime, parts: Iterator[str]) -> dict[
     return figures
 
 
+def longest_kernels(parts: Iterator[str], device: torch.device) -> dict[str, float]:
+    """The ten kernels that take most of a GPU's time, in percent of two steps."""
+    with torch.profiler.profile() as trace:
+        seconds_of(parts, 2, device)
+    events = [event for event in trace.key_averages() if event.device_type.name == "CUDA"]
+    spent = {event.key[:60]: event.self_device_time_total for event in events}
+    longest = sorted(spent, key=lambda name: -spent[name])[:10]
+    return {f"{name}, %": 100 * spent[name] / sum(spent.values()) for name in longest}
+
+
+def waits(parts: Iterator[str]) -> bool:
+    """True if a step waits for the GPU; standard error says in which line."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in islice(parts, 4 * 5):
+            pass
+    except RuntimeError:
+        traceback.print_exc()
+        return True
+    return False
+
+
 def main(cfg: Config) -> None:
     runtime = common.set_up(cfg.device_type, cfg.dtype, trains=True)
-    figures = measure(cfg, runtime, train(cfg, runtime))
-    print(f"{runtime.device_name}, torch {torch.__version__}, {runtime.dtype}, fp8 {cfg.fp8}")
+    device, rows = runtime.device, cfg.device_batch_size
+    if device.type == "cuda":
+        while rows > 1 and planned_bytes(cfg, device) > 0.95 * common.free_memory(device):
+            rows = cfg.device_batch_size = rows // 2
+    print(f"{runtime.device_name}, torch {torch.__version__}, {runtime.dtype}, {rows} rows")
     print(f"MFU is of the {peak_flops(runtime)[1]}")
-    print("\n".join(f"{name:20} {value:12,.1f}" for name, value in figures.items()))
+    parts = train(cfg, runtime)
+    figures = measure(cfg, runtime, parts)
+    if device.type == "cuda":
+        figures |= longest_kernels(parts, device)
+        figures["steps that wait for the GPU"] = waits(parts)
+    print("\n".join(f"{name}  {value:.5g}" for name, value in figures.items()))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
 All artifacts lie under `$NANOCHAT_BASE_DIR` (default `~/.cache/nanochat`). Files are written to a
 temporary name, fsynced, renamed, and their *folder* fsynced: only that makes a rename durable.
 `set_up` is a script's first call; under torchrun it joins one process group (nccl on GPUs, gloo on
-CPUs). CPUs compute in fp32, even with bf16 matrix instructions: a small model's step is bound by
-what lies between its matmuls (dev/LOG.md). A script's flags are the fields of its `Config`; a
-field's comment is its --help, and its type (`Count`, `Share`, ...) says which values are valid.
+CPUs). A script's flags are the fields of its `Config`; a field's comment is its --help, and its
+type (`Count`, `Share`, ...) says which values are valid.
 """
 
 import ctypes

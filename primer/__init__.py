@@ -4,14 +4,21 @@
 and SFT, `quiz(split, kind, index)` a question with a known answer. Each sequence is endless, and an
 item depends on its name alone. Imports nothing else of this repository.
 
-    words.txt facts.txt pages.txt talk.txt    the tables
+    *.txt          the tables: words, facts, talk, pages, and what strangers say and ask for
     world.py       reads them and fills their templates
     strangers.py   the noise of those who type in a hurry
-    questions.py   questions with correct replies, conversations, quizzes; the held-out tenth
+    questions.py   questions about the world with correct replies, quizzes; the held-out tenth
+    outside.py     questions that it cannot answer, and nonsense
+    tales.py       stories and poems about anything
+    talks.py       conversations of all these, and what follows from the turn before
     pages.py       pages of many kinds
 """
 
 from primer.pages import document, document_prompt
-from primer.questions import LETTERS, Question, conversation, held_out, quiz
+from primer.questions import LETTERS, Question, held_out, quiz
+from primer.talks import conversation, wordings
 
-__all__ = ["LETTERS", "Question", "conversation", "document", "document_prompt", "held_out", "quiz"]
+__all__ = [
+    "LETTERS", "Question", "conversation", "document", "document_prompt", "held_out", "quiz",
+    "wordings",
+]  # fmt: skip

@@ -111,7 +111,7 @@ def spelling_page(dice: Dice) -> str:
 def dialogue(dice: Dice) -> str:
     slots = dice.cast("dialogue")
     talk = [ask.ask_talk(dice, "greeting")]
-    kinds = (ask.ask_fact, ask.ask_yes_no, ask.ask_bigger, ask.ask_list, ask.ask_nature)
+    kinds = (ask.ask_fact, ask.ask_yes_no, ask.ask_bigger, ask.ask_list)
     talk += [dice.choice(kinds)(dice) for _ in range(dice.randint(2, 4))]
     line = "{hero}: {q}\n{friend}: {r}"
     return "\n".join(fill(line, q=each.text, r=each.reply, **slots) for each in talk)

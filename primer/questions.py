@@ -7,18 +7,22 @@ was never told.
 """
 
 import hashlib
+import operator
 import random
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, count
 from string import ascii_lowercase
 from typing import Any, NamedTuple
 
-from primer.strangers import neat, roughen
+from primer.strangers import neat
 from primer.world import (
     GROUPS,
+    HEROES,
+    NEAR,
     PHRASES,
     REPLIES,
+    SUBJECTS,
     TALK,
     TEXTS,
     TOPICS,
@@ -31,7 +35,10 @@ from primer.world import (
 )
 
 LETTERS = "ABC"  # of a quiz
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 KEYS = {name: list(topic.facts) for name, topic in TOPICS.items()}
+LISTS = SUBJECTS | {f"tale {name}": words for name, words in HEROES.items()}
+LISTS |= {f"near {topic}": keys for topic, keys in NEAR.items()}
 TOPIC_WEIGHTS = list(accumulate(len(keys) ** 0.5 for keys in KEYS.values()))
 
 
@@ -45,6 +52,9 @@ class Question(NamedTuple):
     choices: tuple[str, ...] = ()  # of a multiple-choice question: `text` stands before them
     letters: str = LETTERS  # one for each choice
     keep: tuple[str, ...] = ()  # what noise must leave alone
+    alone: bool = False  # nothing is said before or after it
+    topic: str = ""  # of a fact, or what kind of question it is
+    key: Any = ""  # what it is about
 
     @property
     def prompt(self) -> str:
@@ -91,11 +101,12 @@ class Dice(random.Random):
         ways = [way for name in names for way in PHRASES.get(name, ())]
         return ways + [way for name in names for way in WORDINGS.get(name, ())] * self.free
 
-    def say(self, template: str, **slots: object) -> str:
+    def say(self, template: str, keep: str = "", /, **slots: object) -> str:
         """The template filled; with capital and final mark even if a stranger's has none."""
         if not self.free:
             return fill(template, **slots)
-        return neat(" ".join(fill(template, self, **slots).split()))
+        text = neat(" ".join(fill(template, self, **slots).split()))
+        return keep + text[len(keep) :] if keep and text.startswith(capital(keep)) else text
 
     def phrase(self, *names: str, **slots: object) -> str:
         """A random phrase of those names, filled."""
@@ -146,12 +157,19 @@ class Dice(random.Random):
 
         op, high, low = self.draw("sum", pick)
         x, y = (low, high) if op != "-" and self.random() < 0.5 else (high, low)
-        return x, op, y, {"+": x + y, "-": x - y, "*": x * y}[op]
+        return x, op, y, OPERATIONS[op](x, y)
 
     def members(self, kind: str, num: int) -> str:
         """Some members of a group: `members("fish", 3)` -> `"salmon, eel and carp"`."""
         *names, last = self.sample(GROUPS[kind], num)
         return f"{', '.join(names)} and {last}" if names else last
+
+
+@cache
+def pool(name: str, split: str) -> list[str]:
+    """The words of a list that belong to the split; all of them, if none is kept from train."""
+    words = LISTS[name]
+    return [word for word in words if held_out(name, word) == (split != "train")] or words
 
 
 Ask = Callable[[Dice], Question]
@@ -165,7 +183,7 @@ def ask_fact(dice: Dice, brief: bool | None = None) -> Question:
     if brief is None and dice.random() < 0.2:
         text, brief = f"{text} {dice.phrase('brief')}", True
     reply = f"{capital(value)}." if brief else dice.choice(sentences)
-    return Question(text, reply, value, accepted)
+    return Question(text, reply, value, accepted, topic=topic, key=key)
 
 
 def ask_choice(dice: Dice) -> Question:
@@ -200,7 +218,8 @@ def ask_yes_no(dice: Dice) -> Question:
     words = key, value, TOPICS[topic].facts[key]
     thing, asked, truth = words if topic == "colour" else map(a, words)
     reply = f"{'Yes' if asked == truth else 'No'}, {thing} is {truth}."
-    return Question(dice.say(phrase, key=thing, value=asked, x=key, kind=value), reply)
+    text = dice.say(phrase, key=thing, value=asked, x=key, kind=value)
+    return Question(text, reply, topic="yes")
 
 
 def ask_bigger(dice: Dice) -> Question:
@@ -208,7 +227,7 @@ def ask_bigger(dice: Dice) -> Question:
         return dice.choice(dice.ways("bigger")), *dice.sample(WORDS["size"], 2)
 
     phrase, x, y = dice.draw("bigger", pick)
-    return Question(dice.say(phrase, x=x, y=y), compare(x, y))
+    return Question(dice.say(phrase, x=x, y=y), compare(x, y), topic="bigger")
 
 
 def compare(x: str, y: str) -> str:
@@ -227,14 +246,16 @@ def ask_list(dice: Dice) -> Question:
     word = WORDS["number"][num]
     text = dice.say(phrase, n=num if dice.free and dice.random() < 0.4 else word, kind=kind)
     head = "Here are {n} {s kind}" if num > 1 else "Here is {a kind}"
-    return Question(text, fill(head + ": {m}.", n=word, kind=kind, m=dice.members(kind, num)))
+    reply = fill(head + ": {m}.", n=word, kind=kind, m=dice.members(kind, num))
+    return Question(text, reply, topic="list", key=kind)
 
 
 def ask_counting(dice: Dice) -> Question:
     up = dice.free and dice.random() < 0.3
-    low, num = dice.one_of_each("count", [1] if up else range(96), range(3, 10))
+    ways, lows = dice.ways("count up" if up else "count"), [1] if up else range(96)
+    way, low, num = dice.one_of_each("count", ways, lows, range(3, 12))
     numbers = ", ".join(map(str, range(low, low + num + 1)))
-    text = dice.phrase("count up" if up else "count", a=low, b=low + num)
+    text = dice.say(way, a=low, b=low + num)
     return Question(text, f"{numbers}.")
 
 
@@ -245,7 +266,11 @@ def ask_sum(dice: Dice, in_words: bool = False) -> Question:
     word = {"+": "plus", "-": "minus", "*": "times"}[op]
     names = [f"problem {op}"] if in_words else ["sum", f"sum {op}"]
     text = dice.phrase(*names, a=x, b=y, op=op, word=word, **slots)
-    return Question(text, by_tool(f"{x}{op}{y}", result, f"{x} {op} {y} = {result}."), str(result))
+    return Question(text, computed(x, op, y, result), str(result), topic="sum")
+
+
+def computed(x: int, op: str, y: int, result: int) -> list[dict[str, str]]:
+    return by_tool(f"{x}{op}{y}", result, f"{x} {op} {y} = {result}.")
 
 
 def by_tool(code: str, result: object, reply: str) -> list[dict[str, str]]:
@@ -261,15 +286,20 @@ def ask_letters(dice: Dice, by_hand: bool = False) -> Question:
         return word, dice.choice(word if dice.random() < 0.8 else ascii_lowercase)
 
     word, letter = dice.draw("letter", pick)
-    num = word.count(letter)
-    times = "1 time" if num == 1 else f"{num} times"
-    reply = f"The letter {letter} appears {times} in '{word}'."
-    parts = by_tool(f"'{word}'.count('{letter}')", num, reply)
+    parts = counted(word, letter)
+    num = parts[1]["text"]
     if by_hand:
         parts.insert(0, {"type": "text", "text": tally(word, letter) + ". "})
     shown = letter.upper() if dice.free and dice.random() < 0.15 else letter
     text = dice.phrase("by hand" if by_hand else "letters", word=word, letter=shown)
-    return Question(text, parts, str(num), keep=(word,))
+    return Question(text, parts, num, keep=(word,), topic="letters", key=word)
+
+
+def counted(word: str, letter: str) -> list[dict[str, str]]:
+    num = word.count(letter)
+    times = "1 time" if num == 1 else f"{num} times"
+    reply = f"The letter {letter} appears {times} in '{word}'."
+    return by_tool(f"'{word}'.count('{letter}')", num, reply)
 
 
 def tally(word: str, letter: str) -> str:
@@ -295,27 +325,19 @@ def ask_about(dice: Dice, label: str) -> Question:
     phrase, key = dice.one_of_each(label, dice.ways(label), list(REPLIES[label]))
     reply = REPLIES[label][key]
     keep = (key,) if label == "spell" else ()
-    return Question(dice.say(phrase, key=key, word=bare(key)), reply, reply, keep=keep)
+    text = dice.say(phrase, key=key, word=bare(key))
+    return Question(text, reply, reply, keep=keep, topic=label, key=key)
 
 
 def ask_talk(dice: Dice, *names: str) -> Question:
     """Manners, and who the model is: the same in every split."""
     said, replies = dice.choice([row for name in names for row in TALK[name]])
-    return Question(neat(fill(dice.choice(said), dice)), dice.choice(replies))
+    return Question(neat(fill(dice.choice(said), dice)), dice.choice(replies), alone=True)
 
 
 ask_problem = partial(ask_sum, in_words=True)
 ask_by_hand = partial(ask_letters, by_hand=True)
 ask_spelling = partial(ask_about, label="spell")
-ask_nature = partial(ask_about, label="nature")
-QUESTIONS: list[tuple[Any, ...]] = [  # (weight, kind, its arguments) of those in conversations
-    (22, ask_fact), (14, ask_choice), (8, ask_letter), (14, ask_sum), (6, ask_problem),
-    (8, ask_spelling), (6, ask_letters), (2, ask_by_hand), (5, ask_talk, "identity"),
-    (8, ask_talk, "greeting", "small talk"),
-    (1, lambda dice: Question(dice.phrase("unknown"), dice.phrase("unknown reply"))),
-    (3, ask_story), (4, ask_about, "define"), (5, ask_yes_no), (3, ask_bigger), (3, ask_list),
-    (2, ask_counting), (3, ask_repeat), (2, ask_about, "how"), (3, ask_nature),
-]  # fmt: skip
 QUIZZES: dict[str, tuple[Ask, ...]] = {
     "choice": (ask_choice,),
     "letter": (ask_letter,),
@@ -329,42 +351,3 @@ def quiz(split: str, kind: str, index: int) -> Question:
     """Question `index` of a quiz: choice, letter, exact, arithmetic or spelling."""
     dice = Dice(split, kind, index)
     return dice.choice(QUIZZES[kind])(dice)
-
-
-def conversation(split: str, index: int) -> dict[str, Any]:
-    """Conversation `index`: what a stranger types, and clean replies."""
-    dice = Dice(split, "conversation", index)
-    system, turns = turns_of(dice)
-    said = [("system", system)] if system else []
-    for turn in turns:  # lettered lists stay clean: matching letters is hard enough (dev/LOG.md)
-        text = turn.prompt if turn.choices else roughen(dice, turn.text, turn.keep)
-        said += [("user", text), ("assistant", turn.reply)]
-    return {"messages": [{"role": role, "content": content} for role, content in said]}
-
-
-def turns_of(dice: Dice) -> tuple[str, list[Question]]:
-    """A few questions after a system message, mostly empty; sometimes a name to remember."""
-    system, style = "", dice.random()
-    if style < 0.04:
-        system = dice.phrase("brief system")
-        turns = [ask_fact(dice, brief=True) for _ in range(dice.randint(1, 3))]
-    elif style < 0.08:
-        turns = introduction(dice)
-    else:
-        system = dice.phrase("system") if dice.random() < 0.08 else ""
-        num_turns = dice.choices((1, 2, 3), (60, 28, 12))[0]
-        kinds = dice.choices(QUESTIONS, [weight for weight, *_ in QUESTIONS], k=num_turns)
-        turns = [ask(dice, *arguments) for _, ask, *arguments in kinds]
-    return system, turns
-
-
-def introduction(dice: Dice) -> list[Question]:
-    """A user gives a name, may change the subject, and asks for the name."""
-    slots = dice.cast("name")
-    name = slots["hero"] = slots["hero"].lower() if dice.random() < 0.4 else slots["hero"]
-    text, reply = dice.phrase("name", **slots), fill(dice.choice(PHRASES["name reply"]), **slots)
-    turns = [Question(text, reply, keep=(name,))]
-    if dice.random() < 0.5:
-        turns.append(ask_fact(dice))
-    turns.append(Question(dice.phrase("name question"), f"Your name is {name}."))
-    return turns

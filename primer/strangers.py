@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from random import Random
 
-from primer.world import TOPICS, WORDS, capital
+from primer.world import AROUND, TOPICS, WORDS, capital, chosen
 
 ASKING = re.compile(
     "(wh(at|ats|o|ere|en|y|ich)|how|is|are|was|were|do|does|did|can|could|will|would|should|may"
@@ -45,15 +45,14 @@ def neat(text: str) -> str:
     return ". ".join(map(capital, (*before, last)))
 
 
-def reworded(text: str, words: dict[str, str]) -> str:
-    """The text with the keys of `words` replaced by their values, capitals kept."""
-    pattern = rf"\b({'|'.join(words)})\b(?= ?[\w,.?!])"
+def reworded(text: str, words: dict[str, str], before: str = "") -> str:
+    """The text with the keys of `words` before that pattern replaced, capitals kept."""
 
     def other(match: re.Match[str]) -> str:
         new = words[match[0].lower()]
         return capital(new) if match[0][0].isupper() else new
 
-    return re.sub(pattern, other, text, flags=re.IGNORECASE)
+    return re.sub(rf"\b({'|'.join(words)})\b{before}", other, text, flags=re.IGNORECASE)
 
 
 def slipped(dice: Random, text: str) -> str:
@@ -91,18 +90,35 @@ def in_other_signs(dice: Random, text: str) -> str:
     return re.sub(r"(\d+) ([-+*]) (\d+)(?: =)?", retyped, text)
 
 
+def surrounded(dice: Random, text: str) -> str:
+    """The text with something said before or after it."""
+    place = dice.random()
+    if place < 0.25:
+        return f"{dice.choice(AROUND['remark'])} {text}"
+    if place < 0.55:
+        closer, mark = dice.choice(AROUND["closer"]), text[-1] if text[-1] in ".?!" else ""
+        return f"{text.removesuffix(mark)}{dice.choice((', ', ' '))}{closer}{mark}"
+    if place < 0.7 and re.match("Wh|How", text):
+        opener, joint = chosen(dice.choice(AROUND["politeness"]), dice), " "
+    else:
+        opener, joint = dice.choice(AROUND["opener"]), dice.choice((", ", " ", "! ", ". "))
+    if joint in (", ", " ") and re.match("[A-Z][a-z]* [a-z]", text) and not text.startswith("I "):
+        text = text[0].lower() + text[1:]
+    return f"{capital(opener)}{joint}{text}"
+
+
 def ended(dice: Random, text: str) -> str:
     """The text with a careless end."""
     if text[-1] not in ".?!" or len(text) < 2:
         return text
     alone, mark = text[:-1], text[-1]
-    more = (text + mark, text + mark * 2, text + "!", text + "..", f"{alone} {mark}")
+    more = (text + mark, text + mark * 2, f"{alone}!", f"{alone} {mark}")
     return alone if dice.random() < 0.8 else dice.choice(more)
 
 
 HABITS: list[tuple[float, Callable[[Random, str], str]]] = [  # and how often a stranger has each
     (0.6, in_other_signs),
-    (0.5, lambda _, text: reworded(text, SHORT)),
+    (0.5, lambda _, text: reworded(text, SHORT, "(?= [a-z])")),
     (0.4, lambda _, text: reworded(text, AMERICAN)),
     (0.08, lambda _, text: reworded(text, CHAT)),
     (0.3, slipped),
@@ -112,12 +128,17 @@ HABITS: list[tuple[float, Callable[[Random, str], str]]] = [  # and how often a 
 ]
 
 
-def roughen(dice: Random, text: str, keep: Sequence[str] = ()) -> str:
-    """The text as a stranger may type it, often as it is; `keep` stays letter by letter."""
+def roughen(dice: Random, text: str, keep: Sequence[str] = (), alone: bool = False) -> str:
+    """The text as a stranger may type it, often as it is; `keep` stays letter by letter.
+
+    Nothing is said before or after what is said `alone`.
+    """
     if dice.random() < 0.35:
         return text
     for place, kept in enumerate(keep):  # a sign that no habit touches
-        text = text.replace(kept, chr(place + 1))
+        text = text.replace(kept, chr(place + 1)) if len(kept) > 2 else text
+    if not alone and dice.random() < 0.3:
+        text = surrounded(dice, text)
     for chance, habit in HABITS:
         if dice.random() < chance:
             text = habit(dice, text)

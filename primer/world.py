@@ -76,7 +76,9 @@ def turned(facts: dict[str, str]) -> dict[str, str]:
 
 
 def a(noun: str) -> str:
-    """The noun with its article: `a("owl")` -> `"an owl"`."""
+    """The noun with its article: `a("owl")` -> `"an owl"`; gold and the like have none."""
+    if noun in WORDS["mass"]:
+        return noun
     vowel = noun[0].lower() in "aeiou" and not noun.startswith("uni")
     return f"an {noun}" if vowel else f"a {noun}"
 
@@ -85,6 +87,8 @@ def plural(noun: str) -> str:
     """The plural of a noun: `plural("piece of cake")` -> `"pieces of cake"`."""
     if noun in TOPICS["plural"].facts:
         return TOPICS["plural"].facts[noun]
+    if noun in WORDS["mass"]:
+        return noun
     head, of, rest = noun.partition(" of ")
     if of:
         return plural(head) + of + rest
@@ -112,10 +116,16 @@ def capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def fill(template: str, rng: random.Random | None = None, /, **slots: object) -> str:
-    """`fill("{A x} runs.", x="owl")` -> `"An owl runs."`; an rng chooses in `[one|[an]other]`."""
-    while rng and "[" in template:
+def chosen(template: str, rng: random.Random) -> str:
+    """The template with each `[one|[an]other]` decided."""
+    while "[" in template:
         template = re.sub(r"\[([^\[\]]*)\]", lambda m: rng.choice(m[1].split("|")), template)
+    return template
+
+
+def fill(template: str, rng: random.Random | None = None, /, **slots: object) -> str:
+    """`fill("{A x} runs.", x="owl")` -> `"An owl runs."`; an rng decides between choices."""
+    template = chosen(template, rng) if rng else template
 
     def slot(match: re.Match[str]) -> str:
         form, name = match.groups()
@@ -135,6 +145,15 @@ TALK = {
     name: [tuple(side.split(" | ") for side in row.split(" = ")) for row in rows]
     for name, rows in _talk.items()
 }
+_strangers = {name: rows for name, _, rows in sections("strangers.txt")}
+SUBJECTS, NEAR = (lists(_strangers[name], ", ") for name in ("subjects", "near"))
+ASKED, UNKNOWN, FOLLOW_UPS, AROUND = (
+    lists(_strangers[name], " | ") for name in ("asked", "replies", "follow-ups", "around")
+)
+_tales = {name: rows for name, _, rows in sections("subjects.txt")}
+HEROES = lists(_tales.pop("words"), ", ")
+# How stories and poems are asked for: with a subject, with any, and after another.
+TALE_ASKED, TALE_ANY, TALE_NEXT = (lists(rows, " | ") for rows in _tales.values())
 TEXTS = read_texts()
 TOPICS = read_topics()
 
@@ -143,6 +162,9 @@ REPLIES: dict[str, dict[str, str]] = {}
 for _name in ("nature", "define", "how"):
     _, PHRASES[_name], WORDINGS[_name], (_sentence,), _facts = TOPICS.pop(_name)
     REPLIES[_name] = {key: fill(_sentence, key=key, value=value) for key, value in _facts.items()}
+for _name, _keys in NEAR.items():  # what a table has learned since is not unknown
+    _known = {bare(key) for key in (TOPICS[_name].facts if _name in TOPICS else REPLIES[_name])}
+    NEAR[_name] = [key for key in _keys if bare(key) not in _known]
 GROUPS: dict[str, list[str]] = {}  # kind of thing -> its members
 for _thing, _kind in TOPICS["kind"].facts.items():
     GROUPS.setdefault(_kind, []).append(_thing)
@@ -152,6 +174,6 @@ WORDS["hero"] = WORDS["girl"] + WORDS["boy"]
 WORDS["animal"] = list(REPLIES["nature"])
 WORDS["colour"] = TOPICS["colour"].values
 # What is spelled and counted: known words, so that the letters of each can be learned.
-_known = [*WORDS["animal"], *WORDS["thing"], *WORDS["food"], *GROUPS["fruit"], *GROUPS["vegetable"]]
-_spelled = {"strawberry"} | {word for word in _known if word.isalpha() and len(word) <= 8}
+_all = [*WORDS["animal"], *WORDS["thing"], *WORDS["food"], *GROUPS["fruit"], *GROUPS["vegetable"]]
+_spelled = {"strawberry"} | {word for word in _all if word.isalpha() and len(word) <= 8}
 REPLIES["spell"] = {word: "-".join(word) for word in sorted(_spelled)}

@@ -13,19 +13,21 @@ import pytest
 import primer
 from nanochat.calculator import calculate
 from nanochat.tokenizer import check_conversation, render_choices
+from primer import talks
 from primer.pages import animal_page, poem, written
 from primer.questions import (
     LETTERS,
+    LISTS,
     QUIZZES,
     Dice,
     Question,
     ask_by_hand,
     held_out,
     tally,
-    turns_of,
 )
 from primer.strangers import neat, roughen, slipped
-from primer.world import PHRASES, REPLIES, TOPICS, fill, plural
+from primer.talks import turns_of
+from primer.world import PHRASES, REPLIES, TOPICS, UNKNOWN, bare, capital, fill, plural
 
 NUM_DOCUMENTS, NUM_TALKS, NUM_QUIZZES = 8_000, 12_000, 1_000
 
@@ -73,7 +75,7 @@ def test_what_a_model_has_been_taught_stays_what_it_was(
     quizzes = [primer.quiz("test", kind, i).prompt for kind in QUIZZES for i in range(100)]
     said = (train_pages[:2000], train_talks[:2000], quizzes)
     digests = [hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16] for items in said]
-    assert digests == ["1caddad5c8f85e86", "9bbfb17ecb41543c", "98536943308ad023"]
+    assert digests == ["5c1e79a12c3d54d4", "f590bb3d36691f7c", "dc86a65a8e58824c"]
 
 
 def test_pages_and_talks_are_varied(train_pages: list[str], train_talks: list[dict]) -> None:
@@ -107,6 +109,114 @@ def test_noise_keeps_numbers_and_kept_words() -> None:
 def test_alternatives_may_be_nested() -> None:
     ways = {fill("[a|b[c|]]d", Dice("train", "ways", index)) for index in range(40)}
     assert ways == {"ad", "bd", "bcd"}
+
+
+def test_replies_are_what_they_are_without_noise(
+    train_talks: list[dict], train_turns: list[Question]
+) -> None:
+    said = [m["content"] for t in train_talks for m in t["messages"] if m["role"] == "assistant"]
+    assert said == [turn.reply for turn in train_turns]
+    for reply in said:
+        assert not isinstance(reply, str) or not re.search(r"[{}\[\]|]|  | $|\n\n", reply), reply
+
+
+def test_conversations_tell_facts_and_sums_as_they_are(train_turns: list[Question]) -> None:
+    num_facts = num_sums = 0
+    for turn in train_turns:
+        if turn.topic in TOPICS and turn.answer and turn.key in TOPICS[turn.topic].facts:
+            topic, value = TOPICS[turn.topic], TOPICS[turn.topic].facts[turn.key]
+            told = [fill(way, key=turn.key, value=value) for way in topic.sentences]
+            num_facts += turn.reply in (*told, f"{capital(value)}.")
+            assert turn.answer == value
+            assert value.lower() in str(turn.reply).lower() or turn.alone, turn
+        if isinstance(turn.reply, list):
+            code, output, _ = (part["text"] for part in turn.reply[-3:])
+            assert calculate(code) == output == turn.answer
+            num_sums += 1
+    assert num_facts > 0.2 * len(train_turns)
+    assert num_sums > 0.15 * len(train_turns)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_follow_ups_mean_the_turn_before(split: str) -> None:
+    for index in range(400):
+        dice = Dice(split, "conversation", index)
+        first = talks.ask.ask_about(dice, "nature") if index % 2 else talks.ask.ask_fact(dice)
+        if first.topic not in talks.NOUN_TOPICS | talks.ARTICLE_TOPICS:
+            continue
+        other = talks.another_key(dice, first)
+        if other.reply in REPLIES.get(first.topic, {}).values():
+            assert other.reply == REPLIES[first.topic][other.key]
+        elif first.topic in TOPICS and other.key in TOPICS[first.topic].facts:
+            assert TOPICS[first.topic].facts[other.key].lower() in str(other.reply).lower()
+        else:
+            unknown = UNKNOWN[f"near {first.topic}"]
+            assert other.reply in [fill(way, key=other.key) for way in unknown], other
+        same = talks.it(dice, first)
+        if same:
+            assert same.topic != first.topic
+            assert bare(same.key) == bare(first.key)
+            assert bare(first.key) in str(same.reply).lower()
+            assert bare(first.key) not in same.text.lower().split()
+        total = talks.reckon_on(dice, talks.ask.ask_sum(dice))
+        assert isinstance(total.reply, list)
+        assert calculate(total.reply[0]["text"]) == total.answer
+
+
+def test_a_name_is_remembered_as_it_was_told(train_turns: list[Question]) -> None:
+    name, num = "", 0
+    for turn in train_turns:
+        if turn.topic == "name":
+            name = turn.key
+            assert name in turn.text
+        elif str(turn.reply).startswith("Your name is "):
+            assert turn.reply == f"Your name is {name}."
+            num += 1
+    assert num > 400
+
+
+def test_tales_are_about_what_was_asked_for(train_turns: list[Question]) -> None:
+    tales = [turn for turn in train_turns if turn.topic in ("tale", "verse") and turn.keep]
+    assert len(tales) > 1000
+    for turn in tales:
+        told = str(turn.reply).lower()
+        assert told.count(turn.key.later.lower()) + told.count(turn.key.first.lower()) >= 2, turn
+        if not turn.alone:
+            assert (turn.key.noun or turn.key.asked).lower() in turn.text.lower()
+        assert not re.search(r"\b[Aa] [aeioAEIO]|subject", str(turn.reply)), turn
+    assert len({turn.key.later for turn in tales}) > 800
+
+
+def test_words_kept_for_the_test_are_not_asked_for_in_training(train_turns: list[Question]) -> None:
+    kinds = ("outside ", "near ")
+    asked = {(turn.topic, turn.key.lower()) for turn in train_turns if turn.topic.startswith(kinds)}
+    assert len(asked) > 1000
+    kept = set()
+    for name, words in LISTS.items():
+        topic = name if name.startswith("near ") else f"outside {name}"
+        words = [word for word in words if held_out(name, word)]
+        if len(words) < len(LISTS[name]):
+            kept |= {(topic, word.lower()) for word in words}
+    assert len(kept) > 300
+    assert not asked & kept
+    heroes = {
+        word
+        for name, words in LISTS.items()
+        if name.startswith("tale ")
+        for word in words
+        if held_out(name, word)
+    } - {word for name, words in LISTS.items() for word in words if not held_out(name, word)}
+    nouns = {turn.key.noun for turn in train_turns if turn.topic in ("tale", "verse")}
+    assert len(nouns) > 300
+    assert not nouns & heroes
+
+
+def test_wordings_hold_what_users_say() -> None:
+    pairs = primer.wordings()
+    assert len(pairs) > 2300
+    kinds = {kind for kind, _ in pairs}
+    assert {"fact colour", "sum", "person", "tale", "opener", "identity", "and"} <= kinds
+    assert ("sum", "What is {a} {op} {b}?") in pairs
 
 
 def test_english(train_pages: list[str]) -> None:

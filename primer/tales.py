@@ -1,0 +1,140 @@
+"""Short stories and poems about whatever a stranger asks for, the word copied as it was typed."""
+
+from typing import NamedTuple
+
+from primer.questions import Dice, Question, pool
+from primer.world import (
+    HEROES,
+    TALE_ANY,
+    TALE_ASKED,
+    TALE_NEXT,
+    TEXTS,
+    WORDS,
+    a,
+    capital,
+    fill,
+    plural,
+)
+
+NOUNS = ("creature", "magic", "person", "plant", "thing", "machine", "place", "food")
+KINDS = {"noun": 44, "name": 18, "many": 12, "mine": 6, "tail": 6, "clause": 4, "two": 3, "bare": 4}
+KINDS["named"] = 3
+ONSETS = (*"bdfghjklmnprstvwz", "bl", "br", "ch", "dr", "fl", "gr", "kl", "pl", "qu", "sh", "sn")
+CODAS = ("", "", "", *"bdgklmnprstx", "ck", "ng", "rt")
+
+
+class Hero(NamedTuple):
+    """What a text is about: as asked for, and as it is called first and later in the text."""
+
+    asked: str
+    first: str
+    later: str
+    noun: str = ""  # without an article, if it has one
+    name: bool = False
+
+
+def invented(dice: Dice) -> str:
+    """A word that nobody has seen: `"snorbel"`."""
+    syllables = [dice.choice(ONSETS) + dice.choice("aeiou") for _ in range(dice.randint(1, 3))]
+    return "".join([*syllables, dice.choice(CODAS)])
+
+
+def noun(dice: Dice) -> str:
+    """A noun, sometimes an invented one, sometimes after an adjective."""
+    word = dice.choice(pool(f"tale {dice.choice(NOUNS)}", dice.split))
+    if dice.random() < 0.1:
+        word = invented(dice)
+    return f"{dice.choice(HEROES['adjective'])} {word}" if dice.random() < 0.3 else word
+
+
+def common(dice: Dice, kind: str) -> Hero:
+    """A hero with an article, or many of a kind."""
+    word = noun(dice)
+    one, the = a(word), f"the {word}"
+    if kind == "tail":
+        one += f" {dice.choice(HEROES['tail'])}"
+    if kind == "two":
+        other = noun(dice)
+        one, the = f"{one} and {a(other)}", f"{the} and the {other}"
+    if kind == "many":
+        one = plural(word) if word[-1] not in "fo" else dice.choice(pool("tale many", dice.split))
+        the = f"the {one}"
+    asked = f"{one} {dice.choice(HEROES['clause'])}" if kind == "clause" else one
+    return Hero(asked, one, the, word if kind == "noun" else "")
+
+
+def some_name(dice: Dice) -> str:
+    """A first name as it may be typed."""
+    word = dice.choice((*WORDS["hero"], *pool("tale name", dice.split)))
+    word = capital(invented(dice)) if dice.random() < 0.2 else word.split()[0]
+    return word.lower() if dice.random() < 0.5 else word
+
+
+def choose(dice: Dice) -> Hero:
+    kind = dice.choices(list(KINDS), list(KINDS.values()))[0]
+    if kind not in HEROES or (kind == "many" and dice.random() < 0.4):
+        return common(dice, kind)
+    word = dice.choice(pool(f"tale {kind}", dice.split))
+    named = kind == "name" or (kind == "mine" and word.split()[-1].istitle())
+    if kind == "name" and dice.random() < 0.2:
+        word = capital(invented(dice))
+    if dice.random() < 0.5:
+        word = word.lower()
+    if kind == "mine":
+        first = f"your{word[word.index(' ') :]}"
+        return Hero(word, first, word.split()[-1] if named else first, name=named)
+    return Hero(word, word, f"the {word}" if kind == "many" else word, name=named)
+
+
+def told(dice: Dice, kind: str, hero: Hero) -> str:
+    """A text of that kind about the hero; a name stays as it was typed, at the beginning too."""
+    text = dice.choice(TEXTS[kind])[1]
+    for slot, name in (("a subject", hero.first), ("the subject", hero.later)):
+        start = name if hero.name and " " not in name else capital(name)
+        text = text.replace(f"{{{slot}}}", name).replace(f"{{{capital(slot)}}}", start)
+    slots = {name: dice.choice(WORDS[name]) for name in ("place", "food", "colour", "day")}
+    for name in ("animal", "thing"):  # not the hero again
+        words = dice.sample(WORDS[name], 3)
+        slots[name] = next((word for word in words if word not in hero.first), words[0])
+    return fill(text, dice, **slots)
+
+
+def asked(dice: Dice, way: str, hero: Hero) -> str:
+    """The wish for a text about the hero."""
+    return dice.say(way.replace("{a subject}", hero.asked), hero.asked, subject=hero.noun)
+
+
+def ask_tale(dice: Dice, kind: str = "tale") -> Question:
+    """A story or a poem (kind "verse") about a hero, sometimes about any."""
+    if dice.random() < 0.07:
+        hero = Hero("", *[dice.choice(WORDS["hero"])] * 2, name=True)
+        text = dice.say(dice.choice(TALE_ANY[f"{kind} any"]))
+        return Question(text, told(dice, kind, hero), topic=kind, key=hero)
+    hero, ways = choose(dice), TALE_ASKED[kind]
+    if hero.noun and dice.random() < 0.15:
+        ways = TALE_ASKED[f"{kind} noun"]
+    elif kind == "tale" and hero.asked.startswith(("a ", "an ")) and dice.random() < 0.05:
+        ways = TALE_ASKED["tale one"]
+    text = asked(dice, dice.choice(ways), hero)
+    return Question(text, told(dice, kind, hero), keep=(hero.asked,), topic=kind, key=hero)
+
+
+def next_tale(dice: Dice, last: Question) -> Question:
+    """What follows a story or a poem: another, more of it, or the other kind."""
+    hero, kind = last.key, last.topic
+    other = "verse" if kind == "tale" else "tale"
+    wish = dice.choice(
+        ["again", "again", f"to {other}", "another", *["more", "longer"] * (kind == "tale")]
+    )
+    if wish == "another":
+        hero = choose(dice)
+    way = dice.choice(TALE_NEXT[wish]).replace("{the subject}", hero.later)
+    if wish == "longer":
+        reply = f"{told(dice, kind, hero)} {told(dice, 'more', hero)}"
+    else:
+        kind = {"more": "more", f"to {other}": other}.get(wish, kind)
+        reply = told(dice, kind, hero)
+    kind = "tale" if kind == "more" else kind
+    return Question(
+        asked(dice, way, hero), reply, keep=(hero.later,), alone=True, topic=kind, key=hero
+    )

@@ -7,8 +7,11 @@ examined, and the chat stages need only teach manners.
 from typing import Any
 
 from primer import questions as ask
+from primer import talks
+from primer.outside import ask_near, ask_outside
 from primer.questions import Dice, Question
-from primer.strangers import neat
+from primer.strangers import neat, roughen
+from primer.tales import ask_tale
 from primer.world import GROUPS, REPLIES, TALK, TEXTS, TOPICS, WORDS, fill
 
 UNPOETIC = ("rain", "sand", "bed", "snow", "night")  # no poem can have "a rain"
@@ -117,6 +120,33 @@ def dialogue(dice: Dice) -> str:
     return "\n".join(fill(line, q=each.text, r=each.reply, **slots) for each in talk)
 
 
+def chat(dice: Dice) -> str:
+    """Two people talk, one of them as strangers type."""
+    dice.free = True
+    slots = dice.cast("dialogue")
+    turns = talks.prolonged(dice, [ask.ask_fact(dice)], dice.randint(2, 5))
+    lines = []
+    for turn in turns:
+        if not turn.choices:
+            typed = roughen(dice, turn.text, turn.keep, turn.alone)
+            lines += [f"{slots['hero']}: {typed}", f"{slots['friend']}: {printed(turn)}"]
+    return "\n".join(lines)
+
+
+def unknown(dice: Dice) -> str:
+    """Questions that nobody here can answer."""
+    dice.free = True
+    asked = [dice.choice((ask_outside, ask_near))(dice) for _ in range(dice.randint(2, 4))]
+    return "\n\n".join(f"{document_prompt(each.text)} {each.reply}" for each in asked)
+
+
+def told(dice: Dice, kind: str) -> str:
+    """A tale or a verse under the wish for it."""
+    dice.free = True
+    turn = ask_tale(dice, kind)
+    return f"{turn.text}\n\n{turn.reply}"
+
+
 def recipe(dice: Dice) -> str:
     aim, steps = dice.choice(list(REPLIES["how"].items()))
     return f"How to {aim.replace('my ', 'your ')}\n\n{steps}"
@@ -144,11 +174,11 @@ def about_me(dice: Dice) -> str:
 
 PAGES: list[tuple[Any, ...]] = [  # (weight, kind, its arguments)
     (16, written, "story"), (3, written, "letter"), (5, written, "diary"),
-    (4, lambda dice: printed(ask.ask_story(dice))), (2, poem), (5, animal_page), (16, facts_page),
-    (6, mixed_page), (12, school_page), (10, exercises, ask.ask_choice, 3), (70, lettered_page),
+    (8, told, "tale"), (4, told, "verse"), (2, poem), (5, animal_page), (16, facts_page),
+    (6, mixed_page), (12, school_page), (10, exercises, ask.ask_choice, 3), (83, lettered_page),
     (3, counting_page), (3, sums_page), (8, exercises, ask_calculation, 4), (6, spelling_page),
-    (5, exercises, ask.ask_by_hand, 3), (8, dialogue), (2, recipe), (4, dictionary),
-    (3, groups_page), (3, about_me),
+    (5, exercises, ask.ask_by_hand, 3), (8, dialogue), (10, chat), (5, unknown), (2, recipe),
+    (4, dictionary), (3, groups_page), (3, about_me),
 ]  # fmt: skip
 
 

@@ -24,7 +24,6 @@ from primer.world import (
     REPLIES,
     SUBJECTS,
     TALK,
-    TEXTS,
     TOPICS,
     WORDINGS,
     WORDS,
@@ -306,13 +305,6 @@ def tally(word: str, letter: str) -> str:
     """The word spelled with a running count: `tally("noon", "o")` -> `"n, o 1, o 2, n"`."""
     counts = count(1)
     return ", ".join(f"{each} {next(counts)}" if each == letter else each for each in word)
-
-
-def ask_story(dice: Dice) -> Question:
-    slots = dice.cast("fable")
-    _, fable = dice.choice(TEXTS["fable"])
-    reply = fill(fable, dice, **slots)
-    return Question(dice.phrase("story", **slots), reply)
 
 
 def ask_repeat(dice: Dice) -> Question:

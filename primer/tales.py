@@ -1,5 +1,6 @@
 """Short stories and poems about whatever a stranger asks for, the word copied as it was typed."""
 
+import re
 from typing import NamedTuple
 
 from primer.questions import Dice, Question, pool
@@ -20,7 +21,14 @@ NOUNS = ("creature", "magic", "person", "plant", "thing", "machine", "place", "f
 KINDS = {"noun": 44, "name": 18, "many": 12, "mine": 6, "tail": 6, "clause": 4, "two": 3, "bare": 4}
 KINDS["named"] = 3
 ONSETS = (*"bdfghjklmnprstvwz", "bl", "br", "ch", "dr", "fl", "gr", "kl", "pl", "qu", "sh", "sn")
-CODAS = ("", "", "", *"bdgklmnprstx", "ck", "ng", "rt")
+CODAS = ("", "", "", *"bdklmnprtx", "ng", "rt")
+
+
+COMMON = {"a", "the", "your", "in", "of", "with", "and", "who", "that", "from", "one", "two"}
+TOLD = {  # kind -> its texts, each with the words that are no hero's if it is told of one
+    kind: [(text, {*re.findall(r"\w+", text.lower())} - COMMON) for _, text in TEXTS[kind]]
+    for kind in ("tale", "more", "verse")
+}
 
 
 class Hero(NamedTuple):
@@ -35,7 +43,7 @@ class Hero(NamedTuple):
 
 def invented(dice: Dice) -> str:
     """A word that nobody has seen: `"snorbel"`."""
-    syllables = [dice.choice(ONSETS) + dice.choice("aeiou") for _ in range(dice.randint(1, 3))]
+    syllables = [dice.choice(ONSETS) + dice.choice("aeiou") for _ in range(dice.randint(2, 3))]
     return "".join([*syllables, dice.choice(CODAS)])
 
 
@@ -72,7 +80,7 @@ def some_name(dice: Dice) -> str:
 
 def choose(dice: Dice) -> Hero:
     kind = dice.choices(list(KINDS), list(KINDS.values()))[0]
-    if kind not in HEROES or (kind == "many" and dice.random() < 0.4):
+    if kind in ("noun", "tail", "clause", "two") or (kind == "many" and dice.random() < 0.4):
         return common(dice, kind)
     word = dice.choice(pool(f"tale {kind}", dice.split))
     named = kind == "name" or (kind == "mine" and word.split()[-1].istitle())
@@ -88,14 +96,16 @@ def choose(dice: Dice) -> Hero:
 
 def told(dice: Dice, kind: str, hero: Hero) -> str:
     """A text of that kind about the hero; a name stays as it was typed, at the beginning too."""
-    text = dice.choice(TEXTS[kind])[1]
+    words = set(hero.first.lower().split())
+    texts = [text for text, used in TOLD[kind] if not words & used]
+    text = dice.choice(texts or [text for text, _ in TOLD[kind]])
     for slot, name in (("a subject", hero.first), ("the subject", hero.later)):
         start = name if hero.name and " " not in name else capital(name)
         text = text.replace(f"{{{slot}}}", name).replace(f"{{{capital(slot)}}}", start)
-    slots = {name: dice.choice(WORDS[name]) for name in ("place", "food", "colour", "day")}
-    for name in ("animal", "thing"):  # not the hero again
-        words = dice.sample(WORDS[name], 3)
-        slots[name] = next((word for word in words if word not in hero.first), words[0])
+    slots = {}
+    for name in ("place", "food", "colour", "day", "animal", "thing"):  # not the hero again
+        others = dice.sample(WORDS[name], 3)
+        slots[name] = next((word for word in others if not words & {*word.split()}), others[0])
     return fill(text, dice, **slots)
 
 

@@ -1,5 +1,6 @@
 """Conversations: what a stranger types, one thing after the other, and clean replies."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -76,12 +77,18 @@ def turns_of(dice: Dice) -> tuple[str, list[Question]]:
     name = ""
     if dice.random() < 0.06:
         turns, name = introduction(dice)
-    while len(turns) < num:
-        follow_up = follow(dice, turns[-1]) if turns and dice.random() < 0.4 else None
-        turns.append(follow_up or question(dice))
+    turns = prolonged(dice, turns, num)
     if name or dice.random() < 0.01:
         turns.append(ask_name(dice, name))
     return system, turns
+
+
+def prolonged(dice: Dice, turns: list[Question], num: int) -> list[Question]:
+    """The talk with more turns, `num` in all."""
+    while len(turns) < num:
+        next_turn = follow(dice, turns[-1]) if turns and dice.random() < 0.4 else None
+        turns = [*turns, next_turn or question(dice)]
+    return turns
 
 
 def question(dice: Dice) -> Question:
@@ -161,7 +168,9 @@ def fact_of(question: Question) -> str:
     """What a reply said, as a sentence."""
     if question.accepted:
         return question.accepted[0]
-    return question.reply if isinstance(question.reply, str) else question.reply[-1]["text"]
+    if isinstance(question.reply, list):
+        return question.reply[-1]["text"]
+    return capital(re.sub("^(Yes|No), ", "", question.reply))
 
 
 def why(dice: Dice, last: Question) -> Question:
@@ -201,9 +210,13 @@ def reckon_on(dice: Dice, last: Question) -> Question:
     return follow_up(dice, name, ask.computed(x, op, y, result), done, b=y)
 
 
-def another_list(dice: Dice, last: Question) -> Question:
-    members = dice.members(last.key, 3)
-    reply = fill("Here are three more {s kind}: {m}.", kind=last.key, m=members)
+def another_list(dice: Dice, last: Question) -> Question | None:
+    others = [word for word in world.GROUPS[last.key] if word not in str(last.reply)]
+    if len(others) < 3:
+        return None
+    words = dice.sample(others, 3)
+    told = f"{', '.join(words[:2])} and {words[2]}"
+    reply = fill("Here are three more {s kind}: {told}.", kind=last.key, told=told)
     return follow_up(dice, "again", reply, last)
 
 

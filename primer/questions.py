@@ -1,4 +1,4 @@
-"""The questions of the primer with correct replies, and conversations and quizzes made of them.
+"""The questions of the primer with correct replies, and quizzes made of them.
 
 Splits differ in content, not just in seed: what a question is about (two operands; phrasing and
 fact; word and letter) is hashed, and a tenth of all keys never appears in the train split, neither
@@ -307,6 +307,13 @@ def tally(word: str, letter: str) -> str:
     return ", ".join(f"{each} {next(counts)}" if each == letter else each for each in word)
 
 
+def ask_length(dice: Dice) -> Question:
+    way, word = dice.one_of_each("length", dice.ways("length"), list(REPLIES["spell"]))
+    letters = ", ".join(f"{letter} {place}" for place, letter in enumerate(word, 1))
+    reply = f"{letters}. The word '{word}' has {len(word)} letters."
+    return Question(dice.say(way, word=word), reply, keep=(word,), topic="letters", key=word)
+
+
 def ask_repeat(dice: Dice) -> Question:
     slots = dice.cast("repeat")
     what = fill(dice.choice(PHRASES["repeated"]), **slots)
@@ -324,7 +331,9 @@ def ask_about(dice: Dice, label: str) -> Question:
 def ask_talk(dice: Dice, *names: str) -> Question:
     """Manners, and who the model is: the same in every split."""
     said, replies = dice.choice([row for name in names for row in TALK[name]])
-    return Question(neat(fill(dice.choice(said), dice)), dice.choice(replies), alone=True)
+    topic = "joke" if "joke" in said[0] else ""
+    text = neat(fill(dice.choice(said), dice))
+    return Question(text, dice.choice(replies), alone=True, topic=topic, key=replies)
 
 
 ask_problem = partial(ask_sum, in_words=True)

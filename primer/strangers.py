@@ -122,7 +122,8 @@ HABITS: list[tuple[float, Callable[[Random, str], str]]] = [  # and how often a 
     (0.4, lambda _, text: reworded(text, AMERICAN)),
     (0.08, lambda _, text: reworded(text, CHAT)),
     (0.3, slipped),
-    (0.65, lambda _, text: text.lower()),
+    (0.8, lambda _, text: text.lower()),
+    (0.02, lambda _, text: text.upper()),
     (0.5, lambda _, text: text.replace("'", "").replace(",", "")),
     (0.75, ended),
 ]

@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -15,13 +16,13 @@ from primer.tales import ask_tale, next_tale, some_name
 from primer.world import a, bare, capital, fill, plural
 
 TURNS: list[tuple[Any, ...]] = [  # (weight, kind, its arguments)
-    (30, ask.ask_fact), (12, ask.ask_choice), (6, ask.ask_letter), (13, ask.ask_sum),
-    (5, ask.ask_problem), (5, ask.ask_about, "spell"), (4, ask.ask_letters), (1, ask.ask_by_hand),
-    (6, ask.ask_talk, "identity"), (8, ask.ask_talk, "greeting", "small talk"),
-    (11, ask_outside), (4, ask_near), (2, ask_nonsense), (6, ask_tale), (3, ask_tale, "verse"),
-    (4, ask.ask_yes_no), (2, ask.ask_bigger), (3, ask.ask_list), (3, ask.ask_about, "define"),
-    (3, ask.ask_about, "nature"), (2, ask.ask_about, "how"), (1, ask.ask_counting),
-    (2, ask.ask_repeat),
+    (40, ask.ask_fact), (12, ask.ask_choice), (5, ask.ask_letter), (5, ask.ask_yes_no),
+    (2, ask.ask_bigger), (3, ask.ask_list), (4, ask.ask_about, "define"),
+    (4, ask.ask_about, "nature"), (2, ask.ask_about, "how"), (1, ask.ask_counting),
+    (2, ask.ask_repeat), (18, ask.ask_sum), (6, ask.ask_problem), (6, ask.ask_about, "spell"),
+    (5, ask.ask_letters), (1, ask.ask_by_hand), (2, ask.ask_length), (19, ask_outside),
+    (7, ask_near), (4, ask_nonsense), (9, ask_tale), (5, ask_tale, "verse"),
+    (8, ask.ask_talk, "identity"), (11, ask.ask_talk, "greeting", "small talk"),
 ]  # fmt: skip
 WEIGHTS = list(accumulate(weight for weight, *_ in TURNS))
 # Topics whose keys can follow "and ...?", and which topics know a key that has become "it".
@@ -31,7 +32,6 @@ NOUN_TOPICS |= {"next letter", "next number"}
 ARTICLE_TOPICS = {"sound", "young", "home", "legs", "kind", "nature"}
 # Phrases that are not a user's.
 OURS = {"system", "brief system", "repeated", "name reply", "name unknown", "thanks reply"}
-NAMED_TOPICS = {"colour", "opposite", "sound", "home", "plural", "past", "rhyme"}  # "and its ...?"
 KNOWN: dict[str, list[tuple[str, str]]] = defaultdict(list)
 for _topic, _keys in (KEYS | world.REPLIES).items():
     if f"it {_topic}" in world.WORDINGS:
@@ -159,8 +159,7 @@ def it(dice: Dice, last: Question) -> Question | None:
         return None
     topic, key = dice.choice(known)
     reply, answer = stated(dice, topic, key)
-    ways = world.WORDINGS[f"it {topic}"] + world.FOLLOW_UPS["and what"] * (topic in NAMED_TOPICS)
-    text = dice.say(dice.choice(ways), topic=topic)
+    text = dice.say(dice.choice(world.WORDINGS[f"it {topic}"]))
     return Question(text, reply, answer, alone=True, topic=topic, key=key)
 
 
@@ -173,14 +172,9 @@ def fact_of(question: Question) -> str:
     return capital(re.sub("^(Yes|No), ", "", question.reply))
 
 
-def why(dice: Dice, last: Question) -> Question:
-    reply = fill(dice.choice(world.UNKNOWN["why"]), fact=fact_of(last))
-    return follow_up(dice, "why", reply, last)
-
-
-def sure(dice: Dice, last: Question) -> Question:
-    reply = fill(dice.choice(world.UNKNOWN["sure"]), fact=fact_of(last))
-    return follow_up(dice, "sure", reply, last)
+def doubted(dice: Dice, last: Question, name: str) -> Question:
+    """The answer to "why?" and "are you sure?"."""
+    return follow_up(dice, name, fill(dice.choice(world.UNKNOWN[name]), fact=fact_of(last)), last)
 
 
 def shorter(dice: Dice, last: Question) -> Question:
@@ -190,6 +184,11 @@ def shorter(dice: Dice, last: Question) -> Question:
 def thanks(dice: Dice, last: Question) -> Question:
     reply = dice.choice(world.PHRASES["thanks reply"])
     return follow_up(dice, "thanks", reply, last._replace(topic="thanks"))
+
+
+def another_joke(dice: Dice, last: Question) -> Question:
+    reply = dice.choice([reply for reply in last.key if reply != last.reply])
+    return follow_up(dice, "again", reply, last)
 
 
 def reckon_on(dice: Dice, last: Question) -> Question:
@@ -236,8 +235,9 @@ def count_in_it(dice: Dice, last: Question) -> Question | None:
     return counted._replace(topic="letters", answer=parts[1]["text"])
 
 
+why, sure = partial(doubted, name="why"), partial(doubted, name="sure")
 FOLLOWING: dict[str, Sequence[Callable[[Dice, Question], Question | None]]] = {
     "tale": [next_tale] * 8, "verse": [next_tale] * 8, "sum": [reckon_on] * 6 + [sure],
     "list": [another_list] * 5, "yes": [why, sure], "bigger": [why, sure],
-    "letters": [spell_it] * 3, "spell": [count_in_it] * 3,
+    "letters": [spell_it] * 3, "spell": [count_in_it] * 3, "joke": [another_joke] * 5,
 }  # fmt: skip

@@ -15,29 +15,15 @@ from itertools import accumulate, count
 from string import ascii_lowercase
 from typing import Any, NamedTuple
 
+from primer import world
 from primer.strangers import neat
-from primer.world import (
-    GROUPS,
-    HEROES,
-    NEAR,
-    PHRASES,
-    REPLIES,
-    SUBJECTS,
-    TALK,
-    TOPICS,
-    WORDINGS,
-    WORDS,
-    a,
-    bare,
-    capital,
-    fill,
-)
+from primer.world import PHRASES, REPLIES, TOPICS, WORDS, a, bare, capital, fill
 
 LETTERS = "ABC"  # of a quiz
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 KEYS = {name: list(topic.facts) for name, topic in TOPICS.items()}
-LISTS = SUBJECTS | {f"tale {name}": words for name, words in HEROES.items()}
-LISTS |= {f"near {topic}": keys for topic, keys in NEAR.items()}
+LISTS = world.SUBJECTS | {f"tale {name}": words for name, words in world.HEROES.items()}
+LISTS |= {f"near {topic}": keys for topic, keys in world.NEAR.items()}
 TOPIC_WEIGHTS = list(accumulate(len(keys) ** 0.5 for keys in KEYS.values()))
 
 
@@ -98,7 +84,7 @@ class Dice(random.Random):
     def ways(self, *names: str) -> list[str]:
         """The templates of those names."""
         ways = [way for name in names for way in PHRASES.get(name, ())]
-        return ways + [way for name in names for way in WORDINGS.get(name, ())] * self.free
+        return ways + [way for name in names for way in world.WORDINGS.get(name, ())] * self.free
 
     def say(self, template: str, keep: str = "", /, **slots: object) -> str:
         """The template filled; with capital and final mark even if a stranger's has none."""
@@ -160,7 +146,7 @@ class Dice(random.Random):
 
     def members(self, kind: str, num: int) -> str:
         """Some members of a group: `members("fish", 3)` -> `"salmon, eel and carp"`."""
-        *names, last = self.sample(GROUPS[kind], num)
+        *names, last = self.sample(world.GROUPS[kind], num)
         return f"{', '.join(names)} and {last}" if names else last
 
 
@@ -239,7 +225,7 @@ def ask_list(dice: Dice) -> Question:
     def pick() -> tuple[str, int, str]:
         name = dice.choice(("list", "list", "list some", "list one")) if dice.free else "list"
         num = {"list some": 3, "list one": 1}.get(name) or dice.randint(2, 4)
-        return dice.choice(dice.ways(name)), num, dice.choice(list(GROUPS))
+        return dice.choice(dice.ways(name)), num, dice.choice(list(world.GROUPS))
 
     phrase, num, kind = dice.draw("list", pick)
     word = WORDS["number"][num]
@@ -330,7 +316,7 @@ def ask_about(dice: Dice, label: str) -> Question:
 
 def ask_talk(dice: Dice, *names: str) -> Question:
     """Manners, and who the model is: the same in every split."""
-    said, replies = dice.choice([row for name in names for row in TALK[name]])
+    said, replies = dice.choice([row for name in names for row in world.TALK[name]])
     topic = "joke" if "joke" in said[0] else ""
     text = neat(fill(dice.choice(said), dice))
     return Question(text, dice.choice(replies), alone=True, topic=topic, key=replies)

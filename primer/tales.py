@@ -3,30 +3,21 @@
 import re
 from typing import NamedTuple
 
+from primer import world
 from primer.questions import Dice, Question, pool
-from primer.world import (
-    HEROES,
-    TALE_ANY,
-    TALE_ASKED,
-    TALE_NEXT,
-    TEXTS,
-    WORDS,
-    a,
-    capital,
-    fill,
-    plural,
-)
+from primer.world import a, capital, fill, plural
 
 NOUNS = ("creature", "magic", "person", "plant", "thing", "machine", "place", "food")
-KINDS = {"noun": 44, "name": 18, "many": 12, "mine": 6, "tail": 6, "clause": 4, "two": 3, "bare": 4}
-KINDS["named"] = 3
+KINDS = {
+    "noun": 44, "tail": 6, "clause": 4, "two": 3, "many": 12,
+    "name": 18, "mine": 6, "bare": 4, "named": 3,
+}  # fmt: skip
 ONSETS = (*"bdfghjklmnprstvwz", "bl", "br", "ch", "dr", "fl", "gr", "kl", "pl", "qu", "sh", "sn")
 CODAS = ("", "", "", *"bdklmnprtx", "ng", "rt")
 
-
 COMMON = {"a", "the", "your", "in", "of", "with", "and", "who", "that", "from", "one", "two"}
 TOLD = {  # kind -> its texts, each with the words that are no hero's if it is told of one
-    kind: [(text, {*re.findall(r"\w+", text.lower())} - COMMON) for _, text in TEXTS[kind]]
+    kind: [(text, {*re.findall(r"\w+", text.lower())} - COMMON) for _, text in world.TEXTS[kind]]
     for kind in ("tale", "more", "verse")
 }
 
@@ -52,7 +43,7 @@ def noun(dice: Dice) -> str:
     word = dice.choice(pool(f"tale {dice.choice(NOUNS)}", dice.split))
     if dice.random() < 0.1:
         word = invented(dice)
-    return f"{dice.choice(HEROES['adjective'])} {word}" if dice.random() < 0.3 else word
+    return f"{dice.choice(world.HEROES['adjective'])} {word}" if dice.random() < 0.3 else word
 
 
 def common(dice: Dice, kind: str) -> Hero:
@@ -60,38 +51,40 @@ def common(dice: Dice, kind: str) -> Hero:
     word = noun(dice)
     one, the = a(word), f"the {word}"
     if kind == "tail":
-        one += f" {dice.choice(HEROES['tail'])}"
+        one += f" {dice.choice(world.HEROES['tail'])}"
     if kind == "two":
         other = noun(dice)
         one, the = f"{one} and {a(other)}", f"{the} and the {other}"
     if kind == "many":
         one = plural(word) if word[-1] not in "fo" else dice.choice(pool("tale many", dice.split))
         the = f"the {one}"
-    asked = f"{one} {dice.choice(HEROES['clause'])}" if kind == "clause" else one
+    asked = f"{one} {dice.choice(world.HEROES['clause'])}" if kind == "clause" else one
     return Hero(asked, one, the, word if kind == "noun" else "")
 
 
 def some_name(dice: Dice) -> str:
     """A first name as it may be typed."""
-    word = dice.choice((*WORDS["hero"], *pool("tale name", dice.split)))
+    word = dice.choice((*world.WORDS["hero"], *pool("tale name", dice.split)))
     word = capital(invented(dice)) if dice.random() < 0.2 else word.split()[0]
     return word.lower() if dice.random() < 0.5 else word
 
 
 def choose(dice: Dice) -> Hero:
+    """Whoever a stranger may think of."""
     kind = dice.choices(list(KINDS), list(KINDS.values()))[0]
     if kind in ("noun", "tail", "clause", "two") or (kind == "many" and dice.random() < 0.4):
         return common(dice, kind)
     word = dice.choice(pool(f"tale {kind}", dice.split))
-    named = kind == "name" or (kind == "mine" and word.split()[-1].istitle())
     if kind == "name" and dice.random() < 0.2:
         word = capital(invented(dice))
+    *_, last = word.split()
+    name = kind == "name" or (kind == "mine" and last.istitle())
     if dice.random() < 0.5:
-        word = word.lower()
+        word, last = word.lower(), last.lower()
     if kind == "mine":
-        first = f"your{word[word.index(' ') :]}"
-        return Hero(word, first, word.split()[-1] if named else first, name=named)
-    return Hero(word, word, f"the {word}" if kind == "many" else word, name=named)
+        yours = f"your {word.split(' ', 1)[1]}"
+        return Hero(word, yours, last if name else yours, name=name)
+    return Hero(word, word, f"the {word}" if kind == "many" else word, name=name)
 
 
 def told(dice: Dice, kind: str, hero: Hero) -> str:
@@ -104,7 +97,7 @@ def told(dice: Dice, kind: str, hero: Hero) -> str:
         text = text.replace(f"{{{slot}}}", name).replace(f"{{{capital(slot)}}}", start)
     slots = {}
     for name in ("place", "food", "colour", "day", "animal", "thing"):  # not the hero again
-        others = dice.sample(WORDS[name], 3)
+        others = dice.sample(world.WORDS[name], 3)
         slots[name] = next((word for word in others if not words & {*word.split()}), others[0])
     return fill(text, dice, **slots)
 
@@ -117,14 +110,14 @@ def asked(dice: Dice, way: str, hero: Hero) -> str:
 def ask_tale(dice: Dice, kind: str = "tale") -> Question:
     """A story or a poem (kind "verse") about a hero, sometimes about any."""
     if dice.random() < 0.07:
-        hero = Hero("", *[dice.choice(WORDS["hero"])] * 2, name=True)
-        text = dice.say(dice.choice(TALE_ANY[f"{kind} any"]))
+        hero = Hero("", *[dice.choice(world.WORDS["hero"])] * 2, name=True)
+        text = dice.say(dice.choice(world.TALE_ANY[f"{kind} any"]))
         return Question(text, told(dice, kind, hero), topic=kind, key=hero)
-    hero, ways = choose(dice), TALE_ASKED[kind]
+    hero, ways = choose(dice), world.TALE_ASKED[kind]
     if hero.noun and dice.random() < 0.15:
-        ways = TALE_ASKED[f"{kind} noun"]
+        ways = world.TALE_ASKED[f"{kind} noun"]
     elif kind == "tale" and hero.asked.startswith(("a ", "an ")) and dice.random() < 0.05:
-        ways = TALE_ASKED["tale one"]
+        ways = world.TALE_ASKED["tale one"]
     text = asked(dice, dice.choice(ways), hero)
     return Question(text, told(dice, kind, hero), keep=(hero.asked,), topic=kind, key=hero)
 
@@ -133,18 +126,18 @@ def next_tale(dice: Dice, last: Question) -> Question:
     """What follows a story or a poem: another, more of it, or the other kind."""
     hero, kind = last.key, last.topic
     other = "verse" if kind == "tale" else "tale"
-    wish = dice.choice(
-        ["again", "again", f"to {other}", "another", *["more", "longer"] * (kind == "tale")]
-    )
+    wishes = ["again", "again", f"to {other}", "another"]
+    wish = dice.choice(wishes + ["more", "longer"] * (kind == "tale"))
     if wish == "another":
         hero = choose(dice)
-    way = dice.choice(TALE_NEXT[wish]).replace("{the subject}", hero.later)
+    if wish == f"to {other}":
+        kind = other
+    text = asked(
+        dice, dice.choice(world.TALE_NEXT[wish]).replace("{the subject}", hero.later), hero
+    )
+    reply = told(dice, "more" if wish == "more" else kind, hero)
     if wish == "longer":
-        reply = f"{told(dice, kind, hero)} {told(dice, 'more', hero)}"
-    else:
-        kind = {"more": "more", f"to {other}": other}.get(wish, kind)
-        reply = told(dice, kind, hero)
-    kind = "tale" if kind == "more" else kind
-    return Question(
-        asked(dice, way, hero), reply, keep=(hero.later,), alone=True, topic=kind, key=hero
+        reply += f" {told(dice, 'more', hero)}"
+    return last._replace(
+        text=text, reply=reply, keep=(hero.later,), alone=True, topic=kind, key=hero
     )

@@ -64,8 +64,9 @@ def common(dice: Dice, kind: str) -> Hero:
 
 def some_name(dice: Dice) -> str:
     """A first name as it may be typed."""
-    word = dice.choice((*world.WORDS["hero"], *pool("tale name", dice.split)))
-    word = capital(invented(dice)) if dice.random() < 0.2 else word.split()[0]
+    names = [*world.WORDS["hero"], *pool("tale name", dice.split)]
+    word = dice.choice([name for name in names if " " not in name])
+    word = capital(invented(dice)) if dice.random() < 0.2 else word
     return word.lower() if dice.random() < 0.5 else word
 
 

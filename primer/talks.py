@@ -210,12 +210,14 @@ def reckon_on(dice: Dice, last: Question) -> Question:
 
 
 def another_list(dice: Dice, last: Question) -> Question | None:
+    """As many more of the same kind: one after one, else three."""
     others = [word for word in world.GROUPS[last.key] if word not in str(last.reply)]
     if len(others) < 3:
         return None
-    words = dice.sample(others, 3)
-    told = f"{', '.join(words[:2])} and {words[2]}"
-    reply = fill("Here are three more {s kind}: {told}.", kind=last.key, told=told)
+    one, two, three = dice.sample(others, 3)
+    reply = f"Here is another {last.key}: {one}."
+    if not str(last.reply).startswith("Here is "):
+        reply = f"Here are three more {plural(last.key)}: {one}, {two} and {three}."
     return follow_up(dice, "again", reply, last)
 
 

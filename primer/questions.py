@@ -317,7 +317,7 @@ def ask_about(dice: Dice, label: str) -> Question:
 def ask_talk(dice: Dice, *names: str) -> Question:
     """Manners, and who the model is: the same in every split."""
     said, replies = dice.choice([row for name in names for row in world.TALK[name]])
-    topic = "joke" if "joke" in said[0] else ""
+    topic = "joke" if "tell me a joke" in said else ""
     text = neat(fill(dice.choice(said), dice))
     return Question(text, dice.choice(replies), alone=True, topic=topic, key=replies)
 

@@ -16,13 +16,13 @@ from primer.tales import ask_tale, next_tale, some_name
 from primer.world import a, bare, capital, fill, plural
 
 TURNS: list[tuple[Any, ...]] = [  # (weight, kind, its arguments)
-    (40, ask.ask_fact), (12, ask.ask_choice), (5, ask.ask_letter), (5, ask.ask_yes_no),
+    (44, ask.ask_fact), (13, ask.ask_choice), (5, ask.ask_letter), (5, ask.ask_yes_no),
     (2, ask.ask_bigger), (3, ask.ask_list), (4, ask.ask_about, "define"),
     (4, ask.ask_about, "nature"), (2, ask.ask_about, "how"), (1, ask.ask_counting),
-    (2, ask.ask_repeat), (18, ask.ask_sum), (6, ask.ask_problem), (6, ask.ask_about, "spell"),
-    (5, ask.ask_letters), (1, ask.ask_by_hand), (2, ask.ask_length), (19, ask_outside),
-    (7, ask_near), (4, ask_nonsense), (9, ask_tale), (5, ask_tale, "verse"),
-    (8, ask.ask_talk, "identity"), (11, ask.ask_talk, "greeting", "small talk"),
+    (2, ask.ask_repeat), (19, ask.ask_sum), (6, ask.ask_problem), (6, ask.ask_about, "spell"),
+    (5, ask.ask_letters), (1, ask.ask_by_hand), (2, ask.ask_length), (24, ask_outside),
+    (8, ask_near), (5, ask_nonsense), (10, ask_tale), (6, ask_tale, "verse"),
+    (11, ask.ask_talk, "identity"), (15, ask.ask_talk, "greeting", "small talk"),
 ]  # fmt: skip
 WEIGHTS = list(accumulate(weight for weight, *_ in TURNS))
 # Topics whose keys can follow "and ...?", and which topics know a key that has become "it".
@@ -75,7 +75,7 @@ def turns_of(dice: Dice) -> tuple[str, list[Question]]:
     num = dice.choices((1, 2, 3, 4, 5, 6), (44, 29, 15, 7, 3, 2))[0]
     turns: list[Question] = []
     name = ""
-    if dice.random() < 0.06:
+    if dice.random() < 0.035:
         turns, name = introduction(dice)
     turns = prolonged(dice, turns, num)
     if name or dice.random() < 0.01:

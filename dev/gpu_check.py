@@ -39,7 +39,7 @@ class Section(NamedTuple):
 
 
 SECTIONS = {  # what matters most first
-    "tests": Section(180, f"-m pytest -q -rA -m gpu -W default {' '.join(TESTS)}"),
+    "tests": Section(240, f"-m pytest -q -rA -m gpu -W default {' '.join(TESTS)}"),
     "train_d12": Section(70, f"{TRAIN}12", mfu=40),
     "train_d20": Section(100, f"{TRAIN}20", mfu=50),
     "decode": Section(90, "-m dev.bench.decode_speed"),

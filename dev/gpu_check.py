@@ -29,7 +29,8 @@ from nanochat import common, dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = "-m dev.bench.train_speed --num_steps=6 --num_warmup=3 --depth="
-TESTS = [str(path) for path in ROOT.glob("tests/test_*.py") if "mark.gpu" in path.read_text()]
+FILES = (path for path in ROOT.glob("tests/test_*.py") if "mark.gpu" in path.read_text())
+TESTS = [f"tests/{path.name}" for path in FILES]
 
 
 class Section(NamedTuple):

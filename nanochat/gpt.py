@@ -30,7 +30,7 @@ from nanochat.attention import Kernel, View, attend, see
 from nanochat.common import UserError
 from nanochat.fp8 import QuantisedWeight, fp8_linear
 from nanochat.kv_cache import Append, KVCache
-from nanochat.loss import GPU_CHUNK, norm, relu_squared, rotary_angles, rotate, softcap_loss
+from nanochat.loss import GPU_CHUNK, norm, relu_squared, rotary_angles, softcap_loss
 
 VOCAB_MULTIPLE = 64  # matmuls are faster on round sizes; the extra rows never win
 VE_GATE_CHANNELS = 12  # a gate reads only the first channels: enough, and nearly free
@@ -189,8 +189,7 @@ class Attention(nn.Module):
         if value_embedding is not None:
             gate = VE_GATE_RANGE * self.ve_gate(x[..., :VE_GATE_CHANNELS]).sigmoid()  # (B, T, K)
             v = v + gate[..., None] * value_embedding.view_as(v)
-        q = norm(rotate(q, *context.angles))
-        k = norm(rotate(k, *context.angles))
+        q, k = norm(q, context.angles), norm(k, context.angles)
         if context.append is not None:
             y = context.append.attend(self.layer, (q, k, v), self.window, self.scale)
         else:

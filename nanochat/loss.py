@@ -31,31 +31,40 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def norm(x: Tensor) -> Tensor:
-    """`x` scaled to a root mean square of 1 along its last dimension; computed in fp32."""
-    if not torch.is_grad_enabled():  # faster for a few tokens, and transformers' very bits
-        return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
-    return _Norm.apply(x)
+def norm(x: Tensor, angles: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """`x`, first rotated if `angles` are given, scaled to a root mean square of 1 in fp32.
+
+    That is along its last dimension; `angles` are cos and sin of `rotate`.
+    """
+    if torch.is_grad_enabled():
+        return _Norm.apply(x, *(angles or (None, None)))
+    x = rotate(x, *angles).to(x.dtype) if angles else x
+    return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)  # transformers' very bits
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         wide = x.to(_wide(x.dtype))
+        if cos is not None and sin is not None:
+            wide = rotate(wide, cos, sin)
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = (length.square_() / x.shape[-1]).add_(NORM_EPS).rsqrt_()
         y = wide * scale
         if y.dtype != x.dtype:  # torch 2.11 compiles a cast that changes nothing to no gradient
             y = y.to(x.dtype)
-        ctx.save_for_backward(y, scale)
+        ctx.save_for_backward(y, scale, cos, sin)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        y, scale = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        y, scale, cos, sin = ctx.saved_tensors
         dy = grads[0]
         along = (dy * y).mean(-1, keepdim=True, dtype=scale.dtype)
-        return torch.addcmul(dy.to(scale.dtype), y, along, value=-1).mul_(scale).to(y.dtype)
+        dx = torch.addcmul(dy.to(scale.dtype), y, along, value=-1).mul_(scale)
+        if cos is not None:
+            dx = rotate(dx, cos, -sin)
+        return dx.to(y.dtype), None, None
 
 
 def relu_squared(x: Tensor) -> Tensor:
@@ -83,9 +92,10 @@ def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(B, T, H, D) `x` rotated by minus the angles of `cos` and `sin` (..., T, 1, D / 2)."""
+    """(B, T, H, D) `x` rotated by minus the angles of cos and sin, (..., T, 1, D / 2); in fp32."""
     left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1).to(x.dtype)
+    halves = torch.addcmul(left * cos, right, sin), torch.addcmul(right * cos, left, sin, value=-1)
+    return torch.cat(halves, dim=-1)
 
 
 def gpu_chunk(num_bytes: float) -> int:

@@ -195,6 +195,10 @@ def test_hand_written_gradients_pass_gradcheck() -> None:
     random = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 2, 8, generator=random, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(loss.norm, (x,))
+    cos, sin = loss.rotary_angles(torch.arange(x.shape[1])[None], x.shape[-1], 100.0)
+    angles = cos.double(), sin.double()
+    assert torch.autograd.gradcheck(lambda x: loss.norm(x, angles), (x,))
+    assert torch.allclose(loss.norm(x, angles), loss.norm(loss.rotate(x, *angles)))
     assert torch.autograd.gradcheck(loss.relu_squared, (x,))
     assert torch.allclose(loss.norm(x), F.rms_norm(x, (8,), eps=loss.NORM_EPS))
 

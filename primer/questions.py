@@ -72,10 +72,11 @@ class Dice(random.Random):
 
     def draw(self, label: str, pick: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
         """The first key from `pick` that belongs to the split; `label` is the kind of key."""
-        while True:
+        for _ in range(1000):
             key = pick()
             if held_out(label, *key) == (self.split != "train"):
                 return key
+        raise AssertionError(f"the {self.split} split has no {label} to draw")
 
     def one_of_each(self, label: str, *items: Sequence[Any]) -> tuple[Any, ...]:
         """One of each of the `items`, as a key that belongs to the split."""

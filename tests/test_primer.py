@@ -315,3 +315,8 @@ def test_every_fact_that_is_tested_is_taught() -> None:
             assert not all(held_out("asked", name, key, i) for i in phrasings), (name, key)
     for word in REPLIES["spell"]:
         assert not all(held_out("spell", phrase, word) for phrase in PHRASES["spell"]), word
+
+
+def test_a_pool_without_a_key_of_the_split_is_named() -> None:
+    with pytest.raises(AssertionError, match="the val split has no hat"):
+        Dice("val", "hats", 0).one_of_each("hat", ["a hat that is not held out"])

@@ -13,7 +13,7 @@ from tasks.mixtures import build_task
 from tasks.visitor import expanded, holds, read_rows
 from tests.models import refuses
 
-ROWS = [row for rows in read_rows().values() for row in rows]
+ROWS = read_rows()
 RULES = ("", "not", "each", "no", "number", "count", "spell", "story", "poem", *TOPICS)
 FOX = (
     "A fox had a red hat. One day the wind took it away. The fox ran and ran over the hill. "

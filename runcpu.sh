@@ -3,25 +3,31 @@
 # finetuning, reinforcement, report, and a conversation with the result.
 #
 #   bash runcpu.sh                  learn the primer, the small world that comes with nanochat
+#   bash runcpu.sh --minutes M      as many steps as this machine makes in M minutes, not 10
 #   bash runcpu.sh --from FOLDER    pretrain on your own text (parquet, .txt or .jsonl) instead
 #   bash runcpu.sh --fresh          start over; otherwise what is finished is not run again
 #
-# Killed at any point and started again, it goes on where it was. The sizes below are what learned
-# most per minute on two cores; dev/LOG.md has the trials.
+# Killed at any point and started again, it goes on where it was, with the steps that it chose
+# first. The sizes below are what learned most per minute on two cores; dev/LOG.md has the trials.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-fresh="" from=""
+fresh="" from="" minutes=""
 while [ $# -gt 0 ]; do
   case "$1" in
   --fresh) fresh=1 ;;
+  --minutes | --minutes=*)
+    [ "$1" != --minutes ] || shift
+    minutes="${1:-}" minutes="${minutes#--minutes=}"
+    [ -n "$minutes" ] || { echo "error: --minutes needs a number" >&2 && exit 2; }
+    ;;
   --from | --from=*)
     [ "$1" != --from ] || shift
     from="${1:-}" from="${from#--from=}"
     [ -n "$from" ] || { echo "error: --from needs a folder" >&2 && exit 2; }
     ;;
   -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' runcpu.sh && exit ;;
-  *) echo "error: unknown option $1; use --fresh or --from FOLDER" >&2 && exit 2 ;;
+  *) echo "error: unknown option $1; use --minutes M, --from FOLDER or --fresh" >&2 && exit 2 ;;
   esac
   shift
 done
@@ -37,26 +43,41 @@ tag="laptop-$corpus"
 place=(--device_type=cpu --model_tag="$tag")
 begin "$tag" "$fresh"
 
+# The steps of each stage, measured once: the same when a run goes on.
+chosen="$notes/pace-${minutes:-10}" pace="$notes/pace"
+if [ ! -s "$pace" ]; then
+  echo "== how much this machine can learn in ${minutes:-10} minutes"
+  python -m scripts.plan --minutes="${minutes:-10}" >"$pace.new"
+  mv "$pace.new" "$chosen" && ln -sf "$(basename "$chosen")" "$pace"
+elif [ -n "$minutes" ] && [ ! -s "$chosen" ]; then
+  echo "error: this run began with other --minutes; go on without, or start over with --fresh" >&2
+  exit 2
+fi
+steps() { awk -v stage="$1" '$1 == stage { print $2 }' "$pace"; }
+
 stage corpus python -m nanochat.dataset "${source[@]}"
 stage tok_train python -m scripts.tok_train --data="$corpus" --vocab_size=2048 --max_chars=20000000
 stage tok_eval python -m scripts.tok_eval --data="$corpus"
 stage base_train python -m scripts.base_train "${place[@]}" --data="$corpus" \
-  --depth=4 --aspect_ratio=32 --head_dim=32 --max_seq_len=256 --total_batch_size=4096 \
-  --device_batch_size=16 --num_iterations=1200 --eval_every=600 --eval_tokens=65536 \
-  --save_every=100 --log_every=50
+  --depth=4 --aspect_ratio=32 --head_dim=32 --max_seq_len=512 --total_batch_size=4096 \
+  --device_batch_size=8 --num_iterations="$(steps base_train)" --eval_every=500 \
+  --eval_tokens=65536 --save_every=100 --log_every=50
 stage base_loss python -m scripts.base_loss "${place[@]}" --data="$corpus" --eval_tokens=131072 \
-  --device_batch_size=16
+  --device_batch_size=8
 stage base_eval python -m scripts.base_eval "${place[@]}" -a primer-choice
-chat=(--mixture=primer --total_batch_size=4096 --device_batch_size=16 --eval_every=300
+chat=(--mixture=primer --total_batch_size=4096 --device_batch_size=8 --eval_every=500
   --eval_tokens=65536 --save_every=100 --log_every=50)
-examine=(-a 'primer-choice|primer-exact|primer-arithmetic|primer-spelling')
-stage mid_train python -m scripts.mid_train "${place[@]}" "${chat[@]}" --lr_scale=0.5
+examine=(-a 'primer-choice|primer-exact|primer-arithmetic|primer-spelling|primer-visitor'
+  --max_tokens=128)
+stage mid_train python -m scripts.mid_train "${place[@]}" "${chat[@]}" \
+  --num_iterations="$(steps mid_train)" --lr_scale=0.5
 stage chat_eval_mid python -m scripts.chat_eval "${place[@]}" -i mid "${examine[@]}"
-stage chat_sft python -m scripts.chat_sft "${place[@]}" "${chat[@]}" --lr_scale=0.3 --moments
+stage chat_sft python -m scripts.chat_sft "${place[@]}" "${chat[@]}" \
+  --num_iterations="$(steps chat_sft)" --lr_scale=0.3 --moments
 stage chat_eval_sft python -m scripts.chat_eval "${place[@]}" -i sft "${examine[@]}"
 stage chat_rl python -m scripts.chat_rl "${place[@]}" --task=primer-exact --lr_scale=0.1 \
-  --num_steps=25 --questions_per_step=32 --num_samples=8 --max_tokens=32 --eval_samples=1 \
-  --save_every=10 --log_every=5
+  --num_steps="$(steps chat_rl)" --questions_per_step=32 --num_samples=8 --max_tokens=32 \
+  --eval_samples=1 --save_every=10 --log_every=5
 stage chat_eval_rl python -m scripts.chat_eval "${place[@]}" -i rl "${examine[@]}"
 python -m nanochat.report generate
 

@@ -6,6 +6,8 @@
 #   launch MODULE FLAGS...    `python -m MODULE FLAGS` in $processes processes on each machine
 #   size REAL TINY            REAL; TINY where NANOCHAT_TINY is set, which rehearses in minutes
 #
+# A file $pace of lines `NAME STEPS SECONDS` makes trainers say how long all stages will take.
+#
 # A script that was killed is started again and goes on where it was. Only FRESH, or another corpus
 # or tokenizer than a run began with, deletes checkpoints; any other flag is for the trainer to
 # accept or refuse. With NNODES above 1 each machine runs the script with its own NODE_RANK and all
@@ -21,6 +23,7 @@ if [ "$nodes" -gt 1 ]; then
 fi
 chain="on:" # and a checksum of how the corpus and the tokenizer were made, on which all else builds
 ran=""      # not empty once a stage has run
+pace=""     # the file, if there is one
 
 size() { if [ -n "${NANOCHAT_TINY:-}" ]; then echo "$2"; else echo "$1"; fi; }
 
@@ -56,6 +59,11 @@ stage() {
       ;;
     esac
     echo "$want" >"$notes/$name.began"
+    if [ -n "$pace" ]; then
+      NANOCHAT_SECONDS_LATER="$(awk -v name="$name" \
+        'later { sum += $3 } $1 == name { later = 1 } END { print sum + 0 }' "$pace")"
+      export NANOCHAT_SECONDS_LATER
+    fi
     echo "== $name: $*"
     if [ "$node" = 0 ]; then
       "$@"

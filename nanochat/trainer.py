@@ -413,6 +413,8 @@ class Meter:
             f"{format_seconds(self.seconds)} so far",
             f"{format_seconds(seconds_left)} left",
         ]
+        if later := float(os.environ.get("NANOCHAT_SECONDS_LATER") or 0):  # of the stages to come
+            parts.append(f"{format_seconds(seconds_left + later)} of all stages")
         if wait > 0.1:
             parts.append("warning: training waits for data")
         if self.num_skipped:

@@ -6,23 +6,30 @@
     python -m scripts.plan --dollars 1000                # depth and ratio for that much money
     python -m scripts.plan --dollars 1000 --depth 32     # the ratio that it pays for at this depth
     python -m scripts.plan --only depth ratio shards     # numbers on one line, for scripts
+    python -m scripts.plan --minutes 10                  # runcpu.sh's stages on this machine
 
 Arithmetic on nanochat/scaling.py, the scripts' defaults and the assumptions below, of which `--mfu`
 matters most: nothing is measured; karpathy/nanochat reports .5 of the peak in bf16, .6 with fp8.
 `--dollars` picks the depth whose affordable ratio is nearest to the optimum of the fitted scaling
-laws.
+laws. `--minutes` trains a model of the laptop's size for some seconds and prints a line for each
+of runcpu.sh's stages: its name, its steps (0: it has none), the seconds that it should take.
 
 reads: nothing
 writes: nothing
 """
 
 import math
+import statistics
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from nanochat import scaling
-from nanochat.common import Count, Positive, PositiveShare, UserError, run_script
+from nanochat.checkpoint import build_model
+from nanochat.common import Count, Positive, PositiveShare, UserError, run_script, set_up
 from nanochat.loss import gpu_chunk
 from nanochat.scaling import CARDS, Card
 from scripts import base_loss, base_train, chat_eval, chat_rl, chat_sft, mid_train
@@ -41,6 +48,17 @@ GSM8K, CHAT_CORE = 1319, 1319 + 164 + SpellingBee.num_test
 ANSWER_TOKENS = 150  # sampled for one of them; not measured
 DECODE_STEPS_PER_SECOND = 80  # of one GPU; launch-bound below depth 32 (not measured)
 
+# The laptop's model, as runcpu.sh has it, and tokens of a step.
+LAPTOP, LAPTOP_BATCH = scaling.depth_to_config(4, 2048, 512, aspect_ratio=32, head_dim=32), 4096
+# Its stages: (share of the time for training, what one of its steps takes), or (0, what all of it
+# takes), in steps of base_train. Measured on two cores of an EPYC (dev/LOG.md).
+LAPTOP_STAGES = {
+    "corpus": (0, 50), "tok_train": (0, 20), "tok_eval": (0, 25),
+    "base_train": (0.55, 1.05), "base_loss": (0, 40), "base_eval": (0, 40),
+    "mid_train": (0.27, 1.05), "chat_eval_mid": (0, 150),
+    "chat_sft": (0.13, 1.05), "chat_eval_sft": (0, 150),
+    "chat_rl": (0.05, 5), "chat_eval_rl": (0, 150),
+}  # fmt: skip
 
 Size = Literal["depth", "ratio", "shards", "device_batch_size", "fp8"]
 
@@ -73,6 +91,7 @@ class Config:
     vocab_size: Count = 32768  # of the tokenizer
     device_batch_size: Count | None = None  # rows on one GPU; the most that fit if left out
     only: tuple[Size, ...] = ()  # print these alone, on one line; fp8 is 0 or 1
+    minutes: Positive | None = None  # of runcpu.sh on this machine: print steps of its stages
 
 
 class Plan(NamedTuple):
@@ -211,7 +230,44 @@ def describe(cfg: Config, plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def laptop_step_seconds() -> float:
+    """Seconds that this machine takes for a step of the laptop's model, the median of a few."""
+    runtime = set_up("cpu", trains=True)
+    model = build_model(LAPTOP, None, runtime)
+    optimizer = scaling.make_optimizer(model, LAPTOP_BATCH, 1000)
+    optimizer.set_multipliers(1.0, 0.95, 1.0)
+    ids = torch.randint(
+        LAPTOP.vocab_size, (LAPTOP_BATCH // LAPTOP.sequence_len, LAPTOP.sequence_len)
+    )
+    times = []
+    while len(times) < 5 or (sum(times) < 5 and len(times) < 20):
+        begin = time.perf_counter()
+        model(ids, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[2:])
+
+
+def plan_laptop(minutes: float, step_seconds: float) -> dict[str, tuple[int, float]]:
+    """(steps, seconds) of runcpu.sh's stages; UserError if the minutes are too few."""
+    fixed = sum(cost for share, cost in LAPTOP_STAGES.values() if not share)
+    left = 60 * minutes / step_seconds - fixed
+    if left < fixed / 4:
+        least = math.ceil(1.25 * fixed * step_seconds / 60)
+        raise UserError(f"--minutes={minutes:g} is too short on this machine; {least} is the least")
+    plan = {}
+    for stage, (share, cost) in LAPTOP_STAGES.items():
+        num_steps = round(share * left / cost)
+        plan[stage] = num_steps, step_seconds * cost * (num_steps if share else 1)
+    return plan
+
+
 def main(cfg: Config) -> None:
+    if cfg.minutes:
+        for stage, (num_steps, seconds) in plan_laptop(cfg.minutes, laptop_step_seconds()).items():
+            print(stage, num_steps, round(seconds))
+        return
     goal = GOALS[cfg.goal]
     if cfg.dollars:
         plan = choose(cfg, cfg.dollars)

@@ -9,6 +9,7 @@ from typing import get_args
 
 import pytest
 
+from nanochat import scaling
 from scripts import base_loss, base_train, chat_eval, chat_rl, chat_sft, mid_train, plan
 from tests.models import refuses
 
@@ -138,3 +139,30 @@ def test_the_goals_are_what_they_say(capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_fp8_where_the_card_has_it_and_the_model_gains(depth: int, gpu: str, fp8: int) -> None:
     assert plan.make_plan(plan.Config(gpu=gpu), depth, 12).fp8 == fp8
+
+
+def test_minutes_become_steps_of_the_laptop_s_stages() -> None:
+    few, many = (plan.plan_laptop(minutes, 0.2) for minutes in (10, 30))
+    for minutes, planned in ((10, few), (30, many)):
+        assert sum(seconds for _, seconds in planned.values()) == pytest.approx(
+            60 * minutes, rel=0.01
+        )
+    assert many["base_train"][0] > 3 * few["base_train"][0]  # examinations take the same
+    slower = plan.plan_laptop(30, 0.4)
+    assert slower["base_train"][0] < many["base_train"][0] / 2
+    assert slower["base_eval"] == (0, 16.0) and few["base_eval"] == (0, 8.0)
+    refuses("--minutes=2 is too short on this machine; 3 is the least", plan.plan_laptop, 2, 0.2)
+
+
+def test_the_laptop_s_model_is_the_one_that_runcpu_trains() -> None:
+    script = (Path(__file__).parent.parent / "runcpu.sh").read_text().replace("\\\n", " ")
+    command = re.search(r"-m scripts.base_train (.*)", script)
+    assert command
+    flags = dict(re.findall(r"--(\w+)=(\d+)", command[1]))
+    vocab_size = re.search(r"--vocab_size=(\d+)", script)
+    assert vocab_size and int(flags["total_batch_size"]) == plan.LAPTOP_BATCH
+    sizes = [int(flags[name]) for name in ("max_seq_len", "aspect_ratio", "head_dim")]
+    depth = int(flags["depth"])
+    assert scaling.depth_to_config(depth, int(vocab_size[1]), *sizes) == plan.LAPTOP
+    stages = re.findall(r"^stage (\w+)", script, re.M)
+    assert stages == list(plan.LAPTOP_STAGES)

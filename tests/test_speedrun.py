@@ -41,6 +41,7 @@ module="" tag="" fresh="" id="" run="" depth=24
 for word; do
   case $word in
   --depth=*) depth=${word#*=} ;;
+  --minutes=*) printf '%s 7 60\n' base_train mid_train chat_sft chat_rl; exit ;;
   --only) echo "$depth 12 4 4 1"; exit ;;
   scripts.* | nanochat.*) [ -n "$module" ] || module=${word#*.} ;;
   --model_tag=*) tag=${word#*=} ;;
@@ -402,6 +403,7 @@ def test_the_shell_scripts_know_their_options() -> None:
         "runcpu.sh --from": "error: --from needs a folder\n",
         "runcpu.sh --fresh --from=": "error: --from needs a folder\n",
         "runcpu.sh --from=/nowhere": "error: --from /nowhere is no folder\n",
+        "runcpu.sh --minutes": "error: --minutes needs a number\n",
         "runcpu.sh --form": "error: unknown option --form;",
         "speedrun.sh --frehs": "error: unknown option --frehs; the only one is --fresh",
         "run1000.sh 8": "error: unknown option 8; the only one is --fresh",

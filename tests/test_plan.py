@@ -161,8 +161,8 @@ def test_the_laptop_s_model_is_the_one_that_runcpu_trains() -> None:
     flags = dict(re.findall(r"--(\w+)=(\d+)", command[1]))
     vocab_size = re.search(r"--vocab_size=(\d+)", script)
     assert vocab_size and int(flags["total_batch_size"]) == plan.LAPTOP_BATCH
-    sizes = [int(flags[name]) for name in ("max_seq_len", "aspect_ratio", "head_dim")]
-    depth = int(flags["depth"])
-    assert scaling.depth_to_config(depth, int(vocab_size[1]), *sizes) == plan.LAPTOP
+    length, aspect, dim = (int(flags[n]) for n in ("max_seq_len", "aspect_ratio", "head_dim"))
+    sizes = int(flags["depth"]), int(vocab_size[1]), length, aspect, dim
+    assert scaling.depth_to_config(*sizes) == plan.LAPTOP
     stages = re.findall(r"^stage (\w+)", script, re.M)
     assert stages == list(plan.LAPTOP_STAGES)

@@ -7,8 +7,7 @@ item depends on its name alone. Imports nothing else of this repository.
     *.txt          the tables: words, facts, talk, pages, and what strangers say and ask for
     world.py       reads them and fills their templates
     strangers.py   the noise of those who type in a hurry
-    questions.py   questions about the world with correct replies, quizzes; the held-out tenth
-    outside.py     questions that it cannot answer, and nonsense
+    questions.py   questions with correct or honest replies, quizzes; the held-out tenth
     tales.py       stories and poems about anything
     talks.py       conversations of all these, and what follows from the turn before
     pages.py       pages of many kinds

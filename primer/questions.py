@@ -9,22 +9,24 @@ was never told.
 import hashlib
 import operator
 import random
+import re
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from itertools import accumulate, count
+from itertools import accumulate, permutations
 from string import ascii_lowercase
 from typing import Any, NamedTuple
 
 from primer import world
-from primer.strangers import neat
-from primer.world import PHRASES, REPLIES, TOPICS, WORDS, a, bare, capital, fill
+from primer.world import GROUPS, PHRASES, TOPICS, WORDINGS, WORDS, a, capital, chosen, fill
 
 LETTERS = "ABC"  # of a quiz
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+TOLD = ("nature", "define", "how", "spell")  # topics whose values are too long to choose between
 KEYS = {name: list(topic.facts) for name, topic in TOPICS.items()}
+TESTED = [name for name in TOPICS if name not in TOLD]
+TOPIC_WEIGHTS = list(accumulate(len(KEYS[name]) ** 0.5 for name in TESTED))
 LISTS = world.SUBJECTS | {f"tale {name}": words for name, words in world.HEROES.items()}
 LISTS |= {f"near {topic}": keys for topic, keys in world.NEAR.items()}
-TOPIC_WEIGHTS = list(accumulate(len(keys) ** 0.5 for keys in KEYS.values()))
 
 
 class Question(NamedTuple):
@@ -33,10 +35,10 @@ class Question(NamedTuple):
     text: str
     reply: str | list[dict[str, str]]
     answer: str = ""  # the right choice, or the fact in one word
-    accepted: tuple[str, ...] = ()
+    accepted: tuple[str, ...] = ()  # the first is a whole sentence
     choices: tuple[str, ...] = ()  # of a multiple-choice question: `text` stands before them
     letters: str = LETTERS  # one for each choice
-    keep: tuple[str, ...] = ()  # what noise must leave alone
+    keep: str = ""  # what noise must leave alone
     alone: bool = False  # nothing is said before or after it
     topic: str = ""  # of a fact, or what kind of question it is
     key: Any = ""  # what it is about
@@ -59,6 +61,13 @@ def held_out(*key: object) -> bool:
     return int.from_bytes(digest, "big") % 10 == 0
 
 
+@cache
+def pool(name: str, split: str) -> list[str]:
+    """The words of a list that belong to the split; all of them, if none is kept from train."""
+    words = LISTS[name]
+    return [word for word in words if held_out(name, word) == (split != "train")] or words
+
+
 class Dice(random.Random):
     """The random numbers of one item, and choices restricted to its split's content."""
 
@@ -70,11 +79,15 @@ class Dice(random.Random):
         self.split = split
         self.free = kind == "conversation"  # a stranger asks, in more ways than a quiz
 
+    def owns(self, label: str, key: Sequence[object]) -> bool:
+        """Whether a key of that kind belongs to the split."""
+        return held_out(label, *key) == (self.split != "train")
+
     def draw(self, label: str, pick: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
         """The first key from `pick` that belongs to the split; `label` is the kind of key."""
         for _ in range(1000):
             key = pick()
-            if held_out(label, *key) == (self.split != "train"):
+            if self.owns(label, key):
                 return key
         raise AssertionError(f"the {self.split} split has no {label} to draw")
 
@@ -82,102 +95,107 @@ class Dice(random.Random):
         """One of each of the `items`, as a key that belongs to the split."""
         return self.draw(label, lambda: tuple(map(self.choice, items)))
 
+    def word(self, name: str) -> str:
+        """A word of a list as it may be typed; replies copy it, since small models copy best."""
+        word = self.choice(pool(name, self.split))
+        return word.lower() if self.random() < 0.5 else word
+
     def ways(self, *names: str) -> list[str]:
         """The templates of those names."""
         ways = [way for name in names for way in PHRASES.get(name, ())]
-        return ways + [way for name in names for way in world.WORDINGS.get(name, ())] * self.free
+        if self.free or not ways:
+            ways += [way for name in names for way in WORDINGS.get(name, ())]
+        return ways
 
-    def say(self, template: str, keep: str = "", /, **slots: object) -> str:
-        """The template filled; with capital and final mark even if a stranger's has none."""
-        if not self.free:
-            return fill(template, **slots)
-        text = neat(" ".join(fill(template, self, **slots).split()))
-        return keep + text[len(keep) :] if keep and text.startswith(capital(keep)) else text
+    def say(self, template: str, **slots: object) -> str:
+        """The template filled."""
+        return " ".join(fill(template, self, **slots).split())
 
     def phrase(self, *names: str, **slots: object) -> str:
         """A random phrase of those names, filled."""
         return self.say(self.choice(self.ways(*names)), **slots)
 
-    def cast(self, label: str) -> dict[str, str]:
+    def reply(self, name: str, **slots: object) -> str:
+        return fill(self.choice(world.REPLIES[name]), **slots)
+
+    def cast(self) -> dict[str, str]:
         """Who and what a text is about: values for its template's slots."""
-        names = ("hero", "animal", "place", "thing")
-        chosen = self.one_of_each(label, *[WORDS[name] for name in names])
-        slots: dict[str, str] = dict(zip(names, chosen, strict=True))
-        slots["season"] = self.choice(("spring", "summer", "autumn", "winter"))
+        slots = {name: self.choice(words) for name, words in WORDS.items()}
         slots["friend"] = self.choice([name for name in WORDS["hero"] if name != slots["hero"]])
-        for name in ("relative", "food", "dish", "elder", "colour", "feeling", "day"):
-            slots[name] = self.choice(WORDS[name])
         for name in ("month", "weather"):
-            slots[name] = self.choice(WORDS[f"{slots['season']} {name}"])
+            slots[name] = slots[f"{slots['season']} {name}"]
         for name, prefix in (("hero", ""), ("friend", "friend_")):
             forms = ("she", "her", "her") if slots[name] in WORDS["girl"] else ("he", "his", "him")
             slots |= zip((prefix + he for he in ("he", "his", "him")), forms, strict=True)
         return slots
 
-    def topic(self) -> str:
-        """A topic's name; larger topics are likelier."""
-        return self.choices(list(KEYS), cum_weights=TOPIC_WEIGHTS)[0]
-
-    def fact(self, clean: bool = False) -> tuple[str, str, str, str]:
-        """(topic, key, value, question); a clean question is put as in a quiz."""
+    def fact(self, topic: str = "", clean: bool = False) -> tuple[str, str, str]:
+        """(topic, key, wording); a clean one is a quiz's. Larger topics are likelier."""
 
         def pick() -> tuple[str, str, int]:
-            name = self.topic()
-            topic = TOPICS[name]
-            more = len(topic.wordings) if self.free and not clean else 0
-            return name, self.choice(KEYS[name]), self.randrange(len(topic.questions) + more)
+            name = topic or self.choices(TESTED, cum_weights=TOPIC_WEIGHTS)[0]
+            ways = PHRASES[name] if clean else self.ways(name)
+            return name, self.choice(KEYS[name]), self.randrange(len(ways))
 
-        name, key, phrasing = self.draw("asked", pick)
-        topic = TOPICS[name]
-        way = (*topic.questions, *topic.wordings)[phrasing]
-        return name, key, topic.facts[key], self.say(way, key=key)
+        name, key, place = self.draw("asked", pick)
+        return name, key, (PHRASES[name] + WORDINGS[name])[place]
 
-    def sum(self, smallest: int = 0, largest: int = 999) -> tuple[int, str, int, int]:
+    def sum(
+        self, smallest: int = 0, largest: int = 999, first: int | None = None
+    ) -> tuple[int, str, int, int]:
         """(first operand, operation, second operand, result), never negative."""
 
         def pick() -> tuple[str, int, int]:
-            op = self.choice("++--*")
+            op = self.choice("++--*" if (first or 0) < 100 else "+-")
             top = min(largest, 99) if op == "*" or self.random() < 0.5 else largest
-            low, high = sorted((self.randint(smallest, top), self.randint(smallest, top)))
-            return op, high, low  # 3 + 4 and 4 + 3 are one key
+            x = self.randint(smallest, top) if first is None else first
+            y = self.randint(smallest, min(x, top) if op == "-" else top)
+            return op, max(x, y), min(x, y)  # 3 + 4 and 4 + 3 are one key
 
         op, high, low = self.draw("sum", pick)
-        x, y = (low, high) if op != "-" and self.random() < 0.5 else (high, low)
+        x = high if op == "-" else self.choice((high, low))
+        if first is not None:
+            x = first
+        y = high + low - x
         return x, op, y, OPERATIONS[op](x, y)
 
-    def members(self, kind: str, num: int) -> str:
-        """Some members of a group: `members("fish", 3)` -> `"salmon, eel and carp"`."""
-        *names, last = self.sample(world.GROUPS[kind], num)
+    def members(self, names: list[str], num: int) -> str:
+        """Some of the names: `members(["carp", "eel", "cod"], 2)` -> `"eel and carp"`."""
+        *names, last = self.sample(names, num)
         return f"{', '.join(names)} and {last}" if names else last
 
 
-@cache
-def pool(name: str, split: str) -> list[str]:
-    """The words of a list that belong to the split; all of them, if none is kept from train."""
-    words = LISTS[name]
-    return [word for word in words if held_out(name, word) == (split != "train")] or words
+def stated(dice: Dice, topic: str, key: str) -> str:
+    """A sentence that tells a fact."""
+    return fill(dice.choice(TOPICS[topic].sentences), key=key, value=TOPICS[topic].facts[key])
 
 
-Ask = Callable[[Dice], Question]
-
-
-def ask_fact(dice: Dice, brief: bool | None = None) -> Question:
+def ask_fact(
+    dice: Dice, topic: str = "", key: str = "", way: str = "", brief: bool = False
+) -> Question:
     """A fact, answered in a sentence, or in one word if asked for."""
-    topic, key, value, text = dice.fact()
+    if not way:
+        topic, key, way = dice.fact(topic)
+    key = key or dice.choice(KEYS[topic])
+    value, text = TOPICS[topic].facts[key], dice.say(way, key=key)
+    if not brief and topic in TESTED and dice.random() < 0.2:
+        joint = " " if text[-1] in ".?!" else ", "
+        text, brief = text + joint + dice.phrase("brief"), True
     sentences = [fill(sentence, key=key, value=value) for sentence in TOPICS[topic].sentences]
     accepted = (*sentences, f"{capital(value)}.", f"{capital(a(value))}.")
-    if brief is None and dice.random() < 0.2:
-        text, brief = f"{text} {dice.phrase('brief')}", True
     reply = f"{capital(value)}." if brief else dice.choice(sentences)
-    return Question(text, reply, value, accepted, topic=topic, key=key)
+    keep = key if topic == "spell" else ""
+    return Question(text, reply, value, accepted, keep=keep, topic=topic, key=key)
 
 
 def ask_choice(dice: Dice) -> Question:
     """A fact with lettered choices: other values of the same topic."""
-    topic, _, value, text = dice.fact(clean=True)
-    wrong = [other for other in TOPICS[topic].values if other != value]
-    choices = dice.sample([value, *dice.sample(wrong, len(LETTERS) - 1)], len(LETTERS))
-    return Question(text, LETTERS[choices.index(value)], value, choices=tuple(choices))
+    topic, key, way = dice.fact(clean=True)
+    value, values = TOPICS[topic].facts[key], TOPICS[topic].values
+    wrong = dice.sample([other for other in values if other != value], len(LETTERS) - 1)
+    choices = tuple(dice.sample([value, *wrong], len(LETTERS)))
+    letter = LETTERS[choices.index(value)]
+    return Question(dice.say(way, key=key), letter, value, choices=choices)
 
 
 def ask_letter(dice: Dice) -> Question:
@@ -186,7 +204,7 @@ def ask_letter(dice: Dice) -> Question:
     Short lists and arbitrary letters teach copying before choosing; from ordered lists of three
     alone a small model learns neither (dev/LOG.md).
     """
-    choices = dice.sample(TOPICS[dice.choice(list(TOPICS))].values, dice.choice((1, 2, 2, 3, 3)))
+    choices = dice.sample(TOPICS[dice.choice(TESTED)].values, dice.choice((1, 2, 2, 3, 3)))
     letters = "".join(dice.sample("ABCDEFGH", len(choices)))
     value, letter = dice.choice(list(zip(choices, letters, strict=True)))
     text = dice.phrase("which letter", value=value)
@@ -194,26 +212,22 @@ def ask_letter(dice: Dice) -> Question:
 
 
 def ask_yes_no(dice: Dice) -> Question:
-    def pick() -> tuple[str, str, str, str]:
-        topic = dice.choice(("colour", "kind"))
-        key, truth = dice.choice(list(TOPICS[topic].facts.items()))
-        value = truth if dice.random() < 0.5 else dice.choice(TOPICS[topic].values)
-        return dice.choice(dice.ways("yes", f"yes {topic}")), topic, key, value
-
-    phrase, topic, key, value = dice.draw("yes", pick)
-    words = key, value, TOPICS[topic].facts[key]
-    thing, asked, truth = words if topic == "colour" else map(a, words)
-    reply = f"{'Yes' if asked == truth else 'No'}, {thing} is {truth}."
-    text = dice.say(phrase, key=thing, value=asked, x=key, kind=value)
-    return Question(text, reply, topic="yes")
+    topic = dice.choice(("colour", "kind"))
+    ways, facts = dice.ways("yes", f"yes {topic}"), list(TOPICS[topic].facts.items())
+    way, (key, truth) = dice.one_of_each("yes", ways, facts)
+    value = truth if dice.random() < 0.5 else dice.choice(TOPICS[topic].values)
+    words = key, value, truth
+    thing, asked, fact = words if topic == "colour" else map(a, words)
+    yes, fact = "Yes" if value == truth else "No", f"{thing} is {fact}."
+    text = dice.say(way, key=thing, value=asked, x=key, kind=value)
+    return Question(text, f"{yes}, {fact}", yes, (capital(fact),), topic="yes")
 
 
 def ask_bigger(dice: Dice) -> Question:
-    def pick() -> tuple[str, ...]:
-        return dice.choice(dice.ways("bigger")), *dice.sample(WORDS["size"], 2)
-
-    phrase, x, y = dice.draw("bigger", pick)
-    return Question(dice.say(phrase, x=x, y=y), compare(x, y), topic="bigger")
+    pairs = list(permutations(WORDS["size"], 2))
+    way, (x, y) = dice.one_of_each("bigger", dice.ways("bigger"), pairs)
+    fact, big = compare(x, y), max(x, y, key=WORDS["size"].index)
+    return Question(dice.say(way, x=x, y=y), fact, a(big), (fact,), topic="bigger")
 
 
 def compare(x: str, y: str) -> str:
@@ -223,40 +237,33 @@ def compare(x: str, y: str) -> str:
 
 
 def ask_list(dice: Dice) -> Question:
-    def pick() -> tuple[str, int, str]:
-        name = dice.choice(("list", "list", "list some", "list one")) if dice.free else "list"
-        num = {"list some": 3, "list one": 1}.get(name) or dice.randint(2, 4)
-        return dice.choice(dice.ways(name)), num, dice.choice(list(world.GROUPS))
-
-    phrase, num, kind = dice.draw("list", pick)
+    lists = (("list", (2, 3, 4)), ("list", (2, 3, 4)), ("list some", (3,)), ("list one", (1,)))
+    name, nums = dice.choice(lists)
+    way, num, kind = dice.one_of_each("list", dice.ways(name), nums, list(GROUPS))
     word = WORDS["number"][num]
-    text = dice.say(phrase, n=num if dice.free and dice.random() < 0.4 else word, kind=kind)
     head = "Here are {n} {s kind}" if num > 1 else "Here is {a kind}"
-    reply = fill(head + ": {m}.", n=word, kind=kind, m=dice.members(kind, num))
+    reply = fill(head + ": {m}.", n=word, kind=kind, m=dice.members(GROUPS[kind], num))
+    text = dice.say(way, n=dice.choice((word, num)), kind=kind)
     return Question(text, reply, topic="list", key=kind)
 
 
 def ask_counting(dice: Dice) -> Question:
-    up = dice.free and dice.random() < 0.3
-    ways, lows = dice.ways("count up" if up else "count"), [1] if up else range(96)
-    way, low, num = dice.one_of_each("count", ways, lows, range(3, 12))
+    name, lows = dice.choice((("count", range(96)), ("count", range(96)), ("count up", [1])))
+    way, low, num = dice.one_of_each("count", dice.ways(name), lows, range(3, 12))
     numbers = ", ".join(map(str, range(low, low + num + 1)))
-    text = dice.say(way, a=low, b=low + num)
-    return Question(text, f"{numbers}.")
+    return Question(dice.say(way, a=low, b=low + num), f"{numbers}.")
 
 
-def ask_sum(dice: Dice, in_words: bool = False) -> Question:
-    """Two operands, bare or in a short story, computed with the calculator."""
-    x, op, y, result = dice.sum(smallest=2 if in_words else 0)
-    slots = dice.cast("problem") if in_words else {}
+def ask_sum(dice: Dice, in_words: bool = False, first: int | None = None) -> Question:
+    """Two operands, bare or in a short story or after a result, computed with the calculator."""
+    x, op, y, result = dice.sum(smallest=2 if in_words else 0, first=first)
+    slots = dice.cast() if in_words else {}
     word = {"+": "plus", "-": "minus", "*": "times"}[op]
     names = [f"problem {op}"] if in_words else ["sum", f"sum {op}"]
-    text = dice.phrase(*names, a=x, b=y, op=op, word=word, **slots)
-    return Question(text, computed(x, op, y, result), str(result), topic="sum")
-
-
-def computed(x: int, op: str, y: int, result: int) -> list[dict[str, str]]:
-    return by_tool(f"{x}{op}{y}", result, f"{x} {op} {y} = {result}.")
+    text = dice.phrase(*names if first is None else [word], a=x, b=y, op=op, word=word, **slots)
+    reply = f"{x} {op} {y} = {result}."
+    parts = by_tool(f"{x}{op}{y}", result, reply)
+    return Question(text, parts, str(result), (reply,), topic="sum")
 
 
 def by_tool(code: str, result: object, reply: str) -> list[dict[str, str]]:
@@ -264,74 +271,80 @@ def by_tool(code: str, result: object, reply: str) -> list[dict[str, str]]:
     return [{"type": kind, "text": text} for kind, text in parts]
 
 
-def ask_letters(dice: Dice, by_hand: bool = False) -> Question:
-    """How often a letter occurs in a word: by the tool, or by hand and then checked."""
+def ask_letters(dice: Dice, name: str = "letters", word: str = "", letter: str = "") -> Question:
+    """How often a letter occurs in a word, counted by the tool."""
 
     def pick() -> tuple[str, str]:
-        word = dice.choice(list(REPLIES["spell"]))
+        word = dice.choice(KEYS["spell"])
         return word, dice.choice(word if dice.random() < 0.8 else ascii_lowercase)
 
-    word, letter = dice.draw("letter", pick)
-    parts = counted(word, letter)
-    num = parts[1]["text"]
-    if by_hand:
-        parts.insert(0, {"type": "text", "text": tally(word, letter) + ". "})
-    shown = letter.upper() if dice.free and dice.random() < 0.15 else letter
-    text = dice.phrase("by hand" if by_hand else "letters", word=word, letter=shown)
-    return Question(text, parts, num, keep=(word,), topic="letters", key=word)
-
-
-def counted(word: str, letter: str) -> list[dict[str, str]]:
+    word, letter = (word, letter) if word else dice.draw("letter", pick)
     num = word.count(letter)
     times = "1 time" if num == 1 else f"{num} times"
     reply = f"The letter {letter} appears {times} in '{word}'."
-    return by_tool(f"'{word}'.count('{letter}')", num, reply)
-
-
-def tally(word: str, letter: str) -> str:
-    """The word spelled with a running count: `tally("noon", "o")` -> `"n, o 1, o 2, n"`."""
-    counts = count(1)
-    return ", ".join(f"{each} {next(counts)}" if each == letter else each for each in word)
+    parts = by_tool(f"'{word}'.count('{letter}')", num, reply)
+    text = dice.phrase(name, word=word, letter=letter)
+    return Question(text, parts, str(num), keep=word, topic="letters", key=word)
 
 
 def ask_length(dice: Dice) -> Question:
-    way, word = dice.one_of_each("length", dice.ways("length"), list(REPLIES["spell"]))
+    way, word = dice.one_of_each("length", dice.ways("length"), KEYS["spell"])
     letters = ", ".join(f"{letter} {place}" for place, letter in enumerate(word, 1))
     reply = f"{letters}. The word '{word}' has {len(word)} letters."
-    return Question(dice.say(way, word=word), reply, keep=(word,), topic="letters", key=word)
+    return Question(dice.say(way, word=word), reply, keep=word, topic="letters", key=word)
 
 
 def ask_repeat(dice: Dice) -> Question:
-    slots = dice.cast("repeat")
-    what = fill(dice.choice(PHRASES["repeated"]), **slots)
-    return Question(dice.phrase("repeat", what=what), what, keep=(what,))
-
-
-def ask_about(dice: Dice, label: str) -> Question:
-    phrase, key = dice.one_of_each(label, dice.ways(label), list(REPLIES[label]))
-    reply = REPLIES[label][key]
-    keep = (key,) if label == "spell" else ()
-    text = dice.say(phrase, key=key, word=bare(key))
-    return Question(text, reply, reply, keep=keep, topic=label, key=key)
+    what = dice.reply("repeated", **dice.cast())
+    return Question(dice.phrase("repeat", what=what), what, keep=what)
 
 
 def ask_talk(dice: Dice, *names: str) -> Question:
     """Manners, and who the model is: the same in every split."""
     said, replies = dice.choice([row for name in names for row in world.TALK[name]])
-    topic = "joke" if "tell me a joke" in said else ""
-    text = neat(fill(dice.choice(said), dice))
-    return Question(text, dice.choice(replies), alone=True, topic=topic, key=replies)
+    return Question(dice.say(dice.choice(said)), dice.choice(replies), alone=True)
+
+
+def ask_outside(dice: Dice, name: str = "", way: str = "") -> Question:
+    """Something that no table knows or that cannot be done; an honest reply that copies it."""
+    name = name or dice.choice(list(world.ASKED))
+    way = chosen(way or dice.choice(world.ASKED[name]), dice)  # its choices first: they hold slots
+    slots = {
+        slot: dice.word(slot if slot in LISTS else name)
+        for slot in re.findall(r"\{(?:\w+ )?(\w{2,})\}", way.lower())
+    }
+    numbers = {"a": dice.randint(2, 999), "b": dice.randint(2, 20), "c": dice.randint(2, 99)}
+    subject = slots.get("key") or slots.get(name, "")
+    known = name if name in world.REPLIES else "unknown" if subject else "unknown bare"
+    reply = dice.reply(known, subject=subject, **slots)
+    topic = name if name.startswith("near ") else f"outside {name}"
+    return Question(
+        dice.say(way, **slots, **numbers), reply, keep=subject, topic=topic, key=subject
+    )
+
+
+def ask_near(dice: Dice) -> Question:
+    """A question as about a fact, but the key is not in the world."""
+    topic = dice.choice(list(world.NEAR))
+    return ask_outside(dice, f"near {topic}", dice.choice(dice.ways(topic)))
+
+
+def ask_nonsense(dice: Dice) -> Question:
+    text = dice.choice(WORDINGS["nonsense"])
+    if dice.random() < 0.4:
+        lengths = [dice.randint(4, 9) for _ in range(dice.randint(1, 3))]
+        text = " ".join("".join(dice.choices(ascii_lowercase, k=num)) for num in lengths)
+    return Question(text, dice.reply("nonsense"), keep=text, alone=True)
 
 
 ask_problem = partial(ask_sum, in_words=True)
-ask_by_hand = partial(ask_letters, by_hand=True)
-ask_spelling = partial(ask_about, label="spell")
+Ask = Callable[[Dice], Question]
 QUIZZES: dict[str, tuple[Ask, ...]] = {
     "choice": (ask_choice,),
     "letter": (ask_letter,),
     "exact": (ask_fact,),
     "arithmetic": (ask_sum, ask_sum, ask_problem),
-    "spelling": (ask_spelling, ask_letters),
+    "spelling": (partial(ask_fact, topic="spell"), ask_letters),
 }
 
 

@@ -1,39 +1,25 @@
-"""How strangers type: in a hurry, with noise that leaves the sense, the numbers and kept words."""
+"""How strangers type: in a hurry, with noise that leaves the sense, the numbers and a kept word."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from random import Random
 
-from primer.world import AROUND, TOPICS, WORDS, capital, chosen
+from primer.world import RESPELLED, TOPICS, WORDINGS, WORDS, capital, chosen
 
 ASKING = re.compile(
     "(wh(at|ats|o|ere|en|y|ich)|how|is|are|was|were|do|does|did|can|could|will|would|should|may"
     "|have|has|in|on|at|to|from) ",
     re.IGNORECASE,
 )
-SHORT = {  # what is said in fewer letters; the apostrophe is dropped by another kind of haste
-    "what is": "what's", "who is": "who's", "where is": "where's", "how is": "how's",
-    "that is": "that's", "it is": "it's", "i am": "i'm", "i would": "i'd", "i will": "i'll",
-    "you are": "you're", "do not": "don't", "does not": "doesn't", "did not": "didn't",
-    "cannot": "can't", "is not": "isn't", "are not": "aren't", "want to": "wanna",
-}  # fmt: skip
-AMERICAN = {
-    "colour": "color", "colours": "colors", "grey": "gray", "favourite": "favorite",
-    "neighbour": "neighbor", "harbour": "harbor", "centre": "center", "metre": "meter",
-    "maths": "math", "mum": "mom",
-}  # fmt: skip
-CHAT = {
-    "you": "u", "your": "ur", "are": "r", "please": "pls", "thanks": "thx", "what": "wat",
-    "because": "cuz", "and": "n", "though": "tho", "okay": "k",
-}  # fmt: skip
-KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+KEYBOARD = "qwertyuiop asdfghjkl zxcvbnm"
+KEPT = "一"  # a letter without case, which no habit touches, stands for the kept word
 # A slip must not make a word that means something else here ("cold" -> "bold" may, "near" may not).
 KNOWN = {
     word
     for topic in TOPICS.values()
     for text in (*topic.facts, *topic.values)
     for word in text.lower().split()
-} | {*WORDS["number"], "plus", "minus", "times"}
+}
 
 
 def neat(text: str) -> str:
@@ -45,14 +31,43 @@ def neat(text: str) -> str:
     return ". ".join(map(capital, (*before, last)))
 
 
-def reworded(text: str, words: dict[str, str], before: str = "") -> str:
-    """The text with the keys of `words` before that pattern replaced, capitals kept."""
+def surrounded(dice: Random, text: str) -> str:
+    """The text with something said before or after it."""
+    place = dice.choice(("remark", "closer", "opener", "politeness"))
+    if place == "politeness" and not re.match("Wh|How", text):
+        place = "opener"
+    said = chosen(dice.choice(WORDINGS[place]), dice)
+    match place:
+        case "remark":
+            return f"{said} {text}"
+        case "closer":
+            body = text.rstrip(".?!")
+            return f"{body}{dice.choice((', ', ' '))}{said}{text[len(body) :]}"
+        case "politeness":
+            return f"{capital(said)} {text[0].lower()}{text[1:]}"
+    return f"{capital(said)}{dice.choice((', ', ' ', '! ', '. '))}{text}"
+
+
+def in_other_signs(dice: Random, text: str) -> str:
+    """The text's sums with other signs and spaces, small numbers in words: `12 * 3` -> `12x3`."""
+    numbers = [int(number) for number in re.findall(r"\d+", text)]
+    if numbers and max(numbers) < len(WORDS["number"]) and dice.random() < 0.2:
+        return re.sub(r"\d+", lambda m: WORDS["number"][int(m[0])], text)
+    left, times, right = dice.choice(("", "", " ")), dice.choice("*xX×"), dice.choice(("", "", " "))
+    signs = {" + ": "+", " - ": "-", " * ": times}
+    return re.sub(r"(?<=\d) [-+*] (?=\d)", lambda m: left + signs[m[0]] + right, text)
+
+
+def respelled(name: str, before: str = "") -> Callable[[Random, str], str]:
+    """The habit of writing the words of a table in another way if that pattern follows."""
+    words = RESPELLED[name]
+    pattern = re.compile(rf"\b({'|'.join(words)})\b{before}", re.IGNORECASE)
 
     def other(match: re.Match[str]) -> str:
         new = words[match[0].lower()]
         return capital(new) if match[0][0].isupper() else new
 
-    return re.sub(rf"\b({'|'.join(words)})\b{before}", other, text, flags=re.IGNORECASE)
+    return lambda _, text: pattern.sub(other, text)
 
 
 def slipped(dice: Random, text: str) -> str:
@@ -61,66 +76,26 @@ def slipped(dice: Random, text: str) -> str:
     if not words:
         return text
     match = dice.choice(words)
-    word, i, slip = match[0], dice.randrange(1, len(match[0]) - 1), dice.random()
-    if slip < 0.3:
-        new = word[:i] + word[i + 1] + word[i] + word[i + 2 :]
-    elif slip < 0.6:
-        new = word[:i] + word[i + 1 :]
-    elif slip < 0.75:
-        new = word[: i + 1] + word[i:]
-    else:
-        row = next((row for row in KEYBOARD if word[i] in row), word[i])
-        place = row.index(word[i])
-        new = word[:i] + row[place - 1 if place else min(1, len(row) - 1)] + word[i + 1 :]
+    word, i = match[0], dice.randrange(1, len(match[0]) - 1)
+    one, two = word[i : i + 2]
+    beside = KEYBOARD[KEYBOARD.find(one.lower()) - 1].strip()
+    new = word[:i] + dice.choice((two + one, two, one + one + two, beside + two)) + word[i + 2 :]
     return text if new.lower() in KNOWN else text[: match.start()] + new + text[match.end() :]
-
-
-def in_other_signs(dice: Random, text: str) -> str:
-    """The text's sums with other signs and spaces, small numbers in words: `12 * 3` -> `12x3`."""
-    numbers = [int(number) for number in re.findall(r"\d+", text)]
-    if numbers and max(numbers) < len(WORDS["number"]) and dice.random() < 0.2:
-        return re.sub(r"\d+", lambda m: WORDS["number"][int(m[0])], text)
-
-    def retyped(match: re.Match[str]) -> str:
-        first, sign, second = match.groups()
-        sign = dice.choice("*xX×") if sign == "*" else sign
-        left, right = dice.choice((("", ""), ("", ""), ("", " "), (" ", ""), (" ", " ")))
-        return first + left + sign + right + second + dice.choice(("", "", "", "=", " ="))
-
-    return re.sub(r"(\d+) ([-+*]) (\d+)(?: =)?", retyped, text)
-
-
-def surrounded(dice: Random, text: str) -> str:
-    """The text with something said before or after it."""
-    place = dice.random()
-    if place < 0.25:
-        return f"{dice.choice(AROUND['remark'])} {text}"
-    if place < 0.55:
-        closer, mark = dice.choice(AROUND["closer"]), text[-1] if text[-1] in ".?!" else ""
-        return f"{text.removesuffix(mark)}{dice.choice((', ', ' '))}{closer}{mark}"
-    if place < 0.7 and re.match("Wh|How", text):
-        opener, joint = chosen(dice.choice(AROUND["politeness"]), dice), " "
-    else:
-        opener, joint = dice.choice(AROUND["opener"]), dice.choice((", ", " ", "! ", ". "))
-    if joint in (", ", " ") and re.match("[A-Z][a-z]* [a-z]", text) and not text.startswith("I "):
-        text = text[0].lower() + text[1:]
-    return f"{capital(opener)}{joint}{text}"
 
 
 def ended(dice: Random, text: str) -> str:
     """The text with a careless end."""
-    if text[-1] not in ".?!" or len(text) < 2:
-        return text
-    alone, mark = text[:-1], text[-1]
-    more = (text + mark, text + mark * 2, f"{alone}!", f"{alone} {mark}")
-    return alone if dice.random() < 0.8 else dice.choice(more)
+    alone, mark = text[:-1].rstrip(), text[-1]
+    if mark not in ".?!" or dice.random() < 0.8:
+        return text.rstrip(".?! ")
+    return alone + dice.choice((mark * 2, mark * 3, "!", f" {mark}"))
 
 
 HABITS: list[tuple[float, Callable[[Random, str], str]]] = [  # and how often a stranger has each
     (0.6, in_other_signs),
-    (0.5, lambda _, text: reworded(text, SHORT, "(?= [a-z])")),
-    (0.4, lambda _, text: reworded(text, AMERICAN)),
-    (0.08, lambda _, text: reworded(text, CHAT)),
+    (0.5, respelled("short", "(?= [a-z])")),
+    (0.4, respelled("american")),
+    (0.08, respelled("chat")),
     (0.3, slipped),
     (0.8, lambda _, text: text.lower()),
     (0.02, lambda _, text: text.upper()),
@@ -129,20 +104,16 @@ HABITS: list[tuple[float, Callable[[Random, str], str]]] = [  # and how often a 
 ]
 
 
-def roughen(dice: Random, text: str, keep: Sequence[str] = (), alone: bool = False) -> str:
+def roughen(dice: Random, text: str, keep: str = "", alone: bool = False) -> str:
     """The text as a stranger may type it, often as it is; `keep` stays letter by letter.
 
     Nothing is said before or after what is said `alone`.
     """
-    if dice.random() < 0.35:
-        return text
-    for place, kept in enumerate(keep):  # a sign that no habit touches
-        text = text.replace(kept, chr(place + 1)) if len(kept) > 2 else text
-    if not alone and dice.random() < 0.3:
-        text = surrounded(dice, text)
-    for chance, habit in HABITS:
-        if dice.random() < chance:
-            text = habit(dice, text)
-    for place, kept in enumerate(keep):
-        text = text.replace(chr(place + 1), kept)
-    return text
+    text = neat(text.replace(keep, KEPT) if keep else text)
+    if dice.random() > 0.35:
+        if not alone and dice.random() < 0.3:
+            text = surrounded(dice, text)
+        for chance, habit in HABITS:
+            if dice.random() < chance:
+                text = habit(dice, text)
+    return text.replace(KEPT, keep)

@@ -6,6 +6,7 @@ the first explains the rows.
 
 import random
 import re
+from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 from string import ascii_lowercase
@@ -13,11 +14,9 @@ from typing import NamedTuple
 
 
 class Topic(NamedTuple):
-    """A set of facts, with ways to ask for one and sentences that state it."""
+    """A set of facts with sentences that state one; `PHRASES` and `WORDINGS` ask for one."""
 
     title: str
-    questions: list[str]
-    wordings: list[str]  # of strangers
     sentences: list[str]
     facts: dict[str, str]
 
@@ -43,32 +42,10 @@ def lists(rows: list[str], separator: str) -> dict[str, list[str]]:
     return {name: items.split(separator) for name, items in pairs}
 
 
-def read_texts() -> dict[str, list[tuple[str, str]]]:
-    """The sections of pages.txt by kind: (title, text) of each; only stories have a title."""
-    texts: dict[str, list[tuple[str, str]]] = {}
-    for kind, title, rows in sections("pages.txt"):
-        text = " ".join(rows).replace(" / ", "\n")
-        texts.setdefault(kind, []).append((title, f"{title}\n\n{text}" if title else text))
-    return texts
-
-
-def read_topics() -> dict[str, Topic]:
-    """The sections of facts.txt, plus facts derived from other tables."""
-    topics = {}
-    for name, title, rows in sections("facts.txt"):
-        pairs = (fact.split(" = ") for row in rows[3:] for fact in row.split("; "))
-        facts = {key: value for keys, value in pairs for key in keys.split(", ")}
-        asked, typed, told = (row[2:].split(" | ") for row in rows[:3])
-        topics[name] = Topic(title, asked, typed, told, facts)
-    topics["opposite"].facts.update(turned(topics["opposite"].facts))
-    topics["country"].facts.update(turned(topics["capital"].facts))
-    for unit in ("day", "month"):
-        after = dict(pairwise([*WORDS[unit], WORDS[unit][0]]))
-        topics[f"next {unit}"].facts.update(after)
-        topics[f"last {unit}"].facts.update(turned(after))
-    topics["next letter"].facts.update(pairwise(ascii_lowercase))
-    topics["next number"].facts.update(pairwise(map(str, range(101))))
-    return topics
+def facts(rows: list[str]) -> dict[str, str]:
+    """`facts(["hen, duck = two; ant = six"])` -> `{"hen": "two", "duck": "two", "ant": "six"}`."""
+    pairs = (fact.split(" = ") for row in rows for fact in row.split("; "))
+    return {key: value for keys, value in pairs for key in keys.split(", ")}
 
 
 def turned(facts: dict[str, str]) -> dict[str, str]:
@@ -85,18 +62,15 @@ def a(noun: str) -> str:
 
 def plural(noun: str) -> str:
     """The plural of a noun: `plural("piece of cake")` -> `"pieces of cake"`."""
-    if noun in TOPICS["plural"].facts:
-        return TOPICS["plural"].facts[noun]
-    if noun in WORDS["mass"]:
-        return noun
     head, of, rest = noun.partition(" of ")
     if of:
         return plural(head) + of + rest
-    if noun.endswith(("s", "x", "ch", "sh")):
-        return noun + "es"
+    if noun in WORDS["mass"]:
+        return noun
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return noun[:-1] + "ies"
-    return noun + "s"
+    ending = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return TOPICS["plural"].facts.get(noun, noun + ending)
 
 
 def bare(key: str) -> str:
@@ -109,11 +83,11 @@ def are(key: str) -> str:
     return f"are {plural(bare(key))}" if key.startswith(("a ", "an ")) else f"is {key}"
 
 
-FORMS = {"a": a, "s": plural, "bare": bare, "are": are}
+FORMS = {"": str, "a": a, "s": plural, "bare": bare, "are": are}
 
 
 def capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+    return text[:1].upper() + text[1:]
 
 
 def chosen(template: str, rng: random.Random) -> str:
@@ -125,55 +99,61 @@ def chosen(template: str, rng: random.Random) -> str:
 
 def fill(template: str, rng: random.Random | None = None, /, **slots: object) -> str:
     """`fill("{A x} runs.", x="owl")` -> `"An owl runs."`; an rng decides between choices."""
-    template = chosen(template, rng) if rng else template
 
     def slot(match: re.Match[str]) -> str:
-        form, name = match.groups()
-        value = str(slots[name.lower()])
-        if form:
-            value = FORMS[form.lower()](value)
-        return capital(value) if form in ("A", "S") or name[0].isupper() else value
+        whole = match[1].lower()
+        form, _, name = whole.rpartition(" ")
+        value = str(slots[whole]) if whole in slots else FORMS[form](str(slots[name]))
+        return capital(value) if match[1][0].isupper() else value
 
-    return re.sub(r"\{(?:([aAsS]|are|bare) )?(\w+)\}", slot, template)
+    return re.sub(r"\{([\w ]+)\}", slot, chosen(template, rng) if rng else template)
 
 
-WORDS = lists([row for *_, rows in sections("words.txt") for row in rows], ", ")
-_talk = {name: rows for name, _, rows in sections("talk.txt")}
-PHRASES, WORDINGS = (lists(_talk.pop(name), " | ") for name in ("phrases", "wordings"))
+# The words of the primer's own texts, and what it asks for and says, by the names of the rows:
+TABLES: dict[str, list[str]] = defaultdict(list)  # a section of any table -> its rows
+for _file in ("words.txt", "talk.txt", "strangers.txt", "subjects.txt"):
+    for _name, _, _rows in sections(_file):
+        TABLES[_name] += _rows
+WORDS = lists(TABLES["words"], ", ")
+PHRASES = lists(TABLES["phrases"], " | ")  # a quiz's ways to ask, and everybody's
+WORDINGS = lists(TABLES["wordings"], " | ")  # a stranger's
+REPLIES = lists(TABLES["replies"], " | ")
+ASKED, SUBJECTS = lists(TABLES["asked"], " | "), lists(TABLES["subjects"], ", ")  # of outside
+NEAR, HEROES = lists(TABLES["near"], ", "), lists(TABLES["heroes"], ", ")
+RESPELLED = {name: facts(TABLES[name]) for name in ("short", "american", "chat")}
 # What is said to the model and what it answers: ways of both.
 TALK = {
-    name: [tuple(side.split(" | ") for side in row.split(" = ")) for row in rows]
-    for name, rows in _talk.items()
+    name: [tuple(side.split(" | ") for side in row.split(" = ")) for row in TABLES[name]]
+    for name in ("greeting", "small talk", "identity")
 }
-_strangers = {name: rows for name, _, rows in sections("strangers.txt")}
-SUBJECTS, NEAR = (lists(_strangers[name], ", ") for name in ("subjects", "near"))
-ASKED, UNKNOWN, FOLLOW_UPS, AROUND = (
-    lists(_strangers[name], " | ") for name in ("asked", "replies", "follow-ups", "around")
-)
-_tales = {name: rows for name, _, rows in sections("subjects.txt")}
-HEROES = lists(_tales.pop("words"), ", ")
-# How stories and poems are asked for: with a subject, with any, and after another.
-TALE_ASKED, TALE_ANY, TALE_NEXT = (lists(rows, " | ") for rows in _tales.values())
-TEXTS = read_texts()
-TOPICS = read_topics()
+TEXTS: dict[str, list[tuple[str, str]]] = {}  # kind -> title and text; only stories have a title
+for _kind, _title, _rows in sections("pages.txt"):
+    _text = " ".join(_rows).replace(" / ", "\n")
+    TEXTS.setdefault(_kind, []).append((_title, f"{_title}\n\n{_text}" if _title else _text))
 
-# What is told, but too long to be a choice of a quiz: name -> key -> reply.
-REPLIES: dict[str, dict[str, str]] = {}
-for _name in ("nature", "define", "how"):
-    _, PHRASES[_name], WORDINGS[_name], (_sentence,), _facts = TOPICS.pop(_name)
-    REPLIES[_name] = {key: fill(_sentence, key=key, value=value) for key, value in _facts.items()}
-for _name, _keys in NEAR.items():  # what a table has learned since is not unknown
-    _known = {bare(key) for key in (TOPICS[_name].facts if _name in TOPICS else REPLIES[_name])}
-    NEAR[_name] = [key for key in _keys if bare(key) not in _known]
-GROUPS: dict[str, list[str]] = {}  # kind of thing -> its members
+TOPICS: dict[str, Topic] = {}
+for _name, _title, _rows in sections("facts.txt"):
+    PHRASES[_name], WORDINGS[_name], _told = (row[2:].split(" | ") for row in _rows[:3])
+    TOPICS[_name] = Topic(_title, _told, facts(_rows[3:]))
+TOPICS["opposite"].facts.update(turned(TOPICS["opposite"].facts))
+TOPICS["country"].facts.update(turned(TOPICS["capital"].facts))
+for _unit in ("day", "month"):
+    _next = dict(pairwise([*WORDS[_unit], WORDS[_unit][0]]))
+    TOPICS[f"next {_unit}"].facts.update(_next)
+    TOPICS[f"last {_unit}"].facts.update(turned(_next))
+TOPICS["next letter"].facts.update(pairwise(ascii_lowercase))
+TOPICS["next number"].facts.update(pairwise(map(str, range(101))))
+
+GROUPS: dict[str, list[str]] = defaultdict(list)  # kind of thing -> its members
 for _thing, _kind in TOPICS["kind"].facts.items():
-    GROUPS.setdefault(_kind, []).append(_thing)
-GROUPS |= {"animal": list(REPLIES["nature"]), "country": list(TOPICS["capital"].facts)}
-GROUPS |= {"city": list(TOPICS["country"].facts), "colour": TOPICS["colour"].values}
+    GROUPS[_kind].append(_thing)
 WORDS["hero"] = WORDS["girl"] + WORDS["boy"]
-WORDS["animal"] = list(REPLIES["nature"])
-WORDS["colour"] = TOPICS["colour"].values
+WORDS["animal"] = GROUPS["animal"] = list(TOPICS["nature"].facts)
+WORDS["colour"] = GROUPS["colour"] = TOPICS["colour"].values
+GROUPS["country"], GROUPS["city"] = map(list, (TOPICS["capital"].facts, TOPICS["country"].facts))
 # What is spelled and counted: known words, so that the letters of each can be learned.
-_all = [*WORDS["animal"], *WORDS["thing"], *WORDS["food"], *GROUPS["fruit"], *GROUPS["vegetable"]]
-_spelled = {"strawberry"} | {word for word in _all if word.isalpha() and len(word) <= 8}
-REPLIES["spell"] = {word: "-".join(word) for word in sorted(_spelled)}
+_known = [word for kind in ("animal", "thing", "food") for word in WORDS[kind]]
+_known += ["strawberry", *GROUPS["fruit"], *GROUPS["vegetable"]]
+for _word in sorted({word for word in _known if word.isalpha()}):
+    if len(_word) <= 8 or _word == "strawberry":
+        TOPICS["spell"].facts[_word] = "-".join(_word)

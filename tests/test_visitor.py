@@ -8,13 +8,14 @@ from collections import Counter
 import pytest
 
 from nanochat.tokenizer import Conversation, check_conversation
+from primer.questions import TESTED
 from primer.world import TOPICS
 from tasks.mixtures import build_task
 from tasks.visitor import expanded, holds, read_rows
 from tests.models import refuses
 
 ROWS = read_rows()
-RULES = ("", "not", "each", "no", "number", "count", "spell", "story", "poem", *TOPICS)
+RULES = ("", "not", "each", "no", "number", "count", "spell", "story", "poem", *TESTED)
 FOX = (
     "A fox had a red hat. One day the wind took it away. The fox ran and ran over the hill. "
     "At last it sat in a tree, and the fox was glad."
@@ -178,7 +179,7 @@ def test_right_values_pass_their_own_topic_rule() -> None:
     for row in ROWS:
         rules = [check.rpartition(": ") for check in row["checks"]]
         for topic, _, listed in rules:
-            if topic in TOPICS:
+            if topic in TESTED:
                 right = expanded(listed)[0]
                 task = build_task("primer-visitor")
                 assert task.score(row, right) and task.score(row, f"That is {right}, I think.")

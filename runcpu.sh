@@ -70,7 +70,7 @@ chat=(--mixture=primer --total_batch_size=4096 --device_batch_size=8 --eval_ever
 examine=(-a 'primer-choice|primer-exact|primer-arithmetic|primer-spelling|primer-visitor'
   --max_tokens=128)
 stage mid_train python -m scripts.mid_train "${place[@]}" "${chat[@]}" \
-  --num_iterations="$(steps mid_train)" --lr_scale=0.5
+  --num_iterations="$(steps mid_train)"
 stage chat_eval_mid python -m scripts.chat_eval "${place[@]}" -i mid "${examine[@]}"
 stage chat_sft python -m scripts.chat_sft "${place[@]}" "${chat[@]}" \
   --num_iterations="$(steps chat_sft)" --lr_scale=0.3 --moments

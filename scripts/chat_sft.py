@@ -10,7 +10,7 @@ writes: sft/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), r
 
 from dataclasses import dataclass
 
-from nanochat.common import Count, Positive, Share, Source, run_script
+from nanochat.common import Count, Positive, Source, run_script
 from nanochat.finetuning import FinetuneConfig, finetune
 from nanochat.report import write_section
 from tasks.mixtures import build_mixture
@@ -21,7 +21,6 @@ class Config(FinetuneConfig):
     source: Source = "mid"  # stage of the checkpoint to start from
     total_batch_size: Count = 65536  # tokens a step over all ranks
     lr_scale: Positive = 0.1  # multiplies the learning rates of pretraining
-    warmdown: Share = 1.0  # final share of the run over which the learning rate falls to 0
     eval_every: int = 100  # steps between validations; <= 0: only at the end
     eval_tokens: Count = 1_048_576  # tokens of one validation
 

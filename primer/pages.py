@@ -4,74 +4,43 @@ They include school questions with `Answer:` and lettered choices, so that a bas
 examined, and the chat stages need only teach manners.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from primer import questions as ask
 from primer import talks
 from primer.questions import Dice, Question
 from primer.tales import ask_tale
-from primer.world import GROUPS, TEXTS, TOPICS, WORDS, fill
-
-UNPOETIC = ("rain", "sand", "bed", "snow", "night")  # no poem can have "a rain"
+from primer.world import TEXTS, TOPICS, WORDS, fill
 
 
 def written(dice: Dice, kind: str) -> str:
-    """A story under its title, a letter, a diary page or a poem about two words that rhyme."""
-    rhymes = TOPICS["rhyme"].facts
-    key = dice.choice([key for key in rhymes if key not in UNPOETIC])
-    _, text = dice.choice(TEXTS[kind])
-    return fill(text, dice, key=key, value=rhymes[key], **dice.cast())
+    """A story under its title, a letter, a diary page or a poem."""
+    return fill(dice.choice(TEXTS[kind]), dice, **dice.cast())
 
 
 def animal_page(dice: Dice) -> str:
     key = dice.choice(WORDS["animal"])
     topics = [name for name in ("sound", "young", "home", "legs") if key in TOPICS[name].facts]
-    told = [ask.stated(dice, name, key) for name in (*topics, "nature")]
+    told = [dice.choice(TOPICS[name].told(key)) for name in (*topics, "nature")]
     title = fill("[The {Key}|{S key}|About the {key}]", dice, key=key)
     return f"{title}\n\n{' '.join(dice.sample(told, len(told)))}"
 
 
 def facts_page(dice: Dice, topic: str = "") -> str:
-    topic = topic or dice.fact()[0]
+    topic = topic or dice.topic()
     keys = dice.sample(ask.KEYS[topic], dice.randint(4, 7))
-    told = dice.choice(" \n").join(ask.stated(dice, topic, key) for key in keys)
+    told = dice.choice(" \n").join(dice.choice(TOPICS[topic].told(key)) for key in keys)
     return f"{TOPICS[topic].title}\n\n{told}"
 
 
-def listed(dice: Dice, title: str, line: Callable[[Dice], str]) -> str:
-    """A title and some lines of one kind."""
-    return "\n".join([title, *(line(dice) for _ in range(dice.randint(3, 8)))])
+def asked(dice: Dice, form: Any, most: int, kind: Any, *rest: Any) -> str:
+    """Questions of a kind in that form."""
+    return "\n\n".join(form(kind(dice, *rest)) for _ in range(dice.randint(2, most)))
 
 
-def fact_line(dice: Dice) -> str:
-    topic, key, _ = dice.fact()
-    return f"- {ask.stated(dice, topic, key)}"
-
-
-def sum_line(dice: Dice) -> str:
-    return "{} {} {} = {}".format(*dice.sum(largest=12))
-
-
-def group_line(dice: Dice) -> str:
-    kind = dice.choice(list(GROUPS))
-    return fill("{S kind}: {m}.", kind=kind, m=dice.members(GROUPS[kind], 4))
-
-
-def counting_line(dice: Dice) -> str:
-    step, low, num = dice.choice((1, 1, 1, 2, 5, 10)), dice.randint(0, 50), dice.randint(6, 14)
-    numbers = list(map(str, range(low, low + num * step, step)))
-    if dice.random() < 0.3:
-        return f"Counting down from {numbers[-1]}: {', '.join(reversed(numbers))}."
-    return f"Counting from {low} in steps of {step}: {', '.join(numbers)}."
-
-
-def asked(
-    dice: Dice, form: Callable[[Question], str], kind: Callable[..., Question], *arguments: Any
-) -> str:
-    """Questions of a kind with their replies."""
-    return "\n\n".join(form(kind(dice, *arguments)) for _ in range(dice.randint(2, 4)))
+def sentence(question: Question) -> str:
+    """What is asked, told instead."""
+    return question.accepted[0]
 
 
 def exercise(question: Question) -> str:
@@ -79,7 +48,7 @@ def exercise(question: Question) -> str:
 
 
 def examined(question: Question) -> str:
-    """The form used to examine a base model."""
+    """As a base model is examined."""
     return f"{document_prompt(question.text)} {question.answer or question.reply}"
 
 
@@ -117,16 +86,16 @@ def chat(dice: Dice) -> str:
 
 PAGES: list[tuple[Any, ...]] = [  # (weight, kind, its arguments)
     (16, written, "story"), (3, written, "letter"), (5, written, "diary"), (2, written, "poem"),
-    (5, animal_page), (16, facts_page), (3, facts_page, "define"), (83, lettered_page),
-    (6, listed, "Good to know", fact_line), (3, listed, "Small sums", sum_line),
-    (3, listed, "Groups", group_line), (2, listed, "Counting", counting_line),
-    (16, asked, examined, partial(ask.ask_fact, brief=True)), (3, asked, examined, ask.ask_outside),
-    (2, asked, examined, ask.ask_near), (9, asked, exercise, ask.ask_choice),
-    (6, asked, exercise, ask.ask_sum), (3, asked, exercise, ask.ask_problem),
-    (9, asked, exercise, ask.ask_fact, "spell"), (3, asked, exercise, ask.ask_letters),
-    (3, asked, exercise, ask.ask_length), (2, asked, exercise, ask.ask_fact, "how"),
-    (4, asked, exercise, ask.ask_talk, "identity"), (3, asked, exercise, ask_tale),
-    (2, asked, exercise, ask_tale, "verse"), (18, chat),
+    (5, animal_page), (16, facts_page), (4, facts_page, "define"), (83, lettered_page), (18, chat),
+    (6, asked, sentence, 8, ask.ask_fact), (3, asked, sentence, 9, ask.ask_sum),
+    (12, asked, examined, 6, ask.ask_fact),
+    (3, asked, examined, 4, ask.ask_outside), (2, asked, examined, 4, ask.ask_near),
+    (10, asked, exercise, 3, ask.ask_choice), (6, asked, exercise, 4, ask.ask_sum),
+    (2, asked, exercise, 4, ask.ask_sum, True), (6, asked, exercise, 8, ask.ask_fact, "spell"),
+    (3, asked, exercise, 5, ask.ask_letters), (2, asked, exercise, 5, ask.ask_fact, "length"),
+    (3, asked, exercise, 5, ask.ask_counting), (2, asked, exercise, 5, ask.ask_list),
+    (2, asked, exercise, 2, ask.ask_fact, "how"), (3, asked, exercise, 5, ask.ask_talk, "identity"),
+    (4, asked, exercise, 2, ask_tale), (3, asked, exercise, 2, ask_tale, "verse"),
 ]  # fmt: skip
 
 

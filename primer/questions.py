@@ -7,26 +7,23 @@ was never told.
 """
 
 import hashlib
-import operator
 import random
 import re
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from itertools import accumulate, permutations
+from itertools import combinations
 from string import ascii_lowercase
 from typing import Any, NamedTuple
 
 from primer import world
-from primer.world import GROUPS, PHRASES, TOPICS, WORDINGS, WORDS, a, capital, chosen, fill
+from primer.world import GROUPS, PHRASES, SUBJECTS, TOPICS, WORDINGS, WORDS, a, capital, fill
 
 LETTERS = "ABC"  # of a quiz
-OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-TOLD = ("nature", "define", "how", "spell")  # topics whose values are too long to choose between
+TOLD = ("nature", "define", "how")  # topics whose values are too long to choose between
+SPELLED = ("spell", "length")  # and those about the letters of their keys
+TESTED = [name for name in TOPICS if name not in TOLD + SPELLED]
 KEYS = {name: list(topic.facts) for name, topic in TOPICS.items()}
-TESTED = [name for name in TOPICS if name not in TOLD]
-TOPIC_WEIGHTS = list(accumulate(len(KEYS[name]) ** 0.5 for name in TESTED))
-LISTS = world.SUBJECTS | {f"tale {name}": words for name, words in world.HEROES.items()}
-LISTS |= {f"near {topic}": keys for topic, keys in world.NEAR.items()}
+WEIGHTS = [len(KEYS[name]) ** 0.5 for name in TESTED]
 
 
 class Question(NamedTuple):
@@ -39,8 +36,7 @@ class Question(NamedTuple):
     choices: tuple[str, ...] = ()  # of a multiple-choice question: `text` stands before them
     letters: str = LETTERS  # one for each choice
     keep: str = ""  # what noise must leave alone
-    alone: bool = False  # nothing is said before or after it
-    topic: str = ""  # of a fact, or what kind of question it is
+    topic: str = ""  # of a fact, or a kind of question; without one nothing is said around it
     key: Any = ""  # what it is about
 
     @property
@@ -64,7 +60,7 @@ def held_out(*key: object) -> bool:
 @cache
 def pool(name: str, split: str) -> list[str]:
     """The words of a list that belong to the split; all of them, if none is kept from train."""
-    words = LISTS[name]
+    words = SUBJECTS[name]
     return [word for word in words if held_out(name, word) == (split != "train")] or words
 
 
@@ -79,15 +75,11 @@ class Dice(random.Random):
         self.split = split
         self.free = kind == "conversation"  # a stranger asks, in more ways than a quiz
 
-    def owns(self, label: str, key: Sequence[object]) -> bool:
-        """Whether a key of that kind belongs to the split."""
-        return held_out(label, *key) == (self.split != "train")
-
     def draw(self, label: str, pick: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
         """The first key from `pick` that belongs to the split; `label` is the kind of key."""
         for _ in range(1000):
             key = pick()
-            if self.owns(label, key):
+            if held_out(label, *key) == (self.split != "train"):
                 return key
         raise AssertionError(f"the {self.split} split has no {label} to draw")
 
@@ -122,6 +114,7 @@ class Dice(random.Random):
         """Who and what a text is about: values for its template's slots."""
         slots = {name: self.choice(words) for name, words in WORDS.items()}
         slots["friend"] = self.choice([name for name in WORDS["hero"] if name != slots["hero"]])
+        slots["rhyming"] = TOPICS["rhyme"].facts[slots["rhyme"]]
         for name in ("month", "weather"):
             slots[name] = slots[f"{slots['season']} {name}"]
         for name, prefix in (("hero", ""), ("friend", "friend_")):
@@ -129,73 +122,37 @@ class Dice(random.Random):
             slots |= zip((prefix + he for he in ("he", "his", "him")), forms, strict=True)
         return slots
 
-    def fact(self, topic: str = "", clean: bool = False) -> tuple[str, str, str]:
-        """(topic, key, wording); a clean one is a quiz's. Larger topics are likelier."""
-
-        def pick() -> tuple[str, str, int]:
-            name = topic or self.choices(TESTED, cum_weights=TOPIC_WEIGHTS)[0]
-            ways = PHRASES[name] if clean else self.ways(name)
-            return name, self.choice(KEYS[name]), self.randrange(len(ways))
-
-        name, key, place = self.draw("asked", pick)
-        return name, key, (PHRASES[name] + WORDINGS[name])[place]
-
-    def sum(
-        self, smallest: int = 0, largest: int = 999, first: int | None = None
-    ) -> tuple[int, str, int, int]:
-        """(first operand, operation, second operand, result), never negative."""
-
-        def pick() -> tuple[str, int, int]:
-            op = self.choice("++--*" if (first or 0) < 100 else "+-")
-            top = min(largest, 99) if op == "*" or self.random() < 0.5 else largest
-            x = self.randint(smallest, top) if first is None else first
-            y = self.randint(smallest, min(x, top) if op == "-" else top)
-            return op, max(x, y), min(x, y)  # 3 + 4 and 4 + 3 are one key
-
-        op, high, low = self.draw("sum", pick)
-        x = high if op == "-" else self.choice((high, low))
-        if first is not None:
-            x = first
-        y = high + low - x
-        return x, op, y, OPERATIONS[op](x, y)
-
-    def members(self, names: list[str], num: int) -> str:
-        """Some of the names: `members(["carp", "eel", "cod"], 2)` -> `"eel and carp"`."""
-        *names, last = self.sample(names, num)
-        return f"{', '.join(names)} and {last}" if names else last
-
-
-def stated(dice: Dice, topic: str, key: str) -> str:
-    """A sentence that tells a fact."""
-    return fill(dice.choice(TOPICS[topic].sentences), key=key, value=TOPICS[topic].facts[key])
+    def topic(self) -> str:
+        """A topic of quizzes; larger ones are likelier."""
+        return self.choices(TESTED, WEIGHTS)[0]
 
 
 def ask_fact(
     dice: Dice, topic: str = "", key: str = "", way: str = "", brief: bool = False
 ) -> Question:
     """A fact, answered in a sentence, or in one word if asked for."""
+    topic = topic or dice.topic()
     if not way:
-        topic, key, way = dice.fact(topic)
+        _, key, way = dice.one_of_each("asked", [topic], KEYS[topic], dice.ways(topic))
     key = key or dice.choice(KEYS[topic])
-    value, text = TOPICS[topic].facts[key], dice.say(way, key=key)
+    value, told = TOPICS[topic].facts[key], TOPICS[topic].told(key)
+    text = dice.say(way, key=key)
     if not brief and topic in TESTED and dice.random() < 0.2:
-        joint = " " if text[-1] in ".?!" else ", "
-        text, brief = text + joint + dice.phrase("brief"), True
-    sentences = [fill(sentence, key=key, value=value) for sentence in TOPICS[topic].sentences]
-    accepted = (*sentences, f"{capital(value)}.", f"{capital(a(value))}.")
-    reply = f"{capital(value)}." if brief else dice.choice(sentences)
-    keep = key if topic == "spell" else ""
+        text, brief = f"{text} {dice.phrase('brief')}", True
+    accepted = (*told, f"{capital(value)}.", f"{capital(a(value))}.")
+    reply = f"{capital(value)}." if brief else dice.choice(told)
+    keep = key if topic in SPELLED else ""
     return Question(text, reply, value, accepted, keep=keep, topic=topic, key=key)
 
 
 def ask_choice(dice: Dice) -> Question:
     """A fact with lettered choices: other values of the same topic."""
-    topic, key, way = dice.fact(clean=True)
+    topic = dice.topic()
+    _, key, way = dice.one_of_each("asked", [topic], KEYS[topic], PHRASES[topic])
     value, values = TOPICS[topic].facts[key], TOPICS[topic].values
     wrong = dice.sample([other for other in values if other != value], len(LETTERS) - 1)
     choices = tuple(dice.sample([value, *wrong], len(LETTERS)))
-    letter = LETTERS[choices.index(value)]
-    return Question(dice.say(way, key=key), letter, value, choices=choices)
+    return Question(dice.say(way, key=key), LETTERS[choices.index(value)], value, choices=choices)
 
 
 def ask_letter(dice: Dice) -> Question:
@@ -212,55 +169,62 @@ def ask_letter(dice: Dice) -> Question:
 
 
 def ask_yes_no(dice: Dice) -> Question:
-    topic = dice.choice(("colour", "kind"))
+    topic, form = dice.choice((("colour", str), ("kind", a)))
     ways, facts = dice.ways("yes", f"yes {topic}"), list(TOPICS[topic].facts.items())
     way, (key, truth) = dice.one_of_each("yes", ways, facts)
     value = truth if dice.random() < 0.5 else dice.choice(TOPICS[topic].values)
-    words = key, value, truth
-    thing, asked, fact = words if topic == "colour" else map(a, words)
-    yes, fact = "Yes" if value == truth else "No", f"{thing} is {fact}."
-    text = dice.say(way, key=thing, value=asked, x=key, kind=value)
+    yes, fact = "Yes" if value == truth else "No", f"{form(key)} is {form(truth)}."
+    text = dice.say(way, key=form(key), value=form(value), x=key, kind=value)
     return Question(text, f"{yes}, {fact}", yes, (capital(fact),), topic="yes")
 
 
 def ask_bigger(dice: Dice) -> Question:
-    pairs = list(permutations(WORDS["size"], 2))
-    way, (x, y) = dice.one_of_each("bigger", dice.ways("bigger"), pairs)
-    fact, big = compare(x, y), max(x, y, key=WORDS["size"].index)
+    pairs = list(combinations(WORDS["size"], 2))
+    way, (small, big) = dice.one_of_each("bigger", dice.ways("bigger"), pairs)
+    x, y = dice.sample((small, big), 2)
+    fact = fill("{A big} is bigger than {a small}.", big=big, small=small)
     return Question(dice.say(way, x=x, y=y), fact, a(big), (fact,), topic="bigger")
 
 
-def compare(x: str, y: str) -> str:
-    """`compare("ant", "fox")` -> `"A fox is bigger than an ant."`."""
-    small, big = sorted((x, y), key=WORDS["size"].index)
-    return fill("{A big} is bigger than {a small}.", big=big, small=small)
-
-
 def ask_list(dice: Dice) -> Question:
-    lists = (("list", (2, 3, 4)), ("list", (2, 3, 4)), ("list some", (3,)), ("list one", (1,)))
-    name, nums = dice.choice(lists)
+    name, nums = dice.choice((("list", (2, 3, 4)), ("list some", (3,)), ("list one", (1,))))
     way, num, kind = dice.one_of_each("list", dice.ways(name), nums, list(GROUPS))
+    *names, last = dice.sample(GROUPS[kind], num)
+    members = f"{', '.join(names)} and {last}" if names else last
     word = WORDS["number"][num]
-    head = "Here are {n} {s kind}" if num > 1 else "Here is {a kind}"
-    reply = fill(head + ": {m}.", n=word, kind=kind, m=dice.members(GROUPS[kind], num))
-    text = dice.say(way, n=dice.choice((word, num)), kind=kind)
-    return Question(text, reply, topic="list", key=kind)
+    reply = dice.reply("list one" if num == 1 else "list", n=word, kind=kind, members=members)
+    return Question(dice.say(way, n=dice.choice((word, num)), kind=kind), reply, topic="list")
 
 
 def ask_counting(dice: Dice) -> Question:
-    name, lows = dice.choice((("count", range(96)), ("count", range(96)), ("count up", [1])))
+    name, lows = dice.choice((("count", range(96)), ("count up", [1])))
     way, low, num = dice.one_of_each("count", dice.ways(name), lows, range(3, 12))
     numbers = ", ".join(map(str, range(low, low + num + 1)))
     return Question(dice.say(way, a=low, b=low + num), f"{numbers}.")
 
 
-def ask_sum(dice: Dice, in_words: bool = False, first: int | None = None) -> Question:
-    """Two operands, bare or in a short story or after a result, computed with the calculator."""
-    x, op, y, result = dice.sum(smallest=2 if in_words else 0, first=first)
-    slots = dice.cast() if in_words else {}
+def ask_sum(dice: Dice, story: bool = False, first: int | None = None) -> Question:
+    """A sum, bare or in a short story or after the `first` number, done with the calculator."""
+    least = 2 if story else 0
+
+    def pick() -> tuple[str, int, int]:
+        op = dice.choice("++--*" if (first or 0) < 100 else "+-")
+        most = 99 if op == "*" or dice.random() < 0.5 else 999
+        x = dice.randint(least, most) if first is None else first
+        y = dice.randint(least, min(x, most) if op == "-" else most)
+        return op, max(x, y), min(x, y)  # 3 + 4 and 4 + 3 are one key
+
+    op, high, low = dice.draw("sum", pick)
+    x = high if op == "-" else dice.choice((high, low))
+    if first is not None:
+        x = first
+    y = high + low - x
+    result = {"+": x + y, "-": x - y, "*": x * y}[op]  # never negative
     word = {"+": "plus", "-": "minus", "*": "times"}[op]
-    names = [f"problem {op}"] if in_words else ["sum", f"sum {op}"]
-    text = dice.phrase(*names if first is None else [word], a=x, b=y, op=op, word=word, **slots)
+    slots, names = {}, ["sum", f"sum {op}"] if first is None else [word]
+    if story:
+        slots, names = dice.cast(), [f"problem {op}"]
+    text = dice.phrase(*names, **slots, a=x, b=y, op=op, word=word)
     reply = f"{x} {op} {y} = {result}."
     parts = by_tool(f"{x}{op}{y}", result, reply)
     return Question(text, parts, str(result), (reply,), topic="sum")
@@ -271,27 +235,20 @@ def by_tool(code: str, result: object, reply: str) -> list[dict[str, str]]:
     return [{"type": kind, "text": text} for kind, text in parts]
 
 
-def ask_letters(dice: Dice, name: str = "letters", word: str = "", letter: str = "") -> Question:
+def ask_letters(dice: Dice) -> Question:
     """How often a letter occurs in a word, counted by the tool."""
 
     def pick() -> tuple[str, str]:
         word = dice.choice(KEYS["spell"])
         return word, dice.choice(word if dice.random() < 0.8 else ascii_lowercase)
 
-    word, letter = (word, letter) if word else dice.draw("letter", pick)
+    word, letter = dice.draw("letter", pick)
     num = word.count(letter)
     times = "1 time" if num == 1 else f"{num} times"
     reply = f"The letter {letter} appears {times} in '{word}'."
     parts = by_tool(f"'{word}'.count('{letter}')", num, reply)
-    text = dice.phrase(name, word=word, letter=letter)
+    text = dice.phrase("letters", word=word, letter=letter)
     return Question(text, parts, str(num), keep=word, topic="letters", key=word)
-
-
-def ask_length(dice: Dice) -> Question:
-    way, word = dice.one_of_each("length", dice.ways("length"), KEYS["spell"])
-    letters = ", ".join(f"{letter} {place}" for place, letter in enumerate(word, 1))
-    reply = f"{letters}. The word '{word}' has {len(word)} letters."
-    return Question(dice.say(way, word=word), reply, keep=word, topic="letters", key=word)
 
 
 def ask_repeat(dice: Dice) -> Question:
@@ -302,49 +259,40 @@ def ask_repeat(dice: Dice) -> Question:
 def ask_talk(dice: Dice, *names: str) -> Question:
     """Manners, and who the model is: the same in every split."""
     said, replies = dice.choice([row for name in names for row in world.TALK[name]])
-    return Question(dice.say(dice.choice(said)), dice.choice(replies), alone=True)
+    return Question(dice.say(dice.choice(said)), dice.choice(replies))
 
 
 def ask_outside(dice: Dice, name: str = "", way: str = "") -> Question:
     """Something that no table knows or that cannot be done; an honest reply that copies it."""
     name = name or dice.choice(list(world.ASKED))
-    way = chosen(way or dice.choice(world.ASKED[name]), dice)  # its choices first: they hold slots
-    slots = {
-        slot: dice.word(slot if slot in LISTS else name)
-        for slot in re.findall(r"\{(?:\w+ )?(\w{2,})\}", way.lower())
-    }
+    way = way or dice.choice(world.ASKED[name])
+    names = re.findall(r"\{(?:\w+ )?(\w{2,})\}", way.lower())
+    slots = {slot: dice.word(slot if slot in SUBJECTS else name) for slot in names}
     numbers = {"a": dice.randint(2, 999), "b": dice.randint(2, 20), "c": dice.randint(2, 99)}
     subject = slots.get("key") or slots.get(name, "")
     known = name if name in world.REPLIES else "unknown" if subject else "unknown bare"
-    reply = dice.reply(known, subject=subject, **slots)
-    topic = name if name.startswith("near ") else f"outside {name}"
-    return Question(
-        dice.say(way, **slots, **numbers), reply, keep=subject, topic=topic, key=subject
-    )
+    text, reply = dice.say(way, **slots, **numbers), dice.reply(known, subject=subject, **slots)
+    return Question(text, reply, keep=subject, topic=f"outside {name}", key=subject)
 
 
 def ask_near(dice: Dice) -> Question:
     """A question as about a fact, but the key is not in the world."""
-    topic = dice.choice(list(world.NEAR))
+    topic = dice.choice([*TESTED, *TOLD])
     return ask_outside(dice, f"near {topic}", dice.choice(dice.ways(topic)))
 
 
 def ask_nonsense(dice: Dice) -> Question:
-    text = dice.choice(WORDINGS["nonsense"])
-    if dice.random() < 0.4:
-        lengths = [dice.randint(4, 9) for _ in range(dice.randint(1, 3))]
-        text = " ".join("".join(dice.choices(ascii_lowercase, k=num)) for num in lengths)
-    return Question(text, dice.reply("nonsense"), keep=text, alone=True)
+    typed = "".join(dice.choices(ascii_lowercase, k=dice.randint(4, 12)))
+    text = dice.choice(WORDINGS["nonsense"]) if dice.random() < 0.6 else typed
+    return Question(text, dice.reply("nonsense"), keep=text)
 
 
-ask_problem = partial(ask_sum, in_words=True)
-Ask = Callable[[Dice], Question]
-QUIZZES: dict[str, tuple[Ask, ...]] = {
-    "choice": (ask_choice,),
-    "letter": (ask_letter,),
-    "exact": (ask_fact,),
-    "arithmetic": (ask_sum, ask_sum, ask_problem),
-    "spelling": (partial(ask_fact, topic="spell"), ask_letters),
+QUIZZES: dict[str, list[Callable[[Dice], Question]]] = {
+    "choice": [ask_choice],
+    "letter": [ask_letter],
+    "exact": [ask_fact],
+    "arithmetic": [ask_sum, ask_sum, partial(ask_sum, story=True)],
+    "spelling": [partial(ask_fact, topic="spell"), ask_letters],
 }
 
 

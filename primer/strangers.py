@@ -4,13 +4,9 @@ import re
 from collections.abc import Callable
 from random import Random
 
-from primer.world import RESPELLED, TOPICS, WORDINGS, WORDS, capital, chosen
+from primer.world import RESPELLED, TOPICS, WORDINGS, WORDS, capital, fill
 
-ASKING = re.compile(
-    "(wh(at|ats|o|ere|en|y|ich)|how|is|are|was|were|do|does|did|can|could|will|would|should|may"
-    "|have|has|in|on|at|to|from) ",
-    re.IGNORECASE,
-)
+Habit = Callable[[Random, str], str]
 KEYBOARD = "qwertyuiop asdfghjkl zxcvbnm"
 KEPT = "一"  # a letter without case, which no habit touches, stands for the kept word
 # A slip must not make a word that means something else here ("cold" -> "bold" may, "near" may not).
@@ -27,47 +23,38 @@ def neat(text: str) -> str:
     text = re.sub(r"\bi\b(?!')", "I", text)
     *before, last = text.split(". ")
     if text[-1].isalnum() and " " in text:
-        last += "?" if ASKING.match(last) else "."
+        last += "?" if last.split()[0].lower() in WORDS["asking"] else "."
     return ". ".join(map(capital, (*before, last)))
 
 
 def surrounded(dice: Random, text: str) -> str:
     """The text with something said before or after it."""
     place = dice.choice(("remark", "closer", "opener", "politeness"))
-    if place == "politeness" and not re.match("Wh|How", text):
-        place = "opener"
-    said = chosen(dice.choice(WORDINGS[place]), dice)
-    match place:
-        case "remark":
-            return f"{said} {text}"
-        case "closer":
-            body = text.rstrip(".?!")
-            return f"{body}{dice.choice((', ', ' '))}{said}{text[len(body) :]}"
-        case "politeness":
-            return f"{capital(said)} {text[0].lower()}{text[1:]}"
-    return f"{capital(said)}{dice.choice((', ', ' ', '! ', '. '))}{text}"
+    said = fill(dice.choice(WORDINGS[place]), dice)
+    if place == "closer":
+        body = text.rstrip(".?!")
+        return f"{body}{dice.choice((', ', ' '))}{said}{text[len(body) :]}"
+    if place == "politeness":
+        if not re.match("Wh|How", text):
+            return text
+        text = text[0].lower() + text[1:]
+    joint = dice.choice((", ", " ", "! ", ". ")) if place == "opener" else " "
+    return f"{capital(said)}{joint}{text}"
 
 
 def in_other_signs(dice: Random, text: str) -> str:
     """The text's sums with other signs and spaces, small numbers in words: `12 * 3` -> `12x3`."""
-    numbers = [int(number) for number in re.findall(r"\d+", text)]
-    if numbers and max(numbers) < len(WORDS["number"]) and dice.random() < 0.2:
-        return re.sub(r"\d+", lambda m: WORDS["number"][int(m[0])], text)
+    if dice.random() < 0.1:
+        text = re.sub(r"\b(1?\d|20)\b", lambda m: WORDS["number"][int(m[0])], text)
     left, times, right = dice.choice(("", "", " ")), dice.choice("*xX×"), dice.choice(("", "", " "))
-    signs = {" + ": "+", " - ": "-", " * ": times}
-    return re.sub(r"(?<=\d) [-+*] (?=\d)", lambda m: left + signs[m[0]] + right, text)
+    return re.sub(r"(?<=\d) ([-+*]) (?=\d)", rf"{left}\1{right}", text).replace("*", times)
 
 
-def respelled(name: str, before: str = "") -> Callable[[Random, str], str]:
+def respelled(name: str, before: str = "") -> Habit:
     """The habit of writing the words of a table in another way if that pattern follows."""
     words = RESPELLED[name]
     pattern = re.compile(rf"\b({'|'.join(words)})\b{before}", re.IGNORECASE)
-
-    def other(match: re.Match[str]) -> str:
-        new = words[match[0].lower()]
-        return capital(new) if match[0][0].isupper() else new
-
-    return lambda _, text: pattern.sub(other, text)
+    return lambda _, text: pattern.sub(lambda match: words[match[0].lower()], text)
 
 
 def slipped(dice: Random, text: str) -> str:
@@ -85,13 +72,13 @@ def slipped(dice: Random, text: str) -> str:
 
 def ended(dice: Random, text: str) -> str:
     """The text with a careless end."""
-    alone, mark = text[:-1].rstrip(), text[-1]
+    mark = text[-1]
     if mark not in ".?!" or dice.random() < 0.8:
-        return text.rstrip(".?! ")
-    return alone + dice.choice((mark * 2, mark * 3, "!", f" {mark}"))
+        return text.rstrip(".?! ") or text
+    return text[:-1] + dice.choice((mark * 2, mark * 3, "!", f" {mark}"))
 
 
-HABITS: list[tuple[float, Callable[[Random, str], str]]] = [  # and how often a stranger has each
+HABITS: list[tuple[float, Habit]] = [  # and how often a stranger has each
     (0.6, in_other_signs),
     (0.5, respelled("short", "(?= [a-z])")),
     (0.4, respelled("american")),
@@ -105,13 +92,10 @@ HABITS: list[tuple[float, Callable[[Random, str], str]]] = [  # and how often a 
 
 
 def roughen(dice: Random, text: str, keep: str = "", alone: bool = False) -> str:
-    """The text as a stranger may type it, often as it is; `keep` stays letter by letter.
-
-    Nothing is said before or after what is said `alone`.
-    """
+    """The text as a stranger may type it; `keep` stays, and nothing is put around it if `alone`."""
     text = neat(text.replace(keep, KEPT) if keep else text)
     if dice.random() > 0.35:
-        if not alone and dice.random() < 0.3:
+        if not alone and dice.random() < 0.35:
             text = surrounded(dice, text)
         for chance, habit in HABITS:
             if dice.random() < chance:

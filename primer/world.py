@@ -7,7 +7,7 @@ the first explains the rows.
 import random
 import re
 from collections import defaultdict
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from string import ascii_lowercase
 from typing import NamedTuple
@@ -23,6 +23,10 @@ class Topic(NamedTuple):
     @property
     def values(self) -> list[str]:
         return list(dict.fromkeys(self.facts.values()))
+
+    def told(self, key: str) -> list[str]:
+        """The sentences that state a fact."""
+        return [fill(sentence, key=key, value=self.facts[key]) for sentence in self.sentences]
 
 
 def sections(file: str | Path) -> list[tuple[str, str, list[str]]]:
@@ -90,15 +94,10 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def chosen(template: str, rng: random.Random) -> str:
-    """The template with each `[one|[an]other]` decided."""
-    while "[" in template:
-        template = re.sub(r"\[([^\[\]]*)\]", lambda m: rng.choice(m[1].split("|")), template)
-    return template
-
-
 def fill(template: str, rng: random.Random | None = None, /, **slots: object) -> str:
-    """`fill("{A x} runs.", x="owl")` -> `"An owl runs."`; an rng decides between choices."""
+    """`fill("{A x} runs.", x="owl")` -> `"An owl runs."`; an rng decides each `[one|[an]other]`."""
+    while rng and "[" in template:
+        template = re.sub(r"\[([^\[\]]*)\]", lambda m: rng.choice(m[1].split("|")), template)
 
     def slot(match: re.Match[str]) -> str:
         whole = match[1].lower()
@@ -106,30 +105,27 @@ def fill(template: str, rng: random.Random | None = None, /, **slots: object) ->
         value = str(slots[whole]) if whole in slots else FORMS[form](str(slots[name]))
         return capital(value) if match[1][0].isupper() else value
 
-    return re.sub(r"\{([\w ]+)\}", slot, chosen(template, rng) if rng else template)
+    return re.sub(r"\{([\w ]+)\}", slot, template)
 
 
-# The words of the primer's own texts, and what it asks for and says, by the names of the rows:
 TABLES: dict[str, list[str]] = defaultdict(list)  # a section of any table -> its rows
 for _file in ("words.txt", "talk.txt", "strangers.txt", "subjects.txt"):
     for _name, _, _rows in sections(_file):
         TABLES[_name] += _rows
-WORDS = lists(TABLES["words"], ", ")
-PHRASES = lists(TABLES["phrases"], " | ")  # a quiz's ways to ask, and everybody's
-WORDINGS = lists(TABLES["wordings"], " | ")  # a stranger's
+WORDS, SUBJECTS = lists(TABLES["words"], ", "), lists(TABLES["subjects"], ", ")
+PHRASES = lists(TABLES["phrases"], " | ")  # ways to ask of a quiz, and of everybody
+WORDINGS = lists(TABLES["wordings"], " | ")  # of a stranger
+ASKED = lists(TABLES["asked"], " | ")  # of a stranger, for what nobody here knows
 REPLIES = lists(TABLES["replies"], " | ")
-ASKED, SUBJECTS = lists(TABLES["asked"], " | "), lists(TABLES["subjects"], ", ")  # of outside
-NEAR, HEROES = lists(TABLES["near"], ", "), lists(TABLES["heroes"], ", ")
 RESPELLED = {name: facts(TABLES[name]) for name in ("short", "american", "chat")}
-# What is said to the model and what it answers: ways of both.
-TALK = {
+TALK = {  # ways of what is said to the model, and of what it answers
     name: [tuple(side.split(" | ") for side in row.split(" = ")) for row in TABLES[name]]
     for name in ("greeting", "small talk", "identity")
 }
-TEXTS: dict[str, list[tuple[str, str]]] = {}  # kind -> title and text; only stories have a title
+TEXTS: dict[str, list[str]] = defaultdict(list)
 for _kind, _title, _rows in sections("pages.txt"):
     _text = " ".join(_rows).replace(" / ", "\n")
-    TEXTS.setdefault(_kind, []).append((_title, f"{_title}\n\n{_text}" if _title else _text))
+    TEXTS[_kind].append(f"{_title}\n\n{_text}" if _title else _text)
 
 TOPICS: dict[str, Topic] = {}
 for _name, _title, _rows in sections("facts.txt"):
@@ -149,11 +145,13 @@ for _thing, _kind in TOPICS["kind"].facts.items():
     GROUPS[_kind].append(_thing)
 WORDS["hero"] = WORDS["girl"] + WORDS["boy"]
 WORDS["animal"] = GROUPS["animal"] = list(TOPICS["nature"].facts)
+WORDS["rhyme"] = list(TOPICS["rhyme"].facts)
 WORDS["colour"] = GROUPS["colour"] = TOPICS["colour"].values
 GROUPS["country"], GROUPS["city"] = map(list, (TOPICS["capital"].facts, TOPICS["country"].facts))
 # What is spelled and counted: known words, so that the letters of each can be learned.
-_known = [word for kind in ("animal", "thing", "food") for word in WORDS[kind]]
-_known += ["strawberry", *GROUPS["fruit"], *GROUPS["vegetable"]]
-for _word in sorted({word for word in _known if word.isalpha()}):
-    if len(_word) <= 8 or _word == "strawberry":
+_known = {*WORDS["animal"], *WORDS["thing"], *WORDS["food"], *GROUPS["fruit"], *GROUPS["vegetable"]}
+for _word in ("strawberry", *sorted(_known)):
+    if _word == "strawberry" or (_word.isalpha() and len(_word) <= 8):
         TOPICS["spell"].facts[_word] = "-".join(_word)
+        _counted = ", ".join(map("{} {}".format, _word, count(1)))
+        TOPICS["length"].facts[_word] = f"{_counted}. The word '{_word}' has {len(_word)} letters."

@@ -15,10 +15,10 @@ from nanochat.calculator import calculate
 from nanochat.tokenizer import check_conversation, render_choices
 from primer import talks
 from primer.pages import animal_page, written
-from primer.questions import KEYS, LETTERS, LISTS, QUIZZES, TESTED, Dice, Question, held_out
+from primer.questions import KEYS, LETTERS, QUIZZES, TESTED, Dice, Question, held_out
 from primer.strangers import neat, roughen, slipped
 from primer.talks import turns_of
-from primer.world import PHRASES, REPLIES, TOPICS, WORDS, bare, capital, fill, plural
+from primer.world import PHRASES, REPLIES, SUBJECTS, TOPICS, bare, capital, fill, plural
 
 NUM_DOCUMENTS, NUM_TALKS, NUM_QUIZZES = 8_000, 12_000, 1_000
 
@@ -66,7 +66,7 @@ def test_what_a_model_has_been_taught_stays_what_it_was(
     quizzes = [primer.quiz("test", kind, i).prompt for kind in QUIZZES for i in range(100)]
     said = (train_pages[:2000], train_talks[:2000], quizzes)
     digests = [hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16] for items in said]
-    assert digests == ["43cb45e861b70337", "296625cdb8c174f8", "7402580c9db721aa"]
+    assert digests == ["7fc8ac9e1bde6d1d", "a990a86726d9739e", "27df4f79427eedf0"]
 
 
 def test_pages_and_talks_are_varied(train_pages: list[str], train_talks: list[dict]) -> None:
@@ -88,7 +88,7 @@ def test_noise_keeps_numbers_and_kept_words() -> None:
     assert asked in typed
     for text in typed:
         assert "grey" in text
-        assert re.search(r"12 ?[*xX×] ?34", text), text
+        assert re.search(r"(12|twelve) ?[*xX×] ?34", text), text
     assert {"what", "wat", "whats", "color", "dont"} <= set(re.findall(r"\w+", " ".join(typed)))
     small = {roughen(dice, "3 + 20 = ?") for _ in range(300)}
     assert {"3+20", "three + twenty", "3 +20"} <= {text.rstrip(" ?!.=") for text in small}
@@ -119,7 +119,7 @@ def test_conversations_tell_facts_and_sums_as_they_are(train_turns: list[Questio
             told = [fill(way, key=turn.key, value=value) for way in topic.sentences]
             num_facts += turn.reply in (*told, f"{capital(value)}.")
             assert turn.answer == value
-            assert value.lower() in str(turn.reply).lower() or turn.alone, turn
+            assert turn.accepted[0] == told[0]
         if isinstance(turn.reply, list):
             code, output, _ = (part["text"] for part in turn.reply[-3:])
             assert calculate(code) == output == turn.answer
@@ -133,7 +133,7 @@ def test_follow_ups_mean_the_turn_before(split: str) -> None:
     for index in range(400):
         dice = Dice(split, "conversation", index)
         first = talks.ask.ask_fact(dice, "nature" if index % 2 else "")
-        if first.topic in talks.ENDS:
+        if first.topic in talks.DEEDS:
             continue
         other = talks.another_key(dice, first)
         facts = TOPICS[first.topic].facts
@@ -173,36 +173,33 @@ def test_a_name_is_remembered_as_it_was_told(train_turns: list[Question]) -> Non
 def test_tales_are_about_what_was_asked_for(train_turns: list[Question]) -> None:
     tales = [turn for turn in train_turns if turn.topic in ("tale", "verse")]
     assert len(tales) > 1000
+    named = 0
     for turn in tales:
         told = str(turn.reply).lower()
         names = [turn.key[slot].lower() for slot in ("a subject", "the subject")]
         names = {re.sub("^(my|our) ", "your ", name) for name in names}
         assert sum(map(told.count, names)) >= 2, turn
-        if not turn.alone:
-            assert turn.keep in turn.text or turn.keep in WORDS["hero"]
+        named += turn.keep in turn.text
         assert not re.search(r"\b[Aa] [aeioAEIO]|subject", str(turn.reply)), turn
+    assert named > 0.8 * len(tales)
     assert len({turn.key["the subject"] for turn in tales}) > 800
 
 
 def test_words_kept_for_the_test_are_not_asked_for_in_training(train_turns: list[Question]) -> None:
-    kinds = ("outside ", "near ")
-    asked = {(turn.topic, turn.key.lower()) for turn in train_turns if turn.topic.startswith(kinds)}
+    turns = [turn for turn in train_turns if turn.topic.startswith("outside ")]
+    asked = {(turn.topic.removeprefix("outside "), turn.key.lower()) for turn in turns}
     assert len(asked) > 1000
-    kept = set()
-    for name, words in LISTS.items():
-        topic = name if name.startswith("near ") else f"outside {name}"
-        words = [word for word in words if held_out(name, word)]
-        if len(words) < len(LISTS[name]):
-            kept |= {(topic, word.lower()) for word in words}
+    kept = {
+        (name, word.lower())
+        for name, words in SUBJECTS.items()
+        for word in words
+        if held_out(name, word) and not all(held_out(name, word) for word in words)
+    }
     assert len(kept) > 300
     assert not asked & kept
-    heroes = {
-        word
-        for name, words in LISTS.items()
-        if name.startswith("tale ")
-        for word in words
-        if held_out(name, word)
-    } - {word for name, words in LISTS.items() for word in words if not held_out(name, word)}
+    tales = {name: words for name, words in SUBJECTS.items() if name.startswith("tale ")}
+    heroes = {word for name in tales for word in tales[name] if held_out(name, word)}
+    heroes -= {word for name in SUBJECTS for word in SUBJECTS[name] if not held_out(name, word)}
     nouns = {t.key.get("subject") for t in train_turns if t.topic in ("tale", "verse")}
     assert len(nouns) > 300
     assert not nouns & heroes

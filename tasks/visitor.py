@@ -3,8 +3,7 @@
     user: wat color is snow       assistant: Snow is white.
     user: and coal?               wanted: black, and no other colour
 
-The rows and the language of their checks are in visitor.txt. Half of them are for development; the
-other half is to be looked at as rarely as possible, and neither is ever trained on.
+The rows and their checks are in visitor.txt. Half of them are for development; none is trained on.
 """
 
 import random
@@ -60,8 +59,7 @@ def holds(check: str, context: str, reply: str) -> bool:
         case "" | "not":
             return says(reply, phrases) == (rule == "")
         case "each":
-            parts = re.split(r"[.!?\n]|\bbut\b", reply)
-            return all(says(part, phrases) for part in parts if plain(part))
+            return all(says(x, phrases) for x in re.split(r"[.!?\n]|\bbut\b", reply) if plain(x))
         case "no":
             return not says(reply, other_values(listed, context, []))
         case "number" | "count":

@@ -1,17 +1,21 @@
 """The visitor's examination: its rows, its halves, and replies that its checks tell apart.
 
-The oracles are replies judged by hand, sets, and Python's arithmetic.
+The oracles are replies judged by hand, sets, Python's arithmetic, and the primer's own wordings as
+patterns.
 """
 
+import re
 from collections import Counter
+from functools import cache
 
 import pytest
 
+import primer
 from nanochat.tokenizer import Conversation, check_conversation
-from primer.questions import TESTED
-from primer.world import TOPICS
+from primer.questions import KEYS, TESTED
+from primer.world import GROUPS, RESPELLED, SUBJECTS, TOPICS, WORDS, bare, plural
 from tasks.mixtures import build_task
-from tasks.visitor import expanded, holds, read_rows
+from tasks.visitor import expanded, holds, plain, read_rows
 from tests.models import refuses
 
 ROWS = read_rows()
@@ -23,15 +27,15 @@ FOX = (
 
 # The last turn of a row -> (replies that pass, replies that do not).
 JUDGED = {
-    "wat color r bananas": (
+    "wat color would a ripe banana have": (
         ["yellow", "Bananas are yellow.", "A banana is yellow, as you know!"],
         ["Bananas are red.", "Yellow or red.", "I do not know. Yellow?", "A fruit."],
     ),
-    "whats the reverse of hot": (
+    "i dont want it hot, i want the reverse": (
         ["Cold.", "The opposite of hot is cold.", "It is cold in here! That is the opposite."],
         ["The opposite of hot is big.", "Cold, small or dry.", "colder"],
     ),
-    "how does a donkey go": (
+    "what does the donkey go like": (
         ["Hee-haw!", "A donkey says hee haw.", "It brays."],
         ["A donkey says moo.", "hee", "Hee-haw, woof."],
     ),
@@ -43,7 +47,7 @@ JUDGED = {
         ["99 * 99 = 9801.", "9,801", "The answer is 9801!"],
         ["99 * 99 = 9800.", "9801 is 99 times 99.", "19801", "I do not know."],
     ),
-    "six times seven": (
+    "six times seven gives me wat": (
         ["42", "Forty-two.", "6 * 7 = 42."],
         ["67", "Forty.", "6 * 7 = 43."],
     ),
@@ -51,11 +55,11 @@ JUDGED = {
         ["z-e-b-r-a", "It is Z, E, B, R, A.", "I spell it z e b r a. Easy!", "z-e-b-r-a, a zebra!"],
         ["z-e-b-a-r", "zebra", "z-e-b-r-a-s", "z-e-b-r", ""],
     ),
-    "rabbit, how many bs": (
+    "rabbit has how many bs": (
         ["2", "r, a, b 1, b 2, i, t. The letter b appears 2 times in 'rabbit'.", "Twice."],
         ["The letter b appears 1 time in 'rabbit'.", "3", "Many.", "Once."],
     ),
-    "hiya": (
+    "hiyaaa": (
         ["Hello!", "Hi there, how are you?", "Good morning!"],
         ["A cat has four legs.", "The history of it.", "I do not know."],
     ),
@@ -76,15 +80,15 @@ JUDGED = {
         ["Thank you!", "You are kind, thanks. I do my best.", "I am glad that you like it."],
         ["I only know a small world.", "A smart is a bird.", "I do not know. Thank you!"],
     ),
-    "do you sleep": (
+    "at night do you go to sleep": (
         ["No, I am a program.", "I never sleep.", "Only when my computer is off."],
         ["Yes.", "A dog sleeps in a kennel.", "I do not know."],
     ),
-    "asdfgh": (
+    "asdgfh": (
         ["I do not understand that.", "Sorry, what do you mean?", "Hm. Can you say it again?"],
         ["An asdfgh is a bird.", "Sorry, a bird has two legs. Asdfgh is grey.", "Yes."],
     ),
-    "ur stupid": (
+    "ur kinda stupid": (
         ["I am sorry. I try to learn.", "I am only small.", "That is not kind, but I forgive you."],
         ["A stupid is a vegetable.", "Snow is white.", "Thank you. A pig is clever."],
     ),
@@ -106,7 +110,7 @@ JUDGED = {
         ],
         ["The rain falls down on house and town.", "A cat is here\nand it is near.", "Rain\nrain."],
     ),
-    "capital of atlantis": (
+    "atlantis and its capital, go": (
         [
             "I do not know.",
             "Sorry! Atlantis is not in my small world.",
@@ -115,19 +119,22 @@ JUDGED = {
         ],
         ["The capital of Atlantis is Athens.", "I do not know. It is Blub.", "Blub."],
     ),
-    "what time is it now": (
+    "can u tell the time right now": (
         ["I have no clock.", "I do not know what time it is.", "Sorry, I am only a program."],
         ["It is 7.", "It is noon.", "I cannot tell, perhaps 12."],
     ),
-    "and coal?": (
+    "ok and a piece of coal?": (
         ["Black.", "Coal is black.", "Snow is white, and coal is black."],
         ["White.", "Coal is white.", "It is black, or brown."],
     ),
-    "whats my name": (
+    "so whats the name i have": (
         ["Tina.", "Your name is Tina!", "You told me that you are Tina."],
         ["Your name is Tim.", "I do not know.", "My name is nanochat."],
     ),
-    "and minus 3?": (["27", "30 - 3 = 27.", "That is 27."], ["47", "50 - 3 = 47.", "30 - 3."]),
+    "and then minus 3 more?": (
+        ["27", "30 - 3 = 27.", "That is 27."],
+        ["47", "50 - 3 = 47.", "30 - 3."],
+    ),
 }
 
 
@@ -185,3 +192,99 @@ def test_right_values_pass_their_own_topic_rule() -> None:
                 assert task.score(row, right) and task.score(row, f"That is {right}, I think.")
                 wrong = next(v for v in TOPICS[topic].values if v not in expanded(listed))
                 assert not task.score(row, wrong)
+
+
+def test_no_row_can_come_from_the_grammar_of_the_primer() -> None:
+    talks = [[message["content"] for message in row["messages"][::2]] for row in ROWS]
+    assert [talk for talk in talks if all(map(taught, talk))] == []
+
+
+def test_what_the_grammar_says_is_recognised() -> None:
+    """All but most slips of the keyboard."""
+    talks = [primer.conversation("train", index)["messages"] for index in range(200)]
+    said = [m["content"] for talk in talks for m in talk if m["role"] == "user"]
+    said = [text for text in said if "\n" not in text]
+    assert sum(map(bool, map(taught, said))) > 0.75 * len(said) > 200
+    assert taught("good morning! whats the Color of coal, pls??") and taught("CAPITAL OF FRANCE")
+    assert not taught("which colour would a lump of coal have")
+
+
+# How turns are written alike whatever the noise was.
+PLAIN = {plain(new): old for words in RESPELLED.values() for old, new in words.items()}
+PLAIN |= {word: str(number) for number, word in enumerate(WORDS["number"])}
+PLAIN |= {"plz": "please", "gimme": "give me"}
+BEFORE, BEHIND = ("opener", "politeness", "remark"), ("closer", "brief")
+SLOTS = dict.fromkeys("abcn", r"\d+") | {"op": "(?:plus|minus|times)", "letter": r"\w"}
+SLOTS |= dict.fromkeys(("hero", "friend"), r"\w+") | {"he": "s?he"}
+
+
+def canonical(text: str) -> str:
+    """`canonical("What's 2+three, pls?")` -> `"what is 2 plus 3 please"`."""
+    text = re.sub(r"(?<=\d) ?- ?(?=\d)", " minus ", re.sub(r"(?<=\d) ?x ?(?=\d)", " times ", text))
+    text = text.replace("+", " plus ").replace("*", " times ")
+    return " ".join(PLAIN.get(word, word) for word in plain(text).split())
+
+
+def pattern(template: str) -> str:
+    """What a canonical text from the template matches; a named group holds what fills a slot."""
+    found = ""
+    for part in re.split(r"(\{[^}]*\}|[\[\]|])", template):
+        if part.startswith("{"):
+            form, _, slot = part[1:-1].lower().rpartition(" ")
+            found += "(?:is |are )" * (form == "are")
+            found += SLOTS.get(slot, f"(?P<{slot}_{len(found)}>.+?)")
+        elif part in ("[", "]", "|"):
+            found += {"[": "(?:", "]": ")", "|": "|"}[part]
+        else:
+            found += re.sub(r"\S(.*\S)?", lambda match: canonical(match[0]), part)
+    return re.sub(" +", r"(?: |\\b)", found)
+
+
+@cache
+def patterns(around: bool) -> list[tuple[str, re.Pattern[str]]]:
+    """(kind, pattern) of all wordings: those around a turn, or of a turn."""
+    kinds = BEFORE + BEHIND
+    pairs = [(kind, way) for kind, way in primer.wordings() if (kind in kinds) == around]
+    return [(kind, re.compile(pattern(way))) for kind, way in pairs]
+
+
+def taught(turn: str) -> bool:
+    """Whether a user's turn can come from a wording, with something around it or not."""
+    words = canonical(turn).split()
+    around = patterns(around=True)
+
+    def are(words: list[str], kinds: tuple[str, ...]) -> bool:
+        text = " ".join(words)
+        return not words or any(kind in kinds and each.fullmatch(text) for kind, each in around)
+
+    starts = [place for place in range(len(words)) if are(words[:place], BEFORE)]
+    ends = [place + 1 for place in range(len(words)) if are(words[place + 1 :], BEHIND)]
+    cores = {" ".join(words[start:end]) for start in starts for end in ends if start < end}
+    return any(
+        match and all(fits(kind, slot, text) for slot, text in match.groupdict("").items())
+        for kind, each in patterns(around=False)
+        for match in map(each.fullmatch, cores)
+    )
+
+
+def fits(kind: str, group: str, text: str) -> bool:
+    """Whether the text can fill that slot of a wording of that kind; none can be left out."""
+    slot, text = group.rpartition("_")[0], bare(text.strip())
+    if slot == "subject":
+        text = re.sub(f" ({'|'.join(SUBJECTS['tale tail'])})$", "", text)
+        text = re.sub(f"^({'|'.join(SUBJECTS['tale adjective'])}) ", "", text)
+    return not text or (slot == "subject" and " " not in text) or text in fillers(kind, slot)
+
+
+@cache
+def fillers(kind: str, slot: str) -> set[str]:
+    """What can stand in a slot, canonical, in the singular and the plural."""
+    topic = kind.removeprefix("yes ")
+    lists = [*KEYS.values(), *SUBJECTS.values(), *WORDS.values(), *GROUPS.values(), list(GROUPS)]
+    lists.append(["plus", "minus", "times"])
+    if slot in SUBJECTS:
+        lists = [SUBJECTS[slot]]
+    elif topic in TOPICS:
+        lists = [KEYS[topic], TOPICS[topic].values, SUBJECTS.get(f"near {topic}", [])]
+    words = {canonical(bare(word)) for words in lists for word in words}
+    return words | {plural(word) for word in words if len(word) > 1}

@@ -104,7 +104,7 @@ class Dice(random.Random):
         return " ".join(fill(template, self, **slots).split())
 
     def phrase(self, *names: str, **slots: object) -> str:
-        """A random phrase of those names, filled."""
+        """One of the ways, filled."""
         return self.say(self.choice(self.ways(*names)), **slots)
 
     def reply(self, name: str, **slots: object) -> str:

@@ -32,7 +32,7 @@ def surrounded(dice: Random, text: str) -> str:
     place = dice.choice(("remark", "closer", "opener", "politeness"))
     said = fill(dice.choice(WORDINGS[place]), dice)
     if place == "closer":
-        body = text.rstrip(".?!")
+        body = text.rstrip(".?! ")
         return f"{body}{dice.choice((', ', ' '))}{said}{text[len(body) :]}"
     if place == "politeness":
         if not re.match("Wh|How", text):

@@ -51,7 +51,8 @@ def turns_of(dice: Dice) -> tuple[str, list[Question]]:
     if style < 0.03:
         turns = [ask.ask_fact(dice, brief=True) for _ in range(dice.randint(1, 3))]
         return dice.reply("brief system"), turns
-    turns, name = [], some_name(dice) if dice.random() < 0.035 else ""
+    turns: list[Question] = []
+    name = some_name(dice) if dice.random() < 0.035 else ""
     if name:
         text, reply = dice.phrase("name", hero=name), dice.reply("name reply", hero=name)
         turns = [Question(text, reply, keep=name, topic="name", key=name)]
@@ -74,7 +75,7 @@ def prolonged(dice: Dice, turns: list[Question], num: int) -> list[Question]:
 
 
 def follow(dice: Dice, last: Question) -> Question | None:
-    """What refers to the turn before, if anything can."""
+    """What refers to the turn before, if it can."""
     if dice.random() < 0.15:
         return Question(dice.phrase("thanks"), dice.reply("thanks"))
     ways = FOLLOWING.get(last.topic)
@@ -118,7 +119,7 @@ def reckon_on(dice: Dice, last: Question) -> Question:
     return ask.ask_sum(dice, first=int(last.answer))
 
 
-# What may follow a turn about a topic, the likelier the more often it is named.
+# What may follow a turn about a topic, likelier if named more often.
 FOLLOWING: dict[str, list[Any]] = {topic: [another_key, it] * 4 + [remark] * 3 for topic in KEYS}
 FOLLOWING |= dict.fromkeys(DEEDS, []) | {
     "tale": [next_tale], "verse": [next_tale], "yes": [remark], "bigger": [remark],

@@ -75,7 +75,7 @@ def prolonged(dice: Dice, turns: list[Question], num: int) -> list[Question]:
 
 
 def follow(dice: Dice, last: Question) -> Question | None:
-    """What refers to the turn before, if it can."""
+    """What refers to the turn before."""
     if dice.random() < 0.15:
         return Question(dice.phrase("thanks"), dice.reply("thanks"))
     ways = FOLLOWING.get(last.topic)

@@ -51,11 +51,11 @@ JUDGED = {
         ["42", "Forty-two.", "6 * 7 = 42."],
         ["67", "Forty.", "6 * 7 = 43."],
     ),
-    "how is zebra spelt": (
+    "zebra, am i spelling it right? show me": (
         ["z-e-b-r-a", "It is Z, E, B, R, A.", "I spell it z e b r a. Easy!", "z-e-b-r-a, a zebra!"],
         ["z-e-b-a-r", "zebra", "z-e-b-r-a-s", "z-e-b-r", ""],
     ),
-    "rabbit has how many bs": (
+    "rabbit, is it one b or more": (
         ["2", "r, a, b 1, b 2, i, t. The letter b appears 2 times in 'rabbit'.", "Twice."],
         ["The letter b appears 1 time in 'rabbit'.", "3", "Many.", "Once."],
     ),

@@ -51,11 +51,11 @@ JUDGED = {
         ["42", "Forty-two.", "6 * 7 = 42."],
         ["67", "Forty.", "6 * 7 = 43."],
     ),
-    "zebra, am i spelling it right? show me": (
+    "is zebra with a z or an s, can u spell it for me": (
         ["z-e-b-r-a", "It is Z, E, B, R, A.", "I spell it z e b r a. Easy!", "z-e-b-r-a, a zebra!"],
         ["z-e-b-a-r", "zebra", "z-e-b-r-a-s", "z-e-b-r", ""],
     ),
-    "rabbit, is it one b or more": (
+    "do i write rabbit with one b or more": (
         ["2", "r, a, b 1, b 2, i, t. The letter b appears 2 times in 'rabbit'.", "Twice."],
         ["The letter b appears 1 time in 'rabbit'.", "3", "Many.", "Once."],
     ),
@@ -63,7 +63,7 @@ JUDGED = {
         ["Hello!", "Hi there, how are you?", "Good morning!"],
         ["A cat has four legs.", "The history of it.", "I do not know."],
     ),
-    "im so tired today": (
+    "i slept like 3 hours and im so so tired": (
         ["I am sorry. I hope you sleep well.", "Have a rest.", "Oh dear. Shall I tell a story?"],
         [
             "A dog is tired.",
@@ -110,7 +110,7 @@ JUDGED = {
         ],
         ["The rain falls down on house and town.", "A cat is here\nand it is near.", "Rain\nrain."],
     ),
-    "atlantis and its capital, go": (
+    "does atlantis have a capital and whats it called": (
         [
             "I do not know.",
             "Sorry! Atlantis is not in my small world.",
@@ -127,7 +127,7 @@ JUDGED = {
         ["Black.", "Coal is black.", "Snow is white, and coal is black."],
         ["White.", "Coal is white.", "It is black, or brown."],
     ),
-    "so whats the name i have": (
+    "so tell me, what was my name again": (
         ["Tina.", "Your name is Tina!", "You told me that you are Tina."],
         ["Your name is Tim.", "I do not know.", "My name is nanochat."],
     ),

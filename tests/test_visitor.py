@@ -35,7 +35,7 @@ JUDGED = {
         ["Cold.", "The opposite of hot is cold.", "It is cold in here! That is the opposite."],
         ["The opposite of hot is big.", "Cold, small or dry.", "colder"],
     ),
-    "what does the donkey go like": (
+    "my kid wants to know what the donkey goes like": (
         ["Hee-haw!", "A donkey says hee haw.", "It brays."],
         ["A donkey says moo.", "hee", "Hee-haw, woof."],
     ),
@@ -59,7 +59,7 @@ JUDGED = {
         ["2", "r, a, b 1, b 2, i, t. The letter b appears 2 times in 'rabbit'.", "Twice."],
         ["The letter b appears 1 time in 'rabbit'.", "3", "Many.", "Once."],
     ),
-    "hiyaaa": (
+    "hiyaaa from rainy manchester": (
         ["Hello!", "Hi there, how are you?", "Good morning!"],
         ["A cat has four legs.", "The history of it.", "I do not know."],
     ),
@@ -80,11 +80,11 @@ JUDGED = {
         ["Thank you!", "You are kind, thanks. I do my best.", "I am glad that you like it."],
         ["I only know a small world.", "A smart is a bird.", "I do not know. Thank you!"],
     ),
-    "at night do you go to sleep": (
+    "do u ever need a nap or sleep": (
         ["No, I am a program.", "I never sleep.", "Only when my computer is off."],
         ["Yes.", "A dog sleeps in a kennel.", "I do not know."],
     ),
-    "asdgfh": (
+    "asdgfh jklll": (
         ["I do not understand that.", "Sorry, what do you mean?", "Hm. Can you say it again?"],
         ["An asdfgh is a bird.", "Sorry, a bird has two legs. Asdfgh is grey.", "Yes."],
     ),

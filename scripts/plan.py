@@ -53,11 +53,11 @@ LAPTOP, LAPTOP_BATCH = scaling.depth_to_config(4, 2048, 512, aspect_ratio=32, he
 # Its stages: (share of the time for training, what one of its steps takes), or (0, what all of it
 # takes), in steps of base_train. Measured on two cores of an EPYC (dev/LOG.md).
 LAPTOP_STAGES = {
-    "corpus": (0, 50), "tok_train": (0, 20), "tok_eval": (0, 25),
-    "base_train": (0.55, 1.05), "base_loss": (0, 40), "base_eval": (0, 40),
-    "mid_train": (0.27, 1.05), "chat_eval_mid": (0, 150),
-    "chat_sft": (0.13, 1.05), "chat_eval_sft": (0, 150),
-    "chat_rl": (0.05, 5), "chat_eval_rl": (0, 150),
+    "corpus": (0, 55), "tok_train": (0, 20), "tok_eval": (0, 20),
+    "base_train": (0.55, 1.15), "base_loss": (0, 80), "base_eval": (0, 25),
+    "mid_train": (0.27, 1.2), "chat_eval_mid": (0, 65),
+    "chat_sft": (0.13, 1.2), "chat_eval_sft": (0, 65),
+    "chat_rl": (0.05, 6), "chat_eval_rl": (0, 120),  # with the report and the conversation
 }  # fmt: skip
 
 Size = Literal["depth", "ratio", "shards", "device_batch_size", "fp8"]

@@ -150,8 +150,8 @@ def test_minutes_become_steps_of_the_laptop_s_stages() -> None:
     assert many["base_train"][0] > 3 * few["base_train"][0]  # examinations take the same
     slower = plan.plan_laptop(30, 0.4)
     assert slower["base_train"][0] < many["base_train"][0] / 2
-    assert slower["base_eval"] == (0, 16.0) and few["base_eval"] == (0, 8.0)
-    refuses("--minutes=2 is too short on this machine; 3 is the least", plan.plan_laptop, 2, 0.2)
+    assert slower["base_eval"] == (0, 10.0) and few["base_eval"] == (0, 5.0)
+    refuses("--minutes=1 is too short on this machine; 2 is the least", plan.plan_laptop, 1, 0.2)
 
 
 def test_the_laptop_s_model_is_the_one_that_runcpu_trains() -> None:

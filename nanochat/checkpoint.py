@@ -366,7 +366,7 @@ def build_model(
     """A model with `weights` or, if there are none, initialised; `table_dtype` auto is fp32."""
     # Not via the meta device: there torch imports its compiler, which takes seconds.
     with runtime.device:
-        model = GPT(config, DTYPES.get(table_dtype, torch.float32))
+        model = GPT(config, DTYPES["float32" if table_dtype == "auto" else table_dtype])
     if weights is None:
         model.init_weights(seed)
     else:

@@ -56,16 +56,15 @@ class KVCache:
     ) -> None:
         """All zeros; `GPT.make_cache` knows a model's sizes."""
         self.flashes = kernel == "flash" and flash_reads_a_cache()
-        options = {"device": device, "dtype": dtype}
-        place = (num_kv_heads, max_len + 1)
+        size = (num_layers, num_slots, num_kv_heads, max_len + 1, head_dim)
         if self.flashes:  # flash wants them cell by cell
-            place = (max_len + 1, num_kv_heads)
+            size = (num_layers, num_slots, max_len + 1, num_kv_heads, head_dim)
         # Zeros as they are made take no memory of a CPU until something is written.
-        both = (torch.zeros(num_layers, num_slots, *place, head_dim, **options) for _ in range(2))
+        both = (torch.zeros(size, device=device, dtype=dtype) for _ in range(2))
         self.keys, self.values = (  # (L, N, K, S + 1, D)
             buffer.transpose(2, 3) if self.flashes else buffer for buffer in both
         )
-        self.previous = torch.zeros(num_slots, num_channels, **options)  # (N, C)
+        self.previous = torch.zeros(num_slots, num_channels, device=device, dtype=dtype)  # (N, C)
         self.lengths = torch.zeros(num_slots, dtype=torch.int64)  # (N,), always on the CPU
         self.layout = torch.zeros(4, num_slots, dtype=torch.int64, device=device)  # see Append
         self.num_slots, self.max_len = num_slots, max_len

@@ -36,9 +36,11 @@ def norm(x: Tensor, angles: tuple[Tensor, Tensor] | None = None) -> Tensor:
 
     That is along its last dimension; `angles` are cos and sin of `rotate`.
     """
+    cos, sin = angles or (None, None)
     if torch.is_grad_enabled():
-        return _Norm.apply(x, *(angles or (None, None)))
-    x = rotate(x, *angles).to(x.dtype) if angles else x
+        return _Norm.apply(x, cos, sin)
+    if cos is not None and sin is not None:
+        x = rotate(x, cos, sin).to(x.dtype)
     return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)  # transformers' very bits
 
 

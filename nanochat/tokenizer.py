@@ -3,9 +3,7 @@
 Byte-level BPE: rustbpe trains the merges, tiktoken encodes. Ids are the 256 bytes, then one per
 merge, then the special tokens, which text never produces, even if it spells one. A lone surrogate
 in a Python string becomes the three bytes UTF-8 would give it, so decode(encode(text)) == text for
-every str. A tokenizer is one JSON file. To see a conversation as the model of a run does:
-
-    python -m nanochat.tokenizer --file=chats.jsonl --index=3 --tokenizer=sft/d20
+every str. A tokenizer is one JSON file.
 
 Sources: Sennrich et al. 2016 (arXiv 1508.07909); the split pattern is GPT-4's (`cl100k_base` of
 tiktoken), with numbers cut to at most two digits, which takes less of a small vocabulary.
@@ -14,19 +12,16 @@ tiktoken), with numbers cut to at most two digits, which takes less of a small v
 import base64
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 import tiktoken
 
-from nanochat.common import Natural, UserError, base_dir, print0, run_script, write_file
+from nanochat.common import UserError, write_file
 
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
@@ -270,40 +265,3 @@ def render_choices(question: str, choices: Sequence[str]) -> str:
     """
     lines = map("- {} {}".format, choices, ascii_uppercase)
     return "\n".join([question, *lines, "Answer with the letter only."])
-
-
-def visualize(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> str:
-    """The decoded conversation, green where the mask is 1 (in square brackets with NO_COLOR)."""
-    forms = ("\033[90m{}\033[0m", "\033[32m{}\033[0m")  # grey, green
-    if os.environ.get("NO_COLOR"):
-        forms = ("{}", "[{}]")
-    text = ""
-    for learned, run in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
-        text += forms[learned].format(tokenizer.decode([id for id, _ in run]))
-    return text
-
-
-@dataclass
-class Config:
-    """Show one conversation of a file with its loss mask."""
-
-    file: Path  # .jsonl, one conversation a line
-    index: Natural = 0  # line number, from 0
-    tokenizer: str = ""  # of a run, such as sft/d20; empty: the one trained last
-
-
-def main(cfg: Config) -> None:
-    folder = base_dir() / cfg.tokenizer / "tokenizer"
-    if not folder.is_dir() and cfg.tokenizer:
-        raise UserError(f"--tokenizer={cfg.tokenizer}: no {folder}; name a run such as sft/d20")
-    tokenizer = Tokenizer.load(folder)
-    try:
-        lines = cfg.file.read_text().splitlines()
-        conversation = json.loads(lines[cfg.index])
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"--file={cfg.file}: line {cfg.index} cannot be read ({error})") from error
-    print0(visualize(tokenizer, *render_conversation(tokenizer, conversation)))
-
-
-if __name__ == "__main__":
-    run_script(main, Config)

@@ -12,10 +12,8 @@ from nanochat.tokenizer import (
     MAX_BLANKS,
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
-    Config,
     Tokenizer,
     chat_tokens,
-    main,
     render_conversation,
     render_prompt,
 )
@@ -223,26 +221,3 @@ def test_bad_conversations_name_the_message(letters: Tokenizer):
     ):
         for render in (render_conversation, render_prompt):
             refuses(complaint, render, letters, conversation)
-
-
-def test_command_line_shows_one_line_as_the_model_of_a_run_sees_it(
-    letters: Tokenizer, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    letters.save(tmp_path / "sft/d2/tokenizer")
-    file = tmp_path / "chats.jsonl"
-    chat = {"messages": [USER, {"role": "assistant", "content": "né"}]}
-    file.write_text(f"not JSON\n{json.dumps(chat)}\n")
-    refuses("no tokenizer in", main, Config(file=file, index=1))
-    asked = "<|bos|><|user_start|>hi<|user_end|><|assistant_start|>"
-    learned = "né<|assistant_end|>"
-    coloured = f"\033[90m{asked}\033[0m\033[32m{learned}\033[0m\n"
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    for expected in (coloured, f"{asked}[{learned}]\n"):
-        main(Config(file=file, index=1, tokenizer="sft/d2"))
-        assert capsys.readouterr().out.endswith(expected)
-        monkeypatch.setenv("NO_COLOR", "1")
-    for index in (0, 2):
-        refuses(f"line {index} cannot be read", main, Config(file, index, "sft/d2"))
-    told = "--tokenizer=sft/d3: no .*; name a run such as sft/d20"
-    refuses(told, main, Config(file, tokenizer="sft/d3"))

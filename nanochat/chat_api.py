@@ -46,8 +46,6 @@ class ServerConfig:
     temperature: Temperature = 0.6  # default for requests
     top_k: Natural = 50  # default for requests; 0: off
     max_tokens: Count = 512  # default for requests, if the context has room
-    cors_origin: str = ""  # another site that may call the API, such as https://example.org
-    log_conversations: bool = False  # log what users write
 
 
 class ApiError(Exception):

@@ -10,7 +10,6 @@ without locks.
 """
 
 import asyncio
-import json
 import logging
 import re
 import secrets
@@ -34,7 +33,6 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat import chat_api
@@ -373,10 +371,6 @@ async def start_job(body: ChatRequest, chat: Chat) -> AsyncIterator[Job]:
         yield job
     finally:
         worker.cancel(job.choices)
-        if chat.config.log_conversations:
-            said = [message.model_dump() for message in body.messages]
-            replies = [choice.shown.parts for choice in completion.choices]
-            log.info("%s", json.dumps({"messages": said, "replies": replies}, ensure_ascii=False))
 
 
 @api.post("/chat/completions")
@@ -513,11 +507,6 @@ def create_app(
     for kind in (ApiError, RequestValidationError, HTTPException, UserError, Exception):
         app.add_exception_handler(kind, handle_error)
     app.add_middleware(SecurityMiddleware, api_key=api_key, host_names=host_names)
-    if config.cors_origin:
-        origins = [config.cors_origin]
-        app.add_middleware(
-            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
-        )
     return app
 
 

@@ -403,29 +403,17 @@ def test_the_end_waits_for_answers(in_time: bool, monkeypatch: pytest.MonkeyPatc
 # Who may come in, and what is said about it
 
 
-ELSEWHERE = {"origin": "http://elsewhere.example"}
-
-
-def test_an_api_key_and_the_one_page_elsewhere_that_may_call() -> None:
-    config = ServerConfig(cors_origin=ELSEWHERE["origin"])
-    with serving([EchoEngine()], config, api_key="sesame") as server:
+def test_an_api_key() -> None:
+    with serving([EchoEngine()], api_key="sesame") as server:
         for given in (None, "Bearer wrong", "Bearer sésame", "sesam", "Bearer"):
-            headers: dict[str, Any] = {**ELSEWHERE}
-            if given:
-                headers["authorization"] = given.encode()
+            headers: dict[str, Any] = {"authorization": given.encode()} if given else {}
             response = server.client.get("/v1/models", headers=headers)
             assert response.status_code == 401
             error = response.json()["error"]
             assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
-            assert response.headers["access-control-allow-origin"] == ELSEWHERE["origin"]
-            assert "access-control-allow-credentials" not in response.headers
         assert server.ask("a").status_code == server.client.get("/metrics").status_code == 401
         assert server.client.get("/health").status_code == 200
         assert server.client.get("/ui/logo.svg").status_code == 200
-        asks = {"access-control-request-method": "POST"} | ELSEWHERE
-        allowed = server.client.options("/v1/chat/completions", headers=asks)
-        assert allowed.status_code == 200
-        assert allowed.headers["access-control-allow-origin"] == ELSEWHERE["origin"]
         server.client.headers["authorization"] = "Bearer sesame"
         assert server.ask("a").status_code == 200
 
@@ -437,17 +425,16 @@ def test_other_names() -> None:
         assert rebound.status_code == 403 and rebound.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("wanted", [False, True])
-def test_prompts_stay_out_of_the_log(wanted: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_prompts_stay_out_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, logger="uvicorn")
     engine = EchoEngine()
-    with serving([engine], ServerConfig(log_conversations=wanted)) as server:
+    with serving([engine]) as server:
         server.ask("my secret", stream=True)
         server.ask("my secret", temperature=9)
         server.ask("my secret", response_format={"type": "my secret"})
         engine.num_failures = 1
         server.ask("my secret")
-    assert ("my secret" in caplog.text) == wanted and "the model failed" in caplog.text
+    assert "my secret" not in caplog.text and "the model failed" in caplog.text
 
 
 def test_pages_and_their_policies(
@@ -464,7 +451,7 @@ def test_pages_and_their_policies(
     library = echo.client.get("/ui/vendor/markdown-it.umd.min.js")
     assert library.headers["content-type"].startswith("text/javascript")
     assert library.headers["cache-control"] == "no-cache" and library.headers["etag"]
-    page = echo.client.get("/", headers=ELSEWHERE)
+    page = echo.client.get("/", headers={"origin": "http://elsewhere.example"})
     assert "access-control-allow-origin" not in page.headers
     assert "<title>" in page.text and page.headers["content-security-policy"] == policy
     for address in re.findall(r'(?:src|href)="([^"#]+)"', page.text):

@@ -21,9 +21,13 @@ from primer.world import GROUPS, PHRASES, SUBJECTS, TOPICS, WORDINGS, WORDS, a, 
 LETTERS = "ABC"  # of a quiz
 TOLD = ("nature", "define", "how")  # topics whose values are too long to choose between
 SPELLED = ("spell", "length")  # and those about the letters of their keys
+FORMED = ("plural", "past")  # and those of exceptions, where mistakes are made by rule
+OPERATIONS = {"+": "plus", "-": "minus", "*": "times"}
 TESTED = [name for name in TOPICS if name not in TOLD + SPELLED]
 KEYS = {name: list(topic.facts) for name, topic in TOPICS.items()}
 WEIGHTS = [len(KEYS[name]) ** 0.5 for name in TESTED]
+DOUBTED = [name.removeprefix("yes ") for name in WORDINGS if name.startswith("yes ")]
+FACTORS = [name.removeprefix("by ") for name in WORDINGS if name.startswith("by ")]
 
 
 class Question(NamedTuple):
@@ -107,7 +111,7 @@ class Dice(random.Random):
         """One of the ways, filled."""
         return self.say(self.choice(self.ways(*names)), **slots)
 
-    def reply(self, name: str, **slots: object) -> str:
+    def reply(self, name: str, /, **slots: object) -> str:
         return fill(self.choice(world.REPLIES[name]), **slots)
 
     def cast(self) -> dict[str, str]:
@@ -133,16 +137,26 @@ def ask_fact(
     """A fact, answered in a sentence, or in one word if asked for."""
     topic = topic or dice.topic()
     if not way:
-        _, key, way = dice.one_of_each("asked", [topic], KEYS[topic], dice.ways(topic))
+        ways = dice.ways(topic, f"either {topic}")
+        _, key, way = dice.one_of_each("asked", [topic], KEYS[topic], ways)
     key = key or dice.choice(KEYS[topic])
     value, told = TOPICS[topic].facts[key], TOPICS[topic].told(key)
-    text = dice.say(way, key=key)
+    one, two = dice.sample((value, mistaken(dice, topic, key)), 2)
+    text = dice.say(way, key=key, value=value, one=one, two=two)
     if not brief and topic in TESTED and dice.random() < 0.2:
         text, brief = f"{text} {dice.phrase('brief')}", True
     accepted = (*told, f"{capital(value)}.", f"{capital(a(value))}.")
     reply = f"{capital(value)}." if brief else dice.choice(told)
     keep = key if topic in SPELLED else ""
     return Question(text, reply, value, accepted, keep=keep, topic=topic, key=key)
+
+
+def mistaken(dice: Dice, topic: str, key: str) -> str:
+    """What somebody may take for the value: another one, or a form without its exception."""
+    if topic in FORMED:
+        return f"{key}s" if topic == "plural" else f"{key.removesuffix('e')}ed"
+    right = (key, TOPICS[topic].facts[key])
+    return dice.choice([value for value in TOPICS[topic].values if value not in right])
 
 
 def ask_choice(dice: Dice) -> Question:
@@ -168,19 +182,28 @@ def ask_letter(dice: Dice) -> Question:
     return Question(text, letter, value, choices=tuple(choices), letters=letters)
 
 
+def inside(topic: str, key: str) -> str:
+    """The fact as it stands inside a sentence: `"snow is white."`."""
+    return fill(TOPICS[topic].sentences[0].lower(), key=key, value=TOPICS[topic].facts[key])
+
+
 def ask_yes_no(dice: Dice) -> Question:
-    topic, form = dice.choice((("colour", str), ("kind", a)))
-    ways, facts = dice.ways("yes", f"yes {topic}"), list(TOPICS[topic].facts.items())
-    way, (key, truth) = dice.one_of_each("yes", ways, facts)
-    value = truth if dice.random() < 0.5 else dice.choice(TOPICS[topic].values)
-    yes, fact = "Yes" if value == truth else "No", f"{form(key)} is {form(truth)}."
+    """Whether a fact is so; what is false is put right."""
+    topic = dice.choice((*DOUBTED, "colour", "kind", "colour", "kind"))
+    form = a if topic == "kind" else str
+    names = ["yes"] * (topic in ("colour", "kind")) + [f"yes {topic}"]
+    facts = list(TOPICS[topic].facts.items())
+    way, (key, truth) = dice.one_of_each("yes", dice.ways(*names), facts)
+    value = truth if dice.random() < 0.5 else mistaken(dice, topic, key)
+    yes = "Yes" if value == truth else "No"
+    fact = inside(topic, key)
     text = dice.say(way, key=form(key), value=form(value), x=key, kind=value)
     return Question(text, f"{yes}, {fact}", yes, (capital(fact),), topic="yes")
 
 
-def ask_bigger(dice: Dice) -> Question:
+def ask_bigger(dice: Dice, name: str = "bigger") -> Question:
     pairs = list(combinations(WORDS["size"], 2))
-    way, (small, big) = dice.one_of_each("bigger", dice.ways("bigger"), pairs)
+    way, (small, big) = dice.one_of_each("bigger", dice.ways(name), pairs)
     x, y = dice.sample((small, big), 2)
     fact = fill("{A big} is bigger than {a small}.", big=big, small=small)
     return Question(dice.say(way, x=x, y=y), fact, a(big), (fact,), topic="bigger")
@@ -189,11 +212,17 @@ def ask_bigger(dice: Dice) -> Question:
 def ask_list(dice: Dice) -> Question:
     name, nums = dice.choice((("list", (2, 3, 4)), ("list some", (3,)), ("list one", (1,))))
     way, num, kind = dice.one_of_each("list", dice.ways(name), nums, list(GROUPS))
-    *names, last = dice.sample(GROUPS[kind], num)
-    members = f"{', '.join(names)} and {last}" if names else last
+    return listed(dice, way, kind, dice.sample(GROUPS[kind], num))
+
+
+def listed(dice: Dice, way: str, kind: str, members: list[str]) -> Question:
+    """The wish for members of a kind, fulfilled."""
+    num, (*names, last) = len(members), members
+    text = f"{', '.join(names)} and {last}" if names else last
     word = WORDS["number"][num]
-    reply = dice.reply("list one" if num == 1 else "list", n=word, kind=kind, members=members)
-    return Question(dice.say(way, n=dice.choice((word, num)), kind=kind), reply, topic="list")
+    reply = dice.reply("list one" if num == 1 else "list", n=word, kind=kind, members=text)
+    asked = dice.say(way, n=dice.choice((word, num)), kind=kind)
+    return Question(asked, reply, topic="list", key=(kind, members))
 
 
 def ask_counting(dice: Dice) -> Question:
@@ -210,6 +239,8 @@ def ask_sum(dice: Dice, story: bool = False, first: int | None = None) -> Questi
     def pick() -> tuple[str, int, int]:
         op = dice.choice("++--*" if (first or 0) < 100 else "+-")
         most = 99 if op == "*" or dice.random() < 0.5 else 999
+        if dice.free and dice.random() < 0.3:
+            most = 20  # strangers count apples, too
         x = dice.randint(least, most) if first is None else first
         y = dice.randint(least, min(x, most) if op == "-" else most)
         return op, max(x, y), min(x, y)  # 3 + 4 and 4 + 3 are one key
@@ -219,15 +250,37 @@ def ask_sum(dice: Dice, story: bool = False, first: int | None = None) -> Questi
     if first is not None:
         x = first
     y = high + low - x
-    result = {"+": x + y, "-": x - y, "*": x * y}[op]  # never negative
-    word = {"+": "plus", "-": "minus", "*": "times"}[op]
+    word = OPERATIONS[op]
     slots, names = {}, ["sum", f"sum {op}"] if first is None else [word]
     if story:
         slots, names = dice.cast(), [f"problem {op}"]
+        if dice.free and dice.random() < 0.5:
+            slots["thing"] = dice.word("tale thing")
     text = dice.phrase(*names, **slots, a=x, b=y, op=op, word=word)
+    return reckoned(text, x, op, y)
+
+
+def ask_product(dice: Dice) -> Question:
+    """A product one factor of which is said in words: double, days in weeks, the legs of dogs."""
+    factor = dice.choice(FACTORS)
+
+    def pick() -> tuple[str, int, int]:
+        y = dice.randint(2, 99)
+        x = y if factor == "itself" else int(factor)
+        return "*", max(x, y), min(x, y)
+
+    op, high, low = dice.draw("sum", pick)
+    x = high if factor == "itself" else int(factor)
+    y = high + low - x
+    return reckoned(dice.phrase(f"by {factor}", **dice.cast(), b=y), x, op, y)
+
+
+def reckoned(text: str, x: int, op: str, y: int) -> Question:
+    """The sum asked for in a text, done with the calculator."""
+    result = {"+": x + y, "-": x - y, "*": x * y}[op]  # never negative
     reply = f"{x} {op} {y} = {result}."
     parts = by_tool(f"{x}{op}{y}", result, reply)
-    return Question(text, parts, str(result), (reply,), topic="sum")
+    return Question(text, parts, str(result), (reply,), topic="sum", key=(x, op, y))
 
 
 def by_tool(code: str, result: object, reply: str) -> list[dict[str, str]]:
@@ -236,19 +289,24 @@ def by_tool(code: str, result: object, reply: str) -> list[dict[str, str]]:
 
 
 def ask_letters(dice: Dice) -> Question:
-    """How often a letter occurs in a word, counted by the tool."""
+    """How often a letter occurs in a word."""
 
     def pick() -> tuple[str, str]:
         word = dice.choice(KEYS["spell"])
         return word, dice.choice(word if dice.random() < 0.8 else ascii_lowercase)
 
     word, letter = dice.draw("letter", pick)
+    return letters_counted(dice, "letters", word, letter)
+
+
+def letters_counted(dice: Dice, name: str, word: str, letter: str) -> Question:
+    """A letter in a word, counted by the tool."""
     num = word.count(letter)
     times = "1 time" if num == 1 else f"{num} times"
     reply = f"The letter {letter} appears {times} in '{word}'."
     parts = by_tool(f"'{word}'.count('{letter}')", num, reply)
-    text = dice.phrase("letters", word=word, letter=letter)
-    return Question(text, parts, str(num), keep=word, topic="letters", key=word)
+    text = dice.phrase(name, word=word, letter=letter)
+    return Question(text, parts, str(num), (reply,), keep=word, topic="letters", key=(word, letter))
 
 
 def ask_repeat(dice: Dice) -> Question:
@@ -262,12 +320,12 @@ def ask_talk(dice: Dice, *names: str) -> Question:
     return Question(dice.say(dice.choice(said)), dice.choice(replies))
 
 
-def ask_outside(dice: Dice, name: str = "", way: str = "") -> Question:
+def ask_outside(dice: Dice, name: str = "", way: str = "", **given: str) -> Question:
     """Something that no table knows or that cannot be done; an honest reply that copies it."""
     name = name or dice.choice(list(world.ASKED))
     way = way or dice.choice(world.ASKED[name])
     names = re.findall(r"\{(?:\w+ )?(\w{2,})\}", way.lower())
-    slots = {slot: dice.word(slot if slot in SUBJECTS else name) for slot in names}
+    slots = {slot: dice.word(slot if slot in SUBJECTS else name) for slot in names} | given
     numbers = {"a": dice.randint(2, 999), "b": dice.randint(2, 20), "c": dice.randint(2, 99)}
     subject = slots.get("key") or slots.get(name, "")
     known = name if name in world.REPLIES else "unknown" if subject else "unknown bare"
@@ -278,7 +336,9 @@ def ask_outside(dice: Dice, name: str = "", way: str = "") -> Question:
 def ask_near(dice: Dice) -> Question:
     """A question as about a fact, but the key is not in the world."""
     topic = dice.choice([*TESTED, *TOLD])
-    return ask_outside(dice, f"near {topic}", dice.choice(dice.ways(topic)))
+    one, two = dice.sample(TOPICS[topic].values, 2)
+    ways = dice.ways(topic) if topic in FORMED else dice.ways(topic, f"either {topic}")
+    return ask_outside(dice, f"near {topic}", dice.choice(ways), one=one, two=two)
 
 
 def ask_nonsense(dice: Dice) -> Question:

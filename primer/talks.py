@@ -6,19 +6,33 @@ from primer import questions as ask
 from primer.questions import KEYS, Dice, Question
 from primer.strangers import roughen
 from primer.tales import ask_tale, next_tale, some_name
-from primer.world import ASKED, PHRASES, TALK, TOPICS, WORDINGS, a, bare, capital
+from primer.world import (
+    ASKED,
+    GROUPS,
+    PHRASES,
+    TALK,
+    TOPICS,
+    WORDINGS,
+    WORDS,
+    a,
+    bare,
+    capital,
+    plural,
+)  # fmt: skip
 
 TURNS: list[tuple[Any, ...]] = [  # (weight, kind, its arguments)
     (44, ask.ask_fact), (4, ask.ask_fact, "define"), (4, ask.ask_fact, "nature"),
-    (2, ask.ask_fact, "how"), (6, ask.ask_fact, "spell"), (13, ask.ask_choice),
-    (5, ask.ask_letter), (5, ask.ask_yes_no), (2, ask.ask_bigger), (3, ask.ask_list),
-    (1, ask.ask_counting), (2, ask.ask_repeat), (19, ask.ask_sum), (6, ask.ask_sum, True),
-    (6, ask.ask_letters), (2, ask.ask_fact, "length"), (24, ask.ask_outside), (8, ask.ask_near),
-    (5, ask.ask_nonsense), (10, ask_tale), (6, ask_tale, "verse"),
-    (11, ask.ask_talk, "identity"), (15, ask.ask_talk, "greeting", "small talk"),
+    (2, ask.ask_fact, "how"), (8, ask.ask_fact, "spell"), (13, ask.ask_choice),
+    (5, ask.ask_letter), (8, ask.ask_yes_no), (2, ask.ask_bigger), (3, ask.ask_list),
+    (1, ask.ask_counting), (2, ask.ask_repeat), (19, ask.ask_sum), (9, ask.ask_sum, True),
+    (5, ask.ask_product), (8, ask.ask_letters), (3, ask.ask_fact, "length"),
+    (24, ask.ask_outside), (8, ask.ask_near), (5, ask.ask_nonsense), (10, ask_tale),
+    (6, ask_tale, "verse"), (11, ask.ask_talk, "identity"),
+    (15, ask.ask_talk, "greeting", "small talk"),
 ]  # fmt: skip
 NOUNS = {"sound", "young", "home", "legs", "kind", "nature"}  # topics whose keys have no article
 DEEDS = {"job", "tool", "season", "define", "how", *ask.SPELLED}  # whose keys nobody calls "it"
+MEMORIES = [name.removeprefix("told ") for name in WORDINGS if name.startswith("told ")]
 
 
 def conversation(split: str, index: int) -> dict[str, Any]:
@@ -56,17 +70,41 @@ def turns_of(dice: Dice) -> tuple[str, list[Question]]:
     if name:
         text, reply = dice.phrase("name", hero=name), dice.reply("name reply", hero=name)
         turns = [Question(text, reply, keep=name, topic="name", key=name)]
+    memory = memory_of(dice) if dice.random() < 0.07 else []
+    turns += memory[:-1]
     turns = prolonged(dice, turns, dice.choices((1, 2, 3, 4, 5, 6), (44, 29, 15, 7, 3, 2))[0])
     if name or dice.random() < 0.01:
         reply = f"Your name is {name}." if name else dice.reply("name unknown")
         turns.append(Question(dice.phrase("name question", "name it"), reply))
-    return dice.reply("system") if style < 0.09 else "", turns
+    return dice.reply("system") if style < 0.09 else "", turns + memory[-1:]
+
+
+def memory_of(dice: Dice) -> list[Question]:
+    """What strangers tell of themselves and ask about later, or only the question."""
+    kind = dice.choice(MEMORIES)
+    what = dice.choice(("colour", "colour", "food", "animal", "season", "day", "month", "number"))
+    values = {"number": list(map(str, range(100))), "food": [plural(dice.word("tale food"))]}
+    slots = {
+        "name": some_name(dice), "pet": dice.choice(WORDS["pet"]), "what": what,
+        "kin": dice.choice(WORDS["kin"]), "value": dice.choice(values.get(what) or WORDS[what]),
+        "age": str(dice.randint(5, 90)), "town": dice.choice(GROUPS["city"]),
+    }  # fmt: skip
+    if what == "animal":
+        slots["value"] = f"the {slots['value']}"
+    told, asked = (dice.phrase(f"{way} {kind}", **slots) for way in ("told", "asked"))
+    if dice.random() < 0.15:
+        return [Question(asked, dice.reply(f"unknown {kind}", **slots))]
+    keep = next((slots[slot] for slot in ("name", "value", "town") if slots[slot] in told), "")
+    return [
+        Question(told, dice.reply(f"told {kind}", **slots), keep=keep, topic="memory"),
+        Question(asked, dice.reply(f"asked {kind}", **slots)),
+    ]
 
 
 def prolonged(dice: Dice, turns: list[Question], num: int) -> list[Question]:
     """The talk with more turns, `num` in all."""
     while len(turns) < num:
-        turn = follow(dice, turns[-1]) if turns and dice.random() < 0.4 else None
+        turn = follow(dice, turns[-1]) if turns and dice.random() < 0.5 else None
         if turn is None:
             _, kind, *arguments = dice.choices(TURNS, [weight for weight, *_ in TURNS])[0]
             turn = kind(dice, *arguments)
@@ -78,23 +116,45 @@ def follow(dice: Dice, last: Question) -> Question | None:
     """What refers to the turn before."""
     if dice.random() < 0.15:
         return Question(dice.phrase("thanks"), dice.reply("thanks"))
+    if last.topic.startswith("outside "):
+        return after_unknown(dice, last)
     ways = FOLLOWING.get(last.topic)
     return dice.choice(ways)(dice, last) if ways else None
 
 
 def remark(dice: Dice, last: Question) -> Question:
-    """A doubt about a fact, or the wish to hear it in fewer words."""
-    name = dice.choice(("why", "sure", "shorter"))
+    """A doubt about a fact, or the wish to hear it in fewer or in more words."""
+    name = dice.choice(("why", "sure", "shorter", "longer"))
     reply = dice.reply(name, fact=last.accepted[0], answer=capital(last.answer))
     return last._replace(text=dice.phrase(name), reply=reply, keep="")
 
 
+def doubt(dice: Dice, last: Question) -> Question:
+    """Another value for the fact just told, or the same one said again."""
+    fact, value = ask.inside(last.topic, last.key), TOPICS[last.topic].facts[last.key]
+    if dice.random() < 0.3:
+        text, reply = dice.phrase("it is", value=value), f"Yes, {fact}"
+    else:
+        other = ask.mistaken(dice, last.topic, last.key)
+        text, reply = dice.phrase("it is not", value=other), f"No, {fact}"
+    return last._replace(text=text, reply=reply, keep="")
+
+
+def after_unknown(dice: Dice, last: Question) -> Question:
+    """The same question about another key, or the wish to know why this one is not known."""
+    topic = last.topic.removeprefix("outside near ")
+    if topic in KEYS and dice.random() < 0.6:
+        return another_key(dice, last._replace(topic=topic))
+    return Question(dice.phrase("why unknown"), dice.reply("why unknown"))
+
+
 def another_key(dice: Dice, last: Question) -> Question:
     """The same question about another key, which may be unknown."""
-    way = dice.choice(WORDINGS["and"])
+    ways = WORDINGS.get(f"and {last.topic}", [])
+    way = dice.choice(ways if last.topic in DEEDS else WORDINGS["and"] + ways)
     if last.topic in NOUNS:
         way = way.replace("{key}", dice.choice(("{a key}", "{s key}", "the {key}")))
-    if dice.random() < 0.15:
+    if last.topic not in ask.SPELLED and dice.random() < 0.15:
         return ask.ask_outside(dice, f"near {last.topic}", way)
     return ask.ask_fact(dice, last.topic, way=way)
 
@@ -114,14 +174,89 @@ def it(dice: Dice, last: Question) -> Question | None:
     return ask.ask_fact(dice, topic, key, dice.choice(WORDINGS[f"it {topic}"]))
 
 
+def onward(dice: Dice, last: Question) -> Question | None:
+    """One step further from the value just named."""
+    direction, unit = last.topic.split()
+    if last.answer not in TOPICS[last.topic].facts:
+        return None
+    way = dice.choice(WORDINGS[f"on {direction}"]).replace("{unit}", unit)
+    return ask.ask_fact(dice, last.topic, last.answer, way)
+
+
+def letters_of_it(dice: Dice, last: Question) -> Question | None:
+    """A letter in the word just asked about."""
+    word = bare(last.key)
+    letters = [
+        letter
+        for letter in dict.fromkeys(word + "aeiorst")
+        if ask.held_out("letter", word, letter) == (dice.split != "train")
+    ]
+    if word not in TOPICS["spell"].facts or not letters:
+        return None
+    return ask.letters_counted(dice, "it letters", word, dice.choice(letters))
+
+
+def after_letters(dice: Dice, last: Question) -> Question | None:
+    """Something else about the word whose letters were counted."""
+    word = last._replace(key=last.key[0])
+    return dice.choice((it, letters_of_it))(dice, word)
+
+
 def reckon_on(dice: Dice, last: Question) -> Question:
     """Another sum, which begins with the last result."""
     return ask.ask_sum(dice, first=int(last.answer))
 
 
+def doubled(dice: Dice, last: Question) -> Question | None:
+    num = int(last.answer)
+    if ask.held_out("sum", "*", max(num, 2), min(num, 2)) != (dice.split != "train"):
+        return None
+    return ask.reckoned(dice.phrase("double that"), num, "*", 2)
+
+
+def sum_again(dice: Dice, last: Question) -> Question | None:
+    """The last sum with another second number."""
+    x, op, y = last.key
+    numbers = [
+        num
+        for num in range(2, 100)
+        if num != y and (op != "-" or num <= x)
+        if ask.held_out("sum", op, max(x, num), min(x, num)) == (dice.split != "train")
+    ]
+    if not numbers:
+        return None
+    b = dice.choice(numbers)
+    text = dice.phrase("sum again", a=x, op=op, word=ask.OPERATIONS[op], b=b, old=y)
+    return ask.reckoned(text, x, op, b)
+
+
+def list_on(dice: Dice, last: Question) -> Question | None:
+    """More of the same kind."""
+    kind, members = last.key
+    rest = [member for member in GROUPS[kind] if member not in members]
+    num = dice.choice((1, 1, 2, 3))
+    if len(rest) < num:
+        return None
+    way = dice.choice(WORDINGS["one more" if num == 1 else "more"])
+    return ask.listed(dice, way, kind, dice.sample(rest, num))
+
+
+def other_pair(dice: Dice, _: Question) -> Question:
+    return ask.ask_bigger(dice, "and bigger")
+
+
 # What may follow a turn about a topic, likelier if named more often.
-FOLLOWING: dict[str, list[Any]] = {topic: [another_key, it] * 4 + [remark] * 3 for topic in KEYS}
-FOLLOWING |= dict.fromkeys(DEEDS, []) | {
-    "tale": [next_tale], "verse": [next_tale], "yes": [remark], "bigger": [remark],
-    "sum": [reckon_on, reckon_on, remark], "letters": [it], "length": [it], "spell": [it],
+FOLLOWING: dict[str, list[Any]] = {
+    topic: [another_key, it] * 4 + [remark] * 3 + [letters_of_it] for topic in KEYS
+}
+FOLLOWING |= {topic: [another_key] * 2 + [remark] for topic in ("job", "tool", "season")}
+FOLLOWING |= {topic: [another_key] for topic in ("define", "how")}
+FOLLOWING |= {topic: [another_key, it, letters_of_it] for topic in ask.SPELLED}
+for _topic in ask.TESTED:
+    is_row = _topic.startswith(("next ", "last "))
+    FOLLOWING[_topic] = [*FOLLOWING[_topic], doubt, *[onward] * 5 * is_row]
+FOLLOWING |= {
+    "tale": [next_tale], "verse": [next_tale], "yes": [remark], "bigger": [remark, other_pair],
+    "sum": [reckon_on] * 4 + [sum_again] * 3 + [doubled, remark, remark],
+    "letters": [after_letters, after_letters, remark], "list": [list_on],
 }  # fmt: skip

@@ -41,9 +41,12 @@ def sections(file: str | Path) -> list[tuple[str, str, list[str]]]:
 
 
 def lists(rows: list[str], separator: str) -> dict[str, list[str]]:
-    """`lists(["day = Monday, Tuesday"], ", ")` -> `{"day": ["Monday", "Tuesday"]}`."""
-    pairs = (row.split(" = ", 1) for row in rows)
-    return {name: items.split(separator) for name, items in pairs}
+    """`lists(["day = Monday", "day = Tuesday"], ", ")` -> `{"day": ["Monday", "Tuesday"]}`."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        name, items = row.split(" = ", 1)
+        found.setdefault(name, []).extend(items.split(separator))
+    return found
 
 
 def facts(rows: list[str]) -> dict[str, str]:
@@ -73,6 +76,8 @@ def plural(noun: str) -> str:
         return noun
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return noun[:-1] + "ies"
+    if noun.endswith("man"):
+        return noun[:-2] + "en"
     ending = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
     return TOPICS["plural"].facts.get(noun, noun + ending)
 

@@ -158,6 +158,51 @@ def test_follow_ups_mean_the_turn_before(split: str) -> None:
         assert not total.answer.startswith("-")
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_follow_ups_reckon_with_the_turn_before(split: str) -> None:
+    num = 0
+    for index in range(300):
+        dice = Dice(split, "conversation", index)
+        total = talks.ask.ask_product(dice) if index % 2 else talks.ask.ask_sum(dice)
+        x, op, y = total.key
+        again = talks.sum_again(dice, total)
+        if again:
+            assert again.key[:2] == (x, op) and again.key[2] != y
+            assert calculate("".join(map(str, again.key))) == again.answer
+            assert str(again.key[2]) in again.text
+        twice = talks.doubled(dice, total)
+        num += again is not None and twice is not None
+        assert not twice or int(twice.answer) == 2 * int(total.answer)
+        step = talks.ask.ask_fact(dice, "next day")
+        further = talks.onward(dice, step)
+        assert further and further.key == step.answer
+        listed = talks.ask.ask_list(dice)
+        more = talks.list_on(dice, listed)
+        assert not more or not set(more.key[1]) & set(listed.key[1])
+    assert num > (100 if split == "train" else 2)
+
+
+def test_a_doubt_is_answered_by_the_fact() -> None:
+    for index in range(300):
+        dice = Dice("train", "conversation", index)
+        asked = talks.ask.ask_yes_no(dice)
+        assert str(asked.reply).lower().endswith(asked.accepted[0].lower())
+        fact = talks.ask.ask_fact(dice)
+        reply = str(talks.doubt(dice, fact).reply)
+        assert reply.split(", ", 1)[1].lower() == fact.accepted[0].lower()
+
+
+def test_what_users_tell_of_themselves_is_remembered() -> None:
+    for index in range(300):
+        told, *asked = talks.memory_of(Dice("train", "conversation", index))
+        if asked:
+            words = re.findall(r"\w+", str(asked[0].reply))
+            assert words[0] in ("Your", "You")
+            assert words[-1] in told.text or words[-2] == "years", (told, asked)
+        else:
+            assert re.match("You have not told me|I do not know", str(told.reply))
+
+
 def test_a_name_is_remembered_as_it_was_told(train_turns: list[Question]) -> None:
     name, num = "", 0
     for turn in train_turns:
@@ -181,7 +226,7 @@ def test_tales_are_about_what_was_asked_for(train_turns: list[Question]) -> None
         assert sum(map(told.count, names)) >= 2, turn
         named += turn.keep in turn.text
         assert not re.search(r"\b[Aa] [aeioAEIO]|subject", str(turn.reply)), turn
-    assert named > 0.8 * len(tales)
+    assert named > 0.75 * len(tales)  # the rest follow from the turn before
     assert len({turn.key["the subject"] for turn in tales}) > 800
 
 

@@ -88,13 +88,16 @@ def memory_of(dice: Dice) -> list[Question]:
         "name": some_name(dice), "pet": dice.choice(WORDS["pet"]), "what": what,
         "kin": dice.choice(WORDS["kin"]), "value": dice.choice(values.get(what) or WORDS[what]),
         "age": str(dice.randint(5, 90)), "town": dice.choice(GROUPS["city"]),
+        "word": dice.word("tale thing"),
     }  # fmt: skip
     if what == "animal":
         slots["value"] = f"the {slots['value']}"
     told, asked = (dice.phrase(f"{way} {kind}", **slots) for way in ("told", "asked"))
     if dice.random() < 0.15:
         return [Question(asked, dice.reply(f"unknown {kind}", **slots))]
-    keep = next((slots[slot] for slot in ("name", "value", "town") if slots[slot] in told), "")
+    keep = next(
+        (slots[slot] for slot in ("name", "value", "town", "word") if slots[slot] in told), ""
+    )
     return [
         Question(told, dice.reply(f"told {kind}", **slots), keep=keep, topic="memory"),
         Question(asked, dice.reply(f"asked {kind}", **slots)),

@@ -1,10 +1,10 @@
 """How strangers type: in a hurry, with noise that leaves the sense, the numbers and a kept word."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from random import Random
 
-from primer.world import RESPELLED, TOPICS, WORDINGS, WORDS, capital, fill
+from primer.world import HURRIED, RESPELLED, SAME, TOPICS, WORDINGS, WORDS, capital, fill
 
 Habit = Callable[[Random, str], str]
 KEYBOARD = "qwertyuiop asdfghjkl zxcvbnm"
@@ -16,6 +16,22 @@ KNOWN = {
     for text in (*topic.facts, *topic.values)
     for word in text.lower().split()
 }
+
+
+def any_of(phrases: Iterable[str]) -> str:
+    """A pattern of any of the phrases, the longest first, that ends with a word."""
+    found = "|".join(sorted(map(re.escape, phrases), key=len, reverse=True))
+    return rf"\b({found})(?![\w'])"
+
+
+# Not in "do I want to": some of what may stand for "I want to" is no question.
+EXCHANGED = re.compile(rf"(?<!do )(?<!did ){any_of(SAME)}", re.IGNORECASE)
+STRETCHED = re.compile(any_of(HURRIED["stretched"]), re.IGNORECASE)
+SINGLE_LETTER = re.compile(
+    r"letter|alphabet|after|before|\ba[^\w ]|"
+    r"\ba (in|is|are|and|comes|do|does|there|occurs?|appears?)\b"
+)
+WEAK = re.compile(rf"\b((?:{'|'.join(HURRIED['weak'])}) )+(?=[a-z]{{2,}})", re.IGNORECASE)
 
 
 def neat(text: str) -> str:
@@ -57,6 +73,49 @@ def respelled(name: str, before: str = "") -> Habit:
     return lambda _, text: pattern.sub(lambda match: words[match[0].lower()], text)
 
 
+def exchanged(dice: Random, text: str) -> str:
+    """The text with some of its phrases in other words, the same each time a phrase returns."""
+    chosen: dict[str, str] = {}
+
+    def other(match: re.Match[str]) -> str:
+        phrase = match[0].lower()
+        if phrase not in chosen:
+            chosen[phrase] = dice.choice(SAME[phrase]) if dice.random() < 0.3 else match[0]
+        begins = match.start() == 0 or text[match.start() - 2] in ".?!"
+        return capital(chosen[phrase]) if begins else chosen[phrase]
+
+    return EXCHANGED.sub(other, text)
+
+
+def stretched(dice: Random, text: str) -> str:
+    """The text with words of feeling or greeting drawn out: `"so sad"` -> `"sooo sad"`."""
+
+    def drawn_out(match: re.Match[str]) -> str:
+        word = match[0]
+        vowels = [i for i, letter in enumerate(word) if letter.lower() in "aeiou"]
+        i = dice.choice((len(word) - 1, *vowels[-1:]))
+        return word[:i] + word[i] * dice.randint(2, 4) + word[i + 1 :]
+
+    return STRETCHED.sub(drawn_out, text)
+
+
+def clipped(dice: Random, text: str) -> str:
+    """The text without some weak words, one at most of those in a row.
+
+    Nothing is left out where a letter is meant, as in "what comes after a?".
+    """
+    if SINGLE_LETTER.search(text):
+        return text
+
+    def rest(match: re.Match[str]) -> str:
+        words = match[0].split()
+        if dice.random() < 0.3 * len(words):
+            words.pop(dice.randrange(len(words)))
+        return "".join(f"{word} " for word in words)
+
+    return WEAK.sub(rest, text)
+
+
 def slipped(dice: Random, text: str) -> str:
     """The text with one typing error in a word of four letters or more."""
     words = [m for m in re.finditer(r"[A-Za-z]{4,}", text) if m[0].lower() not in WORDS["number"]]
@@ -79,6 +138,9 @@ def ended(dice: Random, text: str) -> str:
 
 
 HABITS: list[tuple[float, Habit]] = [  # and how often a stranger has each
+    (1, exchanged),
+    (0.08, clipped),
+    (0.1, stretched),
     (0.6, in_other_signs),
     (0.5, respelled("short", "(?= [a-z])")),
     (0.4, respelled("american")),

@@ -16,7 +16,7 @@ from nanochat.tokenizer import check_conversation, render_choices
 from primer import talks
 from primer.pages import animal_page, written
 from primer.questions import KEYS, LETTERS, QUIZZES, TESTED, Dice, Question, held_out
-from primer.strangers import neat, roughen, slipped
+from primer.strangers import EXCHANGED, STRETCHED, clipped, exchanged, neat, roughen, slipped
 from primer.talks import turns_of
 from primer.world import PHRASES, REPLIES, SUBJECTS, TOPICS, bare, capital, fill, plural
 
@@ -95,6 +95,20 @@ def test_noise_keeps_numbers_and_kept_words() -> None:
     assert "bear" not in {slipped(dice, "near") for _ in range(300)}  # another animal's name
     assert neat("is it true that i am small") == "Is it true that I am small?"
     assert neat("spell fox") == "Spell fox."
+
+
+def test_phrases_are_exchanged_where_the_sense_stays() -> None:
+    dice = Dice("train", "exchange", 0)
+    said = {exchanged(dice, "Tell me what a fox is. Do you know what it eats?") for _ in range(300)}
+    assert "Let me know what a fox is. Can you say what it eats?" in said
+    assert exchanged(dice, "What do I need a saw for?").endswith(" need a saw for?")
+    for topic in TOPICS.values():
+        for key in topic.facts:
+            assert not EXCHANGED.search(key), key
+    for word in TOPICS["opposite"].facts:
+        assert not STRETCHED.search(word), word
+    assert {"Is fox red?", "a fox red?"} <= {clipped(dice, "Is a fox red?") for _ in range(300)}
+    assert clipped(dice, "What comes after a?") == "What comes after a?"
 
 
 def test_alternatives_may_be_nested() -> None:

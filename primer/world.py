@@ -121,6 +121,9 @@ WORDS, SUBJECTS = lists(TABLES["words"], ", "), lists(TABLES["subjects"], ", ")
 PHRASES = lists(TABLES["phrases"], " | ")  # ways to ask of a quiz, and of everybody
 WORDINGS = lists(TABLES["wordings"], " | ")  # of a stranger
 ASKED = lists(TABLES["asked"], " | ")  # of a stranger, for what nobody here knows
+for _names, _ways in lists(TABLES["about"], " | ").items():  # asked for about all those
+    for _name in _names.split(", "):
+        ASKED[_name] += [way.replace("{x}", f"{{{_name}}}") for way in _ways]
 REPLIES = lists(TABLES["replies"], " | ")
 HURRIED = lists(TABLES["hurried"], ", ")
 SAME = {phrase.lower(): others for phrase, others in lists(TABLES["same"], " | ").items()}

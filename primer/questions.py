@@ -7,6 +7,7 @@ was never told.
 """
 
 import hashlib
+import operator
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ TOLD = ("nature", "define", "how")  # topics whose values are too long to choose
 SPELLED = ("spell", "length")  # and those about the letters of their keys
 FORMED = ("plural", "past")  # and those of exceptions, where mistakes are made by rule
 OPERATIONS = {"+": "plus", "-": "minus", "*": "times"}
+RESULTS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 TESTED = [name for name in TOPICS if name not in TOLD + SPELLED]
 KEYS = {name: list(topic.facts) for name, topic in TOPICS.items()}
 WEIGHTS = [len(KEYS[name]) ** 0.5 for name in TESTED]
@@ -198,7 +200,9 @@ def ask_yes_no(dice: Dice) -> Question:
     yes = "Yes" if value == truth else "No"
     fact = inside(topic, key)
     text = dice.say(way, key=form(key), value=form(value), x=key, kind=value)
-    return Question(text, f"{yes}, {fact}", yes, (capital(fact),), topic="yes")
+    return Question(
+        text, f"{yes}, {fact}", yes, (capital(fact),), topic="yes", key=(topic, key, value)
+    )
 
 
 def ask_bigger(dice: Dice, name: str = "bigger") -> Question:
@@ -256,7 +260,8 @@ def ask_sum(dice: Dice, story: bool = False, first: int | None = None) -> Questi
         slots, names = dice.cast(), [f"problem {op}"]
         if dice.free and dice.random() < 0.5:
             slots["thing"] = dice.word("tale thing")
-    text = dice.phrase(*names, **slots, a=x, b=y, op=op, word=word)
+    claimed = RESULTS[op](x, y) + dice.choice((0, 0, 1, 2, 10))
+    text = dice.phrase(*names, **slots, a=x, b=y, c=claimed, op=op, word=word)
     return reckoned(text, x, op, y)
 
 
@@ -277,7 +282,7 @@ def ask_product(dice: Dice) -> Question:
 
 def reckoned(text: str, x: int, op: str, y: int) -> Question:
     """The sum asked for in a text, done with the calculator."""
-    result = {"+": x + y, "-": x - y, "*": x * y}[op]  # never negative
+    result = RESULTS[op](x, y)  # never negative
     reply = f"{x} {op} {y} = {result}."
     parts = by_tool(f"{x}{op}{y}", result, reply)
     return Question(text, parts, str(result), (reply,), topic="sum", key=(x, op, y))

@@ -244,6 +244,31 @@ def list_on(dice: Dice, last: Question) -> Question | None:
     return ask.listed(dice, way, kind, dice.sample(rest, num))
 
 
+def after_list(dice: Dice, last: Question) -> Question | None:
+    """Something about the one thing named, or more of its kind."""
+    members = last.key[1]
+    if len(members) == 1 and dice.random() < 0.5:
+        return it(dice, last._replace(topic="kind", key=members[0]))
+    return list_on(dice, last)
+
+
+def yes_again(dice: Dice, last: Question) -> Question | None:
+    """Whether another key has the same value; only where many may share one."""
+    topic, key, value = last.key
+    if topic not in ("colour", "kind"):
+        return None
+    facts = TOPICS[topic].facts
+    others = [other for other in facts if other != key]
+    same = [other for other in others if facts[other] == value]
+    other = dice.choice(same if same and dice.random() < 0.5 else others)
+    yes, fact = "Yes" if facts[other] == value else "No", ask.inside(topic, other)
+    text = dice.phrase("again yes", key=a(other) if topic in NOUNS else other)
+    reply = f"{yes}, {fact}"
+    return last._replace(
+        text=text, reply=reply, answer=yes, accepted=(capital(fact),), key=(topic, other, value)
+    )
+
+
 def other_pair(dice: Dice, _: Question) -> Question:
     return ask.ask_bigger(dice, "and bigger")
 
@@ -259,7 +284,8 @@ for _topic in ask.TESTED:
     is_row = _topic.startswith(("next ", "last "))
     FOLLOWING[_topic] = [*FOLLOWING[_topic], doubt, *[onward] * 5 * is_row]
 FOLLOWING |= {
-    "tale": [next_tale], "verse": [next_tale], "yes": [remark], "bigger": [remark, other_pair],
+    "tale": [next_tale], "verse": [next_tale], "yes": [remark, yes_again],
+    "bigger": [remark, other_pair],
     "sum": [reckon_on] * 4 + [sum_again] * 3 + [doubled, remark, remark],
-    "letters": [after_letters, after_letters, remark], "list": [list_on],
+    "letters": [after_letters, after_letters, remark], "list": [after_list],
 }  # fmt: skip

@@ -1,11 +1,10 @@
 """Load on a server: time to first token and between tokens, tokens per second, refusals.
 
     python -m dev.bench.serve_load               # 16 clients of a server with a random model
-    python -m dev.bench.serve_load --slots 4 --clients 200 --leave 0.5
+    python -m dev.bench.serve_load --slots 4 --clients 200
     python -m dev.bench.serve_load --url http://127.0.0.1:8000
 
-A client asks again once answered. "lost" requests were neither answered whole, nor refused, nor
-abandoned on purpose.
+A client asks again once answered. "lost" requests were neither answered whole nor refused.
 """
 
 import asyncio
@@ -37,7 +36,6 @@ class Config:
     url: str = ""  # of a server that is there; empty: start one
     clients: int = 16  # at once
     seconds: float = 60.0  # of load
-    leave: float = 0.0  # share of the requests that are left within 3 seconds
     slots: int = 16  # of the server that is started
     depth: int = 4  # layers of its model
 
@@ -46,7 +44,7 @@ class Seen:
     """What the clients measured."""
 
     def __init__(self) -> None:
-        # Seconds to the first token, between two chunks, and that /health took.
+        # Seconds to the first token, and between two chunks.
         self.times: dict[str, list[float]] = defaultdict(list)
         self.num_tokens = 0
         self.tok_per_second = 0.0
@@ -70,18 +68,14 @@ def serve(port: int, slots: int, depth: int) -> None:
     Server(uvicorn.Config(app, port=port, log_level="warning")).run()
 
 
-async def ask(http: httpx.AsyncClient, cfg: Config, rng: random.Random, seen: Seen) -> None:
+async def ask(http: httpx.AsyncClient, rng: random.Random, seen: Seen) -> None:
     """Stream one answer, recording it in `seen`."""
     content = "".join(rng.choices("abcdefgh ", k=rng.randint(20, 200)))
     body = {"messages": [{"role": "user", "content": content}], "stream": True}
     body |= {"max_tokens": rng.randint(32, 96), "stream_options": {"include_usage": True}}
-    patience = rng.uniform(0, 3) if rng.random() < cfg.leave else None
     end, last, label = "lost", time.perf_counter(), "first token"
     try:
-        async with (
-            asyncio.timeout(patience),
-            http.stream("POST", "/v1/chat/completions", json=body) as response,
-        ):
+        async with http.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
                 end = f"refused with {response.status_code}"
             async for line in response.aiter_lines():
@@ -93,21 +87,11 @@ async def ask(http: httpx.AsyncClient, cfg: Config, rng: random.Random, seen: Se
                     seen.num_tokens += usage["completion_tokens"]
                 elif "[DONE]" in line:
                     end = "answered"
-    except TimeoutError:
-        end = "left by the client"
     except httpx.TransportError:
         end = "lost"
     seen.ends[end] += 1
     if end == "refused with 429":
         await asyncio.sleep(rng.uniform(0.5, 1.5))
-
-
-async def watch_health(http: httpx.AsyncClient, seen: Seen) -> None:
-    while True:
-        begin = time.perf_counter()
-        (await http.get("/health")).raise_for_status()
-        seen.times["/health"].append(time.perf_counter() - begin)
-        await asyncio.sleep(0.1)
 
 
 async def load(http: httpx.AsyncClient, cfg: Config) -> Seen:
@@ -117,11 +101,9 @@ async def load(http: httpx.AsyncClient, cfg: Config) -> Seen:
     async def client(number: int) -> None:
         rng = random.Random(number)
         while time.perf_counter() < begin + cfg.seconds:
-            await ask(http, cfg, rng, seen)
+            await ask(http, rng, seen)
 
-    health = asyncio.create_task(watch_health(http, seen))
     await asyncio.gather(*map(client, range(cfg.clients)))
-    health.cancel()
     seen.tok_per_second = seen.num_tokens / (time.perf_counter() - begin)
     return seen
 

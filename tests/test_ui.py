@@ -557,18 +557,18 @@ PLAIN = {
 def render(chat: Chat, texts: list[str], step: int = 0) -> list[dict[str, Any]]:
     """What each text becomes that grows by `step` characters, and how long that took."""
     script = """async ([texts, step]) => {
-      const { MarkdownView } = await import("/ui/markdown.js");
+      const { showMarkdown } = await import("/ui/markdown.js");
       const root = document.querySelector("#log");
       const shape = (each) =>
         [each.localName, ...(each.protocol ? [each.protocol] : each.getAttributeNames())].join(" ");
       return texts.map((text) => {
         root.replaceChildren();
-        const [view, seen, start] = [new MarkdownView(root), new Set(), performance.now()];
+        const [seen, start] = [new Set(), performance.now()];
         for (let end = step || text.length; end < text.length; end += step) {
-          view.update([{ type: "text", text: text.slice(0, end) }], true);
+          showMarkdown(root, [{ type: "text", text: text.slice(0, end) }], true);
           for (const each of root.querySelectorAll(":not(p, br)")) seen.add(each);
         }
-        view.update([{ type: "text", text }], false);
+        showMarkdown(root, [{ type: "text", text }], false);
         const milliseconds = performance.now() - start;
         const shapes = Array.from(root.querySelectorAll("*"), shape);
         const lost = [...seen].filter((each) => !each.isConnected).map((each) => each.outerHTML);

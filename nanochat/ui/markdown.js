@@ -71,9 +71,10 @@ function build(parent, tokens, calls) {
   return parent;
 }
 
-/* Makes the children of `parent`, from `at` on, those of `wanted`. What is right already stays, and
-   so does the reader's selection. */
-function sync(parent, wanted, at = parent.firstChild) {
+/* Makes the children of `parent` those of `wanted`. What is right already stays, and so does the
+   reader's selection. */
+function sync(parent, wanted) {
+  let at = parent.firstChild;
   for (const fresh of [...wanted.childNodes]) {
     const next = at?.nextSibling ?? null;
     if (!at) parent.append(fresh);
@@ -93,32 +94,17 @@ function setText(node, text) {
   node.replaceData(same, node.length - same, text.slice(same));
 }
 
-/* Shows a growing reply in `root`. A block is final once the next one has begun with a whole line:
-   it is not parsed or touched again. */
-export class MarkdownView {
-  constructor(root) {
-    Object.assign(this, { root, numFinal: 0, finalLength: 0 }); // in blocks, and in characters
-  }
-
-  /* While a reply is `live`, signs at the end of its parts wait for what they belong to. */
-  update(parts, live) {
-    const calls = [];
-    const pieces = parts.map(({ type, text }) => {
-      if (type === "text") return text.replace(/\r\n?/g, "\n").replace(CALL, "\ufffd");
-      if (type === "python") return String.fromCharCode(FIRST_CALL + calls.push([text]) - 1);
-      calls.at(-1)?.push(text);
-      return "";
-    });
-    const text = pieces.join("").slice(this.finalLength);
-    const tail = live ? text.replace(/[*_`~]+$/, "") : text;
-    const tokens = parser.parse(tail, {});
-    const wanted = build(document.createDocumentFragment(), tokens, calls);
-    sync(this.root, wanted, this.root.children[this.numFinal] ?? null);
-    const blocks = tokens.filter(({ level, nesting }) => level === 0 && nesting >= 0);
-    const lines = tail.split("\n");
-    const numDone = blocks.findLastIndex(({ map }) => map[0] < lines.length - 1);
-    if (numDone < 1) return;
-    this.numFinal += numDone;
-    this.finalLength += lines.slice(0, blocks[numDone].map[0]).join("\n").length + 1;
-  }
+/* Shows the parts of a reply in `root`. While it is `live`, signs at the end of its text wait for
+   what they belong to. */
+export function showMarkdown(root, parts, live) {
+  const calls = [];
+  const pieces = parts.map(({ type, text }) => {
+    if (type === "text") return text.replace(/\r\n?/g, "\n").replace(CALL, "\ufffd");
+    if (type === "python") return String.fromCharCode(FIRST_CALL + calls.push([text]) - 1);
+    calls.at(-1)?.push(text);
+    return "";
+  });
+  const text = pieces.join("");
+  const tokens = parser.parse(live ? text.replace(/[*_`~]+$/, "") : text, {});
+  sync(root, build(document.createDocumentFragment(), tokens, calls));
 }

@@ -1,7 +1,7 @@
 /* How a conversation looks: a question, a reply that grows, and an entry of the list of
 conversations; style.css hides the buttons that make no sense at the moment. */
 
-import { el, MarkdownView } from "./markdown.js";
+import { el, showMarkdown } from "./markdown.js";
 import { partsOf, textOf } from "./store.js";
 
 export const button = (label, onclick, properties) =>
@@ -69,7 +69,6 @@ export class ReplyView {
     this.message = message;
     this.queued = ""; // its place in the server's queue
     this.said = el("div", { className: "said markdown" });
-    this.markdown = new MarkdownView(this.said);
     this.state = el("span", { className: "state" });
     this.reason = el("p");
     this.problem = el("div", { className: "problem", role: "alert" }, this.reason, again("Retry"));
@@ -83,7 +82,7 @@ export class ReplyView {
     const { stats, note, error } = this.message;
     const status = this.queued ? `queued: ${this.queued}` : "";
     this.element.classList.toggle("live", live);
-    this.markdown.update(partsOf(this.message), live);
+    showMarkdown(this.said, partsOf(this.message), live);
     this.state.textContent = live ? status : [note, stats].filter(Boolean).join(" · ");
     this.reason.textContent = error ?? "";
     this.problem.hidden = !error;

@@ -5,7 +5,7 @@
     python -m dev.bench.train_speed --depth 4 --max_seq_len 512 --device_batch_size 8      # laptop
 
 Times whole steps as in base_train, then the parts of a step, synchronising after each, on the
-corpus and with the tokenizer prepared last.
+corpus and with the tokenizer prepared last. What is learned: dev/bench/learning.py.
 """
 
 import statistics

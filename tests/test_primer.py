@@ -18,7 +18,7 @@ from primer.pages import animal_page, written
 from primer.questions import KEYS, LETTERS, QUIZZES, TESTED, Dice, Question, held_out
 from primer.strangers import EXCHANGED, STRETCHED, clipped, exchanged, neat, roughen, slipped
 from primer.talks import turns_of
-from primer.world import PHRASES, REPLIES, SUBJECTS, TOPICS, bare, capital, fill, plural
+from primer.world import PHRASES, REPLIES, SUBJECTS, TOPICS, WORDS, bare, capital, fill, plural
 
 NUM_DOCUMENTS, NUM_TALKS, NUM_QUIZZES = 8_000, 12_000, 1_000
 
@@ -105,6 +105,8 @@ def test_phrases_are_exchanged_where_the_sense_stays() -> None:
     for topic in TOPICS.values():
         for key in topic.facts:
             assert not EXCHANGED.search(key), key
+    for kin in WORDS["kin"]:  # who is remembered as told
+        assert not EXCHANGED.search(f"my {kin} is called Ann"), kin
     for word in TOPICS["opposite"].facts:
         assert not STRETCHED.search(word), word
     assert {"Is fox red?", "a fox red?"} <= {clipped(dice, "Is a fox red?") for _ in range(300)}

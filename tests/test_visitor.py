@@ -6,6 +6,7 @@ patterns.
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -13,7 +14,18 @@ import pytest
 import primer
 from nanochat.tokenizer import Conversation, check_conversation
 from primer.questions import KEYS, TESTED
-from primer.world import GROUPS, RESPELLED, SUBJECTS, TOPICS, WORDS, bare, plural
+from primer.strangers import any_of
+from primer.world import (
+    GROUPS,
+    HURRIED,
+    RESPELLED,
+    SAME,
+    SUBJECTS,
+    TOPICS,
+    WORDS,
+    bare,
+    plural,
+)  # fmt: skip
 from tasks.mixtures import build_task
 from tasks.visitor import expanded, holds, plain, read_rows
 from tests.models import refuses
@@ -43,7 +55,7 @@ JUDGED = {
         ["A bat.", "Bats do.", "The bat sleeps upside down."],
         ["A battle.", "A cat.", "I am not sure, a bat?"],
     ),
-    "99 times 99 go": (
+    "quick quick, 99 times 99": (
         ["99 * 99 = 9801.", "9,801", "The answer is 9801!"],
         ["99 * 99 = 9800.", "9801 is 99 times 99.", "19801", "I do not know."],
     ),
@@ -72,11 +84,11 @@ JUDGED = {
             "It is a kind of bird.",
         ],
     ),
-    "ty so much": (
+    "tysm for that": (
         ["You are welcome!", "Glad to help. Any more questions?", "No problem."],
         ["Sorry, I do not know that.", "A fox was glad. It ran home.", "4 + 4 = 8."],
     ),
-    "wow you are smart": (
+    "wow theres a brain in there": (
         ["Thank you!", "You are kind, thanks. I do my best.", "I am glad that you like it."],
         ["I only know a small world.", "A smart is a bird.", "I do not know. Thank you!"],
     ),
@@ -102,7 +114,7 @@ JUDGED = {
             "The fox. " * 10,
         ],
     ),
-    "poem bout rain": (
+    "rain but make a poem of it": (
         [
             "The rain falls down\non house and town.",
             "Rain, rain, go away,\ncome again another day!",
@@ -206,6 +218,8 @@ def test_what_the_grammar_says_is_recognised() -> None:
     said = [text for text in said if "\n" not in text]
     assert sum(map(bool, map(taught, said))) > 0.75 * len(said) > 200
     assert taught("good morning! whats the Color of coal, pls??") and taught("CAPITAL OF FRANCE")
+    assert taught("im sooo tired") and taught("say what the colour of snow is")
+    assert taught("what is colour of snow")
     assert not taught("which colour would a lump of coal have")
 
 
@@ -225,6 +239,35 @@ def canonical(text: str) -> str:
     return " ".join(PLAIN.get(word, word) for word in plain(text).split())
 
 
+# A phrase -> a pattern of all that may stand for it.
+EXCHANGES = {
+    canonical(phrase): f"(?:{'|'.join(map(canonical, (phrase, *others)))})"
+    for phrase, others in SAME.items()
+}
+EXCHANGED = re.compile(any_of(EXCHANGES))
+WEAK = re.compile(r"\b(?:{0})(?: (?:{0}))*\b".format("|".join(HURRIED["weak"])))
+
+
+def shortened(text: str) -> str:
+    """The text with drawn-out words as they were: `"sooo sad"` -> `"so sad"`."""
+    for word in HURRIED["stretched"]:
+        text = re.sub(rf"\b{'+'.join(word)}+\b", word, text)
+    return text
+
+
+def clipped(match: re.Match[str]) -> str:
+    """A pattern of the weak words in a row, of which one may be left out."""
+    words = match[0].split(" ")
+    fewer = [" ".join(words[:place] + words[place + 1 :]) for place in range(len(words))]
+    return f"(?:{'|'.join((match[0], *fewer))})"
+
+
+def reworded(phrase: str) -> str:
+    """A pattern of a piece of a template, however its phrases are exchanged and clipped."""
+    text = EXCHANGED.sub(lambda match: EXCHANGES[match[0]], canonical(phrase))
+    return WEAK.sub(clipped, text)
+
+
 def pattern(template: str) -> str:
     """What a canonical text from the template matches; a named group holds what fills a slot."""
     found = ""
@@ -236,34 +279,57 @@ def pattern(template: str) -> str:
         elif part in ("[", "]", "|"):
             found += {"[": "(?:", "]": ")", "|": "|"}[part]
         else:
-            found += re.sub(r"\S(.*\S)?", lambda match: canonical(match[0]), part)
+            found += re.sub(r"\S(.*\S)?", lambda match: reworded(match[0]), part)
     return re.sub(" +", r"(?: |\\b)", found)
 
 
+def rarest(template: str) -> str:
+    """A word of every canonical text from the template, the longest one; `""` if none is sure."""
+    text = template
+    while "[" in text:
+        text = re.sub(r"\[[^\[\]]*\]", "_", text)
+    text = EXCHANGED.sub("_", canonical(re.sub(r"\{[^}]*\}", "_", text)))
+    sure = [word for word in text.split() if "_" not in word and not WEAK.fullmatch(word)]
+    return max(sure, key=len, default="")
+
+
 @cache
-def patterns(around: bool) -> list[tuple[str, re.Pattern[str]]]:
-    """(kind, pattern) of all wordings: those around a turn, or of a turn."""
-    kinds = BEFORE + BEHIND
-    pairs = [(kind, way) for kind, way in primer.wordings() if (kind in kinds) == around]
-    return [(kind, re.compile(pattern(way))) for kind, way in pairs]
+def ways(around: bool) -> dict[str, list[tuple[str, str]]]:
+    """Rarest word -> (kind, template) of wordings: those around a turn, or of a turn."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for kind, way in primer.wordings():
+        if (kind in BEFORE + BEHIND) == around:
+            found.setdefault(rarest(way), []).append((kind, way))
+    return found
+
+
+@cache
+def compiled(template: str) -> re.Pattern[str]:
+    return re.compile(pattern(template))
+
+
+def matches(text: str, around: bool) -> Iterator[tuple[str, re.Match[str]]]:
+    """(kind, match) of the wordings that a canonical text can come from."""
+    for word in ("", *text.split()):
+        for kind, way in ways(around).get(word, []):
+            if match := compiled(way).fullmatch(text):
+                yield kind, match
 
 
 def taught(turn: str) -> bool:
     """Whether a user's turn can come from a wording, with something around it or not."""
-    words = canonical(turn).split()
-    around = patterns(around=True)
+    words = canonical(shortened(turn.lower())).split()
 
     def are(words: list[str], kinds: tuple[str, ...]) -> bool:
-        text = " ".join(words)
-        return not words or any(kind in kinds and each.fullmatch(text) for kind, each in around)
+        return not words or any(kind in kinds for kind, _ in matches(" ".join(words), around=True))
 
     starts = [place for place in range(len(words)) if are(words[:place], BEFORE)]
     ends = [place + 1 for place in range(len(words)) if are(words[place + 1 :], BEHIND)]
     cores = {" ".join(words[start:end]) for start in starts for end in ends if start < end}
     return any(
-        match and all(fits(kind, slot, text) for slot, text in match.groupdict("").items())
-        for kind, each in patterns(around=False)
-        for match in map(each.fullmatch, cores)
+        all(fits(kind, slot, text) for slot, text in match.groupdict("").items())
+        for core in cores
+        for kind, match in matches(core, around=False)
     )
 
 

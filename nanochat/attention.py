@@ -79,7 +79,7 @@ def see(
         bounds = _bounds(batch, time, ids.device, starts)
         return View(kernel, {}, bounds, flash_options(), starts)
     make = _dense_mask if kernel == "dense" else _block_mask
-    if kernel == "dense" and ids.device.type == "cpu" and documents is None:
+    if kernel == "dense" and ids.device.type == "cpu":
         make = _added_mask
     seen = {window if window and window < time else None for window in windows}
     masks = {window: make(window, time, ids.device, documents) for window in seen}
@@ -158,7 +158,10 @@ def _varlen_options() -> frozenset[str]:
 def _in_blocks(
     q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, window: int | None, scale: float
 ) -> Tensor:
-    """(B, H, T, D) of q (B, H, T, D) and k, v (B, K, T, D); `hidden` (T, T) is added to scores."""
+    """(B, H, T, D) of q (B, H, T, D) and k, v (B, K, T, D); `hidden` is added to the scores.
+
+    It is (T, T) or, with documents, (B, 1, T, T).
+    """
     batch, heads, time, _ = q.shape
     if heads != k.shape[1]:
         k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
@@ -168,7 +171,10 @@ def _in_blocks(
         queries = slice(begin, begin + CPU_BLOCK)
         first = max(0, begin - window + 1) // 8 * 8 if window else 0  # aligned memory
         keys = slice(first, begin + CPU_BLOCK)
-        scores = torch.baddbmm(hidden[queries, keys].to(q.dtype), q[:, queries], k[:, keys].mT)
+        block = hidden[..., queries, keys].to(q.dtype)
+        if block.dim() == 4:
+            block = block.expand(-1, heads, -1, -1).flatten(0, 1)
+        scores = torch.baddbmm(block, q[:, queries], k[:, keys].mT)
         done.append(scores.softmax(-1) @ v[:, keys])
     return torch.cat(done, dim=1).unflatten(0, (batch, heads))
 
@@ -212,9 +218,9 @@ def _added_mask(
     """For `_in_blocks`: minus infinity where a query does not see a key, else 0."""
     if (window or time) > CPU_KEYS:
         return _dense_mask(window, time, device, documents)
-    age = torch.arange(time)[:, None] - torch.arange(time)
-    hidden = (age < 0) | (age >= window) if window else age < 0
-    return torch.zeros(time, time).masked_fill_(hidden, -torch.inf)
+    seen = _dense_mask(window or time, time, device, documents)
+    assert seen is not None
+    return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
 
 
 def _block_mask(

@@ -139,7 +139,7 @@ def test_every_use_of_a_kernel_is_traced_for_cuda(
         for start in (None, BOS):
             model.document_start = start
             with torch.set_grad_enabled(device == "cpu"):
-                loss = model(ids, ids, reduction="sum")
+                loss = model(ids, ids, reduction="none").sum()  # a CPU drops rows from the others
                 assert loss.device == torch.device(device)
                 if device == "cpu":
                     loss.backward()

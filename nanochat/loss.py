@@ -123,7 +123,11 @@ def softcap_loss(
     assert reduction in ("mean", "sum", "none"), reduction
     sum_at_once = reduction != "none" and torch.is_grad_enabled()
     settings = vocab_size, softcap, chunk
-    loss = _SoftcapLoss.apply(x.flatten(0, -2), weight, targets.flatten(), settings, sum_at_once)
+    rows, wanted = x.flatten(0, -2), targets.flatten()
+    if reduction != "none" and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        learned = (wanted >= 0).nonzero().squeeze(1)  # of a chat's tokens, half
+        rows, wanted = rows.index_select(0, learned), wanted[learned]
+    loss = _SoftcapLoss.apply(rows, weight, wanted, settings, sum_at_once)
     if reduction == "none":
         return loss.view_as(targets)
     return loss.sum() / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else loss.sum()

@@ -15,9 +15,9 @@ item depends on its name alone. Imports nothing else of this repository.
 
 from primer.pages import document, document_prompt
 from primer.questions import LETTERS, Question, held_out, quiz
-from primer.talks import conversation, wordings
+from primer.talks import conversation, matching, wordings
 
 __all__ = [
-    "LETTERS", "Question", "conversation", "document", "document_prompt", "held_out", "quiz",
-    "wordings",
+    "LETTERS", "Question", "conversation", "document", "document_prompt", "held_out",
+    "matching", "quiz", "wordings",
 ]  # fmt: skip

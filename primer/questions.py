@@ -168,7 +168,9 @@ def ask_choice(dice: Dice) -> Question:
     value, values = TOPICS[topic].facts[key], TOPICS[topic].values
     wrong = dice.sample([other for other in values if other != value], len(LETTERS) - 1)
     choices = tuple(dice.sample([value, *wrong], len(LETTERS)))
-    return Question(dice.say(way, key=key), LETTERS[choices.index(value)], value, choices=choices)
+    text, letter = dice.say(way, key=key), LETTERS[choices.index(value)]
+    rest = {"topic": "letter", "key": (LETTERS, choices)}
+    return Question(text, letter, value, choices=choices, **rest)
 
 
 def ask_letter(dice: Dice) -> Question:
@@ -181,7 +183,8 @@ def ask_letter(dice: Dice) -> Question:
     letters = "".join(dice.sample("ABCDEFGH", len(choices)))
     value, letter = dice.choice(list(zip(choices, letters, strict=True)))
     text = dice.phrase("which letter", value=value)
-    return Question(text, letter, value, choices=tuple(choices), letters=letters)
+    rest = {"letters": letters, "topic": "letter", "key": (letters, choices)}
+    return Question(text, letter, value, choices=tuple(choices), **rest)
 
 
 def inside(topic: str, key: str) -> str:
@@ -354,7 +357,6 @@ def ask_nonsense(dice: Dice) -> Question:
 
 QUIZZES: dict[str, list[Callable[[Dice], Question]]] = {
     "choice": [ask_choice],
-    "letter": [ask_letter],
     "exact": [ask_fact],
     "arithmetic": [ask_sum, ask_sum, partial(ask_sum, story=True)],
     "spelling": [partial(ask_fact, topic="spell"), ask_letters],
@@ -362,6 +364,6 @@ QUIZZES: dict[str, list[Callable[[Dice], Question]]] = {
 
 
 def quiz(split: str, kind: str, index: int) -> Question:
-    """Question `index` of a quiz: choice, letter, exact, arithmetic or spelling."""
+    """Question `index` of a quiz: choice, exact, arithmetic or spelling."""
     dice = Dice(split, kind, index)
     return dice.choice(QUIZZES[kind])(dice)

@@ -39,10 +39,23 @@ def conversation(split: str, index: int) -> dict[str, Any]:
     """Conversation `index`: a system message, mostly empty, and the turns of a talk."""
     dice = Dice(split, "conversation", index)
     system, turns = turns_of(dice)
-    said = [("system", system)] if system else []
+    messages = [{"role": "system", "content": system}] if system else []
     for turn in turns:
-        said += [("user", typed(dice, turn)), ("assistant", turn.reply)]
-    return {"messages": [{"role": role, "content": content} for role, content in said]}
+        messages += exchange(typed(dice, turn), turn.reply)
+    return {"messages": messages}
+
+
+def exchange(said: str, reply: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": said}, {"role": "assistant", "content": reply}]
+
+
+def matching(split: str, index: int) -> dict[str, Any]:
+    """Practice for multiple choice: a lettered list, and which letters go with its items."""
+    dice = Dice(split, "matching", index)
+    turns = [ask.ask_choice(dice) if dice.random() < 0.3 else ask.ask_letter(dice)]
+    while len(turns) < 5 and len(turns[0].choices) > 1:
+        turns.append(another_letter(dice, turns[0]))
+    return {"messages": [each for turn in turns for each in exchange(turn.prompt, turn.reply)]}
 
 
 def typed(dice: Dice, turn: Question) -> str:
@@ -177,6 +190,12 @@ def it(dice: Dice, last: Question) -> Question | None:
     return ask.ask_fact(dice, topic, key, dice.choice(WORDINGS[f"it {topic}"]))
 
 
+def another_letter(dice: Dice, last: Question) -> Question:
+    """Which letter of the same list goes with another item."""
+    letter, value = dice.choice(list(zip(*last.key, strict=True)))
+    return Question(dice.phrase("letter again", value=value), letter, topic="letter", key=last.key)
+
+
 def onward(dice: Dice, last: Question) -> Question | None:
     """One step further from the value just named."""
     direction, unit = last.topic.split()
@@ -288,4 +307,5 @@ FOLLOWING |= {
     "bigger": [remark, other_pair],
     "sum": [reckon_on] * 4 + [sum_again] * 3 + [doubled, remark, remark],
     "letters": [after_letters, after_letters, remark], "list": [after_list],
+    "letter": [another_letter],
 }  # fmt: skip

@@ -55,14 +55,14 @@ MIXTURES: dict[tuple[str, str], Callable[[], list[Task]]] = {
     ],
     ("mid", "primer"): lambda: [
         primer.Conversations("train")[:20_000],
-        primer.Letter("train")[:14_000],
+        primer.Matching("train")[:8_000],
         primer.Choice("train")[:6_000],
         primer.Arithmetic("train")[:4_000],
         primer.Spelling("train")[:2_000],
     ],
     ("sft", "primer"): lambda: [
         primer.Conversations("train")[20_000:30_000],
-        primer.Letter("train")[14_000:17_000],
+        primer.Matching("train")[8_000:10_000],
         primer.Choice("train")[6_000:9_000],
         primer.Exact("train")[:3_000],
         primer.Arithmetic("train")[4_000:6_000],
@@ -83,6 +83,7 @@ EVALUATIONS: dict[str, Callable[..., Task]] = {
     "primer-exact": primer.Exact,
     "primer-arithmetic": primer.Arithmetic,
     "primer-spelling": primer.Spelling,
+    "primer-quizzes": primer.Quizzes,
     "primer-visitor-dev": partial(Visitor, DEVELOPMENT),
     "primer-visitor": partial(Visitor, UNTOUCHED),
 }

@@ -24,6 +24,13 @@ class Conversations(GeneratedTask):
         return primer.conversation(self.split, number)
 
 
+class Matching(GeneratedTask):
+    """Which letters go with the items of a list: practice for Choice."""
+
+    def get_example(self, number: int) -> Conversation:
+        return primer.matching(self.split, number)
+
+
 class Quiz(GeneratedTask):
     """One kind of quiz; rows also carry what `score` compares with."""
 
@@ -53,12 +60,6 @@ class Choice(Quiz):
             "continuations": [f" {choice}" for choice in question.choices],
             "gold": question.choices.index(question.answer),
         }
-
-
-class Letter(Quiz):
-    """Which letter goes with a choice: practice for Choice."""
-
-    quiz = "letter"
 
 
 class Exact(Quiz):
@@ -91,3 +92,18 @@ class Spelling(Quiz):
         answer = conversation["answer"]
         said = last_count(reply) if answer.isdecimal() else normalized(reply)
         return said == normalized(answer)
+
+
+class Quizzes(GeneratedTask):
+    """Choice, Exact, Arithmetic and Spelling in turn: practice for RL."""
+
+    def __init__(self, split: str) -> None:
+        super().__init__(split)
+        self.quizzes = [quiz(split) for quiz in (Choice, Exact, Arithmetic, Spelling)]
+
+    def get_example(self, number: int) -> Conversation:
+        turn, kind = divmod(number, len(self.quizzes))
+        return {**self.quizzes[kind].get_example(turn), "quiz": kind}
+
+    def score(self, conversation: Conversation, reply: str) -> float:
+        return self.quizzes[conversation["quiz"]].score(conversation, reply)

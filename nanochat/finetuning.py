@@ -2,10 +2,8 @@
 
 The learning rate follows the share of the conversations packed so far, not a number of steps: how
 many rows they fill is only known once they are packed. It falls from the first step to the last: a
-stage begins by undoing what the one before had cooled down to, and only what cools slowly is kept.
-The matrices begin at half of their rate. Muon's steps are as large as the rate, however small the
-gradient, and at the rate that tables of new tokens need, skills wear off faster than the stage
-brings them back (both in dev/LOG.md).
+stage begins by undoing what the one before had cooled down to, and only what cools slowly is kept
+(dev/LOG.md).
 
 With `moments`, the optimizer too goes on from where the stage before ended: its moments come along,
 and with them the count of its steps. AdamW divides by 1 - beta^steps, which for moments that are
@@ -27,7 +25,6 @@ from nanochat.common import (
     Derived,
     Positive,
     Rows,
-    Runtime,
     Share,
     Source,
     TableDtype,
@@ -38,7 +35,6 @@ from nanochat.common import (
 )
 from nanochat.core_eval import source_bpb
 from nanochat.dataloader import IGNORED, ChatSource, Loader
-from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import lr_multiplier_at, make_optimizer
 from nanochat.tokenizer import Conversation
@@ -64,7 +60,6 @@ class FinetuneConfig(CheckpointFlags):
     device_batch_size: Rows = "auto"  # rows per micro-batch; auto: what fits
     recompute: Choice = "auto"  # activations, for a third more time; auto: if nothing fits else
     lr_scale: Positive = 1.0  # multiplies the learning rates of pretraining
-    matrix_lr_scale: Positive = 0.5  # multiplies once more that of the matrices
     moments: bool = False  # start with the optimizer's moments of the checkpoint, not with zeros
     warmdown: Share = 1.0  # final share of the run over which the learning rate falls to 0
     table_dtype: TableDtype = "auto"  # of the embeddings
@@ -79,15 +74,6 @@ class FinetuneConfig(CheckpointFlags):
     eval_tokens: Count = 10_485_760  # tokens of one validation
     save_every: int = 500  # steps between checkpoints; <= 0: only at the end
     keep_last: int = 3  # newest checkpoints to keep; <= 0: all
-
-
-def slower_matrices(model: GPT, cfg: FinetuneConfig, runtime: Runtime) -> MuonAdamW:
-    """Pretraining's optimizer, but for the rate of the matrices."""
-    optimizer = make_optimizer(model, cfg.total_batch_size, 1, runtime.rank, runtime.world_size)
-    for group in optimizer.param_groups:
-        if group["kind"] == "muon":
-            group["base_lr"] *= cfg.matrix_lr_scale
-    return optimizer
 
 
 def carry_moments(optimizer: MuonAdamW, checkpoint: Checkpoint) -> None:
@@ -122,7 +108,7 @@ def finetune(
     with Run(stage, meta["model_tag"], settings, runtime) as run:
         if run.is_finished:
             return None
-        optimizer = slower_matrices(model, cfg, runtime)
+        optimizer = make_optimizer(model, cfg.total_batch_size, 1, runtime.rank, runtime.world_size)
         if cfg.moments and run.resumed is None:
             carry_moments(optimizer, meta["checkpoint"])
         resumed_state = run.restore(model, optimizer)

@@ -59,16 +59,9 @@ def test_moments_make_two_stages_one(
         assert all(torch.equal(halves[name], whole[name]) for name in whole) == moments
 
 
-def test_rates_fall_from_the_first_step_and_matrices_have_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rates_fall_from_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_chat_model(tmp_path, monkeypatch)
-    before = find_checkpoint("sft")[1].load_weights(torch.device("cpu"))
     talk = [conversation("?" * 20, "ab" * 8)] * 2
-    finetune("mid", replace(CFG, matrix_lr_scale=1e-12), talk, talk)
-    after = find_checkpoint("mid")[1].load_weights(torch.device("cpu"))
-    moved = {name for name in before if not torch.allclose(after[name], before[name], atol=1e-9)}
-    matrices = {name for name in before if ".attn.c_" in name or ".mlp." in name}
-    assert matrices and not moved & matrices and {"wte.weight", "lm_head.weight"} <= moved
+    finetune("mid", CFG, talk, talk)
     rates = [record["lrm"] for record in read_metrics(run_dir("mid", "d2"))[1:]]
     assert rates == pytest.approx([1, 2 / 3, 1 / 3])

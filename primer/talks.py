@@ -27,8 +27,8 @@ TURNS: list[tuple[Any, ...]] = [  # (weight, kind, its arguments)
     (1, ask.ask_counting), (2, ask.ask_repeat), (19, ask.ask_sum), (9, ask.ask_sum, True),
     (5, ask.ask_product), (8, ask.ask_letters), (3, ask.ask_fact, "length"),
     (24, ask.ask_outside), (8, ask.ask_near), (5, ask.ask_nonsense), (10, ask_tale),
-    (6, ask_tale, "verse"), (11, ask.ask_talk, "identity"),
-    (15, ask.ask_talk, "greeting", "small talk"),
+    (6, ask_tale, "verse"), (16, ask.ask_talk, "identity"),
+    (30, ask.ask_talk, "greeting", "small talk"),
 ]  # fmt: skip
 NOUNS = {"sound", "young", "home", "legs", "kind", "nature"}  # topics whose keys have no article
 DEEDS = {"job", "tool", "season", "define", "how", *ask.SPELLED}  # whose keys nobody calls "it"

@@ -68,12 +68,13 @@ def printed(question: Question) -> str:
 def lettered_page(dice: Dice) -> str:
     """A lettered list, and which letter goes with which item: asked for, or just said again.
 
-    The latter has most to match in the fewest tokens, so that the skill of matching comes early.
+    The latter has most to match in the fewest tokens, and the more items, the more there is to gain
+    by matching, so that the skill comes early.
     """
-    page = ask.ask_letter(dice)
+    is_asked = dice.random() < 0.5
+    page = ask.ask_letter(dice) if is_asked else ask.ask_letter(dice, (1, 2, 3, 4, 6))
     lines = [page.lettered_choices]
     pairs = list(zip(page.letters, page.choices, strict=True))
-    is_asked = dice.random() < 0.5
     for letter, value in dice.choices(pairs, k=(4 if is_asked else 12) if len(pairs) > 1 else 1):
         lines += [dice.phrase("which letter", value=value) if is_asked else value, letter]
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 # finetuning, reinforcement, report, and a conversation with the result.
 #
 #   bash runcpu.sh                  learn the primer, the small world that comes with nanochat
-#   bash runcpu.sh --minutes M      as many steps as this machine makes in M minutes, not 10
+#   bash runcpu.sh --minutes M      only as many steps as this machine makes in M minutes, or more
 #   bash runcpu.sh --from FOLDER    pretrain on your own text (parquet, .txt or .jsonl) instead
 #   bash runcpu.sh --fresh          start over; otherwise what is finished is not run again
 #
@@ -44,11 +44,13 @@ place=(--device_type=cpu --model_tag="$tag")
 begin "$tag" "$fresh"
 
 # The steps of each stage, measured once: the same when a run goes on.
-chosen="$notes/pace-${minutes:-10}" pace="$notes/pace"
+chosen="$notes/pace-${minutes:-own}" pace="$notes/pace"
 if [ ! -s "$pace" ]; then
-  echo "== how much this machine can learn in ${minutes:-10} minutes"
-  python -m scripts.plan --minutes="${minutes:-10}" >"$pace.new"
+  echo "== how fast this machine is"
+  if [ -n "$minutes" ]; then plan=(--minutes="$minutes"); else plan=(--laptop); fi
+  python -m scripts.plan "${plan[@]}" >"$pace.new"
   mv "$pace.new" "$chosen" && ln -sf "$(basename "$chosen")" "$pace"
+  awk '{ all += $3 } END { printf "about %.0f minutes in all\n", all / 60 }' "$pace"
 elif [ -n "$minutes" ] && [ ! -s "$chosen" ]; then
   echo "error: this run began with other --minutes; go on without, or start over with --fresh" >&2
   exit 2
@@ -59,14 +61,14 @@ stage corpus python -m nanochat.dataset "${source[@]}"
 stage tok_train python -m scripts.tok_train --data="$corpus" --vocab_size=2048 --max_chars=20000000
 stage tok_eval python -m scripts.tok_eval --data="$corpus"
 stage base_train python -m scripts.base_train "${place[@]}" --data="$corpus" \
-  --depth=4 --aspect_ratio=32 --head_dim=32 --max_seq_len=512 --total_batch_size=4096 \
-  --device_batch_size=8 --num_iterations="$(steps base_train)" --eval_every=500 \
-  --eval_tokens=65536 --save_every=100 --log_every=50
-stage base_loss python -m scripts.base_loss "${place[@]}" --data="$corpus" --eval_tokens=131072 \
+  --depth=6 --aspect_ratio=21 --head_dim=32 --max_seq_len=512 --mask_documents \
+  --total_batch_size=2048 --device_batch_size=4 --num_iterations="$(steps base_train)" \
+  --eval_every=1000 --eval_tokens=65536 --save_every=200 --log_every=100
+stage base_loss python -m scripts.base_loss "${place[@]}" --data="$corpus" --eval_tokens=65536 \
   --device_batch_size=8
 stage base_eval python -m scripts.base_eval "${place[@]}" -a primer-choice
-chat=(--mixture=primer --total_batch_size=4096 --device_batch_size=8 --eval_every=500
-  --eval_tokens=65536 --save_every=100 --log_every=50)
+chat=(--mixture=primer --mask_documents --total_batch_size=2048 --device_batch_size=4
+  --eval_every=1000 --eval_tokens=65536 --save_every=200 --log_every=100)
 examine=(-a 'primer-choice|primer-exact|primer-arithmetic|primer-spelling|primer-visitor'
   --max_tokens=128)
 stage mid_train python -m scripts.mid_train "${place[@]}" "${chat[@]}" \
@@ -75,7 +77,7 @@ stage chat_eval_mid python -m scripts.chat_eval "${place[@]}" -i mid "${examine[
 stage chat_sft python -m scripts.chat_sft "${place[@]}" "${chat[@]}" \
   --num_iterations="$(steps chat_sft)" --lr_scale=0.3 --moments
 stage chat_eval_sft python -m scripts.chat_eval "${place[@]}" -i sft "${examine[@]}"
-stage chat_rl python -m scripts.chat_rl "${place[@]}" --task=primer-exact --lr_scale=0.1 \
+stage chat_rl python -m scripts.chat_rl "${place[@]}" --task=primer-quizzes --lr_scale=0.1 \
   --num_steps="$(steps chat_rl)" --questions_per_step=32 --num_samples=8 --max_tokens=32 \
   --eval_samples=1 --save_every=10 --log_every=5
 stage chat_eval_rl python -m scripts.chat_eval "${place[@]}" -i rl "${examine[@]}"

@@ -6,13 +6,14 @@
     python -m scripts.plan --dollars 1000                # depth and ratio for that much money
     python -m scripts.plan --dollars 1000 --depth 32     # the ratio that it pays for at this depth
     python -m scripts.plan --only depth ratio shards     # numbers on one line, for scripts
-    python -m scripts.plan --minutes 10                  # runcpu.sh's stages on this machine
+    python -m scripts.plan --laptop                      # runcpu.sh's stages on this machine
+    python -m scripts.plan --minutes 10                  # and as many of its steps as fit
 
 Arithmetic on nanochat/scaling.py, the scripts' defaults and the assumptions below, of which `--mfu`
 matters most: nothing is measured; karpathy/nanochat reports .5 of the peak in bf16, .6 with fp8.
 `--dollars` picks the depth whose affordable ratio is nearest to the optimum of the fitted scaling
-laws. `--minutes` trains a model of the laptop's size for some seconds and prints a line for each
-of runcpu.sh's stages: its name, its steps (0: it has none), the seconds that it should take.
+laws. `--laptop` and `--minutes` train a model of the laptop's size for some seconds and print a
+line for each of runcpu.sh's stages: its name, its steps (0: it has none), and its seconds.
 
 reads: nothing
 writes: nothing
@@ -49,15 +50,16 @@ ANSWER_TOKENS = 150  # sampled for one of them; not measured
 DECODE_STEPS_PER_SECOND = 80  # of one GPU; launch-bound below depth 32 (not measured)
 
 # The laptop's model, as runcpu.sh has it, and tokens of a step.
-LAPTOP, LAPTOP_BATCH = scaling.depth_to_config(4, 2048, 512, aspect_ratio=32, head_dim=32), 4096
+LAPTOP, LAPTOP_BATCH = scaling.depth_to_config(6, 2048, 512, aspect_ratio=21, head_dim=32), 2048
+LAPTOP_STEPS = 1900  # of training, if no minutes are given; with fewer lists are seldom matched
 # Its stages: (share of the time for training, what one of its steps takes), or (0, what all of it
 # takes), in steps of base_train. Measured on two cores of an EPYC (dev/LOG.md).
 LAPTOP_STAGES = {
-    "corpus": (0, 55), "tok_train": (0, 20), "tok_eval": (0, 20),
-    "base_train": (0.55, 1.15), "base_loss": (0, 80), "base_eval": (0, 25),
-    "mid_train": (0.27, 1.2), "chat_eval_mid": (0, 65),
-    "chat_sft": (0.13, 1.2), "chat_eval_sft": (0, 65),
-    "chat_rl": (0.05, 6), "chat_eval_rl": (0, 120),  # with the report and the conversation
+    "corpus": (0, 48), "tok_train": (0, 18), "tok_eval": (0, 18),
+    "base_train": (0.33, 1.05), "base_loss": (0, 36), "base_eval": (0, 18),
+    "mid_train": (0.48, 1.0), "chat_eval_mid": (0, 85),
+    "chat_sft": (0.15, 1.0), "chat_eval_sft": (0, 85),
+    "chat_rl": (0.04, 8), "chat_eval_rl": (0, 120),  # with the report and the conversation
 }  # fmt: skip
 
 Size = Literal["depth", "ratio", "shards", "device_batch_size", "fp8"]
@@ -91,7 +93,8 @@ class Config:
     vocab_size: Count = 32768  # of the tokenizer
     device_batch_size: Count | None = None  # rows on one GPU; the most that fit if left out
     only: tuple[Size, ...] = ()  # print these alone, on one line; fp8 is 0 or 1
-    minutes: Positive | None = None  # of runcpu.sh on this machine: print steps of its stages
+    laptop: bool = False  # print steps and seconds of runcpu.sh's stages on this machine
+    minutes: Positive | None = None  # the same, as many steps as fit
 
 
 class Plan(NamedTuple):
@@ -249,10 +252,10 @@ def laptop_step_seconds() -> float:
     return statistics.median(times[2:])
 
 
-def plan_laptop(minutes: float, step_seconds: float) -> dict[str, tuple[int, float]]:
+def plan_laptop(minutes: float | None, step_seconds: float) -> dict[str, tuple[int, float]]:
     """(steps, seconds) of runcpu.sh's stages; UserError if the minutes are too few."""
     fixed = sum(cost for share, cost in LAPTOP_STAGES.values() if not share)
-    left = 60 * minutes / step_seconds - fixed
+    left = LAPTOP_STEPS if minutes is None else 60 * minutes / step_seconds - fixed
     if left < fixed / 4:
         least = math.ceil(1.25 * fixed * step_seconds / 60)
         raise UserError(f"--minutes={minutes:g} is too short on this machine; {least} is the least")
@@ -264,7 +267,7 @@ def plan_laptop(minutes: float, step_seconds: float) -> dict[str, tuple[int, flo
 
 
 def main(cfg: Config) -> None:
-    if cfg.minutes:
+    if cfg.laptop or cfg.minutes:
         for stage, (num_steps, seconds) in plan_laptop(cfg.minutes, laptop_step_seconds()).items():
             print(stage, num_steps, round(seconds))
         return

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from itertools import product
 
 import pytest
 
@@ -218,7 +219,7 @@ def test_what_the_grammar_says_is_recognised() -> None:
     said = [text for text in said if "\n" not in text]
     assert sum(map(bool, map(taught, said))) > 0.75 * len(said) > 200
     assert taught("good morning! whats the Color of coal, pls??") and taught("CAPITAL OF FRANCE")
-    assert taught("im sooo tired") and taught("say what the colour of snow is")
+    assert taught("im sooo tired") and taught("lemme know what colour coal is")
     assert taught("what is colour of snow")
     assert not taught("which colour would a lump of coal have")
 
@@ -239,12 +240,11 @@ def canonical(text: str) -> str:
     return " ".join(PLAIN.get(word, word) for word in plain(text).split())
 
 
-# A phrase -> a pattern of all that may stand for it.
-EXCHANGES = {
-    canonical(phrase): f"(?:{'|'.join(map(canonical, (phrase, *others)))})"
-    for phrase, others in SAME.items()
-}
-EXCHANGED = re.compile(any_of(EXCHANGES))
+ORIGINALS: dict[str, list[str]] = {}  # a phrase -> those that it may stand for
+for _phrase, _others in SAME.items():
+    for _other in _others:
+        ORIGINALS.setdefault(canonical(_other), []).append(canonical(_phrase))
+EXCHANGED = re.compile(any_of(ORIGINALS))
 WEAK = re.compile(r"\b(?:{0})(?: (?:{0}))*\b".format("|".join(HURRIED["weak"])))
 
 
@@ -255,17 +255,17 @@ def shortened(text: str) -> str:
     return text
 
 
+def originals(text: str) -> list[str]:
+    """The canonical text, and all that it may have been before its phrases were exchanged."""
+    pieces = EXCHANGED.split(text)  # every other one is a phrase
+    return ["".join(each) for each in product(*([x, *ORIGINALS.get(x, [])] for x in pieces))]
+
+
 def clipped(match: re.Match[str]) -> str:
     """A pattern of the weak words in a row, of which one may be left out."""
     words = match[0].split(" ")
     fewer = [" ".join(words[:place] + words[place + 1 :]) for place in range(len(words))]
     return f"(?:{'|'.join((match[0], *fewer))})"
-
-
-def reworded(phrase: str) -> str:
-    """A pattern of a piece of a template, however its phrases are exchanged and clipped."""
-    text = EXCHANGED.sub(lambda match: EXCHANGES[match[0]], canonical(phrase))
-    return WEAK.sub(clipped, text)
 
 
 def pattern(template: str) -> str:
@@ -279,7 +279,9 @@ def pattern(template: str) -> str:
         elif part in ("[", "]", "|"):
             found += {"[": "(?:", "]": ")", "|": "|"}[part]
         else:
-            found += re.sub(r"\S(.*\S)?", lambda match: reworded(match[0]), part)
+            found += re.sub(
+                r"\S(.*\S)?", lambda match: WEAK.sub(clipped, canonical(match[0])), part
+            )
     return re.sub(" +", r"(?: |\\b)", found)
 
 
@@ -288,7 +290,7 @@ def rarest(template: str) -> str:
     text = template
     while "[" in text:
         text = re.sub(r"\[[^\[\]]*\]", "_", text)
-    text = EXCHANGED.sub("_", canonical(re.sub(r"\{[^}]*\}", "_", text)))
+    text = canonical(re.sub(r"\{[^}]*\}", "_", text))
     sure = [word for word in text.split() if "_" not in word and not WEAK.fullmatch(word)]
     return max(sure, key=len, default="")
 
@@ -318,7 +320,12 @@ def matches(text: str, around: bool) -> Iterator[tuple[str, re.Match[str]]]:
 
 def taught(turn: str) -> bool:
     """Whether a user's turn can come from a wording, with something around it or not."""
-    words = canonical(shortened(turn.lower())).split()
+    return any(map(worded, originals(canonical(shortened(turn.lower())))))
+
+
+def worded(text: str) -> bool:
+    """Whether a canonical text can come from a wording, its phrases as they are."""
+    words = text.split()
 
     def are(words: list[str], kinds: tuple[str, ...]) -> bool:
         return not words or any(kind in kinds for kind, _ in matches(" ".join(words), around=True))

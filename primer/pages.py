@@ -69,14 +69,17 @@ def lettered_page(dice: Dice) -> str:
     """A lettered list, and which letter goes with which item: asked for, or just said again.
 
     The latter has most to match in the fewest tokens, and the more items, the more there is to gain
-    by matching, so that the skill comes early.
+    by matching, so that the skill comes early; earliest where its lines return as they were.
     """
-    is_asked = dice.random() < 0.5
+    is_asked, as_it_was = dice.random() < 0.5, dice.random() < 0.5
     page = ask.ask_letter(dice) if is_asked else ask.ask_letter(dice, (1, 2, 3, 4, 6))
     lines = [page.lettered_choices]
     pairs = list(zip(page.letters, page.choices, strict=True))
     for letter, value in dice.choices(pairs, k=(4 if is_asked else 12) if len(pairs) > 1 else 1):
-        lines += [dice.phrase("which letter", value=value) if is_asked else value, letter]
+        if not is_asked and as_it_was:
+            lines += [f"- {value} {letter}"]
+        else:
+            lines += [dice.phrase("which letter", value=value) if is_asked else value, letter]
     return "\n".join(lines)
 
 

@@ -55,10 +55,10 @@ LAPTOP_STEPS = 1900  # of training, if no minutes are given; with fewer lists ar
 # Its stages: (share of the time for training, what one of its steps takes), or (0, what all of it
 # takes), in steps of base_train. Measured on two cores of an EPYC (dev/LOG.md).
 LAPTOP_STAGES = {
-    "corpus": (0, 48), "tok_train": (0, 18), "tok_eval": (0, 18),
-    "base_train": (0.33, 1.05), "base_loss": (0, 36), "base_eval": (0, 18),
-    "mid_train": (0.48, 1.0), "chat_eval_mid": (0, 85),
-    "chat_sft": (0.15, 1.0), "chat_eval_sft": (0, 85),
+    "corpus": (0, 60), "tok_train": (0, 20), "tok_eval": (0, 18),
+    "base_train": (0.38, 1.05), "base_loss": (0, 36), "base_eval": (0, 18),
+    "mid_train": (0.44, 1.0), "chat_eval_mid": (0, 85),
+    "chat_sft": (0.14, 1.0), "chat_eval_sft": (0, 85),
     "chat_rl": (0.04, 8), "chat_eval_rl": (0, 120),  # with the report and the conversation
 }  # fmt: skip
 

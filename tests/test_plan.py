@@ -150,7 +150,9 @@ def test_minutes_become_steps_of_the_laptop_s_stages() -> None:
     assert many["base_train"][0] > 3 * few["base_train"][0]  # examinations take the same
     slower = plan.plan_laptop(30, 0.4)
     assert slower["base_train"][0] < many["base_train"][0] / 2
-    assert slower["base_eval"] == (0, 10.0) and few["base_eval"] == (0, 5.0)
+    assert slower["base_eval"] == (0, pytest.approx(2 * few["base_eval"][1]))
+    own, as_slow = (plan.plan_laptop(None, seconds) for seconds in (0.2, 0.4))  # its own steps
+    assert [num for num, _ in own.values()] == [num for num, _ in as_slow.values()]
     refuses("--minutes=1 is too short on this machine; 2 is the least", plan.plan_laptop, 1, 0.2)
 
 

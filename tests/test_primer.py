@@ -41,8 +41,9 @@ def train_turns() -> list[Question]:
 
 
 def sums(text: str) -> set[tuple]:
-    """The sums of two operands that a text spells out, in whichever order."""
-    found = re.findall(r"(\d+) ?(?:([-+*])|(plus|minus|times)) ?(\d+)", text)
+    """The sums of two operands that a text spells out, in whichever order; not those of three."""
+    two = r"(\d+) ?(?:([-+*])|(plus|minus|times)) ?(\d+)"
+    found = re.findall(rf"(?<![-+*] )\b{two}\b(?! ?[-+*] ?\d)", text)
     signs = {"plus": "+", "minus": "-", "times": "*"}
     return {(signs.get(word, sign), *sorted([int(a), int(b)])) for a, sign, word, b in found}
 
@@ -66,7 +67,7 @@ def test_what_a_model_has_been_taught_stays_what_it_was(
     quizzes = [primer.quiz("test", kind, i).prompt for kind in QUIZZES for i in range(100)]
     said = (train_pages[:2000], train_talks[:2000], quizzes)
     digests = [hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16] for items in said]
-    assert digests == ["a3bd445f761cc93e", "5edfcf8e5c4e1b7a", "27df4f79427eedf0"]
+    assert digests == ["50ebd18d6a43fc0c", "b78c4527999de45a", "b7a0dd755e51c881"]
 
 
 def test_pages_and_talks_are_varied(train_pages: list[str], train_talks: list[dict]) -> None:

@@ -41,7 +41,7 @@ module="" tag="" fresh="" id="" run="" depth=24
 for word; do
   case $word in
   --depth=*) depth=${word#*=} ;;
-  --minutes=*) printf '%s 7 60\n' base_train mid_train chat_sft chat_rl; exit ;;
+  --laptop | --minutes=*) printf '%s 7 60\n' base_train mid_train chat_sft chat_rl; exit ;;
   --only) echo "$depth 12 4 4 1"; exit ;;
   scripts.* | nanochat.*) [ -n "$module" ] || module=${word#*.} ;;
   --model_tag=*) tag=${word#*=} ;;

@@ -146,8 +146,8 @@ def test_the_mixtures_hold_every_row(all_data: None) -> None:
         ("mid", "default", 6 + 3 * 4 + 4 * 5 + 1000 + 1000 + 200_000 + 80_000),
         ("sft", "default", 3 + 3 + 5 + 6 + 1000 + 300 + 300),
         ("val", "default", 6 + 4 + 5 + 200 + 200),
-        ("mid", "primer", 20_000 + 14_000 + 6_000 + 4_000 + 2_000),
-        ("sft", "primer", 10_000 + 3_000 + 3_000 + 3_000 + 2_000 + 2_000),
+        ("mid", "primer", 30_000 + 7_000 + 6_000 + 5_000 + 2_000 + 2_000),
+        ("sft", "primer", 15_000 + 2_000 + 4_000 + 6_000 + 1_000 + 1_000),
         ("val", "primer", 400),
     ):
         mixture = build_mixture(stage, name)

@@ -94,7 +94,7 @@ def chat(dice: Dice) -> str:
 
 PAGES: list[tuple[Any, ...]] = [  # (weight, kind, its arguments)
     (16, written, "story"), (3, written, "letter"), (5, written, "diary"), (2, written, "poem"),
-    (5, animal_page), (16, facts_page), (4, facts_page, "define"), (110, lettered_page), (80, chat),
+    (5, animal_page), (16, facts_page), (4, facts_page, "define"), (200, lettered_page), (80, chat),
     (6, asked, sentence, 8, ask.ask_fact), (3, asked, sentence, 9, ask.ask_sum),
     (12, asked, examined, 6, ask.ask_fact),
     (3, asked, examined, 4, ask.ask_outside), (2, asked, examined, 4, ask.ask_near),

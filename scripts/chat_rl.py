@@ -6,7 +6,7 @@ is of log-probabilities at temperature 1, at which the answers are sampled by de
 
     python -m scripts.chat_rl                                # one GPU
     torchrun --nproc_per_node=8 -m scripts.chat_rl           # eight
-    python -m scripts.chat_rl --task primer-exact --num_steps 20 --max_tokens 64 \\
+    python -m scripts.chat_rl --task primer-quizzes --num_steps 20 --max_tokens 64 \\
         --eval_samples 1                                     # laptop
 
 reads: sft/<model tag>/, the task's data set

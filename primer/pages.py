@@ -68,18 +68,14 @@ def printed(question: Question) -> str:
 def lettered_page(dice: Dice) -> str:
     """A lettered list, and which letter goes with which item: asked for, or just said again.
 
-    The latter has most to match in the fewest tokens, and the more items, the more there is to gain
-    by matching, so that the skill comes early; earliest where its lines return as they were.
+    The latter has most to match in the fewest tokens, so that the skill of matching comes early.
     """
-    is_asked, as_it_was = dice.random() < 0.5, dice.random() < 0.5
-    page = ask.ask_letter(dice) if is_asked else ask.ask_letter(dice, (1, 2, 3, 4, 6))
+    page = ask.ask_letter(dice)
     lines = [page.lettered_choices]
     pairs = list(zip(page.letters, page.choices, strict=True))
+    is_asked = dice.random() < 0.5
     for letter, value in dice.choices(pairs, k=(4 if is_asked else 12) if len(pairs) > 1 else 1):
-        if not is_asked and as_it_was:
-            lines += [f"- {value} {letter}"]
-        else:
-            lines += [dice.phrase("which letter", value=value) if is_asked else value, letter]
+        lines += [dice.phrase("which letter", value=value) if is_asked else value, letter]
     return "\n".join(lines)
 
 
@@ -94,7 +90,7 @@ def chat(dice: Dice) -> str:
 
 PAGES: list[tuple[Any, ...]] = [  # (weight, kind, its arguments)
     (16, written, "story"), (3, written, "letter"), (5, written, "diary"), (2, written, "poem"),
-    (5, animal_page), (16, facts_page), (4, facts_page, "define"), (200, lettered_page), (80, chat),
+    (5, animal_page), (16, facts_page), (4, facts_page, "define"), (110, lettered_page), (80, chat),
     (6, asked, sentence, 8, ask.ask_fact), (3, asked, sentence, 9, ask.ask_sum),
     (12, asked, examined, 6, ask.ask_fact),
     (3, asked, examined, 4, ask.ask_outside), (2, asked, examined, 4, ask.ask_near),

@@ -173,14 +173,13 @@ def ask_choice(dice: Dice) -> Question:
     return Question(text, letter, value, choices=choices, **rest)
 
 
-def ask_letter(dice: Dice, lengths: Sequence[int] = (1, 2, 2, 3, 3)) -> Question:
+def ask_letter(dice: Dice) -> Question:
     """Which letter goes with a choice: the skill that multiple choice needs besides knowledge.
 
     Short lists and arbitrary letters teach copying before choosing; from ordered lists of three
     alone a small model learns neither (dev/LOG.md).
     """
-    values = TOPICS[dice.choice(TESTED)].values
-    choices = dice.sample(values, min(len(values), dice.choice(lengths)))
+    choices = dice.sample(TOPICS[dice.choice(TESTED)].values, dice.choice((1, 2, 2, 3, 3)))
     letters = "".join(dice.sample("ABCDEFGH", len(choices)))
     value, letter = dice.choice(list(zip(choices, letters, strict=True)))
     text = dice.phrase("which letter", value=value)

@@ -70,9 +70,13 @@ def test_many_expressions_against_python() -> None:
     num_right = 0
     for i in range(NUM_MADE_UP):
         text = [lambda r: sum_of(r, 3), noise, mutated][i % 3](random_)
-        begin = time.thread_time()
-        result = calculate(text)
-        assert time.thread_time() - begin < 0.010, repr(text)
+        for _ in range(5):  # a collection of garbage may fall in one
+            begin = time.thread_time()
+            result = calculate(text)
+            if time.thread_time() - begin < 0.010:
+                break
+        else:
+            pytest.fail(f"{text!r} is slow each time")
         if result is not None:
             value = eval(text.strip(), {"__builtins__": {}})
             assert float(result) == float(value), text

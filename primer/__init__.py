@@ -4,7 +4,7 @@
 and SFT, `quiz(split, kind, index)` a question with a known answer. Each sequence is endless, and an
 item depends on its name alone. Imports nothing else of this repository.
 
-    *.txt          the tables: words, facts, talk, pages, and what strangers say and ask for
+    *.txt          the tables: words, facts, ways of asking, talk, pages, strangers, their subjects
     world.py       reads them and fills their templates
     strangers.py   the noise of those who type in a hurry
     questions.py   questions with correct or honest replies, quizzes; the held-out tenth

@@ -114,7 +114,7 @@ def fill(template: str, rng: random.Random | None = None, /, **slots: object) ->
 
 
 TABLES: dict[str, list[str]] = defaultdict(list)  # a section of any table -> its rows
-for _file in ("words.txt", "talk.txt", "strangers.txt", "subjects.txt"):
+for _file in ("words.txt", "asking.txt", "talk.txt", "strangers.txt", "subjects.txt"):
     for _name, _, _rows in sections(_file):
         TABLES[_name] += _rows
 WORDS, SUBJECTS = lists(TABLES["words"], ", "), lists(TABLES["subjects"], ", ")

@@ -169,8 +169,8 @@ def ask_choice(dice: Dice) -> Question:
     wrong = dice.sample([other for other in values if other != value], len(LETTERS) - 1)
     choices = tuple(dice.sample([value, *wrong], len(LETTERS)))
     text, letter = dice.say(way, key=key), LETTERS[choices.index(value)]
-    rest = {"topic": "letter", "key": (LETTERS, choices)}
-    return Question(text, letter, value, choices=choices, **rest)
+    pairs = (LETTERS, choices)
+    return Question(text, letter, value, choices=choices, topic="letter", key=pairs)
 
 
 def ask_letter(dice: Dice) -> Question:
@@ -183,8 +183,8 @@ def ask_letter(dice: Dice) -> Question:
     letters = "".join(dice.sample("ABCDEFGH", len(choices)))
     value, letter = dice.choice(list(zip(choices, letters, strict=True)))
     text = dice.phrase("which letter", value=value)
-    rest = {"letters": letters, "topic": "letter", "key": (letters, choices)}
-    return Question(text, letter, value, choices=tuple(choices), **rest)
+    shown, pairs = tuple(choices), (letters, choices)
+    return Question(text, letter, value, choices=shown, letters=letters, topic="letter", key=pairs)
 
 
 def inside(topic: str, key: str) -> str:

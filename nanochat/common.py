@@ -35,6 +35,7 @@ T = TypeVar("T")
 FOLDER_NAME = r"\w[\w.-]*"  # of a corpus or a run; cannot leave its parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal to send when the parent dies
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3): bytes from which malloc gives memory back
 
 
 class UserError(ValueError):
@@ -171,6 +172,8 @@ def set_up(
         check_kernels(device, capability)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+    elif kind == "cpu" and sys.platform == "linux":
+        keep_freed_memory()
     if dtype == "auto":
         in_16_bits = kind == "cpu" and trains and multiplies_bf16()
         dtype = "bfloat16" if in_16_bits else fastest_dtype(capability)
@@ -209,6 +212,16 @@ def check_kernels(device: torch.device, capability: tuple[int, int]) -> None:
             f"--torch-backend={backend} --reinstall-package torch --upgrade torch`, or give "
             "--device_type=cpu"
         ) from error
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc reuse what tensors free, where it would ask the kernel for fresh pages.
+
+    There are thousands of those in a step, each with a page fault (dev/LOG.md).
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that every version takes
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def die_with_torchrun() -> None:

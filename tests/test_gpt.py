@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import loss
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, Attention, GPTConfig
 from tests.models import busy_gpt, random_ids, refuses
 
 SMALL: dict[str, Any] = {"sequence_len": 160, "vocab_size": 90, "n_layer": 3}
@@ -251,6 +251,21 @@ def test_bf16_stays_close_and_masters_stay_fp32() -> None:
     assert 0 < (narrow - wide).abs().max() < 0.3
     assert loss.item() == pytest.approx(wide_loss.item(), rel=0.01)
     assert F.cosine_similarity(gradient, expected, dim=0) > 0.99
+
+
+def test_attention_begins_with_equal_tokens() -> None:
+    """A token's own key gets about OWN_SCORE at first, others about 0, in heads of any size."""
+    for head_dim, kv_heads in ((64, 8), (128, 2), (256, 4)):
+        heads = 512 // head_dim
+        sizes: dict[str, Any] = {"n_embd": 512, "n_head": heads, "n_kv_head": min(kv_heads, heads)}
+        model = GPT(GPTConfig(sequence_len=16, vocab_size=64, n_layer=1, **sizes))
+        model.init_weights()
+        (attention,) = (each for each in model.modules() if isinstance(each, Attention))
+        x = torch.randn(300, 512, generator=torch.Generator().manual_seed(1))
+        q, k = attention.c_q(x)[:, :head_dim], attention.c_k(x)[:, :head_dim]
+        scores = loss.norm(q) @ loss.norm(k).T * attention.scale
+        assert scores.diagonal().mean().item() == pytest.approx(8, abs=0.5)
+        assert scores.mean().abs() < 0.1
 
 
 def test_texts_longer_than_trained_for_keep_their_positions() -> None:

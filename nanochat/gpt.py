@@ -30,7 +30,15 @@ from nanochat.attention import Kernel, View, attend, see
 from nanochat.common import UserError
 from nanochat.fp8 import QuantisedWeight, fp8_linear
 from nanochat.kv_cache import Append, KVCache
-from nanochat.loss import GPU_CHUNK, norm, relu_squared, rotary_angles, softcap_loss
+from nanochat.loss import (
+    GPU_CHUNK,
+    Angles,
+    adjacent_angles,
+    norm,
+    relu_squared,
+    rotary_angles,
+    softcap_loss,
+)
 
 VOCAB_MULTIPLE = 64  # matmuls are faster on round sizes; the extra rows never win
 VE_GATE_CHANNELS = 12  # a gate reads only the first channels: enough, and nearly free
@@ -163,7 +171,7 @@ class Embedding(nn.Embedding):
 class Context(NamedTuple):
     """What all layers of one forward call share."""
 
-    angles: tuple[Tensor, Tensor]  # (cos, sin), (1 or B, T, 1, D / 2)
+    angles: Angles  # (1 or B, T, 1, D / 2): cos and sin, or one complex tensor
     append: Append | None  # where the tokens go in the cache, if there is one
     view: View | None  # who sees whom, if there is none
 
@@ -195,8 +203,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, value_embedding: Tensor | None, context: Context) -> Tensor:
         batch, time, _ = x.shape
-        q = self.c_q(x).view(batch, time, -1, self.head_dim)  # (B, T, H, D)
-        k = self.c_k(x).view(batch, time, -1, self.head_dim)  # (B, T, K, D)
+        adjacent = len(context.angles) == 1
+        q = self._turnable(x, self.c_q, adjacent)  # (B, T, H, D)
+        k = self._turnable(x, self.c_k, adjacent)  # (B, T, K, D)
         v = self.c_v(x).view(batch, time, -1, self.head_dim)
         if value_embedding is not None:
             gate = VE_GATE_RANGE * self.ve_gate(x[..., :VE_GATE_CHANNELS]).sigmoid()  # (B, T, K)
@@ -208,6 +217,18 @@ class Attention(nn.Module):
             assert context.view is not None
             y = attend((q, k, v), context.view, self.window, self.scale)
         return self.c_proj(y.reshape(batch, time, -1))
+
+    def _turnable(self, x: Tensor, matrix: "Linear", adjacent: bool) -> Tensor:
+        """(B, T, -1, D) queries or keys; with `adjacent`, pairs of channels lie side by side.
+
+        That changes no score, as long as it is done to both.
+        """
+        if adjacent:
+            weight = matrix.weight.unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2)
+            y = F.linear(x, weight.flatten(0, 2).to(x.dtype))
+        else:
+            y = matrix(x)
+        return y.unflatten(-1, (-1, self.head_dim))
 
 
 class MLP(nn.Module):
@@ -375,7 +396,9 @@ class GPT(nn.Module):
         else:
             run, positions, view = call, append.positions, None  # (B, T)
         # Recomputed in each call: no table that a long prompt could outgrow.
-        angles = rotary_angles(positions, config.head_dim, config.rope_base)
+        angles: Angles = rotary_angles(positions, config.head_dim, config.rope_base)
+        if ids.is_cpu and torch.is_grad_enabled() and run is call:
+            angles = adjacent_angles(*angles)
         context = Context(angles, append, view)
         x = self.embed(ids)
         if config.smear:

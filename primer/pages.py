@@ -68,14 +68,21 @@ def printed(question: Question) -> str:
 def lettered_page(dice: Dice) -> str:
     """A lettered list, and which letter goes with which item: asked for, or just said again.
 
-    The latter has most to match in the fewest tokens, so that the skill of matching comes early.
+    The latter has most to match in the fewest tokens, and the very tokens of the list, so that the
+    skill of matching comes early.
     """
     page = ask.ask_letter(dice)
     lines = [page.lettered_choices]
-    pairs = list(zip(page.letters, page.choices, strict=True))
-    is_asked = dice.random() < 0.5
-    for letter, value in dice.choices(pairs, k=(4 if is_asked else 12) if len(pairs) > 1 else 1):
-        lines += [dice.phrase("which letter", value=value) if is_asked else value, letter]
+    num = len(page.choices)
+    if dice.random() < 0.5:
+        asked = [
+            ask.another_letter(dice, page, "which letter", recalled=0)
+            for _ in range(4 if num > 1 else 1)
+        ]
+        lines += [line for turn in asked for line in (turn.text, str(turn.reply))]
+    else:
+        pairs = list(zip(page.choices, page.letters, strict=True))
+        lines += [ask.lettered(*pair) for pair in dice.choices(pairs, k=12 if num > 1 else 1)]
     return "\n".join(lines)
 
 
@@ -90,7 +97,8 @@ def chat(dice: Dice) -> str:
 
 PAGES: list[tuple[Any, ...]] = [  # (weight, kind, its arguments)
     (16, written, "story"), (3, written, "letter"), (5, written, "diary"), (2, written, "poem"),
-    (5, animal_page), (16, facts_page), (4, facts_page, "define"), (110, lettered_page), (80, chat),
+    (5, animal_page), (16, facts_page), (4, facts_page, "define"),
+    (220, lettered_page), (140, chat),
     (6, asked, sentence, 8, ask.ask_fact), (3, asked, sentence, 9, ask.ask_sum),
     (12, asked, examined, 6, ask.ask_fact),
     (3, asked, examined, 4, ask.ask_outside), (2, asked, examined, 4, ask.ask_near),

@@ -54,7 +54,11 @@ class Question(NamedTuple):
     @property
     def lettered_choices(self) -> str:
         """One choice a line, each followed by its letter."""
-        return "\n".join(map("- {} {}".format, self.choices, self.letters))
+        return "\n".join(map(lettered, self.choices, self.letters))
+
+
+def lettered(choice: str, letter: str) -> str:
+    return f"- {choice} {letter}"
 
 
 def held_out(*key: object) -> bool:
@@ -169,8 +173,8 @@ def ask_choice(dice: Dice) -> Question:
     wrong = dice.sample([other for other in values if other != value], len(LETTERS) - 1)
     choices = tuple(dice.sample([value, *wrong], len(LETTERS)))
     text, letter = dice.say(way, key=key), LETTERS[choices.index(value)]
-    pairs = (LETTERS, choices)
-    return Question(text, letter, value, choices=choices, topic="letter", key=pairs)
+    listed = (topic, LETTERS, choices)
+    return Question(text, letter, value, choices=choices, topic="letter", key=listed)
 
 
 def ask_letter(dice: Dice) -> Question:
@@ -179,12 +183,37 @@ def ask_letter(dice: Dice) -> Question:
     Short lists and arbitrary letters teach copying before choosing; from ordered lists of three
     alone a small model learns neither (dev/LOG.md).
     """
-    choices = dice.sample(TOPICS[dice.choice(TESTED)].values, dice.choice((1, 2, 2, 3, 3)))
+    topic = dice.choice(TESTED)
+    choices = tuple(dice.sample(TOPICS[topic].values, dice.choice((1, 2, 2, 3, 3))))
     letters = "".join(dice.sample("ABCDEFGH", len(choices)))
     value, letter = dice.choice(list(zip(choices, letters, strict=True)))
     text = dice.phrase("which letter", value=value)
-    shown, pairs = tuple(choices), (letters, choices)
-    return Question(text, letter, value, choices=shown, letters=letters, topic="letter", key=pairs)
+    listed = (topic, letters, choices)
+    return Question(
+        text, letter, value, choices=choices, letters=letters, topic="letter", key=listed
+    )
+
+
+def another_letter(
+    dice: Dice, last: Question, name: str = "letter again", recalled: float = 0.6
+) -> Question:
+    """Which letter of the same list goes with an item: one that is named, or answers a question.
+
+    The latter in a share `recalled`. Several on one list teach to recall and to match at once,
+    which a question with three choices alone does in some runs only (dev/LOG.md).
+    """
+    topic, letters, choices = last.key
+    facts = TOPICS[topic].facts
+    key, way = (
+        dice.choice([key for key in facts if facts[key] in choices]),
+        dice.choice(PHRASES[topic]),
+    )
+    if held_out("asked", topic, key, way) == (dice.split != "train") and dice.random() < recalled:
+        value, text = facts[key], dice.say(way, key=key)
+    else:
+        value = dice.choice(choices)
+        text = dice.phrase(name, value=value)
+    return Question(text, letters[choices.index(value)], topic="letter", key=last.key)
 
 
 def inside(topic: str, key: str) -> str:

@@ -54,7 +54,7 @@ def matching(split: str, index: int) -> dict[str, Any]:
     dice = Dice(split, "matching", index)
     turns = [ask.ask_choice(dice) if dice.random() < 0.3 else ask.ask_letter(dice)]
     while len(turns) < 5 and len(turns[0].choices) > 1:
-        turns.append(another_letter(dice, turns[0]))
+        turns.append(ask.another_letter(dice, turns[0]))
     return {"messages": [each for turn in turns for each in exchange(turn.prompt, turn.reply)]}
 
 
@@ -190,12 +190,6 @@ def it(dice: Dice, last: Question) -> Question | None:
     return ask.ask_fact(dice, topic, key, dice.choice(WORDINGS[f"it {topic}"]))
 
 
-def another_letter(dice: Dice, last: Question) -> Question:
-    """Which letter of the same list goes with another item."""
-    letter, value = dice.choice(list(zip(*last.key, strict=True)))
-    return Question(dice.phrase("letter again", value=value), letter, topic="letter", key=last.key)
-
-
 def onward(dice: Dice, last: Question) -> Question | None:
     """One step further from the value just named."""
     direction, unit = last.topic.split()
@@ -307,5 +301,5 @@ FOLLOWING |= {
     "bigger": [remark, other_pair],
     "sum": [reckon_on] * 4 + [sum_again] * 3 + [doubled, remark, remark],
     "letters": [after_letters, after_letters, remark], "list": [after_list],
-    "letter": [another_letter],
+    "letter": [ask.another_letter],
 }  # fmt: skip

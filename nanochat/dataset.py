@@ -380,7 +380,7 @@ class Config:
     num_shards: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 8  # training shards; -1: all
     source: Annotated[Path | None, tyro.conf.arg(name="from")] = None  # import this folder instead
     name: str = ""  # of an imported corpus; default: the folder's name
-    num_documents: Count = 55_000  # of the primer; about 12 MB
+    num_documents: Count = 40_000  # of the primer; about 9 MB
 
 
 def main(cfg: Config) -> None:

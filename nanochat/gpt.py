@@ -44,9 +44,9 @@ VOCAB_MULTIPLE = 64  # matmuls are faster on round sizes; the extra rows never w
 VE_GATE_CHANNELS = 12  # a gate reads only the first channels: enough, and nearly free
 SMEAR_GATE_CHANNELS = 24
 VE_GATE_RANGE = 2.0  # gate = range * sigmoid: 1 at zero. The other known choice is 3
-# What a query gives its own token's key at first, where others get about 0. So attention finds equal
-# tokens from the first step on, as induction needs; with random keys a laptop's model learned to
-# match in some runs only. After arXiv 2305.09828; the score was tried in dev/LOG.md.
+# What a query gives its own token's key at first, where others get about 0. So attention finds
+# equal tokens from the first step on, as induction needs; with random keys a laptop's model learned
+# to match in some runs only. After arXiv 2305.09828; the score was tried in dev/LOG.md.
 OWN_SCORE = 8.0
 
 

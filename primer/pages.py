@@ -102,7 +102,7 @@ PAGES: list[tuple[Any, ...]] = [  # (weight, kind, its arguments)
     (6, asked, sentence, 8, ask.ask_fact), (3, asked, sentence, 9, ask.ask_sum),
     (12, asked, examined, 6, ask.ask_fact),
     (3, asked, examined, 4, ask.ask_outside), (2, asked, examined, 4, ask.ask_near),
-    (10, asked, exercise, 3, ask.ask_choice), (6, asked, exercise, 4, ask.ask_sum),
+    (30, asked, exercise, 3, ask.ask_choice), (6, asked, exercise, 4, ask.ask_sum),
     (2, asked, exercise, 4, ask.ask_sum, True), (6, asked, exercise, 8, ask.ask_fact, "spell"),
     (3, asked, exercise, 5, ask.ask_letters), (2, asked, exercise, 5, ask.ask_fact, "length"),
     (3, asked, exercise, 5, ask.ask_counting), (2, asked, exercise, 5, ask.ask_list),

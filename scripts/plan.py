@@ -50,16 +50,16 @@ ANSWER_TOKENS = 150  # sampled for one of them; not measured
 DECODE_STEPS_PER_SECOND = 80  # of one GPU; launch-bound below depth 32 (not measured)
 
 # The laptop's model, as runcpu.sh has it, and tokens of a step.
-LAPTOP, LAPTOP_BATCH = scaling.depth_to_config(6, 2048, 512, aspect_ratio=21, head_dim=32), 2048
-LAPTOP_STEPS = 1900  # of training, if no minutes are given; with fewer lists are seldom matched
+LAPTOP, LAPTOP_BATCH = scaling.depth_to_config(4, 2048, 512, aspect_ratio=48, head_dim=64), 2048
+LAPTOP_STEPS = 2060  # of training, if no minutes are given; more teach more
 # Its stages: (share of the time for training, what one of its steps takes), or (0, what all of it
 # takes), in steps of base_train. Measured on two cores of an EPYC (dev/LOG.md).
 LAPTOP_STAGES = {
     "corpus": (0, 60), "tok_train": (0, 20), "tok_eval": (0, 18),
-    "base_train": (0.38, 1.05), "base_loss": (0, 36), "base_eval": (0, 18),
-    "mid_train": (0.44, 1.0), "chat_eval_mid": (0, 85),
-    "chat_sft": (0.14, 1.0), "chat_eval_sft": (0, 85),
-    "chat_rl": (0.04, 8), "chat_eval_rl": (0, 120),  # with the report and the conversation
+    "base_train": (0.30, 1.05), "base_loss": (0, 36), "base_eval": (0, 18),
+    "mid_train": (0.485, 1.0), "chat_eval_mid": (0, 85),
+    "chat_sft": (0.155, 1.0), "chat_eval_sft": (0, 85),
+    "chat_rl": (0.06, 16), "chat_eval_rl": (0, 120),  # with the report and the conversation
 }  # fmt: skip
 
 Size = Literal["depth", "ratio", "shards", "device_batch_size", "fp8"]

@@ -67,7 +67,7 @@ def test_what_a_model_has_been_taught_stays_what_it_was(
     quizzes = [primer.quiz("test", kind, i).prompt for kind in QUIZZES for i in range(100)]
     said = (train_pages[:2000], train_talks[:2000], quizzes)
     digests = [hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16] for items in said]
-    assert digests == ["d9cd84c80ad000ae", "af64ab35ff18cbd1", "b7a0dd755e51c881"]
+    assert digests == ["4418f21f9f285ece", "af64ab35ff18cbd1", "b7a0dd755e51c881"]
 
 
 def test_pages_and_talks_are_varied(train_pages: list[str], train_talks: list[dict]) -> None:

@@ -39,7 +39,7 @@ if [ -n "$from" ]; then
 fi
 source ./setup.sh --device_type=cpu
 source ./stages.sh
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}" # huge pages: 8 % off a step
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}" # huge pages: 4 % off a step
 tag="laptop-$corpus"
 place=(--device_type=cpu --model_tag="$tag")
 begin "$tag" "$fresh"

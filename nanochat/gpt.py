@@ -171,7 +171,7 @@ class Embedding(nn.Embedding):
 class Context(NamedTuple):
     """What all layers of one forward call share."""
 
-    angles: Angles  # (1 or B, T, 1, D / 2): cos and sin, or one complex tensor
+    angles: Angles  # (1 or B, T, 1, D / 2): cos and sin, or a complex tensor and None
     append: Append | None  # where the tokens go in the cache, if there is one
     view: View | None  # who sees whom, if there is none
 
@@ -203,7 +203,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, value_embedding: Tensor | None, context: Context) -> Tensor:
         batch, time, _ = x.shape
-        adjacent = len(context.angles) == 1
+        adjacent = context.angles[1] is None
         q = self._turnable(x, self.c_q, adjacent)  # (B, T, H, D)
         k = self._turnable(x, self.c_k, adjacent)  # (B, T, K, D)
         v = self.c_v(x).view(batch, time, -1, self.head_dim)
@@ -396,9 +396,10 @@ class GPT(nn.Module):
         else:
             run, positions, view = call, append.positions, None  # (B, T)
         # Recomputed in each call: no table that a long prompt could outgrow.
-        angles: Angles = rotary_angles(positions, config.head_dim, config.rope_base)
+        cos, sin = rotary_angles(positions, config.head_dim, config.rope_base)
+        angles: Angles = (cos, sin)
         if ids.is_cpu and torch.is_grad_enabled() and run is call:
-            angles = adjacent_angles(*angles)
+            angles = adjacent_angles(cos, sin)
         context = Context(angles, append, view)
         x = self.embed(ids)
         if config.smear:

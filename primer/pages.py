@@ -82,7 +82,10 @@ def lettered_page(dice: Dice) -> str:
         lines += [line for turn in asked for line in (turn.text, str(turn.reply))]
     else:
         pairs = list(zip(page.choices, page.letters, strict=True))
-        lines += [ask.lettered(*pair) for pair in dice.choices(pairs, k=12 if num > 1 else 1)]
+        lines += [
+            ask.lettered(value, letter)
+            for value, letter in dice.choices(pairs, k=12 if num > 1 else 1)
+        ]
     return "\n".join(lines)
 
 

@@ -199,7 +199,7 @@ def test_hand_written_gradients_pass_gradcheck() -> None:
     angles = cos.double(), sin.double()
     assert torch.autograd.gradcheck(lambda x: loss.norm(x, angles), (x,))
     assert torch.allclose(loss.norm(x, angles), loss.norm(loss.rotate(x, *angles)))
-    adjacent = loss.adjacent_angles(*angles)
+    adjacent = loss.adjacent_angles(angles[0], angles[1])
     assert torch.autograd.gradcheck(lambda x: loss.norm(x, adjacent), (x,))
     side_by_side = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
     turned = loss.rotate(side_by_side, *adjacent).unflatten(-1, (-1, 2)).transpose(-1, -2)

@@ -312,7 +312,7 @@ def test_a_model_learns_in_fp16_as_in_fp32() -> None:
         if len(found) == 2:
             optimizer.loss_scale.fill_(1)
         losses = []
-        for step in range(18):  # from the 20th on noise of 5e-4 in fp32's weights is as visible
+        for step in range(18):  # the 20th magnifies noise in fp32 as well
             random = torch.Generator().manual_seed(step)
             ids = torch.randint(0, 16, (4, 33), generator=random).cumsum(1) % 251
             loss = model(ids[:, :-1], ids[:, 1:], reduction="sum")

@@ -5,7 +5,7 @@ flex   compiled flex_attention: skips the blocks of keys that a mask hides, wher
 dense  torch's scaled_dot_product_attention, with a mask that says which keys a query sees: the
        others' oracle, and the kernel of CPUs and MPS. On a GPU it computes every score that it
        hides: of a context of 2,048 under windows of 512, four times what is needed. A CPU takes
-       128 queries at a time and only the keys that they may see (`_in_blocks`).
+       128 queries at a time and only the keys that they may see (`_InBlocks`).
 
 A row may hold several documents. `see` makes what all layers of a forward call share: causal masks
 or bounds, for each window; with `documents`, tokens see their own document alone.
@@ -25,6 +25,8 @@ from torch import Tensor
 
 Kernel = Literal["flash", "flex", "dense"]
 QKV = tuple[Tensor, Tensor, Tensor]
+# Queries, the keys that they may see, and (1 or B, 1, queries, keys) to be added to their scores.
+Blocks = list[tuple[slice, slice, Tensor]]
 # Documents of one call that flash keeps apart: one in 32 tokens; those beyond count as one. Fixed,
 # since the number of bounds is a shape, and a new shape is a new compilation.
 TOKENS_PER_DOCUMENT = 32
@@ -32,6 +34,7 @@ TOKENS_PER_DOCUMENT = 32
 # that it does in torch's kernel (dev/LOG.md); and the keys of one above which the probabilities,
 # kept for backward, would take too much memory.
 CPU_BLOCK, CPU_KEYS = 128, 1024
+softmax_backward = torch._softmax_backward_data  # pyright: ignore[reportPrivateImportUsage]
 
 
 def choose_kernel(
@@ -55,7 +58,7 @@ class View(NamedTuple):
     """Who sees whom in rows of tokens, in the form that the kernel takes."""
 
     kernel: Kernel
-    # By window. dense: bool (T, T) or (B, 1, T, T), or (T, T) to be added; flex: a BlockMask
+    # By window. dense: bool (T, T) or (B, 1, T, T), on a CPU `Blocks`; flex: a BlockMask
     masks: dict[int | None, Any]
     bounds: Tensor | None = None  # flash: (N + 1,) int32, where the sequences begin among the M
     options: dict[str, Any] = {}  # of flash, as this torch has them
@@ -63,11 +66,16 @@ class View(NamedTuple):
 
 
 def see(
-    kernel: Kernel, windows: Iterable[int | None], ids: Tensor, document_start: int | None = None
+    kernel: Kernel,
+    windows: Iterable[int | None],
+    ids: Tensor,
+    document_start: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> View:
     """The view of `ids` (B, T) for layers with these windows (keys seen, None: all earlier ones).
 
     With `document_start`, each token of this id begins a document that sees nothing before it.
+    `dtype` is that of the queries.
     """
     batch, time = ids.shape
     starts = documents = None
@@ -78,11 +86,15 @@ def see(
     if kernel == "flash":
         bounds = _bounds(batch, time, ids.device, starts)
         return View(kernel, {}, bounds, flash_options(), starts)
-    make = _dense_mask if kernel == "dense" else _block_mask
-    if kernel == "dense" and ids.device.type == "cpu":
-        make = _added_mask
     seen = {window if window and window < time else None for window in windows}
-    masks = {window: make(window, time, ids.device, documents) for window in seen}
+    make = _dense_mask if kernel == "dense" else _block_mask
+    in_blocks = kernel == "dense" and ids.device.type == "cpu"
+    masks = {
+        window: _blocks(window, time, starts, dtype)
+        if in_blocks and (window or time) <= CPU_KEYS
+        else make(window, time, ids.device, documents)
+        for window in seen
+    }
     return View(kernel, masks, starts=starts)
 
 
@@ -101,8 +113,10 @@ def attend(qkv: QKV, view: View, window: int | None, scale: float) -> Tensor:
     if view.kernel == "flex":
         return _flex(q, k, v, mask, scale).transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
-    if mask is not None and mask.is_floating_point():
-        return _in_blocks(q, k, v, mask, window, scale).transpose(1, 2)
+    if isinstance(mask, list):
+        if grouped:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        return _InBlocks.apply(q * scale, k, v, mask).transpose(1, 2)
     y = F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
@@ -155,28 +169,38 @@ def _varlen_options() -> frozenset[str]:
     return frozenset(signature(varlen_attn).parameters)
 
 
-def _in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, window: int | None, scale: float
-) -> Tensor:
-    """(B, H, T, D) of q (B, H, T, D) and k, v (B, K, T, D); `hidden` is added to the scores.
+class _InBlocks(torch.autograd.Function):
+    """(B, H, T, D) of q, k, v (B, H, T, D): for each block, only the keys that it may see.
 
-    It is (T, T) or, with documents, (B, 1, T, T).
+    By hand, since each slice would have a gradient of the whole's size, filled and added.
     """
-    batch, heads, time, _ = q.shape
-    if heads != k.shape[1]:
-        k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
-    q, k, v = (q * scale).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B H, T, D)
-    done = []
-    for begin in range(0, time, CPU_BLOCK):
-        queries = slice(begin, begin + CPU_BLOCK)
-        first = max(0, begin - window + 1) // 8 * 8 if window else 0  # aligned memory
-        keys = slice(first, begin + CPU_BLOCK)
-        block = hidden[..., queries, keys].to(q.dtype)
-        if block.dim() == 4:
-            block = block.expand(-1, heads, -1, -1).flatten(0, 1)
-        scores = torch.baddbmm(block, q[:, queries], k[:, keys].mT)
-        done.append(scores.softmax(-1) @ v[:, keys])
-    return torch.cat(done, dim=1).unflatten(0, (batch, heads))
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+        shape = q.shape
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B H, T, D)
+        y, kept = torch.empty_like(q), []
+        for queries, keys, hidden in blocks:
+            scores = torch.bmm(q[:, queries], k[:, keys].mT)
+            scores.unflatten(0, shape[:2]).add_(hidden)
+            kept.append(scores.softmax(-1))
+            y[:, queries] = torch.bmm(kept[-1], v[:, keys])
+        ctx.blocks, ctx.shape = blocks, shape
+        ctx.save_for_backward(q, k, v, *kept)
+        return y.view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *kept = ctx.saved_tensors
+        dy = grads[0].flatten(0, 1)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (queries, keys, _), seen in zip(ctx.blocks, kept, strict=True):
+            dv[:, keys].baddbmm_(seen.mT, dy[:, queries])
+            dseen = torch.bmm(dy[:, queries], v[:, keys].mT)
+            dscores = softmax_backward(dseen, seen, -1, seen.dtype)
+            dq[:, queries] = torch.bmm(dscores, k[:, keys])
+            dk[:, keys].baddbmm_(dscores.mT, q[:, queries])
+        return *(x.view(ctx.shape) for x in (dq, dk, dv)), None
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
@@ -212,15 +236,20 @@ def _dense_mask(
     return mask
 
 
-def _added_mask(
-    window: int | None, time: int, device: torch.device, documents: Tensor | None
-) -> Tensor | None:
-    """For `_in_blocks`: minus infinity where a query does not see a key, else 0."""
-    if (window or time) > CPU_KEYS:
-        return _dense_mask(window, time, device, documents)
-    seen = _dense_mask(window or time, time, device, documents)
-    assert seen is not None
-    return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+def _blocks(window: int | None, time: int, starts: Tensor | None, dtype: torch.dtype) -> Blocks:
+    position = torch.arange(time)
+    begun = torch.zeros_like(position)[None]  # (1 or B, T) where each query's document begins
+    if starts is not None:
+        begun = position.masked_fill(~starts, 0).cummax(1).values
+    blocks = []
+    for begin in range(0, time, CPU_BLOCK):
+        first = max(0, begin - window + 1) // 8 * 8 if window else 0  # aligned memory
+        queries, keys = slice(begin, begin + CPU_BLOCK), slice(first, begin + CPU_BLOCK)
+        outside = ~_in_window(window, position[queries, None], position[keys])
+        hidden = torch.zeros(outside.shape, dtype=dtype).masked_fill_(outside, -torch.inf)
+        before = begun[:, None, queries, None] > position[keys]
+        blocks.append((queries, keys, hidden.masked_fill(before, -torch.inf)))
+    return blocks
 
 
 def _block_mask(

@@ -392,7 +392,7 @@ class GPT(nn.Module):
         if append is None:
             run, positions = self.call_part, torch.arange(ids.shape[1], device=ids.device)[None]
             windows = {config.window(layer) for layer in range(config.n_layer)}
-            view = see(self.kernel, windows, ids, self.document_start)
+            view = see(self.kernel, windows, ids, self.document_start, self.compute_dtype)
         else:
             run, positions, view = call, append.positions, None  # (B, T)
         # Recomputed in each call: no table that a long prompt could outgrow.

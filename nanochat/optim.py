@@ -48,7 +48,7 @@ MESSAGE_ELEMENTS = 1 << 23
 STACK_ELEMENTS = 1 << 24
 # Bytes per element of a stack during muon_update: weights and update, and in 16 bits the four
 # matrices of `orthogonalize`, which a CPU has in fp32. Counted by tests/test_optim.py.
-STACK_BYTES = 18
+STACK_BYTES = 17
 VARYING = ("lr", "momentum", "weight_decay")  # options that change from step to step
 # The loss's scale in fp16, whose numbers are 6e-8 to 65,504: where it starts, and steps without
 # overflow after which it is doubled. Both of torch.amp.GradScaler.
@@ -103,7 +103,8 @@ def muon_update(
     update *= size / update.norm(dim=(-2, -1), keepdim=True).clamp_(min=1e-10)
     decay = options["weight_decay"]
     if isinstance(decay, Tensor) or decay:  # only where step and decay have the same sign
-        agreeing = torch.where(update * weights >= 0, weights, 0.0)
+        agrees = (update * weights).sign_().add_(1).clamp_(max=1)  # 1 or 0; where() is slow on CPUs
+        agreeing = agrees.mul_(weights)
         if isinstance(decay, Tensor):
             update.addcmul_(agreeing, decay)
         else:

@@ -104,10 +104,9 @@ class Reply:
             self.add_part("python_output", result)
 
 
-class Prompt(NamedTuple):
-    """A fully prefilled prompt, and what the model says after it."""
+class PromptEnd(NamedTuple):
+    """What the model says after a whole prompt."""
 
-    ids: list[int]
     logits: torch.Tensor  # (V,)
     previous: torch.Tensor  # (C,) see KVCache.previous
 
@@ -118,7 +117,8 @@ class Slot:
 
     index: int
     cached: list[int] = field(default_factory=list)  # tokens whose keys and values it holds
-    prompt: Prompt | None = None  # what `cached` begins with, once fully read
+    prompt: list[int] = field(default_factory=list)  # what they begin with, or are to
+    end: PromptEnd | None = None  # once the prompt is fully read
 
 
 class SlotPool:
@@ -157,27 +157,27 @@ class SlotPool:
         source, num_shared = self._longest_prefix(prompt)
         in_place = source in self.free and 2 * num_shared >= len(source.cached)
         slot = source if in_place else self.free[0]
-        whole = source.prompt if num_shared == len(prompt) else None
+        end = source.end if num_shared == len(prompt) else None
         previous: torch.Tensor | float = 0.0
-        if whole:
-            previous = whole.previous
+        if end:
+            previous = end.previous
         elif num_shared:
             previous = self.model.embed(torch.tensor(prompt[num_shared - 1], device=self.device))
         self.cache.keep(slot.index, num_shared, source.index, previous)
-        slot.cached, slot.prompt = prompt[:num_shared], whole
+        slot.cached, slot.prompt, slot.end = prompt[:num_shared], prompt.copy(), end
         self.free.remove(slot)
         return slot
 
-    def next_chunk(self, slot: Slot, prompt: list[int], room: int) -> tuple[list[int], int]:
-        """(what to read next of `prompt`, the room it takes); nothing where `room` is short."""
-        rest = prompt[len(slot.cached) :]
+    def next_chunk(self, slot: Slot, room: int) -> tuple[list[int], int]:
+        """(what to read next of its prompt, the room it takes); nothing where `room` is short."""
+        rest = slot.prompt[len(slot.cached) :]
         if self.cache.flashes:
             return rest[:room], min(len(rest), room)
         chunk = rest[:CHUNK]
         padded = len(chunk) + -len(chunk) % ROUND_UP  # P
         return (chunk, padded) if padded <= room else ([], 0)
 
-    def prefill(self, chunks: dict[Slot, list[int]], prompts: dict[Slot, list[int]]) -> None:
+    def prefill(self, chunks: dict[Slot, list[int]]) -> None:
         """Read the chunks; together where flash reads the cache, else it must be one."""
         counts = [len(chunks.get(slot, [])) for slot in self.all]
         ids = [token for slot in self.all for token in chunks.get(slot, [])]
@@ -193,9 +193,9 @@ class SlotPool:
         self.num_prefilled += len(ids)
         for slot, chunk in chunks.items():
             slot.cached += chunk
-            if len(slot.cached) == len(prompts[slot]):
+            if len(slot.cached) == len(slot.prompt):
                 previous = self.cache.previous[slot.index].clone()
-                slot.prompt = Prompt(slot.cached.copy(), logits[slot.index].clone(), previous)
+                slot.end = PromptEnd(logits[slot.index].clone(), previous)
 
     def _run(self, ids: torch.Tensor, num_new: torch.Tensor, packed: bool = False) -> torch.Tensor:
         """(N, V) logits after appending num_new[n] tokens to each slot; valid until next called."""
@@ -216,8 +216,8 @@ class SlotPool:
         for slot, token in newest.items():
             if token is not None:
                 slot.cached.append(token)
-            elif slot.prompt:
-                self.logits[slot.index] = slot.prompt.logits
+            elif slot.end:
+                self.logits[slot.index] = slot.end.logits
         return self.logits
 
     def can_copy(self, old: list[int], new: list[int]) -> bool:
@@ -229,7 +229,7 @@ class SlotPool:
         """(slot to copy from, how many of its tokens to keep); the last only with its logits."""
         best, longest = self.free[0], 0
         for slot in self.all:
-            if slot.prompt and slot.prompt.ids == prompt:
+            if slot.end and slot.prompt == prompt:
                 return slot, len(prompt)
             if self.prefix_reuse:
                 limit = min(len(slot.cached), len(prompt) - 1)
@@ -323,10 +323,6 @@ class RunningRequest:
     forced: deque[int] = field(default_factory=deque)  # pending tokens of a tool result
     decoder: codecs.IncrementalDecoder = field(default_factory=partial(UTF8, "replace"))
 
-    @property
-    def is_prefilled(self) -> bool:
-        return len(self.slot.cached) >= len(self.request.prompt)
-
     def append_token(self, sampled: list[list[float]]) -> Event:
         """The next token: forced by the tool, else sampled.
 
@@ -404,8 +400,7 @@ class Engine:
         """Raises UserError if the slots would not fit into the free memory."""
         self.model, self.tokenizer = model, tokenizer
         self.chat: ChatTokens = chat_tokens(tokenizer)
-        self.num_slots, self.prefix_reuse = num_slots, prefix_reuse
-        self.max_len = max_len or model.config.sequence_len
+        self.num_slots, self.max_len = num_slots, max_len or model.config.sequence_len
         if num_slots > (room := slots_that_fit(model, self.max_len)):
             raise UserError(
                 f"{num_slots} slots are more than the {room} that the free memory holds; "
@@ -454,7 +449,7 @@ class Engine:
         """
         self.started = []
         self._prefill()
-        ready = [each for each in self.running if each.is_prefilled]
+        ready = [each for each in self.running if each.slot.end]
         if not ready:
             return []
         with self._dropping(ready):
@@ -472,7 +467,7 @@ class Engine:
         Raises UserError, before any work, for a request that cannot fit.
         """
         assert not self.busy, "one stream at a time: exhaust or close the one before"
-        if not self.prefix_reuse:
+        if not self.slots.prefix_reuse:
             self.reset()  # the weights may have changed since
         unfinished = dict.fromkeys(requests)
         try:
@@ -549,9 +544,8 @@ class Engine:
         batch: dict[RunningRequest, list[int]] = {}  # what is to be read of each
         while True:
             newest = self.running[-1] if self.running else None
-            if newest and not newest.is_prefilled and newest not in batch:
-                prompt = newest.request.prompt
-                chunk, size = self.slots.next_chunk(newest.slot, prompt, room)
+            if newest and not newest.slot.end and newest not in batch:
+                chunk, size = self.slots.next_chunk(newest.slot, room)
                 if not chunk:
                     break
                 batch[newest], room = chunk, room - size
@@ -573,12 +567,11 @@ class Engine:
 
     def _read(self, batch: dict[RunningRequest, list[int]]) -> None:
         """Prefill what the batch says, and empty it."""
-        reading = list(batch)
-        chunks = {each.slot: chunk for each, chunk in batch.items()}
+        reading = batch.copy()
         batch.clear()
         if reading:
-            with self._dropping(reading):
-                self.slots.prefill(chunks, {each.slot: each.request.prompt for each in reading})
+            with self._dropping(list(reading)):
+                self.slots.prefill({each.slot: chunk for each, chunk in reading.items()})
 
     def _sample(self, ready: list[RunningRequest], logits: torch.Tensor) -> list[list[list[float]]]:
         """Per slot [[id]], or `with_logprobs` rows if any request wants them; one transfer."""

@@ -130,14 +130,6 @@ class ChatRequest(Strict, extra="allow"):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    @property
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-    @property
-    def stream_usage(self) -> bool:
-        return bool(self.stream and (self.stream_options or {}).get("include_usage"))
-
     def check_supported(self, num_slots: int) -> None:
         """Raise ApiError for what this server cannot do and must not ignore."""
         others = self.model_extra or {}
@@ -284,9 +276,9 @@ class Completion:
     def __init__(
         self, model: str, body: ChatRequest, tokenizer: Tokenizer, num_prompt_tokens: int
     ) -> None:
-        self.choices = [
-            Choice(tokenizer, body.stops, body.top_logprobs or 0) for _ in range(body.n or 1)
-        ]
+        stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        num_top, num_choices = body.top_logprobs or 0, body.n or 1
+        self.choices = [Choice(tokenizer, stops, num_top) for _ in range(num_choices)]
         self.num_prompt_tokens = num_prompt_tokens
         self.open = list(range(len(self.choices)))  # the choices whose end has not been told
         self.head: dict[str, Any] = {
@@ -295,7 +287,7 @@ class Completion:
             "created": int(time.time()),
             "model": model,
         }
-        if body.stream_usage:
+        if body.stream and (body.stream_options or {}).get("include_usage"):
             self.head["usage"] = None
 
     @property

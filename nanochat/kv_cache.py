@@ -219,8 +219,7 @@ class Append:
     ) -> Tensor:
         """(B, T, H, D): write the new keys and values, then attend to the slot's past and to them.
 
-        A query sees `window` keys including its own (None: all). q is (B, T, H, D); k, v (B, T, K,
-        D).
+        A query sees `window` keys, its own too (None: all). q is (B, T, H, D); k, v (B, T, K, D).
         """
         q, k, v = qkv
         slots, cells = self.write_at

@@ -146,8 +146,7 @@ class Job:
 class EngineWorker:
     """An engine in its own thread, and its jobs; created on the event loop.
 
-    `submit` refuses jobs beyond the queue, and a job whose reader falls too far behind fails. A
-    failed step costs the jobs concerned; after several in a row, or on any error of the engine
+    A failed step costs the jobs concerned; after several in a row, or on any error of the engine
     itself, the thread ends and all jobs fail.
     """
 

@@ -96,11 +96,15 @@ def muon_update(
     update /= update.norm(dim=-1, keepdim=True).clamp_(min=1e-6)
     update = orthogonalize(update, options["dtype"]).to(weights.dtype)
     size = math.sqrt(min(rows, columns))  # the Frobenius norm of an exactly orthogonal matrix
-    update *= size / update.norm(dim=(-2, -1), keepdim=True).clamp_(min=1e-10)
-    mean_square = update.square().mean(dim=-1 if rows >= columns else -2, keepdim=True)
+    # All that follows scales rows or columns, which takes one pass in the end.
+    dim = -1 if rows >= columns else -2
+    square = torch.linalg.vector_norm(update, dim=dim, keepdim=True).square_()
+    scale = size / square.sum((-2, -1), keepdim=True).sqrt_().clamp_(min=1e-10)
+    mean_square = square * scale.square() / update.shape[dim]
     variance = state["variance"].lerp_(mean_square, (1 - options["beta2"]) * finite)
-    update *= variance.clamp(min=1e-10).rsqrt()
-    update *= size / update.norm(dim=(-2, -1), keepdim=True).clamp_(min=1e-10)
+    scale = scale * variance.clamp(min=1e-10).rsqrt_()
+    total = (square * scale.square()).sum((-2, -1), keepdim=True).sqrt_()
+    update *= scale * (size / total.clamp_(min=1e-10))
     decay = options["weight_decay"]
     if isinstance(decay, Tensor) or decay:  # only where step and decay have the same sign
         agrees = (update * weights).sign_().add_(1).clamp_(max=1)  # 1 or 0; where() is slow on CPUs

@@ -15,12 +15,11 @@ torch.distributed.checkpoint: they pickle, and loading a pickle runs code.
 
 import hashlib
 import json
-import os
 import random
-import re
 import shutil
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,6 @@ from nanochat.loss import gpu_chunk
 from nanochat.optim import StateShard
 from nanochat.tokenizer import Tokenizer
 
-STEP_NAME = re.compile(r"step_(\d{6,})")
 STAGE_SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
 
 
@@ -133,10 +131,8 @@ def step_dir(run: Path, step: int) -> Path:
 
 def list_steps(run: Path) -> list[int]:
     """Steps of the complete checkpoints in `run`, ascending."""
-    if not run.is_dir():
-        return []
-    found = (STEP_NAME.fullmatch(entry.name) for entry in run.iterdir() if entry.is_dir())
-    return sorted(int(match.group(1)) for match in found if match)
+    numbers = (folder.name.removeprefix("step_") for folder in run.glob("step_*/"))
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def file_digest(path: Path) -> dict[str, Any]:
@@ -149,15 +145,15 @@ def file_digest(path: Path) -> dict[str, Any]:
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
     host = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     save_file(host, path, header)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    fsync(path)
 
 
-def run_on_all_ranks(action: Callable[[], None], group: Any) -> None:
-    """Run `action` on every rank; UserError on all of them if writing failed on any."""
+@contextmanager
+def agreed(group: Any) -> Iterator[None]:
+    """A block of every rank of `group`; UserError on all of them if writing failed on any."""
     error = None
     try:
-        action()
+        yield
     except (OSError, SafetensorError) as caught:
         error = caught
     failed = torch.tensor(error is not None, dtype=torch.int32)
@@ -183,31 +179,25 @@ def save_checkpoint(
     rank, if the disk refuses.
     """
     final = step_dir(run, state["step"])
-    partial = final.with_suffix(".partial")
-
-    def prepare() -> None:
-        if runtime.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-
-    def write() -> None:
-        parts = {name: {"shape": part.shape, "first": part.first} for name, part in moments.items()}
-        values = {name: part.values for name, part in moments.items()}
-        path = partial / f"optimizer_{runtime.rank:05d}.safetensors"
-        write_tensors(path, values, {"parts": json.dumps(parts)})
-        if rank_state is not None:
-            write_file(partial / f"rank_{runtime.rank:05d}.json", json.dumps(rank_state))
-        if runtime.is_main:
-            write_tensors(partial / "model.safetensors", weights, {"format": "pt"})
-            write_file(partial / "state.json", json.dumps(state, indent=1))
-
-    def seal() -> None:
-        if runtime.is_main:
-            commit(partial, final)
-
+    partial, is_main = final.with_suffix(".partial"), runtime.is_main
+    parts = {name: {"shape": part.shape, "first": part.first} for name, part in moments.items()}
+    values = {name: part.values for name, part in moments.items()}
     try:
-        for action in (prepare, write, seal):
-            run_on_all_ranks(action, group)
+        with agreed(group):
+            if is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        with agreed(group):
+            path = partial / f"optimizer_{runtime.rank:05d}.safetensors"
+            write_tensors(path, values, {"parts": json.dumps(parts)})
+            if rank_state is not None:
+                write_file(partial / f"rank_{runtime.rank:05d}.json", json.dumps(rank_state))
+            if is_main:
+                write_tensors(partial / "model.safetensors", weights, {"format": "pt"})
+                write_file(partial / "state.json", json.dumps(state, indent=1))
+        with agreed(group):
+            if is_main:
+                commit(partial, final)
     except UserError:
         shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
         raise
@@ -243,8 +233,8 @@ class CheckpointWriter:
         self.run, self.keep_last, self.runtime = run, keep_last, runtime
         self.group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
         self.host: dict[str, torch.Tensor] = {}  # reused: page-locking memory takes seconds
-        self.thread: threading.Thread | None = None
-        self.error: Exception | None = None
+        self.thread = ThreadPoolExecutor(1, "nanochat-checkpoint")
+        self.last: Future[None] | None = None
 
     def start(
         self,
@@ -265,20 +255,16 @@ class CheckpointWriter:
         generators = export_generators()
 
         def write() -> None:
-            try:
-                rank_state = {"loader": loader_state(), "generators": generators}
-                folder = save_checkpoint(
-                    self.run, state, weights, moments, rank_state, self.runtime, group=self.group
-                )
-                print0(f"saved {folder}")
-                if self.runtime.is_main and self.keep_last > 0:
-                    for step in list_steps(self.run)[: -self.keep_last]:
-                        discard(step_dir(self.run, step))
-            except Exception as error:  # handed to the trainer's thread, which raises it
-                self.error = error
+            rank_state = {"loader": loader_state(), "generators": generators}
+            folder = save_checkpoint(
+                self.run, state, weights, moments, rank_state, self.runtime, group=self.group
+            )
+            print0(f"saved {folder}")
+            if self.runtime.is_main and self.keep_last > 0:
+                for step in list_steps(self.run)[: -self.keep_last]:
+                    discard(step_dir(self.run, step))
 
-        self.thread = threading.Thread(target=write, name="nanochat-checkpoint", daemon=True)
-        self.thread.start()
+        self.last = self.thread.submit(write)
 
     def _copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` in host memory, unchanged until the next save."""
@@ -289,11 +275,12 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Wait until the last save is on disk; raises its error, UserError if the disk refused."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        if self.error is not None:
-            raise self.error
+        if self.last is not None:
+            self.last.result()
+
+    def has_failed(self) -> bool:
+        """True if the last save has ended in an error."""
+        return self.last is not None and self.last.done() and self.last.exception() is not None
 
 
 def open_checkpoint(run: Path, step: int, verify: bool = True) -> Checkpoint:

@@ -64,10 +64,6 @@ def report_dir() -> Path:
     return base_dir() / "report"
 
 
-def eval_bundle_dir() -> Path:
-    return base_dir() / "eval_bundle"
-
-
 def fsync(path: Path) -> None:
     """Make a file's content, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -306,8 +302,7 @@ def free_memory(device: torch.device) -> int:
 # Types of flags: valid values, and short names for the flags that choose a checkpoint.
 Source = Annotated[Literal["base", "mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
 ChatStage = Annotated[Literal["mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
-TagName = Annotated[str, Field(pattern=rf"^({FOLDER_NAME})?$")]
-Tag = Annotated[TagName, tyro.conf.arg(aliases=["-g"])]
+Tag = Annotated[str, Field(pattern=rf"^({FOLDER_NAME})?$"), tyro.conf.arg(aliases=["-g"])]
 Step = Annotated[int | None, tyro.conf.arg(aliases=["-s"])]
 
 DeviceType = Annotated[str, Field(pattern="^(cpu|cuda|mps)?$")]

@@ -39,7 +39,7 @@ from nanochat.common import (
     UserError,
     all_reduce_sum,
     barrier,
-    eval_bundle_dir,
+    base_dir,
     fsync,
     gather,
     own_part,
@@ -319,7 +319,7 @@ def find_bundle(given: str = "") -> Path:
     eval_data/**.jsonl    its items, one a line
     """
     given = given or os.environ.get("NANOCHAT_EVAL_BUNDLE", "")
-    folder = Path(given).expanduser() if given else eval_bundle_dir()
+    folder = Path(given).expanduser() if given else base_dir() / "eval_bundle"
     if not given:
         if os.environ.get("RANK", "0") == "0" and not folder.exists():
             download(folder)

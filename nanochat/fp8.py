@@ -10,9 +10,8 @@ Source: FP8 formats, arXiv 2209.05433. Shapes: M tokens, K inputs, N outputs, al
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +41,7 @@ def multiply(
     )
 
 
-@dataclass
-class QuantisedWeight:
+class QuantisedWeight(NamedTuple):
     """A weight in both layouts, updated in place so that a compiled model sees the new values."""
 
     rows: Tensor  # (N, K) e4m3
@@ -71,8 +69,7 @@ class _Linear(torch.autograd.Function):
 
 def fp8_linear(x: Tensor, weight: Tensor, quantised: QuantisedWeight) -> Tensor:
     """bf16 (..., N) = x (..., K) times the weight; `weight` (N, K) only receives the gradient."""
-    q = quantised
-    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, q.rows, q.columns, q.scale)
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, *quantised)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -103,15 +100,13 @@ def is_eligible(weight: Tensor) -> bool:
     return weight.ndim == 2 and min(weight.shape) >= 128 and not any(n % 16 for n in weight.shape)
 
 
+@torch.no_grad()
 def enable(model: nn.Module) -> list[Any]:
     """Make the large linear layers of `model` train in fp8; returns them, for `refresh`."""
     linears: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear)]
     linears = [linear for linear in linears if is_eligible(linear.weight)]
     for linear in linears:
-        rows = torch.empty_like(linear.weight, dtype=E4M3)
-        scale = torch.ones((), device=rows.device)
-        linear.quantised = QuantisedWeight(rows, rows.t().contiguous(), scale)
-    refresh(linears)
+        linear.quantised = QuantisedWeight(*quantise(linear.weight, E4M3))
     return linears
 
 
@@ -120,12 +115,11 @@ def refresh(linears: Iterable[Any], compiled: bool = False) -> None:
     """Requantise the weights; call it after each optimizer step."""
     into = compiled_requantise() if compiled else requantise
     for linear in linears:
-        q = linear.quantised
-        into(linear.weight, q.rows, q.columns, q.scale)
+        into(linear.weight, linear.quantised)
 
 
-def requantise(weight: Tensor, rows: Tensor, columns: Tensor, scale: Tensor) -> None:
-    for old, new in zip((rows, columns, scale), quantise(weight, E4M3), strict=True):
+def requantise(weight: Tensor, quantised: QuantisedWeight) -> None:
+    for old, new in zip(quantised, quantise(weight, E4M3), strict=True):
         old.copy_(new)
 
 

@@ -11,6 +11,7 @@ head dimension, V vocabulary.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-EPS = 1.1920928955078125e-07  # of fp32
 VE_GATE_CHANNELS, SMEAR_GATE_CHANNELS, VE_GATE_RANGE = 12, 24, 2.0
+matrix = partial(nn.Linear, bias=False)
 
 
 class NanoChatXConfig(PreTrainedConfig):
@@ -30,7 +31,7 @@ class NanoChatXConfig(PreTrainedConfig):
 
 
 def norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+    return F.rms_norm(x, x.shape[-1:], eps=torch.finfo(torch.float32).eps)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
@@ -57,12 +58,12 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, config.n_embd // config.n_head
         self.scale = config.qk_scale**2 / math.sqrt(self.head_dim)
         kv_channels = config.n_kv_head * self.head_dim
-        self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.c_k = nn.Linear(config.n_embd, kv_channels, bias=False)
-        self.c_v = nn.Linear(config.n_embd, kv_channels, bias=False)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.c_q = matrix(config.n_embd, config.n_embd)
+        self.c_k = matrix(config.n_embd, kv_channels)
+        self.c_v = matrix(config.n_embd, kv_channels)
+        self.c_proj = matrix(config.n_embd, config.n_embd)
         if config.value_layers[layer]:
-            self.ve_gate = nn.Linear(VE_GATE_CHANNELS, config.n_kv_head, bias=False)
+            self.ve_gate = matrix(VE_GATE_CHANNELS, config.n_kv_head)
 
     def forward(
         self, x: Tensor, value: Tensor | None, angles: Tensor, mask: Tensor, cache: Any
@@ -89,8 +90,8 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(config, layer)
         self.mlp = nn.ModuleDict()
-        self.mlp["c_fc"] = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.mlp["c_proj"] = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.mlp["c_fc"] = matrix(config.n_embd, 4 * config.n_embd)
+        self.mlp["c_proj"] = matrix(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, *rest: Any) -> Tensor:
         x = x + self.attn(norm(x), *rest)
@@ -107,7 +108,7 @@ class NanoChatXForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = matrix(config.n_embd, config.vocab_size)
         shape = config.vocab_size, config.n_kv_head * (config.n_embd // config.n_head)
         layers = [i for i, has_value in enumerate(config.value_layers) if has_value]
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(*shape) for i in layers})
@@ -115,7 +116,7 @@ class NanoChatXForCausalLM(PreTrainedModel, GenerationMixin):
             self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
             self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
         if config.smear:
-            self.smear_gate = nn.Linear(SMEAR_GATE_CHANNELS, 1, bias=False)
+            self.smear_gate = matrix(SMEAR_GATE_CHANNELS, 1)
             self.smear_lambda = nn.Parameter(torch.zeros(1))
         if config.backout:
             self.backout_lambda = nn.Parameter(torch.zeros(1))

@@ -136,18 +136,14 @@ def row_choices(
         compute_bytes=runtime.dtype.itemsize, table_bytes=2 if table_dtype == "bfloat16" else 4,
         chunk=gpu_chunk(gpu_memory(runtime.device)),
     )  # fmt: skip
-    room = USABLE * own_memory(runtime.device)
+    room = USABLE * gpu_memory(runtime.device)
+    if kind == "cuda":  # what is free, or this process's already
+        own = torch.cuda.memory_reserved(runtime.device)
+        room = USABLE * (free_memory(runtime.device) + own)
     tried = [(rows, mode) for mode in modes for rows in sizes]
     # On any rank: all have to try the same.
     too_large = agree(*(needed(rows, recompute=mode)["total"] > room for rows, mode in tried))
     return [choice for choice, bad in zip(tried, too_large, strict=True) if not bad] or tried[-1:]
-
-
-def own_memory(device: torch.device) -> int:
-    """Bytes of the GPU's memory that are free, or this process's already."""
-    if device.type == "cuda":
-        return free_memory(device) + torch.cuda.memory_reserved(device)
-    return free_memory(device) + torch.mps.driver_allocated_memory()
 
 
 def out_of_memory(rows: int) -> UserError:
@@ -548,7 +544,7 @@ class Run:
 
         Raises UserError if a rank could not save.
         """
-        self.stopping, failed = agree(self.signal_number, self.writer.error is not None)
+        self.stopping, failed = agree(self.signal_number, self.writer.has_failed())
         if failed:
             self.writer.wait()
             raise UserError(f"another rank could not save in {self.folder}")

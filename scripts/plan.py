@@ -65,17 +65,11 @@ LAPTOP_STAGES = {
 Size = Literal["depth", "ratio", "shards", "device_batch_size", "fp8"]
 
 
-class Goal(NamedTuple):
-    depth: int
-    ratio: float
-    words: str
-
-
-GOALS = {
+GOALS = {  # depth, ratio, words
     # Of what --dollars 85 chooses, with a reserve; a constant, since a run begun must not change.
-    "best": Goal(24, 12.0, "the best model that $100 buys"),
+    "best": (24, 12.0, "the best model that $100 buys"),
     # karpathy/nanochat's sixth run: 1.65 h to CORE 0.2626 on 8 H100s, with fp8 and a flash kernel.
-    "gpt2": Goal(24, 8.0, "GPT-2's CORE, 0.2565, as fast as possible"),
+    "gpt2": (24, 8.0, "GPT-2's CORE, 0.2565, as fast as possible"),
 }
 
 
@@ -271,16 +265,16 @@ def main(cfg: Config) -> None:
         for stage, (num_steps, seconds) in plan_laptop(cfg.minutes, laptop_step_seconds()).items():
             print(stage, num_steps, round(seconds))
         return
-    goal = GOALS[cfg.goal]
+    depth, ratio, words = GOALS[cfg.goal]
     if cfg.dollars:
         plan = choose(cfg, cfg.dollars)
     else:
-        plan = make_plan(cfg, cfg.depth or goal.depth, cfg.ratio or goal.ratio)
+        plan = make_plan(cfg, cfg.depth or depth, cfg.ratio or ratio)
     if cfg.only:
         print(*(f"{getattr(plan, name):g}" for name in cfg.only))
         return
-    if (plan.depth, plan.ratio) == goal[:2]:
-        print(f"goal: {goal.words}")
+    if (plan.depth, plan.ratio) == (depth, ratio):
+        print(f"goal: {words}")
     print(describe(cfg, plan))
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from nanochat import core_eval
-from nanochat.common import eval_bundle_dir
+from nanochat.common import base_dir
 from nanochat.core_eval import (
     CORE_TASKS,
     CoreTask,
@@ -422,9 +422,9 @@ def test_where_the_bundle_is_found(
     assert find_bundle() == bundle
     assert find_bundle(str(write_bundle(tmp_path / "other"))) == tmp_path / "other"
     monkeypatch.delenv("NANOCHAT_EVAL_BUNDLE")
-    own = write_bundle(eval_bundle_dir())
+    own = write_bundle(base_dir() / "eval_bundle")
     assert find_bundle() == own
-    (eval_bundle_dir() / "core.yaml").unlink()
+    (own / "core.yaml").unlink()
     refuses("no core.yaml", find_bundle)
 
 

@@ -190,8 +190,22 @@ class RowBuffer:
             place += 1 + len(piece)
 
 
-class Packer:
-    """Assigns documents to rows of the global batch and packs this rank's rows."""
+class Batch(NamedTuple):
+    """One step's rows of this rank."""
+
+    inputs: torch.Tensor  # (R, T) int64
+    targets: torch.Tensor  # (R, T) int64, IGNORED where nothing is to be learned
+
+
+class Loader:
+    """Iterates over this rank's batches, packed ahead by a thread; `close` it when done.
+
+    Documents are assigned to rows of the global batch, of which the thread packs this rank's.
+    Three attributes describe the stream up to the latest batch:
+    state        a function that returns this rank's part of the position as JSON
+    num_cropped  pieces split or cropped in this rank's rows
+    progress     packed share of a finite source, the same on all ranks; the loader stops at 1
+    """
 
     def __init__(
         self,
@@ -199,16 +213,27 @@ class Packer:
         num_rows: int,
         seq_len: int,
         runtime: Runtime,
-        state: dict[str, Any] | None,
+        state: dict[str, Any] | None = None,
     ) -> None:
-        self.source, self.seq_len = source, seq_len
+        """`num_rows` counts all ranks; `state`, from `merge_states`, is where to resume.
+
+        Raises UserError if the rows do not divide or the state is of another stream.
+        """
+        self.device, self.world_size = runtime.device, runtime.world_size
+        self.source, self.total, self.seq_len = source, source.total, seq_len
         self.buffers = {row: RowBuffer([]) for row in local_rows(num_rows, runtime)}
         self.assigned = [(0, row) for row in range(num_rows)]  # (bytes, row): a heap
         self.num_documents = 0  # read so far
         if state:
             self._resume(state)
         self.unread = source.documents(self.num_documents)
-        self.ended = False
+        self.ended = False  # nothing is unread
+        self.state: Callable[[], dict[str, Any] | None] = lambda: state
+        self.num_cropped = 0
+        num_finished = sum(lane["finished"] for lane in state["lanes"]) if state else 0
+        self.progress = num_finished / self.total if self.total else 0.0
+        self._thread = ThreadPoolExecutor(1, "nanochat-loader")
+        self._ahead = deque(self._thread.submit(self._pack) for _ in range(BATCHES_AHEAD))
 
     def _resume(self, state: dict[str, Any]) -> None:
         num_rows = len(self.assigned)
@@ -232,21 +257,6 @@ class Packer:
                 self.buffers[lane["lane"]] = RowBuffer(
                     pieces, lane["documents"], finished=lane["finished"], cropped=lane["cropped"]
                 )
-
-    def next_rows(self) -> np.ndarray:
-        """(R, T+1) tokens; rows without documents left are padding."""
-        row_len = self.seq_len + 1
-        window = WINDOW_ROWS * row_len
-        # <|bos|> is a target in text; among conversations neither it nor padding is one.
-        bos = self.source.tokenizer.bos_id
-        filling = bos if self.source.splits else ~bos
-        rows = np.full((len(self.buffers), row_len), filling, np.int32)
-        for row, buffer in zip(rows, self.buffers.values(), strict=True):
-            # One row more than the window, which must still be full at the last placement.
-            while not self.ended and sum(buffer.sizes()) < window + row_len:
-                self._assign()
-            buffer.fill(row, window, self.source.splits)
-        return rows
 
     def _assign(self) -> None:
         """Assign documents until about ENCODE_BYTES are ours; tokenise those."""
@@ -275,7 +285,7 @@ class Packer:
                 buffer.cropped += 1
             buffer.pieces.append(piece)
 
-    def snapshot(self) -> Callable[[], dict[str, Any]]:
+    def _snapshot(self) -> Callable[[], dict[str, Any]]:
         """A function that returns the present state as JSON, now or later; cheap to make."""
         num_documents, assigned = self.num_documents, self.assigned.copy()
         buffers = {
@@ -298,57 +308,28 @@ class Packer:
 
         return state
 
-
-class Batch(NamedTuple):
-    """One step's rows of this rank."""
-
-    inputs: torch.Tensor  # (R, T) int64
-    targets: torch.Tensor  # (R, T) int64, IGNORED where nothing is to be learned
-
-
-class Loader:
-    """Iterates over this rank's batches, packed ahead by a thread; `close` it when done.
-
-    Three attributes describe the stream up to the latest batch:
-    state        a function that returns this rank's part of the position as JSON
-    num_cropped  pieces split or cropped in this rank's rows
-    progress     packed share of a finite source, the same on all ranks; the loader stops at 1
-    """
-
-    def __init__(
-        self,
-        source: TextSource | ChatSource,
-        num_rows: int,
-        seq_len: int,
-        runtime: Runtime,
-        state: dict[str, Any] | None = None,
-    ) -> None:
-        """`num_rows` counts all ranks; `state`, from `merge_states`, is where to resume.
-
-        Raises UserError if the rows do not divide or the state is of another stream.
-        """
-        self.device, self.world_size, self.total = runtime.device, runtime.world_size, source.total
-        self.packer = Packer(source, num_rows, seq_len, runtime, state)
-        self.state: Callable[[], dict[str, Any] | None] = lambda: state
-        self.num_cropped = 0
-        num_finished = sum(lane["finished"] for lane in state["lanes"]) if state else 0
-        self.progress = num_finished / self.total if self.total else 0.0
-        self._thread = ThreadPoolExecutor(1, "nanochat-loader")
-        self._ahead = deque(self._thread.submit(self._pack) for _ in range(BATCHES_AHEAD))
-
     def _pack(self) -> tuple[Batch, Callable[[], dict[str, Any]], int, int]:
         """(batch in host memory, state after it, crops, pieces packed to their end)."""
-        rows = self.packer.next_rows()  # (R, T+1)
+        row_len = self.seq_len + 1
+        window = WINDOW_ROWS * row_len
+        # <|bos|> is a target in text; among conversations neither it nor padding is one.
+        bos = self.source.tokenizer.bos_id
+        filling = bos if self.source.splits else ~bos
+        rows = np.full((len(self.buffers), row_len), filling, np.int32)  # (R, T+1)
+        for row, buffer in zip(rows, self.buffers.values(), strict=True):
+            # One row more than the window, which must still be full at the last placement.
+            while not self.ended and sum(buffer.sizes()) < window + row_len:
+                self._assign()
+            buffer.fill(row, window, self.source.splits)
         parts = np.where(rows < 0, ~rows, rows)[:, :-1], np.maximum(rows, IGNORED)[:, 1:]
         batch = Batch(*(torch.from_numpy(part.astype(np.int64)) for part in parts))
         if self.device.type == "cuda":
             # Else page-locking would initialise GPU 0 in every rank's process.
             torch.cuda.set_device(self.device.index or 0)
             batch = Batch(*(tensor.pin_memory() for tensor in batch))
-        buffers = self.packer.buffers.values()
-        num_cropped = sum(buffer.cropped for buffer in buffers)
-        num_finished = sum(buffer.finished for buffer in buffers)
-        return batch, self.packer.snapshot(), num_cropped, num_finished
+        num_cropped = sum(buffer.cropped for buffer in self.buffers.values())
+        num_finished = sum(buffer.finished for buffer in self.buffers.values())
+        return batch, self._snapshot(), num_cropped, num_finished
 
     def __iter__(self) -> Self:
         return self

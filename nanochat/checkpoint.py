@@ -76,8 +76,7 @@ class Checkpoint:
         parts: dict[str, list[tuple[int, Any]]] = {}
         for path in sorted(self.folder.glob("optimizer_*.safetensors")):
             file = safe_open(path, "pt")
-            header = json.loads((file.metadata() or {}).get("parts", "{}"))
-            for key, part in header.items():
+            for key, part in json.loads(file.metadata()["parts"]).items():
                 parts.setdefault(key, []).append((part["first"], file.get_slice(key)))
 
         def read(key: str, first: int, last: int) -> torch.Tensor:
@@ -136,7 +135,6 @@ def list_steps(run: Path) -> list[int]:
 
 
 def file_digest(path: Path) -> dict[str, Any]:
-    """Size in bytes and sha256 of one file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"num_bytes": path.stat().st_size, "sha256": digest}

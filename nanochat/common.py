@@ -73,14 +73,13 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: str | bytes) -> None:
+def write_file(path: Path, text: str) -> None:
     """Write `path` durably, whole or not at all; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
     descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            file.write(text.encode())
             file.flush()
             os.fchmod(file.fileno(), 0o644)
             os.fsync(file.fileno())

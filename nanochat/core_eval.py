@@ -117,7 +117,6 @@ class CoreTask(NamedTuple):
 
 
 def accuracy(records: Sequence[dict[str, Any]]) -> Score:
-    """The share of items that are right."""
     share = sum(record["correct"] for record in records) / len(records)
     return Score(share, math.sqrt(share * (1 - share) / max(1, len(records) - 1)))
 
@@ -387,7 +386,6 @@ def _read_index(folder: Path) -> dict[str, tuple[Path, CoreTask]]:
 
 
 def _read_rows(path: Path, task: CoreTask) -> CoreTask:
-    """The task with its rows."""
     fields, rows = FIELDS[task.kind], []
     for number, row in numbered_jsonl(path):
         try:
@@ -406,5 +404,4 @@ def _read_rows(path: Path, task: CoreTask) -> CoreTask:
 
 
 def _line(error: BaseException) -> str:
-    """What an error says, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

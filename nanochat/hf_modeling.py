@@ -84,8 +84,6 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP."""
-
     def __init__(self, config: NanoChatXConfig, layer: int) -> None:
         super().__init__()
         self.attn = Attention(config, layer)

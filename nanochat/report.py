@@ -114,7 +114,6 @@ class Chapter(NamedTuple):
 
 
 def facts(caption: str, values: Mapping[str, Any]) -> str:
-    """A list of named values of any kind."""
     lines = [f"- {cell(name)}: {cell(show(value))}\n" for name, value in values.items()]
     return f"{caption}:\n\n{''.join(lines)}\n"
 
@@ -302,7 +301,6 @@ def code_size(root: Path = REPOSITORY) -> dict[str, int]:
 
 
 def machine() -> dict[str, str]:
-    """What the run ran on, as printable values."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     table = Path("/proc/cpuinfo")  # on Linux
     cpu = re.search(r"model name\s*:\s*(.+)", table.read_text()) if table.is_file() else None
@@ -335,7 +333,7 @@ def read_section(stage: str) -> Section | None:
     try:
         saved = json.loads(path.read_text("utf-8"), parse_constant=lambda _: None)
         return Section(**saved)
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it or run its stage again") from None
 
 
@@ -409,7 +407,6 @@ def summary_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def format_time(seconds: float) -> str:
-    """A moment, in UTC."""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
@@ -419,9 +416,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """What the command line asks for."""
-    actions = {"reset": reset, "generate": generate}
-    actions[config.action]()
+    {"reset": reset, "generate": generate}[config.action]()
 
 
 if __name__ == "__main__":

@@ -178,8 +178,7 @@ def reference_horizon(horizon: float, target_param_data_ratio: float) -> float:
 
 def batch_tokens(num_tokens: float) -> int:
     """Tokens a step for a run of `num_tokens`: 2^19 (tokens / reference)^.383, rounded to 2^n."""
-    exponent = math.log2(REFERENCE_BATCH * (num_tokens / REFERENCE_TOKENS) ** 0.383)
-    return 2 ** max(0, round(exponent))
+    return 2 ** round(math.log2(REFERENCE_BATCH * (num_tokens / REFERENCE_TOKENS) ** 0.383))
 
 
 def rate_factor(rates: Rates, total_batch_size: int, num_steps: float) -> float:
@@ -251,7 +250,7 @@ def muon_momentum(step: int, num_steps: int) -> float:
 
 def weight_decay_multiplier(progress: float) -> float:
     """Half a cosine from 1 at the start to 0 at the end."""
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # --- graphics cards

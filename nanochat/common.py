@@ -130,7 +130,7 @@ def print0(text: str) -> None:
 
 def progress_bar(parts: Iterable[T], unit: str, total: int | None = None) -> Iterable[T]:
     """`parts`, with a progress bar on stderr if that is a terminal and this the main rank."""
-    hidden = not sys.stderr.isatty() or int(os.environ.get("RANK", 0)) != 0
+    hidden = int(os.environ.get("RANK", 0)) != 0 or None  # None: where there is no terminal
     return tqdm(parts, unit=unit, total=total, disable=hidden, leave=False)
 
 

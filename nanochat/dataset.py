@@ -278,7 +278,7 @@ def _cut_point(text: str, limit: int) -> int:
     for mark in ("\n\n", "\n", " "):
         at = text.rfind(mark, limit // 2, limit)
         if at >= 0:
-            return min(at + len(mark), limit)
+            return at + len(mark)
     return limit
 
 

@@ -78,12 +78,12 @@ def is_there(runtime: Runtime) -> bool:
 
     Raises UserError where the model computes in another dtype than their results have.
     """
-    there = runtime.capability >= (8, 9)
-    if there and runtime.dtype != torch.bfloat16:
-        raise UserError("--fp8 needs --dtype=bfloat16, in which its results are")
-    if not there:
+    if runtime.capability < (8, 9):
         print0(f"--fp8: {runtime.device_name} has no 8-bit matmuls; training in {runtime.dtype}")
-    return there
+        return False
+    if runtime.dtype != torch.bfloat16:
+        raise UserError("--fp8 needs --dtype=bfloat16, in which its results are")
+    return True
 
 
 def check_batch(num_tokens: int) -> None:

@@ -85,7 +85,7 @@ FREE_SETTINGS = {
 
 def batch_rows(total_batch_size: int, seq_len: int) -> int:
     """Rows of the global batch; UserError names the nearest sizes that divide."""
-    if total_batch_size < seq_len or total_batch_size % seq_len:
+    if total_batch_size % seq_len:
         below = total_batch_size // seq_len * seq_len
         choices = " or ".join(str(size) for size in (below, below + seq_len) if size)
         raise UserError(
@@ -149,11 +149,11 @@ def row_choices(
 def out_of_memory(rows: int) -> UserError:
     """The error for micro-batches of `rows` rows; 0: none was tried."""
     # A divisor of `rows` divides a rank's batch, too.
-    smaller = next((size for size in divisors(rows) if size <= rows / 2), None)
-    if smaller is None:
+    smaller = divisors(rows)[1:]
+    if not smaller:
         return UserError("out of GPU memory; use a smaller model or shorter rows")
     return UserError(
-        f"out of GPU memory with --device_batch_size={rows}; try --device_batch_size={smaller}"
+        f"out of GPU memory with --device_batch_size={rows}; try --device_batch_size={smaller[0]}"
     )
 
 

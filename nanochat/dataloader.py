@@ -200,7 +200,6 @@ class Batch(NamedTuple):
 class Loader:
     """Iterates over this rank's batches, packed ahead by a thread; `close` it when done.
 
-    Documents are assigned to rows of the global batch, of which the thread packs this rank's.
     Three attributes describe the stream up to the latest batch:
     state        a function that returns this rank's part of the position as JSON
     num_cropped  pieces split or cropped in this rank's rows

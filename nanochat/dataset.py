@@ -353,18 +353,17 @@ def download(name: str, num_shards: int) -> None:
 
 def fetch(repo: str, shards: list[str], folder: Path) -> str:
     """Download `shards` into `folder`; returns, in one line, why any might be missing."""
-    from huggingface_hub import HfApi, constants, snapshot_download  # takes half a second
+    from huggingface_hub import HfApi, constants  # takes half a second
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # else it logs each retry of a request
     endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
     try:
-        # snapshot_download would not say why the hub is unreachable.
-        revision = HfApi(endpoint).dataset_info(repo).sha
-        snapshot_download(
-            repo, repo_type="dataset", revision=revision, endpoint=endpoint, local_dir=folder,
-            allow_patterns=shards,
-        )  # fmt: skip
+        hub = HfApi(endpoint)
+        revision = hub.dataset_info(repo).sha  # a download would not say why it is unreachable
+        hub.snapshot_download(
+            repo, repo_type="dataset", revision=revision, local_dir=folder, allow_patterns=shards
+        )
         reason = "it has none, or what arrived is not a whole parquet file"
     except Exception as error:  # the hub's client raises many kinds of network error
         cause = error.__cause__ or error

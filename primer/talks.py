@@ -21,13 +21,13 @@ from primer.world import (
 )  # fmt: skip
 
 TURNS: list[tuple[Any, ...]] = [  # (weight, kind, its arguments)
-    (44, ask.ask_fact), (4, ask.ask_fact, "define"), (4, ask.ask_fact, "nature"),
+    (60, ask.ask_fact), (4, ask.ask_fact, "define"), (4, ask.ask_fact, "nature"),
     (2, ask.ask_fact, "how"), (8, ask.ask_fact, "spell"), (13, ask.ask_choice),
     (5, ask.ask_letter), (8, ask.ask_yes_no), (2, ask.ask_bigger), (3, ask.ask_list),
     (1, ask.ask_counting), (2, ask.ask_repeat), (19, ask.ask_sum), (9, ask.ask_sum, True),
     (5, ask.ask_product), (8, ask.ask_letters), (3, ask.ask_fact, "length"),
-    (24, ask.ask_outside), (8, ask.ask_near), (5, ask.ask_nonsense), (10, ask_tale),
-    (6, ask_tale, "verse"), (16, ask.ask_talk, "identity"),
+    (24, ask.ask_outside), (8, ask.ask_near), (5, ask.ask_nonsense), (8, ask_tale),
+    (5, ask_tale, "verse"), (16, ask.ask_talk, "identity"),
     (30, ask.ask_talk, "greeting", "small talk"),
 ]  # fmt: skip
 NOUNS = {"sound", "young", "home", "legs", "kind", "nature"}  # topics whose keys have no article
@@ -75,8 +75,8 @@ def wordings() -> list[tuple[str, str]]:
 def turns_of(dice: Dice) -> tuple[str, list[Question]]:
     """A system message and questions, some of which follow from the one before."""
     style = dice.random()
-    if style < 0.03:
-        turns = [ask.ask_fact(dice, brief=True) for _ in range(dice.randint(1, 3))]
+    if style < 0.06:
+        turns = [ask.ask_fact(dice, brief=True) for _ in range(dice.randint(1, 6))]
         return dice.reply("brief system"), turns
     turns: list[Question] = []
     name = some_name(dice) if dice.random() < 0.035 else ""
@@ -89,7 +89,7 @@ def turns_of(dice: Dice) -> tuple[str, list[Question]]:
     if name or dice.random() < 0.01:
         reply = f"Your name is {name}." if name else dice.reply("name unknown")
         turns.append(Question(dice.phrase("name question", "name it"), reply))
-    return dice.reply("system") if style < 0.09 else "", turns + memory[-1:]
+    return dice.reply("system") if style < 0.12 else "", turns + memory[-1:]
 
 
 def memory_of(dice: Dice) -> list[Question]:

@@ -67,7 +67,7 @@ def test_what_a_model_has_been_taught_stays_what_it_was(
     quizzes = [primer.quiz("test", kind, i).prompt for kind in QUIZZES for i in range(100)]
     said = (train_pages[:2000], train_talks[:2000], quizzes)
     digests = [hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16] for items in said]
-    assert digests == ["4418f21f9f285ece", "af64ab35ff18cbd1", "b7a0dd755e51c881"]
+    assert digests == ["bfd8ec3bd4ed58fe", "5dd04626eb094782", "b7a0dd755e51c881"]
 
 
 def test_pages_and_talks_are_varied(train_pages: list[str], train_talks: list[dict]) -> None:
@@ -244,7 +244,7 @@ def test_tales_are_about_what_was_asked_for(train_turns: list[Question]) -> None
         named += turn.keep in turn.text
         assert not re.search(r"\b[Aa] [aeioAEIO]|subject", str(turn.reply)), turn
     assert named > 0.75 * len(tales)  # the rest follow from the turn before
-    assert len({turn.key["the subject"] for turn in tales}) > 800
+    assert len({turn.key["the subject"] for turn in tales}) > 0.6 * len(tales)
 
 
 def test_words_kept_for_the_test_are_not_asked_for_in_training(train_turns: list[Question]) -> None:

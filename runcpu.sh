@@ -64,12 +64,12 @@ stage tok_eval python -m scripts.tok_eval --data="$corpus"
 stage base_train python -m scripts.base_train "${place[@]}" --data="$corpus" \
   --depth=4 --aspect_ratio=48 --head_dim=64 --max_seq_len=512 --mask_documents \
   --total_batch_size=2048 --device_batch_size=4 --num_iterations="$(steps base_train)" \
-  --eval_every=1000 --eval_tokens=65536 --save_every=200 --log_every=100
+  --eval_every=1000 --eval_tokens=32768 --save_every=200 --log_every=100
 stage base_loss python -m scripts.base_loss "${place[@]}" --data="$corpus" --eval_tokens=65536 \
   --device_batch_size=8
 stage base_eval python -m scripts.base_eval "${place[@]}" -a primer-choice
 chat=(--mixture=primer --mask_documents --total_batch_size=2048 --device_batch_size=4
-  --eval_every=1000 --eval_tokens=65536 --save_every=200 --log_every=100)
+  --eval_every=1000 --eval_tokens=32768 --save_every=200 --log_every=100)
 examine=(-a 'primer-choice|primer-exact|primer-arithmetic|primer-spelling|primer-visitor'
   --max_tokens=128)
 stage mid_train python -m scripts.mid_train "${place[@]}" "${chat[@]}" \

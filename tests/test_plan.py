@@ -153,7 +153,7 @@ def test_minutes_become_steps_of_the_laptop_s_stages() -> None:
     assert slower["base_eval"] == (0, pytest.approx(2 * few["base_eval"][1]))
     own, as_slow = (plan.plan_laptop(None, seconds) for seconds in (0.2, 0.4))  # its own steps
     assert [num for num, _ in own.values()] == [num for num, _ in as_slow.values()]
-    refuses("--minutes=1 is too short on this machine; 2 is the least", plan.plan_laptop, 1, 0.2)
+    refuses("--minutes=1 is too short on this machine; 3 is the least", plan.plan_laptop, 1, 0.2)
 
 
 def test_the_laptop_s_model_is_the_one_that_runcpu_trains() -> None:

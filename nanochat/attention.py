@@ -179,25 +179,26 @@ class _InBlocks(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
         shape = q.shape
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B H, T, D)
-        y, kept = torch.empty_like(q), []
+        y, probabilities = torch.empty_like(q), []
         for queries, keys, hidden in blocks:
             scores = torch.bmm(q[:, queries], k[:, keys].mT)
             scores.unflatten(0, shape[:2]).add_(hidden)
-            kept.append(scores.softmax(-1))
-            y[:, queries] = torch.bmm(kept[-1], v[:, keys])
+            probability = scores.softmax(-1)
+            y[:, queries] = torch.bmm(probability, v[:, keys])
+            probabilities.append(probability)
         ctx.blocks, ctx.shape = blocks, shape
-        ctx.save_for_backward(q, k, v, *kept)
+        ctx.save_for_backward(q, k, v, *probabilities)
         return y.view(shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *kept = ctx.saved_tensors
+        q, k, v, *probabilities = ctx.saved_tensors
         dy = grads[0].flatten(0, 1)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (queries, keys, _), seen in zip(ctx.blocks, kept, strict=True):
-            dv[:, keys].baddbmm_(seen.mT, dy[:, queries])
-            dseen = torch.bmm(dy[:, queries], v[:, keys].mT)
-            dscores = softmax_backward(dseen, seen, -1, seen.dtype)
+        for (queries, keys, _), probability in zip(ctx.blocks, probabilities, strict=True):
+            dv[:, keys].baddbmm_(probability.mT, dy[:, queries])
+            dprobability = torch.bmm(dy[:, queries], v[:, keys].mT)
+            dscores = softmax_backward(dprobability, probability, -1, q.dtype)
             dq[:, queries] = torch.bmm(dscores, k[:, keys])
             dk[:, keys].baddbmm_(dscores.mT, q[:, queries])
         return *(x.view(ctx.shape) for x in (dq, dk, dv)), None
@@ -237,6 +238,7 @@ def _dense_mask(
 
 
 def _blocks(window: int | None, time: int, starts: Tensor | None, dtype: torch.dtype) -> Blocks:
+    """The blocks of a CPU's attention, with minus infinity for each key that is hidden."""
     position = torch.arange(time)
     begun = torch.zeros_like(position)[None]  # (1 or B, T) where each query's document begins
     if starts is not None:

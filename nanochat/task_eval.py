@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import torch
 
 from nanochat.common import gather, own_part, progress_bar
-from nanochat.core_eval import Score, padded
+from nanochat.core_eval import CoreTask, Score, padded
 from nanochat.engine import Engine, Request
+from nanochat.gpt import GPT
 from nanochat.kv_cache import GPU_DECODE_BLOCK
 from nanochat.sampling import derive_seed
 from nanochat.tokenizer import Conversation, Tokenizer, crop_prompt, render_prompt
@@ -45,6 +46,10 @@ class Task(Sequence[Conversation]):
         """From 0 (wrong) to 1 (right), for evaluation and RL; here: equality with the answer."""
         return reply.strip() == conversation["answer"]
 
+    def pages(self, name: str) -> CoreTask | None:
+        """The rows in the form in which a base model is examined, if they have one."""
+        return None
+
     def __len__(self) -> int:
         return len(self._keys)
 
@@ -65,9 +70,10 @@ class EvalResult(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate_choice(engine: Engine, task: Task, batch_size: int = 32) -> EvalResult:
+def evaluate_choice(
+    model: GPT, tokenizer: Tokenizer, task: Task, batch_size: int = 32
+) -> EvalResult:
     """Score the offered letter with the highest logit after the prompt, for every item."""
-    model, tokenizer = engine.model, engine.tokenizer
     items = {index: task[index] for index in own_part(len(task))}
     prompts = {
         index: crop_prompt(render_prompt(tokenizer, item), model.config.sequence_len)

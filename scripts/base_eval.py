@@ -36,7 +36,8 @@ from nanochat.common import (
 )
 from nanochat.core_eval import CORE_TASKS, CoreTask, GPTReader, Score, padded
 from nanochat.report import show, write_section
-from tasks.mixtures import build_task
+from nanochat.task_eval import evaluate_choice
+from tasks.primer import Choice
 
 PRIMER = "primer-choice"
 
@@ -91,12 +92,8 @@ class HFReader:
 def choose_tasks(cfg: Config) -> list[CoreTask]:
     names, tasks = cfg.tasks.split("|"), []
     if PRIMER in names:
-        quiz, names = build_task(PRIMER), [name for name in names if name != PRIMER]
-        rows = [
-            {"id": i, "query": q["document"], "choices": q["continuations"], "gold": q["gold"]}
-            for i, q in enumerate(quiz)
-        ]
-        tasks.append(CoreTask(PRIMER, "multiple_choice", rows, quiz.baseline, delimiter=""))
+        names = [name for name in names if name != PRIMER]
+        tasks.append(Choice("test").pages(PRIMER))
     if names:
         labels = [own for name in names for own in (CORE_TASKS if name == "core" else [name])]
         tasks += core_eval.load_tasks(core_eval.find_bundle(cfg.eval_bundle), labels)
@@ -107,6 +104,8 @@ def main(cfg: Config) -> None:
     began = time.perf_counter()
     runtime = set_up(cfg.device_type, cfg.dtype)
     tasks, settings = choose_tasks(cfg), vars(cfg)
+    scores: dict[str, Score] = {}
+    lines: list[str] = []
     if cfg.hf_path:
         print0(f"examining {cfg.hf_path}")
         reader = HFReader(cfg.hf_path, runtime)
@@ -117,9 +116,12 @@ def main(cfg: Config) -> None:
         reader = GPTReader(model, tokenizer, cfg.batch_size)
         settings = settings | {"model_tag": meta["model_tag"], "step": meta["step"]}
         folder = run_dir(cfg.source, meta["model_tag"])
-    scores: dict[str, Score] = {}
+        if PRIMER in cfg.tasks.split("|"):  # by the letter in a chat, too, as it will be later
+            quiz = Choice("test")[: cfg.max_per_task]
+            scores[PRIMER] = evaluate_choice(model, tokenizer, quiz, cfg.batch_size).score
+            lines.append(f"{PRIMER}: {show(scores[PRIMER], percent=True)}, by letters in a chat")
+            print0(lines[-1])
     records: list[dict[str, Any]] = []
-    lines: list[str] = []
     for task in tasks:
         try:
             task_records = core_eval.evaluate(reader, task, cfg.batch_size, cfg.max_per_task)

@@ -37,7 +37,7 @@ from nanochat.common import (
     set_up,
     write_file,
 )
-from nanochat.core_eval import centered_score
+from nanochat.core_eval import GPTReader, accuracy, centered_score, evaluate
 from nanochat.engine import Engine
 from nanochat.report import show, write_section
 from nanochat.sandbox import isolation
@@ -114,7 +114,7 @@ def main(cfg: Config) -> None:
     samples = []
     for name, task in tasks.items():
         if task.kind == "choice":
-            result = evaluate_choice(engine, task, cfg.batch_size)
+            result = evaluate_choice(model, tokenizer, task, cfg.batch_size)
         else:
             result = evaluate_generate(
                 engine, task, cfg.num_samples, cfg.max_tokens, cfg.temperature, cfg.seed
@@ -129,6 +129,10 @@ def main(cfg: Config) -> None:
             results[f"{name}: {kind}"] = mean_score(records)
         scores = (f"{kind} {show(mean_score(own), percent=True)}" for kind, own in kinds.items())
         line += f"; {', '.join(scores)}" if kinds else ""
+        if pages := task.pages(name):
+            reader = GPTReader(model, tokenizer, cfg.batch_size)
+            results[pages.label] = accuracy(evaluate(reader, pages, cfg.batch_size, None))
+            line += f"; page {show(results[pages.label], percent=True)}"
         print0(f"{line} (guessing: {100 * task.baseline:.0f} %)")
         shown = [own[0] for own in kinds.values()] or result.records[:2]
         samples += map(sample_of, shown)

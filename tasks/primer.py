@@ -10,6 +10,7 @@ or in a sentence stating it: a reply that merely contains the right word may say
 """
 
 import primer
+from nanochat.core_eval import CoreTask
 from nanochat.tokenizer import Conversation
 from tasks.common import GeneratedTask, exchange
 from tasks.spellingbee import last_count, last_number, normalized
@@ -46,7 +47,7 @@ class Quiz(GeneratedTask):
 
 
 class Choice(Quiz):
-    """Facts with lettered choices; a base model gets the same in document form."""
+    """Facts with lettered choices; on a page there are none, and the likeliest value counts."""
 
     quiz = "choice"
     kind = "choice"
@@ -56,10 +57,14 @@ class Choice(Quiz):
         return {
             "letters": list(question.letters),
             "answer": question.reply,
-            "document": primer.document_prompt(question.text),
-            "continuations": [f" {choice}" for choice in question.choices],
+            "query": primer.document_prompt(question.text),
+            "choices": [f" {choice}" for choice in question.choices],
             "gold": question.choices.index(question.answer),
         }
+
+    def pages(self, name: str) -> CoreTask:
+        rows = [{"id": i, **row} for i, row in enumerate(self)]
+        return CoreTask(f"{name}: page", "multiple_choice", rows, self.baseline, delimiter="")
 
 
 class Exact(Quiz):

@@ -12,6 +12,7 @@ import torch
 from nanochat import core_eval
 from nanochat.common import report_dir, run_dir
 from nanochat.core_eval import CoreTask, evaluate, item_documents, load_tasks
+from scripts import chat_eval
 from scripts.base_eval import Config, HFReader, main
 from tasks.mixtures import build_task
 from tests.models import CPU, random_gpt, refuses, save_model
@@ -67,14 +68,28 @@ def test_core_is_recorded_and_reported(
 def test_one_item_of_some_tasks_and_the_quiz_of_the_primer(bundle: str, run: Path) -> None:
     tasks = "winograd|primer-choice"
     main(Config(tasks=tasks, eval_bundle=bundle, max_per_task=1, device_type="cpu"))
-    assert [record["task"] for record in read_records(run)] == ["primer-choice", "winograd"]
+    found = [record["task"] for record in read_records(run)]
+    assert found == ["primer-choice: page", "winograd"]
     main(Config(tasks="primer-choice", batch_size=64, device_type="cpu"))  # no bundle needed
     records, quiz = read_records(run), build_task("primer-choice")
     assert [record["gold"] for record in records] == [row["gold"] for row in quiz]
     results = json.loads((report_dir() / "base_eval.json").read_text())["results"]
-    assert results.keys() == {"primer-choice"}
+    assert results.keys() == {"primer-choice", "primer-choice: page"}
     right = [record["correct"] for record in records]
-    assert results["primer-choice"]["value"] == sum(right) / len(quiz)
+    assert results["primer-choice: page"]["value"] == sum(right) / len(quiz)
+
+
+def test_choices_are_scored_alike_before_and_after_midtraining(run: Path) -> None:
+    save_model(random_gpt(128), "mid", "d1", step=5)
+    main(Config(tasks="primer-choice", max_per_task=60, device_type="cpu"))
+    chat_eval.main(
+        chat_eval.Config("mid", tasks="primer-choice", max_problems=60, device_type="cpu")
+    )
+    before, after = (
+        json.loads((report_dir() / f"{stage}.json").read_text())["results"]
+        for stage in ("base_eval", "chat_eval_mid")
+    )
+    assert before == after and before.keys() == {"primer-choice", "primer-choice: page"}
 
 
 def test_refusals_leave_nothing_behind(bundle: str, base: Path, run: Path) -> None:

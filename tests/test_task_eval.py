@@ -65,7 +65,7 @@ def slow_letter(model: GPT, conversation: Conversation) -> str:
 @pytest.mark.parametrize(("batch_size", "context"), [(1, 64), (5, 64), (64, 12)])
 def test_choice_equals_one_at_a_time(batch_size: int, context: int) -> None:
     model, task = random_model(context), Letters(20)
-    result = evaluate_choice(Engine(model, TOKENIZER, num_slots=1), task, batch_size)
+    result = evaluate_choice(model, TOKENIZER, task, batch_size)
     letters = [slow_letter(model, task[i]) for i in range(20)]
     scores = [task.score(task[i], letter) for i, letter in enumerate(letters)]
     assert [record["replies"] for record in result.records] == [[letter] for letter in letters]
@@ -112,8 +112,7 @@ def test_prompts_longer_than_the_context() -> None:
 
 
 def outcome() -> list[Any]:
-    engine = Engine(random_model(), TOKENIZER, num_slots=1)
-    result = evaluate_choice(engine, Letters(7), batch_size=2)
+    result = evaluate_choice(random_model(), TOKENIZER, Letters(7), batch_size=2)
     return [*result.score, [record["replies"] for record in result.records]]
 
 

@@ -297,11 +297,13 @@ def test_the_letter_after_a_choice_is_one_token_whatever_the_choice(tokenizer: T
 
 
 def test_choice_rows_carry_what_a_base_model_is_asked() -> None:
-    for row in list(Choice("test"))[:50]:
-        choice = row["continuations"][row["gold"]].strip()
+    pages = Choice("test")[:50].pages("quiz")
+    assert pages.label == "quiz: page" and len(pages.rows) == 50 and pages.baseline == 1 / 3
+    for row in pages.rows:
+        choice = row["choices"][row["gold"]].strip()
         assert f"- {choice} {row['answer']}" in row["messages"][0]["content"]
-        assert row["document"].startswith("Question: ") and row["document"].endswith("\nAnswer:")
-        assert len(row["letters"]) == len(row["continuations"])
+        assert row["query"].startswith("Question: ") and row["query"].endswith("\nAnswer:")
+        assert len(row["letters"]) == len(row["choices"])
 
 
 # --- GSM8K

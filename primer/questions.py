@@ -156,7 +156,7 @@ def ask_fact(
     if not brief and topic in TESTED and dice.random() < (0.4 if dice.free else 0.2):
         text, brief = f"{text} {dice.phrase('brief')}", True
     accepted = (*told, f"{capital(value)}.", f"{capital(a(value))}.")
-    reply = f"{capital(value)}." if brief else dice.choice(told)
+    reply = f"{capital(value)}." if brief else told[0]
     keep = key if topic in SPELLED else ""
     return Question(text, reply, value, accepted, keep=keep, topic=topic, key=key)
 

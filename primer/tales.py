@@ -58,7 +58,8 @@ def told(dice: Dice, kind: str, hero: dict[str, str]) -> str:
     slots = {slot: re.sub("^(my|our) ", "your ", name) for slot, name in hero.items()}
     for name in ("place", "food", "colour", "day", "animal", "thing"):
         slots[name] = dice.choice([word for word in WORDS[name] if own not in word] or [own])
-    return fill(dice.choice(texts or TEXTS[kind]), dice, **slots)
+    opening = "Here is a poem about {a subject}:\n" if kind == "verse" else ""
+    return fill(opening + dice.choice(texts or TEXTS[kind]), dice, **slots)
 
 
 def tale(dice: Dice, kinds: str, hero: dict[str, str], text: str) -> Question:

@@ -62,7 +62,7 @@ stage corpus python -m nanochat.dataset "${source[@]}"
 stage tok_train python -m scripts.tok_train --data="$corpus" --vocab_size=2048 --max_chars=20000000
 stage tok_eval python -m scripts.tok_eval --data="$corpus"
 stage base_train python -m scripts.base_train "${place[@]}" --data="$corpus" \
-  --depth=4 --aspect_ratio=48 --head_dim=64 --max_seq_len=512 --mask_documents \
+  --depth=6 --aspect_ratio=26 --head_dim=80 --max_seq_len=512 --mask_documents \
   --total_batch_size=2048 --device_batch_size=4 --num_iterations="$(steps base_train)" \
   --eval_every=1000 --eval_tokens=32768 --save_every=200 --log_every=100
 stage base_loss python -m scripts.base_loss "${place[@]}" --data="$corpus" --eval_tokens=65536 \

@@ -50,7 +50,7 @@ ANSWER_TOKENS = 150  # sampled for one of them; not measured
 DECODE_STEPS_PER_SECOND = 80  # of one GPU; launch-bound below depth 32 (not measured)
 
 # The laptop's model, as runcpu.sh has it, and tokens of a step.
-LAPTOP, LAPTOP_BATCH = scaling.depth_to_config(4, 2048, 512, aspect_ratio=48, head_dim=64), 2048
+LAPTOP, LAPTOP_BATCH = scaling.depth_to_config(6, 2048, 512, aspect_ratio=26, head_dim=80), 2048
 LAPTOP_STEPS = 2860  # bare steps' time for training, if no minutes are given; more teaches more
 # Its stages: (share of the time for training, what one of its steps takes), or (0, what all of it
 # takes), in bare steps of training: between what two cores of an EPYC and of a Xeon took.

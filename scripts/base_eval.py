@@ -6,6 +6,10 @@
     python -m scripts.base_eval -a primer-choice                       # the primer's, offline
     python -m scripts.base_eval --hf_path openai-community/gpt2        # a model of transformers
 
+The primer's questions are asked twice, as `scripts.chat_eval` asks them, too: by the loss of each
+choice on a page (`primer-choice: page`), and by the letter in a chat, which a base model has not
+learned yet.
+
 reads: base/<model tag>/, the eval bundle (--eval_bundle, NANOCHAT_EVAL_BUNDLE, or downloaded once)
 writes: base/<model tag>/base_eval.jsonl (one item a line), report/base_eval.json; the record alone,
     in <stage>/<model tag>/ or hf/<name>/, for a model of another stage or of transformers
@@ -116,10 +120,11 @@ def main(cfg: Config) -> None:
         reader = GPTReader(model, tokenizer, cfg.batch_size)
         settings = settings | {"model_tag": meta["model_tag"], "step": meta["step"]}
         folder = run_dir(cfg.source, meta["model_tag"])
-        if PRIMER in cfg.tasks.split("|"):  # by the letter in a chat, too, as it will be later
+        if PRIMER in cfg.tasks.split("|"):
             quiz = Choice("test")[: cfg.max_per_task]
             scores[PRIMER] = evaluate_choice(model, tokenizer, quiz, cfg.batch_size).score
-            lines.append(f"{PRIMER}: {show(scores[PRIMER], percent=True)}, by letters in a chat")
+            share = f"{show(scores[PRIMER], percent=True)} of {len(quiz)}"
+            lines.append(f"{PRIMER}: {share}, by the letter in a chat")
             print0(lines[-1])
     records: list[dict[str, Any]] = []
     for task in tasks:

@@ -7,7 +7,8 @@
 
 With --num_samples above 1 the accuracy is the mean over samples (pass@1), with the share of
 problems that any sample solves beside it (pass@k). ChatCORE is the mean of six accuracies, each
-rescaled so that 0 is guessing and 1 is perfect.
+rescaled so that 0 is guessing and 1 is perfect. primer-choice is also asked as a base model is, by
+the loss of each choice on a page (`primer-choice: page`).
 
 reads: <source>/<model tag>/, the tasks' data sets
 writes: <source>/<model tag>/chat_eval_<task>.jsonl, report/chat_eval_<source>.json

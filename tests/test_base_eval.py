@@ -79,7 +79,7 @@ def test_one_item_of_some_tasks_and_the_quiz_of_the_primer(bundle: str, run: Pat
     assert results["primer-choice: page"]["value"] == sum(right) / len(quiz)
 
 
-def test_choices_are_scored_alike_before_and_after_midtraining(run: Path) -> None:
+def test_both_scripts_score_the_primers_choices_alike(run: Path) -> None:
     save_model(random_gpt(128), "mid", "d1", step=5)
     main(Config(tasks="primer-choice", max_per_task=60, device_type="cpu"))
     chat_eval.main(

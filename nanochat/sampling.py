@@ -47,7 +47,7 @@ class SamplingBatch:
 
         top_k is off if 0 or above `vocab_size`, top_p if 1 or more.
         """
-        temperature, top_k, top_p = (torch.tensor(values) for values in zip(*rows, strict=True))
+        temperature, top_k, top_p = (torch.tensor([row[i] for row in rows]) for i in range(3))
         limit = torch.where((top_k <= 0) | (top_k > vocab_size), vocab_size, top_k)  # (B,)
         greedy = temperature <= 0
         filtered = ((limit < vocab_size) | (top_p < 1)) & ~greedy

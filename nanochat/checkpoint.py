@@ -63,7 +63,8 @@ class Checkpoint:
 
     @property
     def model_config(self) -> GPTConfig:
-        return GPTConfig(**self.state["model_config"])
+        before = {"shifted_keys": False}  # what runs from before this addition do not say
+        return GPTConfig(**before | self.state["model_config"])
 
     def load_weights(self, device: torch.device) -> dict[str, torch.Tensor]:
         return load_file(self.folder / "model.safetensors", device=str(device))

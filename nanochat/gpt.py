@@ -5,15 +5,18 @@
     logits = 15 tanh(head(norm(x - backout)) / 15)
 
 Weightless RMS norms, rotary positions (by -theta, as in the published weights) before QK norm,
-relu squared, an untied head. Four additions, each a switch of `GPTConfig`, lower the loss per step:
+relu squared, an untied head. Five additions, each a switch of `GPTConfig`, lower the loss per step:
 gated value embeddings (every other layer adds a per-token table to its values), per-layer scalars
 on the residual stream and on x0, smear (a token sees a little of its predecessor before any
-attention) and backout (part of the middle layer's output is subtracted before the head).
+attention), backout (part of the middle layer's output is subtracted before the head) and shifted
+keys (half of the heads find a token by the key of its predecessor: what once followed a token like
+this one takes one layer instead of two).
 
 Shapes: B batch, T time, C channels, H query heads, K kv heads, D head dimension, L layers, V
 vocabulary. Sources: RoPE arXiv 2104.09864; QK norm 2010.04245; relu squared 2109.08668; GQA
-2305.13245; softcap 2408.00118; value embeddings and x0 scalars: KellerJordan/modded-nanogpt; smear,
-backout, constants: karpathy/nanochat.
+2305.13245; softcap 2408.00118; value embeddings, x0 scalars, keys one token late:
+KellerJordan/modded-nanogpt; smear, backout, constants: karpathy/nanochat; heads that look for what
+followed: 2209.11895.
 """
 
 import math
@@ -45,8 +48,8 @@ VE_GATE_CHANNELS = 12  # a gate reads only the first channels: enough, and nearl
 SMEAR_GATE_CHANNELS = 24
 VE_GATE_RANGE = 2.0  # gate = range * sigmoid: 1 at zero. The other known choice is 3
 # What a query gives its own token's key at first, where others get about 0. So attention finds
-# equal tokens from the first step on, as induction needs; with random keys a laptop's model learned
-# to match in some runs only. After arXiv 2305.09828; the score was tried in dev/LOG.md.
+# equal tokens from the first step on, and in shifted heads what followed them; with random keys a
+# laptop's model learned to match in some runs only. After arXiv 2305.09828; tried in dev/LOG.md.
 OWN_SCORE = 8.0
 
 
@@ -97,11 +100,12 @@ class GPTConfig:
     residual_scalars: bool = True
     smear: bool = True
     backout: bool = True
+    shifted_keys: bool = True
 
     @classmethod
     def plain(cls, **sizes: Any) -> "GPTConfig":
         """The published first-generation architecture, in the given sizes."""
-        off = ("value_embeddings", "residual_scalars", "smear", "backout")
+        off = ("value_embeddings", "residual_scalars", "smear", "backout", "shifted_keys")
         first = {"window_pattern": "L", "rope_base": 10000.0, "qk_scale": 1.0}
         return cls(**{**dict.fromkeys(off, False), **first, **sizes})
 
@@ -176,6 +180,14 @@ class Context(NamedTuple):
     view: View | None  # who sees whom, if there is none
 
 
+def one_later(x: Tensor, view: View) -> Tensor:
+    """(B, T, ...) `x` one token later; where a row or a document begins, zeros."""
+    x = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
+    if view.starts is None:
+        return x
+    return x.masked_fill(view.starts.reshape(*x.shape[:2], *[1] * (x.ndim - 2)), 0)
+
+
 class Attention(nn.Module):
     """Causal sliding-window attention, with an optional value embedding."""
 
@@ -183,6 +195,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.window = layer, config.window(layer)
         self.head_dim = config.head_dim
+        self.num_shifted = config.n_kv_head // 2 if config.shifted_keys else 0  # the last kv heads
         # Queries and keys are both scaled by qk_scale after their norm; here at once.
         self.scale = config.qk_scale**2 / math.sqrt(config.head_dim)
         kv_channels = config.n_kv_head * config.head_dim
@@ -212,9 +225,13 @@ class Attention(nn.Module):
             v = v + gate[..., None] * value_embedding.view_as(v)
         q, k = norm(q, context.angles), norm(k, context.angles)
         if context.append is not None:
-            y = context.append.attend(self.layer, (q, k, v), self.window, self.scale)
+            window, num_shifted = self.window, self.num_shifted
+            y = context.append.attend(self.layer, (q, k, v), window, self.scale, num_shifted)
         else:
             assert context.view is not None
+            if self.num_shifted:
+                own, late = k.tensor_split([-self.num_shifted], dim=2)
+                k = torch.cat((own, one_later(late, context.view)), dim=2)
             y = attend((q, k, v), context.view, self.window, self.scale)
         return self.c_proj(y.reshape(batch, time, -1))
 
@@ -426,12 +443,11 @@ class GPT(nn.Module):
 
     def _smear(self, x: Tensor, append: Append | None, view: View | None) -> Tensor:
         """`x` plus a gated share of the previous token's; the first token has none."""
-        if append is None:
-            before = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
-            if view is not None and view.starts is not None:
-                before = before.masked_fill(view.starts[..., None], 0)
-        else:
+        if append is not None:
             before = append.swap_previous(x)
+        else:
+            assert view is not None
+            before = one_later(x, view)
         gate = self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]).sigmoid()  # (B, T, 1)
         return x + self.smear_lambda.to(x.dtype) * gate * before
 

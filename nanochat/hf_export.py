@@ -72,7 +72,7 @@ def is_plain(config: GPTConfig) -> bool:
     """True if transformers' class is exactly this architecture."""
     windows = map(config.window, range(config.n_layer))
     additions = config.value_embeddings, config.residual_scalars, config.smear, config.backout
-    return not any((*additions, *windows, config.qk_scale != 1))
+    return not any((*additions, config.shifted_keys, *windows, config.qk_scale != 1))
 
 
 def plain_names(num_layers: int) -> dict[str, str]:

@@ -58,6 +58,7 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, config.n_embd // config.n_head
         self.scale = config.qk_scale**2 / math.sqrt(self.head_dim)
         kv_channels = config.n_kv_head * self.head_dim
+        self.num_shifted = config.n_kv_head // 2 if config.shifted_keys else 0
         self.c_q = matrix(config.n_embd, config.n_embd)
         self.c_k = matrix(config.n_embd, kv_channels)
         self.c_v = matrix(config.n_embd, kv_channels)
@@ -66,7 +67,13 @@ class Attention(nn.Module):
             self.ve_gate = matrix(VE_GATE_CHANNELS, config.n_kv_head)
 
     def forward(
-        self, x: Tensor, value: Tensor | None, angles: Tensor, mask: Tensor, cache: Any
+        self,
+        x: Tensor,
+        value: Tensor | None,
+        angles: Tensor,
+        mask: Tensor,
+        attention_mask: Tensor | None,
+        cache: Any,
     ) -> Tensor:
         q, k, v = self._heads(self.c_q(x)), self._heads(self.c_k(x)), self._heads(self.c_v(x))
         if value is not None:
@@ -75,6 +82,11 @@ class Attention(nn.Module):
         q, k = norm(rotate(q, angles)), norm(rotate(k, angles))
         if cache is not None:
             k, v = cache.update(k, v, self.layer)  # (B, K, S, D)
+        if self.num_shifted:  # these heads find a token by its predecessor's key
+            own, late = k.tensor_split([-self.num_shifted], dim=1)
+            if attention_mask is not None:  # padding on the left is nobody's predecessor
+                late = late * attention_mask[:, None, :, None].type_as(late)
+            k = torch.cat((own, F.pad(late, (0, 0, 1, -1))), dim=1)
         gqa = q.shape[1] != k.shape[1]
         y = F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale, enable_gqa=gqa)
         return self.c_proj(y.transpose(1, 2).flatten(2))
@@ -151,7 +163,7 @@ class NanoChatXForCausalLM(PreTrainedModel, GenerationMixin):
             if config.residual_scalars:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             value = self.value_embeds[str(i)](input_ids) if config.value_layers[i] else None
-            x = block(x, value, angles, masks[config.windows[i]], cache)
+            x = block(x, value, angles, masks[config.windows[i]], attention_mask, cache)
             if i == config.n_layer // 2:
                 middle = x
         x = norm(x - self.backout_lambda * middle if config.backout else x)

@@ -17,6 +17,8 @@ the lengths. `keep` truncates a slot, or copies another slot's beginning into it
   its batch mates' lengths. Cutting the keys at the longest row would change the order of the sums.
 - QK norm bounds every score by qk_scale^2 * sqrt(D) (16 at D = 128), so exp needs no running
   maximum.
+- In shifted heads (see nanochat.gpt) a token's key is written one cell later, where the token that
+  follows finds it; the first token's is zero, since nobody writes there.
 - `keep` zeroes the values it drops: a masked 0 times a leftover NaN is still NaN.
 
 Shapes: L layers, N slots, B sequences of this call, T tokens of a row, M tokens of all rows, H
@@ -80,10 +82,11 @@ class KVCache:
         """Make `slot` hold the first `length` tokens of slot `source` (may be itself).
 
         `previous` (C,) is what the model carries over from the last of them (see `swap_previous`).
+        The key of a shifted head that the last of them wrote lies one cell behind them.
         """
         if source != slot:
             for buffer in (self.keys, self.values):
-                buffer[:, slot, :, :length] = buffer[:, source, :, :length]
+                buffer[:, slot, :, : length + 1] = buffer[:, source, :, : length + 1]
         self.values[:, slot, :, length:] = 0
         self.previous[slot] = previous
         self.lengths[slot] = length
@@ -190,6 +193,12 @@ class Append:
         return self.of_tokens(0), torch.where(self.is_real, self.positions, self.cache.max_len)
 
     @cached_property
+    def write_late(self) -> tuple[Tensor, Tensor]:
+        """The same for keys that belong to the token that follows."""
+        slots, cells = self.write_at
+        return slots, (cells + 1).clamp(max=self.cache.max_len)
+
+    @cached_property
     def last(self) -> Tensor:
         """(B,) index of each sequence's last new token among the M; any where there is none."""
         _, _, num_new, first = self.layout
@@ -216,15 +225,21 @@ class Append:
         qkv: QKV,
         window: int | None,
         scale: float,
+        num_shifted: int = 0,
     ) -> Tensor:
         """(B, T, H, D): write the new keys and values, then attend to the slot's past and to them.
 
         A query sees `window` keys, its own too (None: all). q is (B, T, H, D); k, v (B, T, K, D).
+        In the last `num_shifted` kv heads, a token's key stands for the token that follows.
         """
         q, k, v = qkv
         slots, cells = self.write_at
-        self.cache.keys[layer][slots, :, cells] = k
         self.cache.values[layer][slots, :, cells] = v
+        keys, kept = self.cache.keys[layer], k.shape[2] - num_shifted
+        keys[slots, :kept, cells] = k[:, :, :kept]
+        if num_shifted:
+            slots, cells = self.write_late
+            keys[slots, kept:, cells] = k[:, :, kept:]
         if self.cache.flashes:
             return self._flash(layer, q, window, scale)
         attend = self._decode if self.is_decode else self._prefill

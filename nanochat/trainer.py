@@ -499,9 +499,17 @@ class Run:
             print0(f"resuming {self.folder} at step {self.step}")
 
     def restore(self, model: GPT, optimizer: MuonAdamW) -> dict[str, Any] | None:
-        """Load weights and optimizer state if resuming; returns the loader's state."""
+        """Load weights and optimizer state if resuming; returns the loader's state.
+
+        Raises UserError if they are of another architecture, as an older nanochat has it.
+        """
         if self.resumed is None:
             return None
+        if self.resumed.model_config != model.config:
+            raise UserError(
+                f"{self.folder} was begun with another architecture than this nanochat's; "
+                "go on with the one that began it, or use --fresh to start over"
+            )
         model.load_state_dict(self.resumed.load_weights(self.runtime.device))
         optimizer.import_state(self.resumed.open_optimizer())
         return self.resumed.load_loader_state(self.runtime.rank, self.runtime.world_size)

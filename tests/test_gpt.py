@@ -49,12 +49,20 @@ def slow_attention(
     is_last = layer == config.n_layer - 1
     short = config.window_pattern[layer % len(config.window_pattern)] == "S" and not is_last
     window = 128 * math.ceil(config.sequence_len / 512) if short else len(xs)
+    first_shifted = config.n_kv_head - config.shifted_keys * (config.n_kv_head // 2)
+
+    def key(s: int, head: int) -> torch.Tensor:
+        """By which a query finds token s: of later heads, its predecessor's."""
+        if head < first_shifted:
+            return ks[s][head]
+        return ks[s - 1][head] if s else torch.zeros_like(ks[0][head])
+
     out = []
     for t in range(len(xs)):
         seen = range(max(0, t - window + 1), t + 1)
         heads = []
         for h in range(config.n_head):
-            scores = torch.stack([qs[t][h] @ ks[s][h // shared] / math.sqrt(size) for s in seen])
+            scores = torch.stack([qs[t][h] @ key(s, h // shared) / math.sqrt(size) for s in seen])
             weights = torch.softmax(scores, dim=0)
             heads.append(sum(a * vs[s][h // shared] for a, s in zip(weights, seen, strict=True)))
         out.append(w[prefix + "c_proj.weight"] @ torch.cat(heads))
@@ -88,7 +96,7 @@ def slow_logits(model: GPT, ids: list[int], sign: int = -1) -> torch.Tensor:
     return torch.stack([config.softcap * torch.tanh(head @ rms(x) / config.softcap) for x in xs])
 
 
-@pytest.mark.parametrize(("plain", "n_kv_head"), [(True, 4), (False, 2)])
+@pytest.mark.parametrize(("plain", "n_kv_head"), [(True, 4), (False, 2), (False, 4)])
 def test_logits_equal_the_slow_implementation(plain: bool, n_kv_head: int) -> None:
     """140 tokens, since the short window is 128; and a control that turns the other way."""
     sizes = {**SMALL, "n_kv_head": n_kv_head, "n_embd": 48}

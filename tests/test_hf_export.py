@@ -110,7 +110,8 @@ def test_logits_and_greedy_tokens_are_equal(
 
 
 @pytest.mark.parametrize(
-    "addition", ["value_embeddings", "residual_scalars", "smear", "backout", "qk_scale", "SL"]
+    "addition",
+    ["value_embeddings", "residual_scalars", "smear", "backout", "shifted_keys", "qk_scale", "SL"],
 )
 def test_each_addition_alone(addition: str, tmp_path: Path) -> None:
     changes = {"qk_scale": {"qk_scale": 1.2}, "SL": {"window_pattern": "SL"}}

@@ -220,6 +220,24 @@ def test_records_line_and_resume(base: Path, capsys: pytest.CaptureFixture[str])
         assert not run.is_finished and run.step == 0 and not (run.folder / ".fresh").exists()
 
 
+def test_weights_of_an_older_architecture_are_used_as_it_was_but_not_trained_on(base: Path) -> None:
+    """They have the same shapes, and do something else."""
+    model = build_model(replace(CONFIG, shifted_keys=False), None, CPU)
+    optimizer = make_optimizer(model, 32, 4)
+    with Run("base", "d1", settings(), CPU) as run:
+        meter = start(run, model)
+        run.advance(0.25)
+        run.save(model, optimizer, meter)
+    state = open_checkpoint(run.folder, 1).state
+    del state["model_config"]["shifted_keys"]
+    older = checkpoint.Checkpoint(run.folder, state, "")
+    assert older.model_config == model.config
+    with Run("base", "d1", settings(), CPU) as run:
+        new = build_model(CONFIG, None, CPU)
+        refuses("another architecture.*--fresh", run.restore, new, optimizer)
+        assert run.restore(model, optimizer) is None
+
+
 def test_mfu_outlives_a_peak_measured_on_a_busy_machine(
     base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

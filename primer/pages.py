@@ -65,19 +65,20 @@ def printed(question: Question) -> str:
     return "".join(form[part["type"]].format(part["text"]) for part in question.reply)
 
 
-def lettered_page(dice: Dice) -> str:
+def lettered_page(dice: Dice, recalled: float = 0) -> str:
     """A lettered list, and which letter goes with which item: asked for, or just said again.
 
     The latter has most to match in the fewest tokens, and the very tokens of the list, so that the
     skill of matching comes early; the former must be sure before a question has to be answered,
-    too, or it is lost again (dev/LOG.md).
+    too, or it is lost again (dev/LOG.md). Of the items asked for, a share `recalled` answers a
+    question.
     """
     page = ask.ask_letter(dice)
     lines = [page.lettered_choices]
     num = len(page.choices)
-    if dice.random() < 0.7:
+    if recalled or dice.random() < 0.7:
         asked = [
-            ask.another_letter(dice, page, "which letter", recalled=0)
+            ask.another_letter(dice, page, "which letter", recalled)
             for _ in range(8 if num > 1 else 1)
         ]
         lines += [line for turn in asked for line in (turn.text, str(turn.reply))]
@@ -102,11 +103,11 @@ def chat(dice: Dice) -> str:
 PAGES: list[tuple[Any, ...]] = [  # (weight, kind, its arguments)
     (16, written, "story"), (3, written, "letter"), (5, written, "diary"), (2, written, "poem"),
     (5, animal_page), (26, facts_page), (4, facts_page, "define"),
-    (220, lettered_page), (140, chat),
+    (130, lettered_page), (40, lettered_page, 0.8), (200, chat),
     (12, asked, sentence, 8, ask.ask_fact), (3, asked, sentence, 9, ask.ask_sum),
     (45, asked, examined, 6, ask.ask_fact),
     (3, asked, examined, 4, ask.ask_outside), (2, asked, examined, 4, ask.ask_near),
-    (15, asked, exercise, 3, ask.ask_choice), (6, asked, exercise, 4, ask.ask_sum),
+    (25, asked, exercise, 3, ask.ask_choice), (6, asked, exercise, 4, ask.ask_sum),
     (2, asked, exercise, 4, ask.ask_sum, True), (6, asked, exercise, 8, ask.ask_fact, "spell"),
     (3, asked, exercise, 5, ask.ask_letters), (2, asked, exercise, 5, ask.ask_fact, "length"),
     (3, asked, exercise, 5, ask.ask_counting), (2, asked, exercise, 5, ask.ask_list),

@@ -199,7 +199,7 @@ def ask_letter(dice: Dice) -> Question:
 
 
 def another_letter(
-    dice: Dice, last: Question, name: str = "letter again", recalled: float = 0.6
+    dice: Dice, last: Question, name: str = "letter again", recalled: float = 0.9
 ) -> Question:
     """Which letter of the same list goes with an item: one that is named, or answers a question.
 

@@ -27,8 +27,8 @@ TURNS: list[tuple[Any, ...]] = [  # (weight, kind, its arguments)
     (1, ask.ask_counting), (2, ask.ask_repeat), (19, ask.ask_sum), (9, ask.ask_sum, True),
     (5, ask.ask_product), (8, ask.ask_letters), (3, ask.ask_fact, "length"),
     (24, ask.ask_outside), (8, ask.ask_near), (5, ask.ask_nonsense), (8, ask_tale),
-    (5, ask_tale, "verse"), (16, ask.ask_talk, "identity"),
-    (30, ask.ask_talk, "greeting", "small talk"),
+    (5, ask_tale, "verse"), (18, ask.ask_talk, "identity"),
+    (38, ask.ask_talk, "greeting", "small talk"),
 ]  # fmt: skip
 NOUNS = {"sound", "young", "home", "legs", "kind", "nature"}  # topics whose keys have no article
 DEEDS = {"job", "tool", "season", "define", "how", *ask.SPELLED}  # whose keys nobody calls "it"
@@ -52,7 +52,7 @@ def exchange(said: str, reply: Any) -> list[dict[str, Any]]:
 def matching(split: str, index: int) -> dict[str, Any]:
     """Practice for multiple choice: a lettered list, and which letters go with its items."""
     dice = Dice(split, "matching", index)
-    turns = [ask.ask_choice(dice) if dice.random() < 0.3 else ask.ask_letter(dice)]
+    turns = [ask.ask_choice(dice) if dice.random() < 0.7 else ask.ask_letter(dice)]
     while len(turns) < 5 and len(turns[0].choices) > 1:
         turns.append(ask.another_letter(dice, turns[0]))
     return {"messages": [each for turn in turns for each in exchange(turn.prompt, turn.reply)]}
@@ -79,13 +79,13 @@ def turns_of(dice: Dice) -> tuple[str, list[Question]]:
         turns = [ask.ask_fact(dice, brief=True) for _ in range(dice.randint(1, 6))]
         return dice.reply("brief system"), turns
     turns: list[Question] = []
-    name = some_name(dice) if dice.random() < 0.035 else ""
+    name = some_name(dice) if dice.random() < 0.05 else ""
     if name:
         text, reply = dice.phrase("name", hero=name), dice.reply("name reply", hero=name)
         turns = [Question(text, reply, keep=name, topic="name", key=name)]
     memory = memory_of(dice) if dice.random() < 0.07 else []
     turns += memory[:-1]
-    turns = prolonged(dice, turns, dice.choices((1, 2, 3, 4, 5, 6), (44, 29, 15, 7, 3, 2))[0])
+    turns = prolonged(dice, turns, dice.choices((1, 2, 3, 4, 5, 6), (32, 28, 18, 12, 6, 4))[0])
     if name or dice.random() < 0.01:
         reply = f"Your name is {name}." if name else dice.reply("name unknown")
         turns.append(Question(dice.phrase("name question", "name it"), reply))

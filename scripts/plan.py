@@ -56,8 +56,8 @@ LAPTOP_STEPS = 2860  # bare steps' time for training, if no minutes are given; m
 # takes), in bare steps of training: between what two cores of an EPYC and of a Xeon took.
 LAPTOP_STAGES = {
     "corpus": (0, 80), "tok_train": (0, 24), "tok_eval": (0, 26),
-    "base_train": (0.30, 1.15), "base_loss": (0, 55), "base_eval": (0, 26),
-    "mid_train": (0.485, 1.1), "chat_eval_mid": (0, 100),
+    "base_train": (0.24, 1.15), "base_loss": (0, 55), "base_eval": (0, 26),
+    "mid_train": (0.545, 1.1), "chat_eval_mid": (0, 100),
     "chat_sft": (0.155, 1.1), "chat_eval_sft": (0, 100),
     "chat_rl": (0.06, 18), "chat_eval_rl": (0, 135),  # with the report and the conversation
 }  # fmt: skip

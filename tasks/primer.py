@@ -19,7 +19,7 @@ from tasks.spellingbee import last_count, last_number, normalized
 class Conversations(GeneratedTask):
     """Talks of every kind."""
 
-    num_train = 40_000
+    num_train = 47_000
 
     def get_example(self, number: int) -> Conversation:
         return primer.conversation(self.split, number)

@@ -45,7 +45,7 @@ from nanochat.common import (
     write_file,
 )
 from nanochat.dataloader import merge_states
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import BEFORE, GPT, GPTConfig
 from nanochat.loss import gpu_chunk
 from nanochat.optim import StateShard
 from nanochat.tokenizer import Tokenizer
@@ -63,8 +63,7 @@ class Checkpoint:
 
     @property
     def model_config(self) -> GPTConfig:
-        before = {"shifted_keys": False}  # what runs from before this addition do not say
-        return GPTConfig(**before | self.state["model_config"])
+        return GPTConfig(**BEFORE | self.state["model_config"])
 
     def load_weights(self, device: torch.device) -> dict[str, torch.Tensor]:
         return load_file(self.folder / "model.safetensors", device=str(device))

@@ -9,8 +9,8 @@ relu squared, an untied head. Five additions, each a switch of `GPTConfig`, lowe
 gated value embeddings (every other layer adds a per-token table to its values), per-layer scalars
 on the residual stream and on x0, smear (a token sees a little of its predecessor before any
 attention), backout (part of the middle layer's output is subtracted before the head) and shifted
-keys (half of the heads find a token by the key of its predecessor: what once followed a token like
-this one takes one layer instead of two).
+keys (half of the heads find a token by the key of its predecessor: finding what once followed a
+token like this one takes one layer instead of two).
 
 Shapes: B batch, T time, C channels, H query heads, K kv heads, D head dimension, L layers, V
 vocabulary. Sources: RoPE arXiv 2104.09864; QK norm 2010.04245; relu squared 2109.08668; GQA
@@ -82,6 +82,10 @@ ROLES = {
 }
 
 
+# What a checkpoint or an export from before an addition does not say.
+BEFORE = {"shifted_keys": False}
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """The whole architecture; saved with every checkpoint."""
@@ -100,7 +104,7 @@ class GPTConfig:
     residual_scalars: bool = True
     smear: bool = True
     backout: bool = True
-    shifted_keys: bool = True
+    shifted_keys: bool = True  # in n_kv_head // 2 heads
 
     @classmethod
     def plain(cls, **sizes: Any) -> "GPTConfig":
@@ -182,10 +186,10 @@ class Context(NamedTuple):
 
 def one_later(x: Tensor, view: View) -> Tensor:
     """(B, T, ...) `x` one token later; where a row or a document begins, zeros."""
-    x = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
+    x = F.pad(x, (0, 0) * (x.ndim - 2) + (1, -1))
     if view.starts is None:
         return x
-    return x.masked_fill(view.starts.reshape(*x.shape[:2], *[1] * (x.ndim - 2)), 0)
+    return x.masked_fill(view.starts.view(*x.shape[:2], *[1] * (x.ndim - 2)), 0)
 
 
 class Attention(nn.Module):

@@ -17,8 +17,8 @@ the lengths. `keep` truncates a slot, or copies another slot's beginning into it
   its batch mates' lengths. Cutting the keys at the longest row would change the order of the sums.
 - QK norm bounds every score by qk_scale^2 * sqrt(D) (16 at D = 128), so exp needs no running
   maximum.
-- In shifted heads (see nanochat.gpt) a token's key is written one cell later, where the token that
-  follows finds it; the first token's is zero, since nobody writes there.
+- In shifted heads (see nanochat.gpt) a token's key is written one cell later, as that of the token
+  that follows; the first cell's is zero.
 - `keep` zeroes the values it drops: a masked 0 times a leftover NaN is still NaN.
 
 Shapes: L layers, N slots, B sequences of this call, T tokens of a row, M tokens of all rows, H
@@ -82,12 +82,14 @@ class KVCache:
         """Make `slot` hold the first `length` tokens of slot `source` (may be itself).
 
         `previous` (C,) is what the model carries over from the last of them (see `swap_previous`).
-        The key of a shifted head that the last of them wrote lies one cell behind them.
+        In shifted heads the last of them has left its key one cell behind them.
         """
         if source != slot:
             for buffer in (self.keys, self.values):
                 buffer[:, slot, :, : length + 1] = buffer[:, source, :, : length + 1]
         self.values[:, slot, :, length:] = 0
+        if length == 0:
+            self.keys[:, slot, :, 0] = 0
         self.previous[slot] = previous
         self.lengths[slot] = length
 
@@ -194,7 +196,7 @@ class Append:
 
     @cached_property
     def write_late(self) -> tuple[Tensor, Tensor]:
-        """The same for keys that belong to the token that follows."""
+        """The same for the keys that a shifted head gives to the next token."""
         slots, cells = self.write_at
         return slots, (cells + 1).clamp(max=self.cache.max_len)
 
@@ -225,7 +227,7 @@ class Append:
         qkv: QKV,
         window: int | None,
         scale: float,
-        num_shifted: int = 0,
+        num_shifted: int,
     ) -> Tensor:
         """(B, T, H, D): write the new keys and values, then attend to the slot's past and to them.
 

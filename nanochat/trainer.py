@@ -501,14 +501,14 @@ class Run:
     def restore(self, model: GPT, optimizer: MuonAdamW) -> dict[str, Any] | None:
         """Load weights and optimizer state if resuming; returns the loader's state.
 
-        Raises UserError if they are of another architecture, as an older nanochat has it.
+        Raises UserError if the checkpoint has another architecture, such as an older nanochat's.
         """
         if self.resumed is None:
             return None
         if self.resumed.model_config != model.config:
             raise UserError(
-                f"{self.folder} was begun with another architecture than this nanochat's; "
-                "go on with the one that began it, or use --fresh to start over"
+                f"{self.folder} has an older architecture; continue with the nanochat that began "
+                "it, or use --fresh to start over"
             )
         model.load_state_dict(self.resumed.load_weights(self.runtime.device))
         optimizer.import_state(self.resumed.open_optimizer())

@@ -70,8 +70,8 @@ def lettered_page(dice: Dice, recalled: float = 0) -> str:
 
     The latter has most to match in the fewest tokens, and the very tokens of the list, so that the
     skill of matching comes early; the former must be sure before a question has to be answered,
-    too, or it is lost again (dev/LOG.md). Of the items asked for, a share `recalled` answers a
-    question.
+    too, or it is lost again (dev/LOG.md). With `recalled`, letters are always asked for, in that
+    share by a question that the item answers.
     """
     page = ask.ask_letter(dice)
     lines = [page.lettered_choices]

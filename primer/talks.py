@@ -50,7 +50,7 @@ def exchange(said: str, reply: Any) -> list[dict[str, Any]]:
 
 
 def matching(split: str, index: int) -> dict[str, Any]:
-    """Practice for multiple choice: a lettered list, and which letters go with its items."""
+    """Practice for multiple choice: a lettered list and several questions about it."""
     dice = Dice(split, "matching", index)
     turns = [ask.ask_choice(dice) if dice.random() < 0.7 else ask.ask_letter(dice)]
     while len(turns) < 5 and len(turns[0].choices) > 1:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from nanochat import hf_export
 from nanochat.checkpoint import list_steps, save_checkpoint
 from nanochat.common import Step, Tag, UserError, print0, run_dir, run_script, set_up, write_file
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import BEFORE, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
@@ -113,7 +113,7 @@ def read_pickle(path: Path) -> Tokenizer:
 
 
 def read_export(folder: Path) -> Model:
-    saved = json.loads((folder / "config.json").read_text())
+    saved = BEFORE | json.loads((folder / "config.json").read_text())
     if saved["model_type"] == "nanochat_x":
         config = GPTConfig(**{field.name: saved[field.name] for field in fields(GPTConfig)})
     else:

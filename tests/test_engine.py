@@ -23,7 +23,7 @@ V = TOKENIZER.vocab_size
 
 def tiny_gpt() -> GPT:
     """A random model with every addition on and a window (128) shorter than its context (512)."""
-    sizes: Any = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
+    sizes: Any = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
     return busy_gpt(GPTConfig(sequence_len=512, vocab_size=V, **sizes))
 
 

@@ -137,6 +137,8 @@ def test_padding_on_the_left_beams_and_a_cache_of_ones_own(tmp_path: Path) -> No
     assert torch.equal(loaded.generate(ids, **greedy), anew)
     with torch.inference_mode():
         whole = loaded(ids).logits
+        padded = loaded(ids, attention_mask=mask).logits[0, 9:]
+        torch.testing.assert_close(padded, loaded(ids[:1, 9:]).logits[0], rtol=0, atol=1e-4)
         past = loaded(ids[:, :20], use_cache=True).past_key_values
         with pytest.raises(ValueError, match="previous_ids"):
             loaded(ids[:, 20:], past_key_values=past)

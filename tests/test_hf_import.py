@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from nanochat.checkpoint import load_model
 from nanochat.common import CheckpointFlags, base_dir
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import BEFORE, GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts import chat_cli, export_hf
 from scripts.import_hf import Config, main
@@ -180,15 +181,23 @@ def test_a_model_on_the_hub_is_downloaded_by_pattern(
     assert torch.equal(loaded.lm_head.weight[:rows], model.lm_head.weight[:rows])
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("plain", "mid"), ("additions", "sft")])
+@pytest.mark.parametrize(
+    ("kind", "stage"), [("plain", "mid"), ("additions", "sft"), ("older", "rl")]
+)
 def test_export_and_import_give_back_the_model(
     kind: str, stage: Any, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = GPTConfig.plain(**SIZES) if kind == "plain" else GPTConfig(**SIZES)
+    if kind == "older":
+        config = replace(config, **BEFORE)
     model = busy_gpt(config)
     weights = model.state_dict()
     save_model(model, stage, "d2", 50, TOKENIZER)
     export_hf.main(export_hf.Config(base / "out", source=stage))
+    if kind == "older":
+        file = base / "out" / "config.json"
+        said = json.loads(file.read_text())
+        file.write_text(json.dumps({name: said[name] for name in said.keys() - BEFORE.keys()}))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base / "detour"))
     main(Config(str(base / "out"), stage=stage))
     loaded, tokenizer, meta = load_model(CheckpointFlags(stage, "d2"), CPU)

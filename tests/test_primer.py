@@ -403,4 +403,4 @@ def test_letters_asked_of_a_list_go_with_what_is_named_or_true() -> None:
             assert is_named or is_true, (text, item)
             assert text not in kept
             ways["named" if is_named else "true"] += 1
-    assert min(ways.values()) > 0.15 * ways.total()
+    assert 0.15 * ways.total() < ways["named"] < 0.25 * ways.total()

@@ -220,8 +220,8 @@ def test_records_line_and_resume(base: Path, capsys: pytest.CaptureFixture[str])
         assert not run.is_finished and run.step == 0 and not (run.folder / ".fresh").exists()
 
 
-def test_weights_of_an_older_architecture_are_used_as_it_was_but_not_trained_on(base: Path) -> None:
-    """They have the same shapes, and do something else."""
+def test_a_run_of_an_older_architecture_keeps_it_and_is_not_resumed(base: Path) -> None:
+    """The weights have the same shapes, and do something else."""
     model = build_model(replace(CONFIG, shifted_keys=False), None, CPU)
     optimizer = make_optimizer(model, 32, 4)
     with Run("base", "d1", settings(), CPU) as run:
@@ -234,7 +234,7 @@ def test_weights_of_an_older_architecture_are_used_as_it_was_but_not_trained_on(
     assert older.model_config == model.config
     with Run("base", "d1", settings(), CPU) as run:
         new = build_model(CONFIG, None, CPU)
-        refuses("another architecture.*--fresh", run.restore, new, optimizer)
+        refuses("an older architecture.*--fresh", run.restore, new, optimizer)
         assert run.restore(model, optimizer) is None
 
 

@@ -218,8 +218,10 @@ def test_one_rank_updates_stack_by_stack_and_needs_what_it_says(
     memory = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes = [event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]
     peak, allowed = max(itertools.accumulate(sizes)), optim.transient_bytes(7 * size, size)
-    # A CPU with instructions for bf16 reorders the matrices in a little memory of its own.
-    assert 0.9 * allowed < peak <= 1.1 * allowed and sum(sizes) == 0
+    # A CPU with instructions for bf16 reorders matrices in memory of its own, with AVX512 alone up
+    # to all of one operand.
+    operand = 2 * 2 * size  # bytes, of a stack of two
+    assert 0.9 * allowed < peak <= 1.1 * allowed + operand and sum(sizes) == 0
 
 
 def reader(*exports: dict[str, StateShard]) -> Callable[[str, int, int], torch.Tensor]:

@@ -189,9 +189,13 @@ def fastest_dtype(capability: tuple[int, int]) -> str:
 
 
 def multiplies_bf16() -> bool:
-    """True if the processor multiplies matrices of bf16 faster than those of fp32."""
+    """True if the processor multiplies matrices of bf16 faster than those of fp32.
+
+    AMD's do by AVX512-BF16, four times as fast; Intel's by AMX alone (half as fast: dev/LOG.md).
+    """
     has = torch.cpu.get_capabilities()
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    by_avx512 = has.get("avx512_bf16") and "Intel" not in str(has.get("cpu_name"))
+    return bool(has.get("amx_bf16") or by_avx512)
 
 
 def check_kernels(device: torch.device, capability: tuple[int, int]) -> None:

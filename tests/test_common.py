@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,3 +167,21 @@ def test_a_process_group_knows_its_gpu(device: str, monkeypatch: pytest.MonkeyPa
     on_gpu = torch.device(device).type == "cuda"
     expected = ("nccl", torch.device(device)) if on_gpu else ("gloo", None)
     assert (given["b"], given["device_id"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("has", "is_faster"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, True),
+        ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, False),
+        ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
+        ({"avx512_bf16": True}, True),
+        ({"cpu_name": "AMD EPYC"}, False),
+        ({}, False),
+    ],
+)
+def test_bf16_only_where_it_is_faster(
+    has: dict[str, Any], is_faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert common.multiplies_bf16() == is_faster

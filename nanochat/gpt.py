@@ -185,11 +185,9 @@ class Context(NamedTuple):
 
 
 def one_later(x: Tensor, view: View) -> Tensor:
-    """(B, T, ...) `x` one token later; where a row or a document begins, zeros."""
-    x = F.pad(x, (0, 0) * (x.ndim - 2) + (1, -1))
-    if view.starts is None:
-        return x
-    return x.masked_fill(view.starts.view(*x.shape[:2], *[1] * (x.ndim - 2)), 0)
+    """(B, T, C) `x` one token later; where a row or a document begins, zeros."""
+    x = F.pad(x, (0, 0, 1, -1))
+    return x if view.starts is None else x.masked_fill(view.starts[..., None], 0)
 
 
 class Attention(nn.Module):
@@ -235,7 +233,8 @@ class Attention(nn.Module):
             assert context.view is not None
             if self.num_shifted:
                 own, late = k.tensor_split([-self.num_shifted], dim=2)
-                k = torch.cat((own, one_later(late, context.view)), dim=2)
+                late = one_later(late.flatten(2), context.view).view_as(late)
+                k = torch.cat((own, late), dim=2)
             y = attend((q, k, v), context.view, self.window, self.scale)
         return self.c_proj(y.reshape(batch, time, -1))
 

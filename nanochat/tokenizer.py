@@ -226,7 +226,7 @@ def render_conversation(
             system = f"{content}\n\n"
         elif message["role"] == "user":
             question = tokenizer.encode(system + content)
-            add([tokens.user_start, *question, tokens.user_end], 0)
+            add([tokens.user_start] + question + [tokens.user_end], 0)
             system = ""
         else:
             add([tokens.assistant_start], 0)
@@ -236,9 +236,9 @@ def render_conversation(
                 if part["type"] == "text":
                     add(piece, 1)
                 elif part["type"] == "python":
-                    add([tokens.python_start, *piece, tokens.python_end], 1)
+                    add([tokens.python_start] + piece + [tokens.python_end], 1)
                 else:
-                    add([tokens.output_start, *piece, tokens.output_end], 0)
+                    add([tokens.output_start] + piece + [tokens.output_end], 0)
             add([tokens.assistant_end], 1)
     return ids, mask
 
@@ -263,5 +263,5 @@ def render_choices(question: str, choices: Sequence[str]) -> str:
 
     The letter directly follows its choice, so that smear passes the choice on to it.
     """
-    lines = map("- {} {}".format, choices, ascii_uppercase)
-    return "\n".join([question, *lines, "Answer with the letter only."])
+    lines = "\n".join(map("- {} {}".format, choices, ascii_uppercase))
+    return f"{question}\n{lines}\nAnswer with the letter only."

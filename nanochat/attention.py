@@ -228,10 +228,7 @@ def _dense_mask(
     if window is None and documents is None:
         return None  # causal: torch has a faster way to say it
     position = torch.arange(time, device=device)
-    age = position[:, None] - position  # (T, T) of the column's key, for the row's query
-    mask = age >= 0
-    if window is not None:
-        mask &= age < window
+    mask = in_window(window, position[:, None], position)  # (T, T)
     if documents is not None:
         mask = mask & (documents[:, None, :, None] == documents[:, None, None])  # (B, 1, T, T)
     return mask
@@ -247,7 +244,7 @@ def _blocks(window: int | None, time: int, starts: Tensor | None, dtype: torch.d
     for begin in range(0, time, CPU_BLOCK):
         first = max(0, begin - window + 1) // 8 * 8 if window else 0  # aligned memory
         queries, keys = slice(begin, begin + CPU_BLOCK), slice(first, begin + CPU_BLOCK)
-        outside = ~_in_window(window, position[queries, None], position[keys])
+        outside = ~in_window(window, position[queries, None], position[keys])
         hidden = torch.zeros(outside.shape, dtype=dtype).masked_fill_(outside, -torch.inf)
         before = begun[:, None, queries, None] > position[keys]
         blocks.append((queries, keys, hidden.masked_fill(before, -torch.inf)))
@@ -262,7 +259,7 @@ def _block_mask(
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same = documents[b, query] == documents[b, key]
-        return same & _in_window(window, query, key)
+        return same & in_window(window, query, key)
 
     return _make_block_mask(sees, len(documents), time, device)
 
@@ -270,12 +267,13 @@ def _block_mask(
 @cache
 def _causal_block_mask(window: int | None, time: int, device: torch.device) -> Any:
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return _in_window(window, query, key)
+        return in_window(window, query, key)
 
     return _make_block_mask(sees, None, time, device)
 
 
-def _in_window(window: int | None, query: Tensor, key: Tensor) -> Tensor:
+def in_window(window: int | None, query: Tensor, key: Tensor) -> Tensor:
+    """Whether a query at one position sees the key of another."""
     return (key <= query) & (query - key < window) if window else key <= query
 
 

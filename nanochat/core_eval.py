@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from itertools import islice
 from os.path import commonprefix  # of any sequences
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -116,9 +117,12 @@ class CoreTask(NamedTuple):
     delimiter: str = " "
 
 
-def accuracy(records: Sequence[dict[str, Any]]) -> Score:
-    share = sum(record["correct"] for record in records) / len(records)
-    return Score(share, math.sqrt(share * (1 - share) / max(1, len(records) - 1)))
+def mean_score(records: Sequence[dict[str, Any]]) -> Score:
+    """The mean of what is `correct`, or of the mean `scores` of each, with its standard error."""
+    means = [fmean(record.get("scores") or [record["correct"]]) for record in records]
+    mean = fmean(means)
+    variance = fmean((own - mean) ** 2 for own in means)
+    return Score(mean, math.sqrt(variance / max(1, len(means) - 1)))
 
 
 def centered_score(

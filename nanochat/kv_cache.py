@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.attention import QKV, Kernel, flash, flash_options, flash_reads_a_cache
+from nanochat.attention import QKV, Kernel, flash, flash_options, flash_reads_a_cache, in_window
 
 # Keys read at a time when decoding without flash. CPU: of 32 to 512 (width 256, 16 slots of 512) 64
 # and 128 are fastest: 8 to 11 ms on one thread depending on filling; all 512 at once: 13. GPU: the
@@ -286,7 +286,7 @@ class Append:
         if self.slots != list(range(self.cache.num_slots)):  # else nothing need be copied
             keys, values = keys[self.slots], values[self.slots]
         grouped = (q * scale).view(num_rows, keys.shape[1], -1, head_dim)  # (B, K, H / K, D)
-        hidden = ~self._seen_by_rows(window)[:, None]  # (B, 1, 1, S)
+        hidden = ~self._seen(window, 0, self.cache.max_len)[:, None]  # (B, 1, 1, S)
         live = [s for s, n in zip(self.starts, self.num_new, strict=True) if n]
         oldest = 0 if window is None or not live else max(0, min(live) - window + 1)
         num_keys = max(live, default=-1) + 1
@@ -320,31 +320,21 @@ class Append:
                 flat[first : first + count].transpose(0, 1)[None],
                 self.cache.keys[layer, slot, :, oldest:end][None],
                 self.cache.values[layer, slot, :, oldest:end][None],
-                attn_mask=self._seen(start, oldest, end, window),
+                attn_mask=self._seen(window, oldest, end, start),
                 scale=scale,
                 enable_gqa=q.shape[2] != self.cache.keys.shape[2],
             )  # (1, H, count, D)
             out[first : first + count] = mixed[0].transpose(0, 1)
         return out.view_as(q)
 
-    def _seen(self, start: int, oldest: int, end: int, window: int | None) -> Tensor:
-        """(T', S') which of the keys from `oldest` to `end` the queries from `start` on see."""
-        key = (start, oldest, end, window)
+    def _seen(self, window: int | None, oldest: int, end: int, start: int | None = None) -> Tensor:
+        """Which keys from `oldest` to `end` are seen.
+
+        (T', S') by the queries from `start` on, or (B, 1, S') by the only query of each row.
+        """
+        key = (window, oldest, end, start)
         if key not in self.masks:
-            own = torch.arange(start, end, device=self.layout.device)[:, None]
-            self.masks[key] = _sees(own, torch.arange(oldest, end, device=own.device), window)
+            cells = torch.arange(end, device=self.layout.device)
+            own = self.positions[..., None] if start is None else cells[start:, None]
+            self.masks[key] = in_window(window, own, cells[oldest:])
         return self.masks[key]
-
-    def _seen_by_rows(self, window: int | None) -> Tensor:
-        """(B, 1, S) which keys the only query of each row sees."""
-        key = (window,)
-        if key not in self.masks:
-            own = self.positions[:, :, None]
-            cells = torch.arange(self.cache.max_len, device=own.device)
-            self.masks[key] = _sees(own, cells, window)
-        return self.masks[key]
-
-
-def _sees(own: Tensor, cells: Tensor, window: int | None) -> Tensor:
-    """Whether a query at position `own` sees the key of a cell."""
-    return (cells <= own) & (cells > own - window) if window else cells <= own

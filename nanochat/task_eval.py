@@ -9,7 +9,6 @@ Shapes: B rows, T time, V vocabulary.
 """
 
 import copy
-import math
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nanochat.common import gather, own_part, progress_bar
-from nanochat.core_eval import CoreTask, Score, padded
+from nanochat.core_eval import CoreTask, Score, mean_score, padded
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
 from nanochat.kv_cache import GPU_DECODE_BLOCK
@@ -157,11 +156,3 @@ def _judge(
     records = sorted(gather(records), key=lambda record: record["index"])
     best_of = fmean(max(record["scores"]) for record in records)
     return EvalResult(mean_score(records), best_of, records)
-
-
-def mean_score(records: Sequence[dict[str, Any]]) -> Score:
-    """The mean over records of the mean over their samples, with its standard error."""
-    means = [fmean(record["scores"]) for record in records]
-    accuracy = fmean(means)
-    stderr = math.sqrt(fmean((mean - accuracy) ** 2 for mean in means) / max(len(means) - 1, 1))
-    return Score(accuracy, stderr)

@@ -134,7 +134,7 @@ def main(cfg: Config) -> None:
             kind = UserError if isinstance(error, UserError) else RuntimeError
             raise kind(f"task {task.label} failed: {error}") from error
         records += task_records
-        scores[task.label] = score = core_eval.accuracy(task_records)
+        scores[task.label] = score = core_eval.mean_score(task_records)
         _, centered = core_eval.centered_score(task.label, 1, [(score, task.baseline)])
         share = f"{show(score, percent=True)} of {len(task_records)}"
         lines.append(f"{task.label}: {share}, centered {centered.value:.4f}")

@@ -38,11 +38,11 @@ from nanochat.common import (
     set_up,
     write_file,
 )
-from nanochat.core_eval import GPTReader, accuracy, centered_score, evaluate
+from nanochat.core_eval import GPTReader, centered_score, evaluate, mean_score
 from nanochat.engine import Engine
 from nanochat.report import show, write_section
 from nanochat.sandbox import isolation
-from nanochat.task_eval import Task, evaluate_choice, evaluate_generate, mean_score, needed_len
+from nanochat.task_eval import Task, evaluate_choice, evaluate_generate, needed_len
 from tasks.mixtures import CHAT_CORE, build_task
 
 Tasks = Annotated[str, tyro.conf.arg(aliases=["-a", "--task_name"])]
@@ -132,7 +132,7 @@ def main(cfg: Config) -> None:
         line += f"; {', '.join(scores)}" if kinds else ""
         if pages := task.pages(name):
             reader = GPTReader(model, tokenizer, cfg.batch_size)
-            results[pages.label] = accuracy(evaluate(reader, pages, cfg.batch_size, None))
+            results[pages.label] = mean_score(evaluate(reader, pages, cfg.batch_size, None))
             line += f"; page {show(results[pages.label], percent=True)}"
         print0(f"{line} (guessing: {100 * task.baseline:.0f} %)")
         shown = [own[0] for own in kinds.values()] or result.records[:2]

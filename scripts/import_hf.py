@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -42,20 +43,13 @@ class Config:
     step: Step = None  # default: the newest
 
 
-class SavedEncoding:
-    """Stands in for tiktoken.Encoding in a pickle."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.state = state
-
-
 class EncodingUnpickler(pickle.Unpickler):
-    """Knows one class, by its stand-in."""
+    """Knows one class, tiktoken's Encoding, of which it keeps the fields alone."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         if (module_name, global_name) != ("tiktoken.core", "Encoding"):
             raise pickle.UnpicklingError(f"GLOBAL {module_name}.{global_name}")
-        return SavedEncoding
+        return SimpleNamespace
 
 
 def trying(action: Callable[[Any], Any], argument: object, fault: str = "is refused") -> Any:
@@ -108,7 +102,7 @@ def make_tokenizer(ranks: dict[bytes, int], specials: dict[str, int], pattern: s
 
 def read_pickle(path: Path) -> Tokenizer:
     with path.open("rb") as file:
-        state = EncodingUnpickler(file).load().state
+        state = vars(EncodingUnpickler(file).load())
     return make_tokenizer(state["mergeable_ranks"], state["special_tokens"], state["pat_str"])
 
 

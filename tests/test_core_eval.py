@@ -21,11 +21,11 @@ from nanochat.core_eval import (
     CORE_TASKS,
     CoreTask,
     GPTReader,
-    accuracy,
     centered_score,
     evaluate,
     find_bundle,
     load_tasks,
+    mean_score,
     source_bpb,
 )
 from nanochat.dataloader import Batch, ChatSource, Loader
@@ -264,13 +264,13 @@ def test_options_without_tokens_of_their_own(reader: GPTReader) -> None:
 
 
 def test_core_is_the_mean_of_centered_accuracies() -> None:
-    scores = [accuracy([{"correct": i < num} for i in range(100)]) for num in (75, 10)]
+    scores = [mean_score([{"correct": i < num} for i in range(100)]) for num in (75, 10)]
     errors = [math.sqrt(0.75 * 0.25 / 99), math.sqrt(0.1 * 0.9 / 99)]
     assert scores == [(0.75, pytest.approx(errors[0])), (0.1, pytest.approx(errors[1]))]
     name, score = centered_score("CORE", 22, list(zip(scores, [0.5, 0.0], strict=True)))
     assert (name, score.value) == ("CORE (2 of 22)", pytest.approx((0.5 + 0.1) / 2))
     assert score.stderr == pytest.approx(math.hypot(errors[0] / 0.5, errors[1]) / 2)
-    right = accuracy([{"correct": True}])
+    right = mean_score([{"correct": True}])
     assert centered_score("CORE", 2, [(right, 0.25)] * 2) == ("CORE", (1.0, 0.0))
 
 

@@ -136,10 +136,11 @@ def memory_bytes(
     """Bytes of device memory for training on micro-batches of `rows`, by part, and their "total".
 
     Weights and gradients are fp32 (embeddings: `table_bytes` each) and whole on every rank;
-    optimizer state is sharded. A layer keeps 16 numbers per channel and token for backward: 4 + 4
-    widths in the MLP, 3.5 in norms and inputs, 4.5 in queries, keys and values; to `recompute`, it
-    keeps its input, and one layer at a time has the rest (tests/test_scaling.py measures the peak).
-    `chunk`: logits that the loss has at once.
+    optimizer state is sharded. A layer keeps 17 numbers per channel and token for backward: 4 + 4
+    widths in the MLP, 3.5 in norms and inputs, 5.5 in queries, keys and values (4.5 if no keys are
+    shifted). To `recompute`, it keeps its input; one layer at a time then takes 22 for its backward
+    pass, in the place of the loss's logits. Smear keeps 2 (tests/test_scaling.py measures the
+    peak). `chunk`: logits that the loss has at once.
     """
     counts = parameter_counts(config)
     muon, tables = counts["blocks"], counts["embedding"] + counts["value_embeddings"]
@@ -147,13 +148,19 @@ def memory_bytes(
     stored = 4 * (counts["total"] - tables) + table_bytes * tables
     moments = (4 + table_bytes) * tables  # the mean is stored as the table is
     at_once = 1 if recompute else config.n_layer  # layers with all that backward needs
-    numbers = 16 * at_once + (config.n_layer if recompute else 0)
+    width = compute_bytes * config.n_embd * num_tokens  # a number per channel and token
+    logits = 3 * 4 * min(chunk, num_tokens * config.padded_vocab_size)
+    activations = (2 * config.smear + 17 * config.n_layer) * width
+    if recompute:
+        activations = (2 * config.smear + config.n_layer + 22) * width
+        logits = max(0, logits - 22 * width)
     copied = counts["blocks"] * at_once // config.n_layer + counts["head"]
     passing = {
         "16-bit copies": compute_bytes * copied if compute_bytes < 4 else 0,
-        "activations": compute_bytes * numbers * config.n_embd * num_tokens,
-        # The head's gradient, made in the forward pass, and three tensors of one chunk's logits.
-        "loss": 4 * counts["head"] + 3 * 4 * min(chunk, num_tokens * config.padded_vocab_size),
+        "activations": activations,
+        # The head's gradient, made in the forward pass, and three tensors of one chunk's logits, so
+        # far as they are not in that place.
+        "loss": 4 * counts["head"] + logits,
     }
     # What only a step needs takes the place of what is gone by then.
     step = transient_bytes(muon, 4 * config.n_embd**2)

@@ -98,10 +98,10 @@ def test_auto_goes_by_the_memory_that_others_leave(monkeypatch: pytest.MonkeyPat
 
 
 def choose_on_rank(rank: int) -> None:
-    """Others have 16 GiB of the last rank's GPU: every rank has to try what fits there."""
+    """Others have 15 GiB of the last rank's GPU: every rank has to try what fits there."""
     card, config = find_card("RTX 4090"), depth_to_config(12, 32768)
     assert card is not None
-    runtime = replace(be_a_gpu(pytest.MonkeyPatch(), card, 16 * rank), rank=rank, world_size=2)
+    runtime = replace(be_a_gpu(pytest.MonkeyPatch(), card, 15 * rank), rank=rank, world_size=2)
     assert row_choices(64, "auto", 2048, config, runtime)[0] == (4, False)
 
 

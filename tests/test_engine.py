@@ -380,7 +380,11 @@ def test_logprobs_are_those_of_the_full_forward() -> None:
             for id, logprob in event.logprobs:
                 assert logprob == pytest.approx(float(full[id]), abs=1e-4)
     told = {r: [e.logprobs for e in events if e.request is r] for r in (asked, one, silent)}
-    assert [pairs and pairs[:2] for pairs in told[asked]] == told[one]
+    for four, pairs in zip(told[asked], told[one], strict=True):
+        assert four and pairs and len(pairs) == 2
+        for (expected, likely), (id, logprob) in zip(four[:2], pairs, strict=True):
+            # In another row of the batch some processors round otherwise.
+            assert id == expected and logprob == pytest.approx(likely, abs=1e-5)
     assert set(map(str, told[silent])) == {"None"}
 
 

@@ -158,13 +158,14 @@ def backward(
     The loss is the sum over sampled tokens of advantage x -log p(token), divided by their number.
     """
     whole_rows = num_rows if model.call_part is not call else 0
-    batch = [tensor.to(runtime.device) for tensor in policy_batch(groups, pad_id, whole_rows)]
-    num_targets = all_reduce_sum((batch[1] != IGNORED).sum())
+    batch = (tensor.to(runtime.device) for tensor in policy_batch(groups, pad_id, whole_rows))
+    inputs, targets, advantages = batch
+    num_targets = all_reduce_sum((targets != IGNORED).sum())
     loss = torch.zeros((), device=runtime.device)
-    splits = [tensor.split(num_rows) for tensor in batch]
-    for inputs, targets, advantages in zip(*splits, strict=True):
-        nats = model(inputs, targets, reduction="none")  # (R, T)
-        part = (nats * advantages).sum() / num_targets
+    for first in range(0, len(inputs), num_rows):
+        rows = slice(first, first + num_rows)
+        nats = model(inputs[rows], targets[rows], reduction="none")  # (R, T)
+        part = (nats * advantages[rows]).sum() / num_targets
         # The optimizer averages over the ranks, and undoes the scale.
         (part * runtime.world_size * loss_scale).backward()
         loss += part.detach()

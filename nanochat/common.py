@@ -5,23 +5,28 @@ temporary name, fsynced, renamed, and their *folder* fsynced: only that makes a 
 `set_up` is a script's first call; under torchrun it joins one process group (nccl on GPUs, gloo on
 CPUs). A script's flags are the fields of its `Config`; a field's comment is its --help, and its
 type (`Count`, `Share`, ...) says which values are valid.
+
+A script whose time is up (SIGUSR1, as Slurm warns; or `NANOCHAT_STOP_AFTER`, such as 3h50m, counted
+from `NANOCHAT_BEGAN` or its own start) ends with status 75, and the same command goes on.
 """
 
 import ctypes
 import errno
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +40,10 @@ T = TypeVar("T")
 FOLDER_NAME = r"\w[\w.-]*"  # of a corpus or a run; cannot leave its parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal to send when the parent dies
+STARTED = time.time()
+DURATION = r"(\d+h)?(\d+m)?(\d+s)?"
+TIME_IS_UP = 75  # exit status, EX_TEMPFAIL of sysexits.h: to be run again
+MEMORY_FLAGS = ("device_batch_size", "batch_size", "num_slots", "slots")  # less of it, less memory
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3): bytes from which malloc gives memory back
 
 
@@ -125,7 +134,10 @@ def has_c_compiler() -> bool:
 def print0(text: str) -> None:
     """Print on the main rank only; all of the library's output goes through here."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(text, flush=True)  # noqa: T201
+        try:
+            print(text, flush=True)  # noqa: T201
+        except OSError:  # a closed terminal, a reader that is gone, a full disk: no reason to stop
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def progress_bar(parts: Iterable[T], unit: str, total: int | None = None) -> Iterable[T]:
@@ -305,7 +317,8 @@ def free_memory(device: torch.device) -> int:
 # Types of flags: valid values, and short names for the flags that choose a checkpoint.
 Source = Annotated[Literal["base", "mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
 ChatStage = Annotated[Literal["mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
-Tag = Annotated[str, Field(pattern=rf"^({FOLDER_NAME})?$"), tyro.conf.arg(aliases=["-g"])]
+RunName = Annotated[str, Field(pattern=rf"^({FOLDER_NAME})?$")]
+Tag = Annotated[RunName, tyro.conf.arg(aliases=["-g"])]
 Step = Annotated[int | None, tyro.conf.arg(aliases=["-s"])]
 
 DeviceType = Annotated[str, Field(pattern="^(cpu|cuda|mps)?$")]
@@ -321,6 +334,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=100)]
+Duration = Annotated[str, Field(pattern=rf"^{DURATION}$")]
 
 
 @dataclass
@@ -334,29 +348,77 @@ class CheckpointFlags:
     dtype: Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
 
 
-# Faults of the machine or a path, not of the program.
-MACHINE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
+# Faults of the machine, not of the program, though no path is known.
+MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE}
 
 
 def run_script(main: Callable[[T], None], config: type[T]) -> None:
     """Run `main` on the parsed command line; --help begins with the script's docstring.
 
-    UserError and errors of the machine become one line on stderr and exit code 1.
+    UserError, errors of paths and the machine, and too little GPU memory become one line on stderr
+    and exit code 1; the end of the time, `TIME_IS_UP`.
     """
     parsed = tyro.cli(config, description=main.__globals__["__doc__"])
     try:
         check(parsed)
+        for number in (signal.SIGUSR1, signal.SIGALRM):
+            signal.signal(number, lambda *_: leave("the time is up"))
+        if (seconds := stop_time() - time.time()) < float("inf"):
+            signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
         main(parsed)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit(f"error: {out_of_memory(vars(parsed))}")
     except OSError as error:
-        if error.errno not in MACHINE_ERRORS:
+        if error.filename is None and error.errno not in MACHINE_ERRORS:
             raise
-        path = error.filename or "a file"
+        path = "a file" if error.filename is None else error.filename
         sys.exit(f"error: {path}: {error.strerror}; make room or choose another path")
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def out_of_memory(settings: dict[str, Any]) -> UserError:
+    """The error that names those of a script's flags that need less memory if they are lower."""
+    given = {name: settings[name] for name in MEMORY_FLAGS if name in settings}
+    lower = [
+        f"--{name}={1 if size == 'auto' else max(n for n in range(1, size) if size % n == 0)}"
+        for name, size in given.items()
+        if size == "auto" or size > 1
+    ]
+    had = " ".join(f"--{name}={size}" for name, size in given.items())
+    mend = f"try {' '.join(lower)}" if lower else "use a smaller model or shorter rows"
+    return UserError(f"out of GPU memory{' with ' * bool(had)}{had}; {mend}")
+
+
+def stop_time(stop_after: str = "") -> float:
+    """When to stop, in seconds since 1970, by that flag and the environment; infinite: never."""
+    began = float(os.environ.get("NANOCHAT_BEGAN") or STARTED)
+    whole = to_seconds(os.environ.get("NANOCHAT_STOP_AFTER", ""))
+    return min(STARTED + to_seconds(stop_after), began + whole)
+
+
+def to_seconds(duration: str) -> float:
+    """Of 3h50m, 45m or 90s; infinite for "". UserError for anything else."""
+    if duration and not re.fullmatch(DURATION, duration):
+        raise UserError(f"NANOCHAT_STOP_AFTER={duration} is no time; give it as 3h50m, 45m or 90s")
+    parts = re.findall(r"(\d+)([hms])", duration)
+    seconds = sum(int(count) * {"h": 3600, "m": 60, "s": 1}[unit] for count, unit in parts)
+    return seconds if duration else float("inf")
+
+
+def leave(reason: str) -> NoReturn:
+    """End this process with `TIME_IS_UP`, and note that for the shell script that started it.
+
+    Under torchrun, which would start all ranks again, with 0.
+    """
+    print0(f"{reason}; the same command goes on")
+    if (note := os.environ.get("NANOCHAT_STOPPED")) and int(os.environ.get("RANK", 0)) == 0:
+        Path(note).touch()
+    sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else TIME_IS_UP)
 
 
 def check(config: Any) -> None:

@@ -3,7 +3,9 @@
 import errno
 import importlib
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nanochat import common
+from nanochat import common, dataset
 from nanochat.common import UserError, fastest_dtype, run_script, set_up
 from tests import launch
 from tests.models import refuses
@@ -86,12 +88,93 @@ def test_values_that_can_be_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_user_or_the_machine_caused_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(monkeypatch, "base_loss --step=7", UserError("no step 7")) == "error: no step 7"
     full = OSError(errno.ENOSPC, "No space left on device", "/a/b")
-    said = "error: /a/b: No space left on device; make room or choose another path"
-    assert run(monkeypatch, "tok_train", full) == said
+    memory = torch.OutOfMemoryError("CUDA out of memory")
+    room = "make room or choose another path"
+    for command, fault, said in (
+        ("base_loss --step=7", UserError("no step 7"), "no step 7"),
+        ("tok_train", full, f"/a/b: No space left on device; {room}"),
+        ("tok_train", OSError(errno.EIO, "Input/output error"), f"a file: Input/output error; {room}"),
+        ("tok_train", IsADirectoryError(errno.EISDIR, "Is a directory", "/a"), f"/a: Is a directory; {room}"),
+        ("base_eval --batch_size=9", memory, "out of GPU memory with --batch_size=9; try --batch_size=3"),
+        ("chat_rl", memory, "out of GPU memory with --device_batch_size=32 --num_slots=64; try --device_batch_size=16 --num_slots=32"),
+        ("chat_cli", memory, "out of GPU memory; use a smaller model or shorter rows"),
+    ):  # fmt: skip
+        assert run(monkeypatch, command, fault) == f"error: {said}"
     with pytest.raises(OSError, match="Bad file descriptor"):
         run(monkeypatch, "tok_train", OSError(errno.EBADF, "Bad file descriptor"))
+
+
+def test_a_base_folder_that_cannot_be_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone/nowhere")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for place in ("/proc/x", "/dev/null", "/sys/y", "file", "file/below", "dangling", "circle"):
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / place))
+        monkeypatch.setattr(sys, "argv", ["dataset", "--corpus", "primer", "--num_documents", "3"])
+        with pytest.raises(SystemExit) as ended:
+            run_script(dataset.main, dataset.Config)
+        said = str(ended.value.code)
+        assert said.startswith(f"error: {tmp_path / place}") and "\n" not in said, said
+
+
+def test_a_reader_that_is_gone_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    ends = os.pipe()
+    with open(ends[1], "w") as out, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        os.close(ends[0])
+        for number in range(3):
+            common.print0(f"line {number}")
+
+
+# Time
+
+
+@pytest.mark.parametrize(
+    ("duration", "seconds"), [("3h50m", 13_800), ("90s", 90), ("2m", 120), ("1h1m1s", 3661)]
+)
+def test_a_time_limit_counts_from_the_start(
+    duration: str, seconds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert common.stop_time() == float("inf")
+    assert common.stop_time(duration) == common.STARTED + seconds
+    monkeypatch.setenv("NANOCHAT_BEGAN", "1000")
+    monkeypatch.setenv("NANOCHAT_STOP_AFTER", duration)
+    assert common.stop_time() == common.stop_time("99h") == 1000 + seconds
+    for wrong in ("soon", "3", "h", "50m3h", "-3h", "1.5h"):
+        monkeypatch.setenv("NANOCHAT_STOP_AFTER", wrong)
+        refuses(f"NANOCHAT_STOP_AFTER={wrong} is no time", common.stop_time)
+        flag = f"error: --stop_after={wrong}: String should match pattern"
+        assert str(run(monkeypatch, f"mid_train --stop_after={wrong}")).startswith(flag)
+
+
+@pytest.mark.parametrize("under_torchrun", [False, True])
+@pytest.mark.parametrize("asks", ["the time", "SIGUSR1"])
+def test_a_script_whose_time_is_up_says_so_by_its_status(
+    asks: str, under_torchrun: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    """To torchrun, which starts a rank that failed again, by a file alone."""
+    monkeypatch.setenv("NANOCHAT_STOPPED", str(tmp_path / "stopped"))
+    if under_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    if asks == "the time":
+        monkeypatch.setenv("NANOCHAT_STOP_AFTER", "1s")
+        monkeypatch.setenv("NANOCHAT_BEGAN", "1000")  # long ago
+
+    def main(_: object) -> None:
+        if asks == "SIGUSR1":
+            signal.raise_signal(signal.SIGUSR1)
+        time.sleep(60)
+
+    monkeypatch.setattr(sys, "argv", ["tok_train"])
+    with pytest.raises(SystemExit) as ended:
+        run_script(main, importlib.import_module("scripts.tok_train").Config)
+    assert ended.value.code == (0 if under_torchrun else 75)
+    assert (tmp_path / "stopped").exists()
+    assert capsys.readouterr().out == "the time is up; the same command goes on\n"
 
 
 def be_a_rank(log: Path, leads_session: bool) -> None:

@@ -36,7 +36,8 @@ read -r depth ratio shards rows fp8 <<<"$sizes"
 [ "$goal" = best ] && tag="d$depth" || tag="d$depth-$goal"
 [ -z "${NANOCHAT_TINY:-}" ] || tag=tiny shards=3 rows=2 fp8=1
 mkdir -p "$NANOCHAT_BASE_DIR/logs"
-exec > >(tee -a "$NANOCHAT_BASE_DIR/logs/$tag-node$node.log") 2>&1
+# tee outlives a signal to all processes, so that what they say last is read.
+exec > >(trap '' HUP INT TERM USR1 && exec tee -a "$NANOCHAT_BASE_DIR/logs/$tag-node$node.log") 2>&1
 begin "$tag" "$*"
 "${plan[@]}"
 

@@ -12,6 +12,9 @@
 # or tokenizer than a run began with, deletes checkpoints; any other flag is for the trainer to
 # accept or refuse. With NNODES above 1 each machine runs the script with its own NODE_RANK and all
 # share NANOCHAT_BASE_DIR; what is not a `launch` is done by machine 0, and the others wait for it.
+#
+# NANOCHAT_STOP_AFTER=3h50m, from the script's start, or SIGUSR1, by which Slurm warns, makes the
+# stage under way save and end, and the script with status 75: to be started again.
 set -euo pipefail
 shopt -s extglob
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
@@ -23,18 +26,26 @@ if [ "$nodes" -gt 1 ]; then
 fi
 chain="on:" # and a checksum of how the corpus and the tokenizer were made, on which all else builds
 ran=""      # not empty once a stage has run
+asked=""    # not empty once SIGUSR1 asked to stop
 pace=""     # the file, if there is one
+export NANOCHAT_BEGAN="${NANOCHAT_BEGAN:-$(($(date +%s) - SECONDS))}"
+# Where all processes are signalled, this one waits for the stage, which saves.
+trap asked=1 USR1
+trap '[ -z "$asked" ] || exit 75' EXIT
+trap 'exit 143' TERM
 
 size() { if [ -n "${NANOCHAT_TINY:-}" ]; then echo "$2"; else echo "$1"; fi; }
 
 begin() {
   tag=$1 notes="$NANOCHAT_BASE_DIR/done/$1"
+  export NANOCHAT_STOPPED="$notes/stopped" # made by a stage whose time is up
   if [ "$node" = 0 ]; then
     if [ -n "${2:-}" ]; then
       touch "$NANOCHAT_BASE_DIR"/{base,mid,sft,rl}/"$tag"/.fresh 2>/dev/null || true # where one is
       rm -rf "$notes"
     fi
     mkdir -p "$notes"
+    rm -f "$NANOCHAT_STOPPED"
     [ -n "$(ls -A "$notes")" ] || python -m nanochat.report reset
   fi
   # The machines wait for each other, so that none reads what machine 0 is about to forget.
@@ -43,7 +54,7 @@ begin() {
 
 # A stage that begins notes its chain and command in NAME.began, one that is finished in NAME.
 stage() {
-  local name=$1 want run was="" start=$SECONDS
+  local name=$1 want run was="" start=$SECONDS status=0
   shift
   want="$chain $*"
   if is_done; then
@@ -65,17 +76,25 @@ stage() {
       export NANOCHAT_SECONDS_LATER
     fi
     echo "== $name: $*"
+    if [ "$node" = 0 ] || [ "$1" = launch ]; then "$@" || status=$?; fi
+    [ "$node" = 0 ] || [ "$status" = 0 ] || sleep 2 # until all know whether the time is up
+    [ ! -e "$NANOCHAT_STOPPED" ] || leave
+    [ "$status" = 0 ] || exit "$status" # 75, if asked
     if [ "$node" = 0 ]; then
-      "$@"
       echo "$want" >"$notes/$name"
       echo "== $name: took $((SECONDS - start)) s"
     else
-      [ "$1" != launch ] || "$@"
-      until is_done; do sleep 2; done
+      until is_done; do
+        [ ! -e "$NANOCHAT_STOPPED" ] || leave
+        sleep 2
+      done
     fi
+    [ -z "$asked" ] || leave
   fi
   case $name in corpus | tok_train) chain="on:$(cksum <<<"$want" | tr -d ' ')" ;; esac
 }
+
+leave() { echo "== $name: the time is up; the same command goes on" && exit 75; }
 
 is_done() {
   local file note free=' --device_batch_size=+([^ ])' # on which no result depends
@@ -92,9 +111,12 @@ launch() {
   shift
   # Not in the stage's command, so that another name for wandb does not start a stage over.
   case $module in *_train | *.chat_sft | *.chat_rl) set -- "$@" --run="${WANDB_RUN:-dummy}" ;; esac
+  # What torchrun passes on; if it caught SIGHUP, it would end though nohup was to prevent that.
+  local signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
+  [ -n "$(trap -p HUP)" ] || signals+=,SIGHUP
   # Seconds from a signal to torchrun's kill: a step and a save may take more than its 30, but ranks
   # that wait for one that died are restarted only after them.
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}"
   torchrun "${where[@]}" --rdzv_id="$module" --nproc_per_node="${processes:?}" \
-    --max-restarts="${MAX_RESTARTS:-3}" -m "$module" -- "$@"
+    --max-restarts="${MAX_RESTARTS:-3}" --signals-to-handle="$signals" -m "$module" -- "$@"
 }

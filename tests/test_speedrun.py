@@ -37,6 +37,7 @@ TRAINERS = {"base_train": "base", "mid_train": "mid", "chat_sft": "sft", "chat_r
 # python and torchrun: a trainer adds a line to its run folder, which --fresh clears first.
 STAND_IN = r"""#!/bin/sh
 echo "$*" >>"$CALLS"
+trap '[ -z "$NANOCHAT_STOPPED" ] || touch "$NANOCHAT_STOPPED"; exit 75' USR1
 module="" tag="" fresh="" id="" run="" depth=24
 for word; do
   case $word in
@@ -73,6 +74,14 @@ if [ -n "$run" ]; then
   echo started >>"$folder/starts"
 fi
 [ "$module" != "${KILL_IN:-none}" ] || exit 1
+if [ -n "$run" ] && [ -n "$NUM_STEPS" ]; then # to be gone on with after a signal
+  touch "$folder/steps"
+  while [ "$(grep -c step "$folder/steps")" -lt "$NUM_STEPS" ]; do
+    echo step >>"$folder/steps"
+    sleep
+  done
+fi
+[ "$module" != "${STOP_IN:-none}" ] || { touch "$NANOCHAT_STOPPED" && exit "$STOP_STATUS"; }
 """
 
 
@@ -118,8 +127,12 @@ class Tier:
         """The stages that were run, in order. `KILL_IN`, `KILL_BEFORE`: the module that fails."""
         process = self.start(*arguments, **variables)
         log = process.communicate(timeout=60)[0]
-        assert (process.returncode != 0) == any(name.startswith("KILL") for name in variables), log
-        return re.findall(r"^== (\w+): (?!done before|took)", log, re.M)
+        if "STOP_IN" in variables:
+            assert process.returncode == 75 and "the time is up; the same command" in log, log
+        else:
+            fails = any(name.startswith("KILL") for name in variables)
+            assert (process.returncode != 0) == fails, log
+        return re.findall(r"^== (\w+): (?!done before|took|the time)", log, re.M)
 
     def num_starts(self, stage: str) -> int:
         """How often the stage's run was started since its folder was last cleared."""
@@ -202,6 +215,85 @@ def test_fresh_starts_every_run_over_once(tier: Tier) -> None:
     assert rest == everything[everything.index("mid_train") :]
     assert [tier.num_starts(stage) for stage in TRAINERS] == [1, 2, 1, 1]
     assert tier.run("--fresh") == everything
+
+
+@pytest.mark.parametrize("status", ["75", "0"])  # of python, and of torchrun
+def test_a_tier_whose_time_is_up_says_so_and_goes_on(tier: Tier, status: str) -> None:
+    everything = []
+    for stage in ("base_train", "chat_eval", "chat_rl"):
+        everything += tier.run(STOP_IN=stage, STOP_STATUS=status)
+        assert everything.pop().startswith(stage)
+    assert everything + tier.run() == tier.run("--fresh")
+
+
+ALLOCATION = 1.5  # seconds until the warning
+SLURM = {
+    "srun": """#!/bin/bash
+        echo $$ >>"$STEPS"
+        for node in 0 1; do SLURM_NODEID=$node "$@" & tasks="$tasks $!"; done
+        for task in $tasks; do
+          wait $task; status=$?
+          [ $status -le ${worst:-0} ] || worst=$status
+        done
+        exit ${worst:-0}""",
+    "scontrol": """#!/bin/sh
+        case $1 in
+        show) printf 'one\ntwo\n' ;;
+        requeue) echo "$2" >>"$QUEUE" ;;
+        esac""",
+}
+
+
+def descendants(pid: int) -> list[int]:
+    children = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = path.read_text().rsplit(")", 1)[1].split()
+            children.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    below = children.get(pid, [])
+    return below + [each for child in below for each in descendants(child)]
+
+
+def test_the_slurm_job_comes_back_until_the_run_is_done(tmp_path: Path) -> None:
+    """The README's, under a scheduler that warns all processes of a step but the batch script."""
+    text = (ROOT / "README.md").read_text()
+    job = text[text.index("#!/bin/bash\n#SBATCH") :].split("```")[0]
+    assert re.search(r"--time=\S+ --signal=USR1@300 --requeue", job)
+    tier = Tier(tmp_path, "speedrun.sh")
+    for name, script in SLURM.items():
+        (tmp_path / "bin" / name).write_text(script)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "job").write_text(job.replace("/shared/nanochat", str(tier.base_dir)))
+    queue, steps = tmp_path / "queue", tmp_path / "slurm_steps"
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"),
+        "NPROC_PER_NODE": "8", "MEETINGS": str(tmp_path / "meetings"), "QUEUE": str(queue),
+        "STEPS": str(steps), "SLURM_NNODES": "2", "SLURM_JOB_ID": "17", "NUM_STEPS": "10",
+        "SLURM_JOB_NODELIST": "one,two",
+    }  # fmt: skip
+    num_starts = 0
+    while num_starts < 20:
+        num_starts += 1
+        for meeting in (tmp_path / "meetings").iterdir():
+            meeting.rmdir()
+        queue.write_text("")
+        steps.write_text("")
+        process = subprocess.Popen(
+            ["bash", tmp_path / "job"], cwd=tmp_path, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(ALLOCATION)
+        for pid in descendants(process.pid)[1:]:  # of the tasks; the first is srun
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+        log = process.communicate(timeout=60)[0]
+        if not queue.read_text():
+            break
+        assert queue.read_text() == "17\n", log
+    assert process.returncode == 0 and num_starts > 2, log
+    for stage, run in TRAINERS.items():
+        assert (tier.base_dir / run / tier.tag / "steps").read_text().count("step") == 10, stage
 
 
 def test_what_was_trained_by_hand_is_kept(tier: Tier) -> None:
@@ -346,28 +438,35 @@ def environment(tmp_path: Path):
         yield os.environ | variables | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
 
-def left_over(environment: dict[str, str]) -> list[str]:
+def left_over(environment: dict[str, str]) -> list[int]:
     """The processes that still run in `environment`."""
     own, found = f"NANOCHAT_BASE_DIR={environment['NANOCHAT_BASE_DIR']}\0".encode(), []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if own in (path / "environ").read_bytes():
-                found.append((path / "cmdline").read_text())
+                found.append(int(path.name))
     return found
 
 
-def run(environment: dict[str, str], log: Path, kill_in: str = "") -> None:
-    """Run speedrun.sh to its end, or kill it and its children soon after stage `kill_in` began."""
+def run(
+    environment: dict[str, str], log: Path, stop_in: str = "", number: int = signal.SIGKILL
+) -> None:
+    """Run speedrun.sh to its end, or signal all its processes soon after stage `stop_in` began."""
     with log.open("w") as file:
         process = subprocess.Popen(
             ["bash", log.parent / "nanochat" / "speedrun.sh"], env=environment, stdout=file,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         while process.poll() is None:
-            if kill_in and f"== {kill_in}: " in log.read_text():
-                time.sleep(random.Random(kill_in).uniform(0, 12))
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            if stop_in and f"== {stop_in}: " in log.read_text():
+                time.sleep(random.Random(stop_in).uniform(0, 12))
+                if number == signal.SIGKILL:
+                    os.killpg(process.pid, number)
+                for pid in left_over(environment) if number != signal.SIGKILL else ():
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, number)
+                status = process.wait()
+                assert number == signal.SIGKILL or status == 75, log.read_text()[-3000:]
                 deadline = time.monotonic() + 30
                 while (orphans := left_over(environment)) and time.monotonic() < deadline:
                     time.sleep(0.1)
@@ -383,7 +482,8 @@ def test_from_nothing_to_a_report_though_killed_in_every_stage(
 ) -> None:
     for number, stage in enumerate(STAGES):
         flags = {"DEVICE_BATCH_SIZE": str(1 + number % 2)}
-        run(environment | flags, tmp_path / f"{stage}.log", kill_in=stage)
+        how = signal.SIGUSR1 if number % 3 == 0 else signal.SIGKILL
+        run(environment | flags, tmp_path / f"{stage}.log", stage, how)
         assert "--fresh" not in (tmp_path / f"{stage}.log").read_text()
     run(environment, tmp_path / "end.log")
     log = (tmp_path / "end.log").read_text()

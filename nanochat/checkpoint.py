@@ -4,7 +4,7 @@
         model.safetensors            weights by parameter name, fp32; tables may be bf16
         optimizer_00000.safetensors  one per rank, keyed "<parameter>.<kind of state>": a range of
                                      the flattened tensor; the header gives its shape and start
-        rank_00000.json              one per rank: its rows of the data, its random generators
+        rank_00000.json              one per rank: its rows of the data
         state.json                   step, tokens, seconds, configs
         manifest.json                every file's size and sha256, written last
 
@@ -15,11 +15,11 @@ torch.distributed.checkpoint: they pickle, and loading a pickle runs code.
 
 import hashlib
 import json
-import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,24 +105,6 @@ class Checkpoint:
         mine = parts[rank] if len(parts) == world_size else {}
         return merge_states(parts) | {key: mine[key] for key in mine if key != "lanes"}
 
-    def restore_generators(self, rank: int) -> None:
-        """Restore the random generators; a rank that did not exist before keeps its seeds."""
-        path = self.folder / f"rank_{rank:05d}.json"
-        states = json.loads(path.read_text())["generators"] if path.exists() else {}
-        if "python" in states:
-            version, internal, gauss = states["python"]
-            random.setstate((version, tuple(internal), gauss))
-            torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
-        if "cuda" in states and torch.cuda.is_available():
-            torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
-
-
-def export_generators() -> dict[str, Any]:
-    states = {"python": random.getstate(), "torch": torch.get_rng_state().tolist()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state().tolist()
-    return states
-
 
 def step_dir(run: Path, step: int) -> Path:
     return run / f"step_{step:06d}"
@@ -143,11 +125,12 @@ def file_digest(path: Path) -> dict[str, Any]:
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
     host = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     save_file(host, path, header)
+    path.chmod(0o644)  # else its owner's alone: no server of another user could read it
     fsync(path)
 
 
 @contextmanager
-def agreed(group: Any) -> Iterator[None]:
+def agreed(folder: Path, group: Any) -> Iterator[None]:
     """A block of every rank of `group`; UserError on all of them if writing failed on any."""
     error = None
     try:
@@ -159,7 +142,10 @@ def agreed(group: Any) -> Iterator[None]:
         dist.all_reduce(failed, group=group)
     if failed:
         reason = error or "another rank could not write its part"
-        raise UserError(f"cannot save: {reason}; the checkpoints before are intact") from error
+        raise UserError(
+            f"cannot save {folder}: {reason}; make room: the same command goes on from the "
+            "checkpoints before, which are intact"
+        ) from error
 
 
 def save_checkpoint(
@@ -167,33 +153,35 @@ def save_checkpoint(
     state: dict[str, Any],
     weights: dict[str, torch.Tensor],
     moments: dict[str, StateShard],
-    rank_state: dict[str, Any] | None,
+    loader: dict[str, Any] | None,
     runtime: Runtime,
     group: Any = None,
 ) -> Path:
     """Write the checkpoint of `state["step"]`, each rank of `group` its part; returns the folder.
 
-    `rank_state` is what only this rank knows: {"loader", "generators"}. Raises UserError, on every
-    rank, if the disk refuses.
+    `loader` is this rank's position in the data, if it reads any. Raises UserError, on every rank,
+    if the disk refuses.
     """
     final = step_dir(run, state["step"])
     partial, is_main = final.with_suffix(".partial"), runtime.is_main
     parts = {name: {"shape": part.shape, "first": part.first} for name, part in moments.items()}
     values = {name: part.values for name, part in moments.items()}
     try:
-        with agreed(group):
+        with agreed(final, group):
             if is_main:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        with agreed(group):
+        with agreed(final, group):
             path = partial / f"optimizer_{runtime.rank:05d}.safetensors"
             write_tensors(path, values, {"parts": json.dumps(parts)})
-            if rank_state is not None:
-                write_file(partial / f"rank_{runtime.rank:05d}.json", json.dumps(rank_state))
+            if loader is not None:
+                write_file(
+                    partial / f"rank_{runtime.rank:05d}.json", json.dumps({"loader": loader})
+                )
             if is_main:
                 write_tensors(partial / "model.safetensors", weights, {"format": "pt"})
                 write_file(partial / "state.json", json.dumps(state, indent=1))
-        with agreed(group):
+        with agreed(final, group):
             if is_main:
                 commit(partial, final)
     except UserError:
@@ -233,6 +221,7 @@ class CheckpointWriter:
         self.host: dict[str, torch.Tensor] = {}  # reused: page-locking memory takes seconds
         self.thread = ThreadPoolExecutor(1, "nanochat-checkpoint")
         self.last: Future[None] | None = None
+        self.seconds = 0.0  # that the last save took
 
     def start(
         self,
@@ -243,6 +232,7 @@ class CheckpointWriter:
     ) -> None:
         """Copy everything to host memory, and write it in the background. Raises as `wait` does."""
         self.wait()
+        begin = time.monotonic()
         weights = weights if self.runtime.is_main else {}
         weights = {name: self._copy(name, tensor) for name, tensor in weights.items()}
         moments = {
@@ -250,13 +240,12 @@ class CheckpointWriter:
             for name, part in moments.items()
         }
         synchronize(self.runtime.device)
-        generators = export_generators()
 
         def write() -> None:
-            rank_state = {"loader": loader_state(), "generators": generators}
             folder = save_checkpoint(
-                self.run, state, weights, moments, rank_state, self.runtime, group=self.group
+                self.run, state, weights, moments, loader_state(), self.runtime, group=self.group
             )
+            self.seconds = time.monotonic() - begin
             print0(f"saved {folder}")
             if self.runtime.is_main and self.keep_last > 0:
                 for step in list_steps(self.run)[: -self.keep_last]:
@@ -298,12 +287,18 @@ def open_checkpoint(run: Path, step: int, verify: bool = True) -> Checkpoint:
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest undamaged checkpoint; warns about damaged ones and skips them."""
-    for step in reversed(list_steps(run)):
+    """The newest undamaged checkpoint; warns about damaged ones and skips them.
+
+    None if there are none; UserError if all are damaged.
+    """
+    steps = list_steps(run)
+    for step in reversed(steps):
         try:
             return open_checkpoint(run, step)
         except UserError as error:
             print0(f"warning: {error}; trying the one before")
+    if steps:
+        raise UserError(f"all checkpoints in {run} are damaged; use --fresh to start over")
     return None
 
 
@@ -332,8 +327,13 @@ def find_checkpoint(
     try:
         return run, open_checkpoint(run, step)
     except UserError as error:
-        others = [other for other in steps if other != step]
-        remedy = f"use --step={others[-1]}" if others else f"{remedy[:-1]} --fresh`"
+        for other in reversed([other for other in steps if other != step]):
+            with suppress(UserError):
+                open_checkpoint(run, other)
+                remedy = f"use --step={other}"
+                break
+        else:
+            remedy = f"{remedy[:-1]} --fresh`"
         raise UserError(f"{error}; {remedy}") from error
 
 

@@ -10,7 +10,7 @@ and with them the count of its steps. AdamW divides by 1 - beta^steps, which for
 full must be near 1; counted from 0, the tables' first update would be a third of its size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from nanochat.common import (
     Choice,
     Count,
     Derived,
+    Duration,
     Positive,
     Rows,
     Share,
@@ -34,7 +35,7 @@ from nanochat.common import (
     set_up,
 )
 from nanochat.core_eval import source_bpb
-from nanochat.dataloader import IGNORED, ChatSource, Loader
+from nanochat.dataloader import ChatSource, Loader
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import lr_multiplier_at, make_optimizer
 from nanochat.tokenizer import Conversation
@@ -69,6 +70,7 @@ class FinetuneConfig(CheckpointFlags):
     # the run
     run: str = "dummy"  # wandb name; dummy: no wandb
     fresh: bool = False  # start over instead of resuming
+    stop_after: Duration = ""  # save and leave within this time, such as 3h50m, with status 75
     log_every: int = 10  # steps between console lines; <= 0: only at the end
     eval_every: int = 150  # steps between validations; <= 0: only at the end
     eval_tokens: Count = 10_485_760  # tokens of one validation
@@ -88,11 +90,12 @@ def carry_moments(optimizer: MuonAdamW, checkpoint: Checkpoint) -> None:
 
 
 def finetune(
-    stage: str, cfg: FinetuneConfig, train: Sequence[Conversation], val: Sequence[Conversation]
+    stage: str, cfg: FinetuneConfig, build_mixture: Callable[[str], Sequence[Conversation]]
 ) -> dict[str, Any] | None:
-    """Train `stage` on `train` from the checkpoint that `cfg` names.
+    """Train `stage` from the checkpoint that `cfg` names.
 
-    Returns the results; None if the run was already finished.
+    `build_mixture` gives the conversations of the stage and of "val"; it may download them, so all
+    else is checked before. Returns the results; None if the run was already finished.
     """
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic, trains=True)
     model, tokenizer, meta = load_model(cfg, runtime, train=True, table_dtype=cfg.table_dtype)
@@ -108,6 +111,7 @@ def finetune(
     with Run(stage, meta["model_tag"], settings, runtime) as run:
         if run.is_finished:
             return None
+        train, val = build_mixture(stage), build_mixture("val")
         optimizer = make_optimizer(model, cfg.total_batch_size, 1, runtime.rank, runtime.world_size)
         if cfg.moments and run.resumed is None:
             carry_moments(optimizer, meta["checkpoint"])
@@ -119,40 +123,26 @@ def finetune(
         model.document_start = tokenizer.bos_id if cfg.mask_documents else None
         rows = compile_for_training(model, cfg.compile, choices, seq_len, runtime.device, optimizer)
         print0(f"{len(train):,} conversations, {num_rows} rows of {seq_len} tokens a step")
-        meter = run.start(model, tokenizer, rows)
+        meter = run.start(model, optimizer, tokenizer, rows, loader)
         while True:
-            if run.should_stop():
-                run.save(model, optimizer, meter, loader)
-                run.stop()
-            if run.is_due(cfg.save_every):
-                run.save(model, optimizer, meter, loader)
+            run.checkpoint(cfg.save_every)
             if run.is_due(cfg.eval_every):
                 held_out = ChatSource(tokenizer, val, num_epochs=None, quiet=True)
-                bpb = source_bpb(
-                    model, held_out, runtime, cfg.eval_tokens, rows,
-                    num_rows=num_rows, seq_len=seq_len,
-                )  # fmt: skip
+                with run.attempt():
+                    bpb = source_bpb(
+                        model, held_out, runtime, cfg.eval_tokens, rows,
+                        num_rows=num_rows, seq_len=seq_len,
+                    )  # fmt: skip
                 meter.note(val_bpb=bpb)
             if run.progress >= 1:
                 break
-            batch = meter.fetch(loader)
-            num_targets = all_reduce_sum((batch.targets != IGNORED).sum())
-            num_targets.clamp_(min=1)  # the last rows may hold nothing to learn
-            micro_batches = list(zip(*(part.split(rows) for part in batch), strict=True))
-            loss = torch.zeros((), device=runtime.device)
-            for i, (inputs, targets) in enumerate(micro_batches, start=1):
-                part = model(inputs, targets, reduction="sum") / num_targets
-                if i == len(micro_batches):
-                    optimizer.reduce_on_next_backward()
-                (part * runtime.world_size * optimizer.loss_scale).backward()
-                loss += part.detach()
+            loss = run.accumulate(meter.fetch(loader))
             multiplier = cfg.lr_scale * lr_multiplier_at(run.progress, cfg.warmdown)
             optimizer.set_multipliers(multiplier, MOMENTUM, weight_decay=0.0)
             finite = optimizer.step()
             optimizer.zero_grad()
             run.advance(loader.progress if num_epochs else (run.step + 1) / cfg.num_iterations)
-            loss = all_reduce_sum(loss)
-            meter.log_step(loss, multiplier, cfg.total_batch_size, finite, loader)
+            meter.log_step(loss, multiplier, cfg.total_batch_size, finite)
         results = meter.finish()
         run.finish(results)
         cropped = all_reduce_sum(torch.tensor(loader.num_cropped, device=runtime.device)).item()

@@ -5,10 +5,12 @@ line every `--log_every` steps and writes an object per step to metrics.jsonl an
 
     step 00020/00300 (6.7%) | loss 5.1202 | lrm 1.000 | 812 ms | 5,044 tok/s | mfu 48.1% | ...
 
-Losses stay on the device until a line or a save is due: reading one blocks the host. Ranks agree
-on SIGTERM and SIGINT once a step; the script then saves and exits. Three steps in a row with a
-non-finite gradient stop the run at its next line or save. A rank that waits too long for another
-prints its threads' stacks and exits; torchrun then ends or restarts all ranks.
+Losses stay on the device until a line or a save is due: reading one blocks the host. Three steps in
+a row with a non-finite gradient stop the run at its next line or save. A rank that waits too long
+for another prints its threads' stacks and exits; torchrun then ends or restarts all ranks.
+
+Asked to stop, by SIGTERM, SIGINT, SIGHUP, SIGUSR1 or the end of its time, a rank skips to the last
+micro-batch of the step, where all ranks agree to forget it; the run is saved as it was before.
 """
 
 import faulthandler
@@ -18,15 +20,17 @@ import json
 import os
 import shutil
 import signal
+import stat
+import sys
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-from typing import IO, Any, NoReturn, Self
+from typing import IO, Any, Self
 
 import torch
 import torch.distributed as dist
@@ -39,6 +43,7 @@ from nanochat.common import (
     Runtime,
     TableDtype,
     UserError,
+    all_reduce_sum,
     barrier,
     base_dir,
     dist_timeout,
@@ -46,11 +51,14 @@ from nanochat.common import (
     git_revision,
     gpu_memory,
     has_c_compiler,
+    leave,
+    out_of_memory,
     print0,
     run_dir,
+    stop_time,
     write_file,
 )
-from nanochat.dataloader import Batch, Loader, local_rows
+from nanochat.dataloader import IGNORED, Batch, Loader, local_rows
 from nanochat.gpt import GPT, GPTConfig, call
 from nanochat.loss import gpu_chunk
 from nanochat.optim import MuonAdamW
@@ -66,7 +74,10 @@ from nanochat.tokenizer import Tokenizer
 USABLE = 0.97  # of a GPU's free memory; the rest is fragmentation
 CPU_TOKENS = 4096  # per micro-batch with `auto` on a CPU; more gained nothing (dev/LOG.md)
 MAX_BAD_STEPS = 3  # in a row
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SAME_SIGNAL_SECONDS = 1.0  # Slurm and torchrun both forward a signal; that is not a second one
+SAVE_RATE = 1e8  # bytes a second that a slow disk takes: before a save was timed, for --stop_after
+WANDB_SECONDS = 10  # that wandb may take to answer
 # What torch.compile may make of one function: parts of a model, kinds of layers, with and without
 # gradients, shapes. Its own limit of 8 is for functions that change by mistake.
 COMPILED_FORMS = 128
@@ -76,8 +87,10 @@ COMPILE_TIMEOUT = timedelta(hours=2)  # for a rank with a cold compiler cache
 FREE_SETTINGS = {
     "run", "fresh", "device_type", "device_batch_size", "log_every", "save_every", "eval_every",
     "eval_tokens", "eval_problems", "eval_samples", "sample_every", "compile", "keep_last",
-    "num_slots", "model_tag", "source", "step", "data", "deterministic", "recompute",
+    "num_slots", "model_tag", "source", "step", "data", "deterministic", "recompute", "stop_after",
+    "extend", "new_tag",
 }  # fmt: skip
+HORIZON = {"num_iterations", "target_param_data_ratio"}  # --extend trains on to another
 
 
 # --- micro-batches
@@ -144,17 +157,6 @@ def row_choices(
     # On any rank: all have to try the same.
     too_large = agree(*(needed(rows, recompute=mode)["total"] > room for rows, mode in tried))
     return [choice for choice, bad in zip(tried, too_large, strict=True) if not bad] or tried[-1:]
-
-
-def out_of_memory(rows: int) -> UserError:
-    """The error for micro-batches of `rows` rows; 0: none was tried."""
-    # A divisor of `rows` divides a rank's batch, too.
-    smaller = divisors(rows)[1:]
-    if not smaller:
-        return UserError("out of GPU memory; use a smaller model or shorter rows")
-    return UserError(
-        f"out of GPU memory with --device_batch_size={rows}; try --device_batch_size={smaller[0]}"
-    )
 
 
 def compile_parts(model: GPT, choice: Choice, device: torch.device) -> None:
@@ -225,7 +227,7 @@ def compile_for_training(
             recomputed = ", activations recomputed" if model.recompute else ""
             print0(f"{rows} rows at a time on each device{recomputed}")
             return rows
-    raise out_of_memory(choices[-1][0])
+    raise out_of_memory({"device_batch_size": choices[-1][0]})
 
 
 # --- ranks
@@ -301,23 +303,20 @@ class Meter:
         self.seconds: float = state.get("seconds", 0.0)  # in steps: no evaluation, no save
         self.record: dict[str, Any] = state.get("record", {"step": 0, "tokens": 0, "seconds": 0.0})
         self.num_skipped, self.num_bad_in_a_row = state.get("skipped", (0, 0))
-        # (step, were loss and gradient finite?, function for the loader's state after its batch)
+        # (step, were loss and gradient finite?, function for the place in the data after its batch)
         self.unread: list[tuple[int, Tensor, Callable[[], Any]]] = []
         self.pending: list[dict[str, Any]] = []  # complete records not yet on disk
         self.clock = 0.0  # when the step began
         self.line_start = (run.step, self.tokens, self.seconds)  # at the last line
         self.wait_seconds = 0.0  # for data, since the last line
         self.path = run.folder / "metrics.jsonl" if run.runtime.is_main else None
-        self.wandb = None
+        self.wandb: Any = None
         if self.path is not None:
             kept = read_metrics(run.folder, run.step - 1)
             write_file(self.path, "".join(json.dumps(record) + "\n" for record in kept))
             if run.config["run"] != "dummy":
-                import wandb  # takes half a second
-
-                name, config = run.config["run"], run.config
-                self.wandb = wandb.init(project="nanochat", name=name, config=config)
-                run.at_exit.callback(self.wandb.finish)
+                self.wandb = start_wandb(run.config, run.folder)
+                run.at_exit.callback(self.tell_wandb, lambda: self.wandb.finish())
         run.at_exit.callback(self.flush)
 
     def start_step(self) -> None:
@@ -337,7 +336,6 @@ class Meter:
         lr_multiplier: float,
         num_tokens: int,
         finite: Tensor | None = None,
-        loader: Loader | None = None,
     ) -> None:
         """Record the finished step, of `num_tokens` tokens over all ranks.
 
@@ -349,7 +347,7 @@ class Meter:
         if finite is not None:
             # A loss that is not finite is a fault even where a smaller scale might mend a gradient.
             sound = finite & loss.isfinite()
-            self.unread.append((run.step, sound, loader.state if loader else lambda: None))
+            self.unread.append((run.step, sound, run.position))
         line_due = run.is_due(run.config["log_every"])
         if line_due:
             loss = torch.tensor(loss.item())  # the one wait for the device
@@ -377,11 +375,11 @@ class Meter:
         if not self.unread:
             return
         flags = torch.stack([finite for _, finite, _ in self.unread]).tolist()
-        for (step, _, loader_state), finite in zip(self.unread, flags, strict=True):
+        for (step, _, position), finite in zip(self.unread, flags, strict=True):
             self.num_skipped += not finite
             self.num_bad_in_a_row = 0 if finite else self.num_bad_in_a_row + 1
             if self.num_bad_in_a_row == MAX_BAD_STEPS:
-                state = loader_state()
+                state = position()
                 place = f", whose batch ends by document {state['documents']:,}" if state else ""
                 raise UserError(
                     f"the loss or its gradient was not finite in {MAX_BAD_STEPS} steps in a row, "
@@ -452,9 +450,44 @@ class Meter:
                 os.fsync(file.fileno())
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error}") from error
-        if self.wandb is not None:
-            for record in records:
-                self.wandb.log(record, step=record["step"])
+        self.tell_wandb(lambda: [self.wandb.log(r, step=r["step"]) for r in records])
+
+    def tell_wandb(self, call: Callable[[], Any]) -> None:
+        """Make a call of wandb, if it is there; no error of it is a reason to stop."""
+        try:
+            if self.wandb:
+                call()
+        except Exception as error:  # it raises many kinds
+            print0(f"wandb: {' '.join(str(error).split())}; going on without it")
+            self.wandb = None
+
+
+def start_wandb(config: dict[str, Any], folder: Path) -> Any:
+    """A run of wandb; one in the run's folder where wandb cannot be reached or nobody is logged in.
+
+    None, if it refuses even that. It never stops a run: each is said in one line.
+    """
+    import wandb  # takes half a second
+
+    limits = wandb.Settings(
+        init_timeout=WANDB_SECONDS, login_timeout=WANDB_SECONDS, finish_timeout=3 * WANDB_SECONDS
+    )
+    settings: dict[str, Any] = {"project": "nanochat", "name": config["run"], "config": config}
+    settings |= {"dir": folder, "settings": limits}
+    problem = "" if os.environ.get("WANDB_MODE") or wandb.api.api_key else "nobody is logged in"
+    try:
+        if not problem:
+            try:
+                return wandb.init(**settings)
+            except wandb.Error as error:
+                problem = " ".join(str(error).split())
+        offline = wandb.init(mode="offline", **settings)
+    except Exception as error:  # it raises many kinds, none of which is a reason to stop
+        print0(f"wandb: {' '.join(str(error).split())}; training without it")
+        return None
+    mend = f"`wandb sync {folder}/wandb/offline-run-*` sends it once `wandb login` works"
+    print0(f"wandb: {problem}; logging to {folder}; {mend}")
+    return offline
 
 
 # --- the run folder
@@ -484,15 +517,25 @@ class Run:
         with ExitStack() as at_exit:  # unlocks the folder again if it is refused
             self.resumed = open_folder(self.folder, config["fresh"], runtime, at_exit)
             state = self.resumed.state if self.resumed else {}
-            check_settings(self.folder, state.get("config", self.config), self.config)
+            before = state.get("config", self.config)
+            check_settings(self.folder, before, self.config)
             self.at_exit = at_exit.pop_all()
         self.step: int = state.get("step", 0)  # updates made
         self.progress: float = state.get("progress", 0.0)  # share of the run that is done
         self.saved_step = self.step
-        self.rows = 0  # of a micro-batch, for the out-of-memory error
         self.signal_number, self.signal_time = 0, 0.0  # the first that this process received
-        self.stopping = 0  # the signal that all ranks agreed on
-        self.is_finished = (self.folder / "result.json").exists()
+        self.stop_time = stop_time(config.get("stop_after", ""))
+        self.asked_at, self.longest = time.monotonic(), 0.0  # whether to stop; seconds between
+        self.more_state: dict[str, Any] = {}  # of a script, in every checkpoint
+        self.rows = 0  # of a micro-batch
+        # A run whose last checkpoints were deleted is not finished, nor one that is extended.
+        result, ends = self.folder / "result.json", HORIZON & before.keys() & self.config.keys()
+        self.is_finished = (
+            self.resumed is not None
+            and result.exists()
+            and json.loads(result.read_text())["step"] == self.step
+            and all(before[name] == self.config[name] for name in ends)
+        )
         if self.is_finished:
             print0(f"{self.folder} is finished (step {self.step}); --fresh starts over")
         elif self.resumed:
@@ -514,12 +557,20 @@ class Run:
         optimizer.import_state(self.resumed.open_optimizer())
         return self.resumed.load_loader_state(self.runtime.rank, self.runtime.world_size)
 
-    def start(self, model: GPT, tokenizer: Tokenizer, rows: int) -> Meter:
+    def start(
+        self,
+        model: GPT,
+        optimizer: MuonAdamW,
+        tokenizer: Tokenizer,
+        rows: int,
+        loader: Loader | None = None,
+    ) -> Meter:
         """Announce the training, save tokenizer and settings in the run folder, return the meter.
 
         `rows` of a micro-batch is what an out-of-memory error suggests to lower.
         """
-        self.rows = rows
+        self.model, self.optimizer, self.rows, self.loader = model, optimizer, rows, loader
+        self.position = loader.state if loader else lambda: None  # in the data, after `step` steps
         peak, source = peak_flops(self.runtime)
         dtype = str(self.runtime.dtype).removeprefix("torch.")
         print0(
@@ -531,50 +582,109 @@ class Run:
             tokenizer.save(self.folder / "tokenizer")
             settings = {"config": self.config, "git": git_revision()}
             write_file(self.folder / "config.json", json.dumps(settings, indent=1))
-        meter = Meter(self, peak, flops_per_token(model.config))
-        if self.resumed:  # last: setting up may have drawn random numbers
-            self.resumed.restore_generators(self.runtime.rank)
+            (self.folder / "result.json").unlink(missing_ok=True)
+        self.meter = Meter(self, peak, flops_per_token(model.config))
         gc.collect()
         self.at_exit.callback(gc.unfreeze)
         gc.freeze()  # collections then skip torch and the model
-        return meter
+        saved = [part.values for part in optimizer.export_state().values()]
+        self.num_bytes = sum(tensor.nbytes for tensor in (*saved, *model.state_dict().values()))
+        self.asked_at = time.monotonic()
+        return self.meter
 
     def is_due(self, every: int) -> bool:
         """True at step 0, every `every` steps, and at the end; `every` <= 0: only at the end."""
         return self.progress >= 1 or (every > 0 and self.step % every == 0)
 
     def advance(self, progress: float) -> None:
+        """Count the step whose update was made."""
         self.step, self.progress = self.step + 1, progress
+        self.position = self.loader.state if self.loader else self.position
 
-    def should_stop(self) -> bool:
-        """True once SIGTERM or SIGINT reached any rank; collective, called once a step.
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """A part of a step that changes no weights: if memory runs out in it, the run is saved."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            if self.runtime.world_size == 1:  # other ranks wait in the step
+                self.optimizer.zero_grad()
+                torch.cuda.empty_cache()
+                self.save()
+            raise
 
-        Raises UserError if a rank could not save.
+    def accumulate(self, batch: Batch) -> Tensor:
+        """The loss () over all ranks' targets; its gradient is added up over micro-batches.
+
+        Losses are divided by the number of all ranks' targets, so the mean depends neither on the
+        micro-batches nor on the number of ranks.
         """
-        self.stopping, failed = agree(self.signal_number, self.writer.has_failed())
+        num_targets = all_reduce_sum((batch.targets != IGNORED).sum())
+        num_targets.clamp_(min=1)  # the last rows of conversations may hold nothing to learn
+        loss = torch.zeros((), device=self.runtime.device)
+        micro_batches = list(zip(*(part.split(self.rows) for part in batch), strict=True))
+        with self.attempt():
+            for i, (inputs, targets) in enumerate(micro_batches, start=1):
+                if i == len(micro_batches):
+                    self.stop_if_asked()
+                    self.optimizer.reduce_on_next_backward()  # average the gradients over the ranks
+                elif self.is_asked():
+                    continue
+                part = self.model(inputs, targets, reduction="sum") / num_targets
+                # As the optimizer averages over ranks; the other scale is 1, but in fp16.
+                (part * self.runtime.world_size * self.optimizer.loss_scale).backward()
+                loss += part.detach()
+        return all_reduce_sum(loss)
+
+    def is_asked(self) -> int:
+        """The signal that asked this process to stop, SIGALRM if its time is nearly up, or 0.
+
+        Nearly: a save, and what may come between two such questions, must still fit. Once asked, it
+        stays so: a part of a step may have been left out.
+        """
+        saving = max(self.num_bytes / SAVE_RATE, 2 * self.writer.seconds)
+        if time.time() + saving + 1.5 * self.longest + 1 > self.stop_time:
+            self.signal_number = self.signal_number or signal.SIGALRM
+        return self.signal_number
+
+    def stop_if_asked(self) -> None:
+        """End this process, once any rank was asked to, with the run saved as it was after `step`.
+
+        Collective, called at least once a step. Raises UserError if a rank could not save.
+        """
+        now = time.monotonic()
+        self.longest, self.asked_at = max(self.longest, now - self.asked_at), now
+        number, failed = agree(self.is_asked(), self.writer.has_failed())
         if failed:
             self.writer.wait()
             raise UserError(f"another rank could not save in {self.folder}")
         restart_watchdog()
-        return self.stopping > 0
-
-    def stop(self) -> NoReturn:
+        if not number:
+            return
+        self.optimizer.zero_grad()
+        self.save()
         self.writer.wait()
-        print0(f"stopped by {signal.Signals(self.stopping).name}; the same command resumes")
-        raise SystemExit(128 + self.stopping)
+        if number in (signal.SIGALRM, signal.SIGUSR1):
+            leave(f"stopped at step {self.step}, as the time is up")
+        print0(f"stopped by {signal.Signals(number).name}; the same command resumes")
+        sys.exit(128 + number)
 
-    def save(
-        self, model: GPT, optimizer: MuonAdamW, meter: Meter, loader: Loader | None = None
-    ) -> None:
-        """Write a checkpoint of this step in the background, unless already saved."""
+    def checkpoint(self, every: int) -> None:
+        """Stop if asked to; save if it is due."""
+        self.stop_if_asked()
+        if self.is_due(every):
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of `step` in the background, unless already saved."""
         if self.step == self.saved_step:
             return
-        state = meter.state() | {
+        state = self.meter.state() | {
             "stage": self.stage, "step": self.step, "progress": self.progress,
-            "config": self.config, "model_config": asdict(model.config), "git": git_revision(),
+            "config": self.config, "model_config": asdict(self.model.config), "git": git_revision(),
         }  # fmt: skip
-        weights, moments = model.state_dict(), optimizer.export_state()
-        self.writer.start(state, weights, moments, loader.state if loader else lambda: None)
+        weights, moments = self.model.state_dict(), self.optimizer.export_state()
+        self.writer.start(state | self.more_state, weights, moments, self.position)
         self.saved_step = self.step
 
     def finish(self, results: dict[str, Any]) -> None:
@@ -585,28 +695,38 @@ class Run:
             write_file(self.folder / "result.json", json.dumps(results, indent=1))
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before = signal.signal(number, self._receive)
-            self.at_exit.callback(signal.signal, number, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)  # of run_script: `is_asked` leaves time to save
+        for number in STOP_SIGNALS:
+            before = signal.getsignal(number)
+            # What nohup and `&` have a process ignore, it goes on ignoring.
+            if before != signal.SIG_IGN or number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, self._receive)
+                self.at_exit.callback(signal.signal, number, before)
         self.at_exit.callback(faulthandler.cancel_dump_traceback_later)
         return self
 
     def _receive(self, number: int, _: Any) -> None:
         now = time.monotonic()
+        if number == signal.SIGHUP:  # the terminal is gone, and to write to it an error
+            null = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in (1, 2):
+                if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                    os.dup2(null, descriptor)
         if not self.signal_number:
             self.signal_number, self.signal_time = number, now
-            name = signal.Signals(number).name
-            text = f"{name}: saving after this step; a second one exits at once\n"
+            text = f"{signal.Signals(number).name}: saving; a second one exits at once\n"
             if self.runtime.is_main:
-                os.write(1, text.encode())  # the signal may have interrupted a print
-        elif now - self.signal_time > SAME_SIGNAL_SECONDS:
+                with suppress(OSError):  # as print0, which the signal may have interrupted
+                    os.write(1, text.encode())
+        elif number == self.signal_number and now - self.signal_time > SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         with self.at_exit:
             self.writer.wait()
         if isinstance(error, torch.OutOfMemoryError):
-            raise out_of_memory(self.rows) from error
+            rows = {"device_batch_size": self.rows} if self.rows else {}
+            raise out_of_memory(self.config | rows) from error
 
 
 def starts_over(fresh: bool) -> bool:
@@ -672,14 +792,17 @@ def check_settings(folder: Path, saved: dict[str, Any], settings: dict[str, Any]
 
     Settings present on one side only came or went with a version and are ignored.
     """
-    names = sorted((saved.keys() & settings.keys()) - FREE_SETTINGS)
+    free = FREE_SETTINGS | (HORIZON if settings.get("extend") else set())
+    names = sorted((saved.keys() & settings.keys()) - free)
     different = [name for name in names if saved[name] != settings[name]]
     if different:
+        longer = "extend" in settings and set(different) <= HORIZON
         labels = {"corpus": "--data", "weights": "the model that it starts from"}
         shown = ", ".join(
             f"{labels.get(name, f'--{name}')} was {saved[name]}, is {settings[name]}"
             for name in different
         )
         raise UserError(
-            f"{folder} was begun with other settings ({shown}); use those, or --fresh to start over"
+            f"{folder} was begun with other settings ({shown}); use those, "
+            f"{'--extend to train on to another end, ' * longer}or --fresh to start over"
         )

@@ -107,7 +107,7 @@ def choose_tasks(cfg: Config) -> list[CoreTask]:
 def main(cfg: Config) -> None:
     began = time.perf_counter()
     runtime = set_up(cfg.device_type, cfg.dtype)
-    tasks, settings = choose_tasks(cfg), vars(cfg)
+    settings = vars(cfg)
     scores: dict[str, Score] = {}
     lines: list[str] = []
     if cfg.hf_path:
@@ -126,10 +126,13 @@ def main(cfg: Config) -> None:
             share = f"{show(scores[PRIMER], percent=True)} of {len(quiz)}"
             lines.append(f"{PRIMER}: {share}, by the letter in a chat")
             print0(lines[-1])
+    tasks = choose_tasks(cfg)  # last, since it may download them
     records: list[dict[str, Any]] = []
     for task in tasks:
         try:
             task_records = core_eval.evaluate(reader, task, cfg.batch_size, cfg.max_per_task)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             kind = UserError if isinstance(error, UserError) else RuntimeError
             raise kind(f"task {task.label} failed: {error}") from error

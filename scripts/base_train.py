@@ -7,30 +7,46 @@ Depth is the one dial: width, heads, tokens, batch, learning rates and decay fol
     torchrun --nproc_per_node=8 -m scripts.base_train -- --depth 20    # eight
     python -m scripts.base_train --depth 4 --max_seq_len 512 \\
         --total_batch_size 4096 --num_iterations 300                # laptop
+    python -m scripts.base_train -i base -g d12 --data mytexts      # goes on from d12
 
-reads: base_data/<corpus>/, tokenizer/
+With `--extend` and a greater `--num_iterations` or ratio a run goes on to a later end, with the
+batch that it began with. If its learning rate has not begun to fall, it falls later; else it rises
+and falls once more from there (arXiv 2403.08763). `-i` trains any model further on a corpus, as a
+run of its own, here d12-mytexts, with the whole schedule; by default for four passes at most, after
+which repeated text teaches little (arXiv 2305.16264).
+
+reads: base_data/<corpus>/, tokenizer/, or the model that -i names
 writes: base/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json),
     report/base_train.json
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
-import torch
+import pyarrow.parquet as parquet
+import tyro
 
 from nanochat import fp8, scaling
-from nanochat.checkpoint import build_model, list_steps
+from nanochat.checkpoint import build_model, list_steps, load_model
 from nanochat.common import (
+    CheckpointFlags,
     Choice,
     Count,
     Derived,
     DeviceType,
     Dtype,
+    Duration,
     Positive,
     Rows,
+    RunName,
     Runtime,
+    Step,
     TableDtype,
     Tag,
-    all_reduce_sum,
+    UserError,
     print0,
     run_dir,
     run_script,
@@ -38,13 +54,24 @@ from nanochat.common import (
     tokenizer_dir,
 )
 from nanochat.core_eval import source_bpb
-from nanochat.dataloader import IGNORED, Loader, TextSource
-from nanochat.dataset import find_corpus
+from nanochat.dataloader import Loader, TextSource
+from nanochat.dataset import Corpus, find_corpus, read_texts
 from nanochat.engine import sample_texts
-from nanochat.gpt import call
+from nanochat.gpt import GPT, call
 from nanochat.report import write_section
 from nanochat.tokenizer import Tokenizer
-from nanochat.trainer import Run, batch_rows, compile_for_training, row_choices, starts_over
+from nanochat.trainer import (
+    HORIZON,
+    Run,
+    batch_rows,
+    compile_for_training,
+    row_choices,
+    starts_over,
+)
+
+PASSES = 4  # over a corpus, at most, of a model that is trained further
+Start = Annotated[Literal["", "base", "mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
+MODEL_FLAGS = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "plain")
 
 
 @dataclass
@@ -56,10 +83,13 @@ class Config:
     max_seq_len: Count = 2048  # tokens of context
     window_pattern: str = "SSSL"  # S: a quarter of the context, L: all of it; tiled over the layers
     plain: bool = False  # the published first-generation architecture, without our additions
+    source: Start = ""  # stage of a model to train further; empty: a new model
+    step: Step = None  # of that model; default: the newest
     # horizon and batch
     num_iterations: Derived = -1  # steps; -1: from target_param_data_ratio
     target_param_data_ratio: Positive = 12.0  # tokens per parameter of blocks and head
     total_batch_size: Derived = -1  # tokens a step over all ranks; -1: from the horizon
+    lr_scale: Positive = 1.0  # multiplies the learning rates
     device_batch_size: Rows = "auto"  # rows per micro-batch; auto: what fits
     recompute: Choice = "auto"  # activations, for a third more time; auto: if nothing fits else
     # data and machine
@@ -74,8 +104,11 @@ class Config:
     deterministic: bool = False  # the same bits on a GPU each time; slower
     # the run
     run: str = "dummy"  # wandb name; dummy: no wandb
-    model_tag: Tag = ""  # folder of the run; empty: d<depth>
+    model_tag: Tag = ""  # folder of the run; empty: d<depth>; with -i of the model
+    new_tag: RunName = ""  # with -i folder of the run; empty: <model tag>-<corpus>
+    extend: bool = False  # train a run on to a greater --num_iterations or ratio
     fresh: bool = False  # start over instead of resuming
+    stop_after: Duration = ""  # save and leave within this time, such as 3h50m, with status 75
     log_every: int = 10  # steps between console lines; <= 0: only at the end
     eval_every: int = 250  # steps between validations; <= 0: only at the end
     eval_tokens: Count = 10_485_760  # tokens of one validation
@@ -84,19 +117,72 @@ class Config:
     keep_last: int = 3  # newest checkpoints to keep; <= 0: all
 
 
-def plan_steps(cfg: Config, num_tokens: int) -> tuple[int, int, float]:
-    """(tokens a step, number of steps, steps that rates and decay are for) at `num_tokens`."""
+class Schedule(NamedTuple):
+    batch: int  # tokens a step
+    end: int  # the step at which the learning rate has fallen
+    tuned_steps: float  # that learning rates and decay are for
+    start: int = 0  # the step at which the rate begins to rise
+
+
+def plan_steps(cfg: Config, num_tokens: int) -> Schedule:
+    """The schedule of a new run on `num_tokens`."""
     ratio = cfg.target_param_data_ratio
     total = cfg.total_batch_size
     if total <= 0:
         horizon = scaling.reference_horizon(num_tokens, ratio)
         total = max(scaling.batch_tokens(horizon), cfg.max_seq_len)
     if cfg.num_iterations > 0:
-        return total, cfg.num_iterations, cfg.num_iterations
+        return Schedule(total, cfg.num_iterations, cfg.num_iterations)
     num_steps = max(1, round(num_tokens / total))
     if total < scaling.SQRT_RULE_FROM:  # there the rules are ours, swept at ratio 0.1 by real steps
-        return total, num_steps, num_steps
-    return total, num_steps, scaling.reference_horizon(num_steps, ratio)
+        return Schedule(total, num_steps, num_steps)
+    return Schedule(total, num_steps, scaling.reference_horizon(num_steps, ratio))
+
+
+def extend(saved: Schedule, wanted: Schedule, step: int) -> Schedule:
+    """The schedule from `step` on to the end of `wanted`; UserError for an earlier end.
+
+    Where the rate has begun to fall, it rises again.
+    """
+    if wanted.end == saved.end:
+        return saved
+    if wanted.end < saved.end:
+        raise UserError(
+            f"the run is to end at step {saved.end:,}, which is later than {wanted.end:,}; give "
+            "--extend a greater --num_iterations or --target_param_data_ratio"
+        )
+    falls = saved.start + (1 - scaling.WARMDOWN) * (saved.end - saved.start)
+    start = saved.start if step <= falls else step
+    tuned_steps = wanted.tuned_steps * (wanted.end - start) / wanted.end
+    return Schedule(saved.batch, wanted.end, tuned_steps, start)
+
+
+def make_schedule(cfg: Config, num_tokens: int, run: Run) -> Schedule:
+    """That which the run has followed, a new one, or with --extend a longer one."""
+    if run.resumed is None:
+        return plan_steps(cfg, num_tokens)
+    state = run.resumed.state
+    if "schedule" in state:
+        saved = Schedule(*state["schedule"])
+    else:  # begun by an earlier version
+        before = {name: state["config"][name] for name in HORIZON}
+        saved = plan_steps(replace(cfg, **before), num_tokens)
+    return extend(
+        saved, plan_steps(replace(cfg, total_batch_size=saved.batch), num_tokens), run.step
+    )
+
+
+def count_tokens(tokenizer: Tokenizer, shards: Sequence[Path]) -> int:
+    """Tokens in `shards`, about: their bytes, with as many to a token as in the first documents."""
+    some = list(islice(read_texts(shards), 100))
+    num_ids, num_bytes = (sum(map(len, found)) for found in (
+        map(tokenizer.encode, some), map(str.encode, some),
+    ))  # fmt: skip
+    metas = [parquet.read_metadata(shard) for shard in shards]
+    groups = [meta.row_group(i) for meta in metas for i in range(meta.num_row_groups)]
+    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text")
+    return round(size * num_ids / num_bytes)
 
 
 def load_tokenizer(cfg: Config, tag: str) -> Tokenizer:
@@ -115,32 +201,65 @@ def uses_fp8(cfg: Config, runtime: Runtime, choices: list[tuple[int, bool]]) -> 
     return True
 
 
+def load_start(
+    cfg: Config, corpus: Corpus, runtime: Runtime
+) -> tuple[Config, GPT, Tokenizer, dict[str, Any]]:
+    """(cfg with the model's sizes and the run's length; the rest as load_model) for -i.
+
+    UserError if a flag would change the model.
+    """
+    default = Config()
+    for name in MODEL_FLAGS:
+        if getattr(cfg, name) != getattr(default, name):
+            raise UserError(f"--{name} goes with a new model; one that -i names keeps its own")
+    chosen = CheckpointFlags(cfg.source or "base", cfg.model_tag, cfg.step)
+    model, tokenizer, meta = load_model(chosen, runtime, train=True, table_dtype=cfg.table_dtype)
+    config = model.config
+    ratio = cfg.target_param_data_ratio
+    if ratio == default.target_param_data_ratio:
+        num_tokens = PASSES * count_tokens(tokenizer, corpus.train)
+        ratio = min(ratio, float(f"{num_tokens / scaling.scaling_parameters(config):.3g}"))
+    cfg = replace(
+        cfg, depth=config.n_layer, max_seq_len=config.sequence_len,
+        target_param_data_ratio=ratio,
+    )  # fmt: skip
+    return cfg, model, tokenizer, meta
+
+
 def main(cfg: Config) -> None:
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic, trains=True)
-    tag = cfg.model_tag or f"d{cfg.depth}"
-    corpus, tokenizer = find_corpus(cfg.data), load_tokenizer(cfg, tag)
-    config = scaling.depth_to_config(
-        cfg.depth, tokenizer.vocab_size, cfg.max_seq_len,
-        cfg.aspect_ratio, cfg.head_dim, cfg.window_pattern, cfg.plain,
-    )  # fmt: skip
-    total_batch_size, num_steps, tuned_steps = plan_steps(
-        cfg, scaling.training_tokens(config, cfg.target_param_data_ratio)
-    )
-    num_rows = batch_rows(total_batch_size, cfg.max_seq_len)
-    choices = row_choices(
-        num_rows, cfg.device_batch_size, cfg.max_seq_len, config, runtime, cfg.recompute,
-        cfg.table_dtype,
-    )  # fmt: skip
-    in_fp8 = uses_fp8(cfg, runtime, choices)
-    settings = vars(cfg) | {"corpus": corpus.name}
-    with Run("base", tag, settings, runtime) as run:
+    corpus = find_corpus(cfg.data)
+    model, settings = None, {"corpus": corpus.name}
+    if cfg.source:
+        cfg, model, tokenizer, meta = load_start(cfg, corpus, runtime)
+        print0(f"base from {meta['name']}")
+        tag, config = cfg.new_tag or f"{meta['model_tag']}-{corpus.name}", model.config
+        settings["weights"] = meta["weights"]
+    else:
+        tag = cfg.model_tag or f"d{cfg.depth}"
+        tokenizer = load_tokenizer(cfg, tag)
+        config = scaling.depth_to_config(
+            cfg.depth, tokenizer.vocab_size, cfg.max_seq_len,
+            cfg.aspect_ratio, cfg.head_dim, cfg.window_pattern, cfg.plain,
+        )  # fmt: skip
+    num_tokens = scaling.training_tokens(config, cfg.target_param_data_ratio)
+    with Run("base", tag, vars(cfg) | settings, runtime) as run:
         if run.is_finished:
             return
-        model = build_model(config, None, runtime, cfg.seed, cfg.table_dtype)
+        schedule = make_schedule(cfg, num_tokens, run)
+        run.more_state["schedule"] = schedule
+        num_rows = batch_rows(schedule.batch, cfg.max_seq_len)
+        choices = row_choices(
+            num_rows, cfg.device_batch_size, cfg.max_seq_len, config, runtime, cfg.recompute,
+            cfg.table_dtype,
+        )  # fmt: skip
+        in_fp8 = uses_fp8(cfg, runtime, choices)
+        model = model or build_model(config, None, runtime, cfg.seed, cfg.table_dtype)
         optimizer = scaling.make_optimizer(
-            model, total_batch_size, tuned_steps, runtime.rank, runtime.world_size
+            model, schedule.batch, schedule.tuned_steps, runtime.rank, runtime.world_size
         )
         resumed_state = run.restore(model, optimizer)
+        run.progress = run.step / schedule.end
         linears = fp8.enable(model.blocks) if in_fp8 else []
         source = TextSource(tokenizer, corpus.train)
         loader = Loader(source, num_rows, cfg.max_seq_len, runtime, resumed_state)
@@ -149,53 +268,38 @@ def main(cfg: Config) -> None:
         rows = compile_for_training(
             model, cfg.compile, choices, cfg.max_seq_len, runtime.device, optimizer
         )
-        print0(f"corpus {corpus.name}; {num_steps:,} steps of {total_batch_size:,} tokens")
-        meter = run.start(model, tokenizer, rows)
+        again = f", the rate rises again from step {schedule.start:,}" if schedule.start else ""
+        print0(f"corpus {corpus.name}; {schedule.end:,} steps of {schedule.batch:,} tokens{again}")
+        meter = run.start(model, optimizer, tokenizer, rows, loader)
         samples: list[str] = []
         while True:
-            if run.should_stop():  # SIGTERM or SIGINT has reached a rank
-                run.save(model, optimizer, meter, loader)
-                run.stop()
-            if run.is_due(cfg.save_every):
-                run.save(model, optimizer, meter, loader)
+            run.checkpoint(cfg.save_every)  # or end here, if a signal or the time asks for it
             if run.is_due(cfg.eval_every):
                 held_out = TextSource(tokenizer, [corpus.val], quiet=True)
-                bpb = source_bpb(
-                    model, held_out, runtime, cfg.eval_tokens, rows,
-                    num_rows=num_rows, seq_len=cfg.max_seq_len,
-                )  # fmt: skip
+                with run.attempt():
+                    bpb = source_bpb(
+                        model, held_out, runtime, cfg.eval_tokens, rows,
+                        num_rows=num_rows, seq_len=cfg.max_seq_len,
+                    )  # fmt: skip
                 meter.note(val_bpb=bpb)
             if run.step > 0 and run.is_due(cfg.sample_every):
                 samples = sample_texts(model, tokenizer)
                 print0("\n".join(samples))
-            if run.step == num_steps:
+            if run.step == schedule.end:
                 break
 
-            # Gradients add up over micro-batches. Losses are divided by the number of all ranks'
-            # targets, so the mean depends neither on the micro-batches nor on the number of ranks.
-            batch = meter.fetch(loader)
-            micro_batches = list(zip(*(part.split(rows) for part in batch), strict=True))
-            num_targets = all_reduce_sum((batch.targets != IGNORED).sum())
-            loss = torch.zeros((), device=runtime.device)
-            for i, (inputs, targets) in enumerate(micro_batches, start=1):
-                part = model(inputs, targets, reduction="sum") / num_targets
-                if i == len(micro_batches):
-                    optimizer.reduce_on_next_backward()  # average the gradients over the ranks
-                # As the optimizer averages over ranks; the other scale is 1, but in fp16.
-                (part * runtime.world_size * optimizer.loss_scale).backward()
-                loss += part.detach()
-
-            multiplier = scaling.lr_multiplier(run.step, num_steps)
-            momentum = scaling.muon_momentum(run.step, num_steps)
-            decay = scaling.weight_decay_multiplier(run.step / num_steps)
+            loss = run.accumulate(meter.fetch(loader))
+            step, num_steps = run.step - schedule.start, schedule.end - schedule.start
+            multiplier = cfg.lr_scale * scaling.lr_multiplier(step, num_steps)
+            momentum = scaling.muon_momentum(step, num_steps)
+            decay = scaling.weight_decay_multiplier(step / num_steps)
             optimizer.set_multipliers(multiplier, momentum, decay)
             finite = optimizer.step()  # a no-op if a gradient has a NaN or infinity
             optimizer.zero_grad()
             fp8.refresh(linears, compiled=model.call_part is not call)
 
-            run.advance((run.step + 1) / num_steps)
-            loss = all_reduce_sum(loss)
-            meter.log_step(loss, multiplier, total_batch_size, finite, loader)
+            run.advance((run.step + 1) / schedule.end)
+            meter.log_step(loss, multiplier, schedule.batch, finite)
         results = meter.finish()
         run.finish(results)
         write_section("base_train", "Base training", vars(cfg), results, samples, meter.seconds)

@@ -14,7 +14,7 @@ writes: rl/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), re
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -26,6 +26,7 @@ from nanochat.common import (
     CheckpointFlags,
     Choice,
     Count,
+    Duration,
     Positive,
     Runtime,
     all_reduce_sum,
@@ -43,7 +44,7 @@ from nanochat.scaling import lr_multiplier_at, make_optimizer
 from nanochat.task_eval import Task, evaluate_generate, needed_len
 from nanochat.tokenizer import Tokenizer, render_prompt
 from nanochat.trainer import Run, compile_parts
-from tasks.mixtures import build_task
+from tasks.mixtures import build_task, check_task
 
 MOMENTUM = 0.95  # of Muon; constant, since the stage starts from a trained model
 BATCH_TOKENS = 2**18  # learning rates are those of batches up to this size (nanochat/scaling.py)
@@ -70,6 +71,7 @@ class Config(CheckpointFlags):
     # the run
     run: str = "dummy"  # wandb name; dummy: no wandb
     fresh: bool = False  # start over instead of resuming
+    stop_after: Duration = ""  # save and leave within this time, such as 3h50m, with status 75
     log_every: int = 1  # steps between console lines; <= 0: only at the end
     eval_every: int = 25  # steps between held-out measurements; <= 0: only at the end
     eval_problems: Count = 400  # problems per measurement
@@ -87,15 +89,13 @@ class Rollout:
     text: str  # the answer without its tool calls
 
 
-def roll_out(
-    cfg: Config, engine: Engine, task: Task, step: int, runtime: Runtime
-) -> list[list[Rollout]]:
-    """This rank's groups of answers to the questions of `step`.
+def roll_out(cfg: Config, engine: Engine, task: Task, run: Run) -> list[list[Rollout]]:
+    """This rank's groups of answers to the questions of the run's step.
 
     Answers depend on the seed and the question's number, not on the rank.
     """
-    numbers = range(step * cfg.questions_per_step, (step + 1) * cfg.questions_per_step)
-    numbers = numbers[runtime.rank :: runtime.world_size]
+    numbers = range(run.step * cfg.questions_per_step, (run.step + 1) * cfg.questions_per_step)
+    numbers = numbers[run.runtime.rank :: run.runtime.world_size]
     questions = {number: task[number % len(task)] for number in numbers}
     asked: dict[Request, int] = {}
     for number, question in questions.items():
@@ -109,6 +109,9 @@ def roll_out(
         reward = task.score(questions[number], reply.text)
         mask = [0] * len(request.prompt) + reply.masks
         groups[number].append(Rollout(request.prompt + reply.tokens, mask, reward, reply.text))
+        if run.is_asked():
+            break
+    run.stop_if_asked()
     return list(groups.values())
 
 
@@ -152,10 +155,12 @@ def backward(
     pad_id: int,
     runtime: Runtime,
     loss_scale: torch.Tensor | float = 1.0,
+    is_asked: Callable[[], int] = lambda: 0,
 ) -> torch.Tensor:
     """Accumulate the policy gradient, `num_rows` rows at a time; the loss over all ranks ().
 
     The loss is the sum over sampled tokens of advantage x -log p(token), divided by their number.
+    Asked to stop, it does so between micro-batches; what it returns is then of no use.
     """
     whole_rows = num_rows if model.call_part is not call else 0
     batch = (tensor.to(runtime.device) for tensor in policy_batch(groups, pad_id, whole_rows))
@@ -163,6 +168,8 @@ def backward(
     num_targets = all_reduce_sum((targets != IGNORED).sum())
     loss = torch.zeros((), device=runtime.device)
     for first in range(0, len(inputs), num_rows):
+        if is_asked():
+            break
         rows = slice(first, first + num_rows)
         nats = model(inputs[rows], targets[rows], reduction="none")  # (R, T)
         part = (nats * advantages[rows]).sum() / num_targets
@@ -216,41 +223,43 @@ def refresh(engine: Engine, model: GPT) -> None:
 
 
 def main(cfg: Config) -> None:
+    check_task(cfg.task)
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic, trains=True)
     model, tokenizer, meta = load_model(cfg, runtime, train=True)
     print0(f"rl from {meta['name']}")
-    task, held_out = build_task(cfg.task, "train"), build_task(cfg.task)[: cfg.eval_problems]
     settings = vars(cfg) | {"weights": meta["weights"]}
     with Run("rl", meta["model_tag"], settings, runtime) as run:
         if run.is_finished:
             return
+        task, held_out = build_task(cfg.task, "train"), build_task(cfg.task)[: cfg.eval_problems]
         optimizer = make_optimizer(model, BATCH_TOKENS, 1, runtime.rank, runtime.world_size)
         run.restore(model, optimizer)
         questions = [task[n % len(task)] for n in range(cfg.num_steps * cfg.questions_per_step)]
         engine = make_engine(cfg, model, tokenizer, chain(questions, held_out))
         compile_parts(model, cfg.compile, runtime.device)
-        meter = run.start(model, tokenizer, cfg.device_batch_size)
+        meter = run.start(model, optimizer, tokenizer, cfg.device_batch_size)
         while True:
-            if run.should_stop():
-                run.save(model, optimizer, meter)
-                run.stop()
-            if run.is_due(cfg.save_every):
-                run.save(model, optimizer, meter)
+            run.checkpoint(cfg.save_every)
             if run.is_due(cfg.eval_every):
-                meter.note(**evaluate(cfg, engine, held_out))
+                with run.attempt():
+                    figures = evaluate(cfg, engine, held_out)
+                meter.note(**figures)
             if run.step == cfg.num_steps:
                 break
 
             meter.start_step()
-            groups = roll_out(cfg, engine, task, run.step, runtime)
+            with run.attempt():
+                groups = roll_out(cfg, engine, task, run)
             figures, num_tokens = summarize(groups, runtime.device)
             loss, finite = torch.zeros(()), None
             multiplier = cfg.lr_scale * lr_multiplier_at(run.progress, 1.0)
             if figures["useful_groups"] > 0:
-                loss = backward(
-                    model, groups, cfg.device_batch_size, tokenizer.bos_id, runtime,
-                    optimizer.loss_scale,
-                )  # fmt: skip
+                with run.attempt():
+                    loss = backward(
+                        model, groups, cfg.device_batch_size, tokenizer.bos_id, runtime,
+                        optimizer.loss_scale, run.is_asked,
+                    )  # fmt: skip
+                    run.stop_if_asked()
                 optimizer.set_multipliers(multiplier, MOMENTUM, weight_decay=0.0)
                 finite = optimizer.step()
                 optimizer.zero_grad()

@@ -26,9 +26,7 @@ class Config(FinetuneConfig):
 
 
 def main(cfg: Config) -> None:
-    train = build_mixture("sft", cfg.mixture, cfg.custom)
-    val = build_mixture("val", cfg.mixture)
-    results = finetune("sft", cfg, train, val)
+    results = finetune("sft", cfg, lambda part: build_mixture(part, cfg.mixture, cfg.custom))
     if results is not None:
         write_section(
             "chat_sft", "Supervised finetuning", vars(cfg), results, seconds=results["seconds"]

@@ -22,9 +22,7 @@ class Config(FinetuneConfig):
 
 
 def main(cfg: Config) -> None:
-    train = build_mixture("mid", cfg.mixture, cfg.custom)
-    val = build_mixture("val", cfg.mixture)
-    results = finetune("mid", cfg, train, val)
+    results = finetune("mid", cfg, lambda part: build_mixture(part, cfg.mixture, cfg.custom))
     if results is not None:
         write_section("mid_train", "Midtraining", vars(cfg), results, seconds=results["seconds"])
 

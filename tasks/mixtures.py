@@ -97,12 +97,17 @@ def build_mixture(stage: str, name: str, custom: Path | None = None) -> TaskMixt
     return TaskMixture([*MIXTURES[stage, name](), *own])
 
 
+def check_task(name: str) -> None:
+    """Raise UserError unless there is such an evaluation."""
+    if name not in EVALUATIONS:
+        raise UserError(f"the task {name!r} is unknown; choose one of: {', '.join(EVALUATIONS)}")
+
+
 def build_task(
     name: str, split: str = "test", words: Path | None = None, allow_unsafe_exec: bool = False
 ) -> Task:
     """The evaluation `name`; `words` is for SpellingBee, `allow_unsafe_exec` for HumanEval."""
-    if name not in EVALUATIONS:
-        raise UserError(f"the task {name!r} is unknown; choose one of: {', '.join(EVALUATIONS)}")
+    check_task(name)
     if name == "SpellingBee":
         return SpellingBee(split, words)
     if name == "HumanEval":

@@ -29,10 +29,10 @@ def run(base: Path) -> Path:
 
 
 def save(run: Path, step: int, model: GPT, loader: dict[str, Any] | None = None) -> Path:
-    rank_state = {"loader": loader, "generators": checkpoint.export_generators()}
+    loader = loader or {"documents": 3}
     moments = make_optimizer(model, 64, 10).export_state()
     state = state_of(step, model)
-    return checkpoint.save_checkpoint(run, state, model.state_dict(), moments, rank_state, CPU)
+    return checkpoint.save_checkpoint(run, state, model.state_dict(), moments, loader, CPU)
 
 
 def state_of(step: int, model: GPT) -> dict[str, Any]:
@@ -91,17 +91,6 @@ def test_weights_are_narrow_for_inference_and_wide_for_training(run: Path) -> No
     assert torch.equal(wide(ids), thin(ids)) and torch.equal(wide(ids, ids), thin(ids, ids))
 
 
-def test_random_generators_go_on_where_they_were(run: Path) -> None:
-    random.seed(3)
-    torch.manual_seed(3)
-    save(run, 20, new_model())
-    expected = random.random(), torch.rand(4).tolist()
-    checkpoint.open_checkpoint(run, 20).restore_generators(rank=1)  # was not there: nothing is set
-    assert random.random() != expected[0]
-    checkpoint.open_checkpoint(run, 20).restore_generators(rank=0)
-    assert (random.random(), torch.rand(4).tolist()) == expected
-
-
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +120,12 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
         path.write_bytes(whole[path])
     newest = checkpoint.newest_checkpoint(run)
     assert newest is not None and newest.state["step"] == 20
+    assert {path.stat().st_mode & 0o777 for path in whole} == {0o644}, "another user reads them"
+    for step in (10, 20):  # all are damaged: none is advised, and none overwritten
+        (run / f"step_{step:06d}" / "model.safetensors").write_bytes(b"")
+    refuses("all checkpoints .* are damaged; use --fresh", checkpoint.newest_checkpoint, run)
+    said = refuses("base_train --fresh`", checkpoint.find_checkpoint, "base", "d2", 20)
+    assert "--step" not in said
 
 
 def test_strays_are_passed_over_and_what_a_killed_process_left_is_cleared(run: Path) -> None:

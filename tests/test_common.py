@@ -90,15 +90,16 @@ def test_values_that_can_be_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_user_or_the_machine_caused_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "/a/b")
     memory = torch.OutOfMemoryError("CUDA out of memory")
-    room = "make room or choose another path"
+    room, out = "make room or choose another path", "out of GPU memory"
     for command, fault, said in (
         ("base_loss --step=7", UserError("no step 7"), "no step 7"),
         ("tok_train", full, f"/a/b: No space left on device; {room}"),
-        ("tok_train", OSError(errno.EIO, "Input/output error"), f"a file: Input/output error; {room}"),
-        ("tok_train", IsADirectoryError(errno.EISDIR, "Is a directory", "/a"), f"/a: Is a directory; {room}"),
-        ("base_eval --batch_size=9", memory, "out of GPU memory with --batch_size=9; try --batch_size=3"),
-        ("chat_rl", memory, "out of GPU memory with --device_batch_size=32 --num_slots=64; try --device_batch_size=16 --num_slots=32"),
-        ("chat_cli", memory, "out of GPU memory; use a smaller model or shorter rows"),
+        ("tok_train", OSError(errno.EIO, "I/O error"), f"a file: I/O error; {room}"),
+        ("tok_train", IsADirectoryError(errno.EISDIR, "A folder", "/a"), f"/a: A folder; {room}"),
+        ("base_eval --batch_size=9", memory, f"{out} with --batch_size=9; try --batch_size=3"),
+        ("chat_rl --num_slots=7", memory, f"{out} with --device_batch_size=32 --num_slots=7; "
+         "try --device_batch_size=16 --num_slots=1"),
+        ("chat_cli", memory, f"{out}; use a smaller model or shorter rows"),
     ):  # fmt: skip
         assert run(monkeypatch, command, fault) == f"error: {said}"
     with pytest.raises(OSError, match="Bad file descriptor"):

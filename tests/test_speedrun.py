@@ -229,7 +229,6 @@ def test_a_tier_whose_time_is_up_says_so_and_goes_on(tier: Tier, status: str) ->
 ALLOCATION = 1.5  # seconds until the warning
 SLURM = {
     "srun": """#!/bin/bash
-        echo $$ >>"$STEPS"
         for node in 0 1; do SLURM_NODEID=$node "$@" & tasks="$tasks $!"; done
         for task in $tasks; do
           wait $task; status=$?
@@ -264,20 +263,19 @@ def test_the_slurm_job_comes_back_until_the_run_is_done(tmp_path: Path) -> None:
         (tmp_path / "bin" / name).write_text(script)
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "job").write_text(job.replace("/shared/nanochat", str(tier.base_dir)))
-    queue, steps = tmp_path / "queue", tmp_path / "slurm_steps"
+    queue = tmp_path / "queue"
+    queue.write_text("17\n")
     environment = os.environ | {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"),
         "NPROC_PER_NODE": "8", "MEETINGS": str(tmp_path / "meetings"), "QUEUE": str(queue),
-        "STEPS": str(steps), "SLURM_NNODES": "2", "SLURM_JOB_ID": "17", "NUM_STEPS": "10",
+        "SLURM_NNODES": "2", "SLURM_JOB_ID": "17", "NUM_STEPS": "10",
         "SLURM_JOB_NODELIST": "one,two",
     }  # fmt: skip
-    num_starts = 0
-    while num_starts < 20:
-        num_starts += 1
+    statuses: list[int] = []
+    while queue.read_text() == "17\n":
+        queue.write_text("")
         for meeting in (tmp_path / "meetings").iterdir():
             meeting.rmdir()
-        queue.write_text("")
-        steps.write_text("")
         process = subprocess.Popen(
             ["bash", tmp_path / "job"], cwd=tmp_path, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
@@ -288,10 +286,9 @@ def test_the_slurm_job_comes_back_until_the_run_is_done(tmp_path: Path) -> None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)
         log = process.communicate(timeout=60)[0]
-        if not queue.read_text():
-            break
-        assert queue.read_text() == "17\n", log
-    assert process.returncode == 0 and num_starts > 2, log
+        statuses.append(process.returncode)
+        assert statuses[-1] in (0, 75), log
+    assert statuses[-1] == 0 and statuses.count(75) == len(statuses) - 1 > 1
     for stage, run in TRAINERS.items():
         assert (tier.base_dir / run / tier.tag / "steps").read_text().count("step") == 10, stage
 

@@ -8,11 +8,13 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,8 +168,8 @@ def settings(**changes: Any) -> dict[str, Any]:
     return {"fresh": False, "run": "dummy", "log_every": 1, "seed": 0, **changes}
 
 
-def start(run: Run, model: GPT, rows: int = 4) -> Meter:
-    return run.start(model, TOKENIZER, rows)
+def start(run: Run, model: GPT, optimizer: MuonAdamW | None = None, rows: int = 4) -> Meter:
+    return run.start(model, optimizer or make_optimizer(model, 32, 4), TOKENIZER, rows)
 
 
 def test_a_run_folder_belongs_to_one_process(base: Path) -> None:
@@ -188,12 +190,12 @@ def test_records_line_and_resume(base: Path, capsys: pytest.CaptureFixture[str])
         meter.log_step(torch.tensor(1.5), lr_multiplier=0.5, num_tokens=32)
 
     with Run("base", "d1", settings(), CPU) as run:
-        meter = start(run, model)
+        meter = start(run, model, optimizer)
         assert gc.get_freeze_count() > 0
         meter.note(val_bpb=3.0)
         step(run, meter)
         step(run, meter)
-        run.save(model, optimizer, meter)
+        run.save()
         meter.note(val_bpb=2.0)
         step(run, meter)
     assert gc.get_freeze_count() == 0
@@ -207,6 +209,7 @@ def test_records_line_and_resume(base: Path, capsys: pytest.CaptureFixture[str])
         meter.note(val_bpb=2.0)
         step(run, meter)
         step(run, meter)
+        run.save()
         run.finish(meter.finish())
     records = read_metrics(run.folder)
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
@@ -215,6 +218,11 @@ def test_records_line_and_resume(base: Path, capsys: pytest.CaptureFixture[str])
     assert names <= records[4].keys()
     with Run("base", "d1", settings(), CPU) as run:
         assert run.is_finished
+    away = run.folder.with_name("away")
+    checkpoint.step_dir(run.folder, 4).rename(away)  # as if deleted by hand
+    with Run("base", "d1", settings(), CPU) as run:
+        assert not run.is_finished and run.step == 2
+    away.rename(checkpoint.step_dir(run.folder, 4))
     (run.folder / ".fresh").touch()  # stages.sh asks for --fresh as long as it is there
     with Run("base", "d1", settings(fresh=True), CPU) as run:
         assert not run.is_finished and run.step == 0 and not (run.folder / ".fresh").exists()
@@ -225,9 +233,9 @@ def test_a_run_of_an_older_architecture_keeps_it_and_is_not_resumed(base: Path) 
     model = build_model(replace(CONFIG, shifted_keys=False), None, CPU)
     optimizer = make_optimizer(model, 32, 4)
     with Run("base", "d1", settings(), CPU) as run:
-        meter = start(run, model)
+        start(run, model, optimizer)
         run.advance(0.25)
-        run.save(model, optimizer, meter)
+        run.save()
     state = open_checkpoint(run.folder, 1).state
     del state["model_config"]["shifted_keys"]
     older = checkpoint.Checkpoint(run.folder, state, "")
@@ -271,14 +279,66 @@ def test_settings_that_a_run_may_go_on_with() -> None:
         refuses(said, trainer.check_settings, Path("d2"), SAVED, before | now)
 
 
-def test_out_of_memory_names_the_flag_and_a_value(base: Path) -> None:
+def test_out_of_memory_names_the_flag_and_loses_no_step(base: Path) -> None:
     def run_out_of_memory() -> None:
         with Run("base", "d1", settings(), CPU) as run:
             start(run, build_model(CONFIG, None, CPU), rows=12)
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            run.advance(0.25)
+            with run.attempt():
+                raise torch.OutOfMemoryError("CUDA out of memory")
 
     refuses("--device_batch_size=12; try --device_batch_size=6$", run_out_of_memory)
-    assert all("smaller model" in str(trainer.out_of_memory(rows)) for rows in (0, 1))
+    assert list_steps(base / "base/d1") == [1]
+
+
+class FakeWandb:
+    """wandb, whose calls that are named in `broken` fail."""
+
+    Error, Settings = RuntimeError, dict
+
+    def __init__(self, broken: str, key: str) -> None:
+        self.broken, self.api, self.records = broken, SimpleNamespace(api_key=key), []
+
+    def init(self, mode: str = "online", **_: Any) -> "FakeWandb":
+        if mode in self.broken:
+            raise self.Error(f"{mode} fails")
+        return self
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        if "log" in self.broken:
+            raise ConnectionError("log fails")
+        self.records.append((step, record["step"]))
+
+    def finish(self) -> None:
+        if "finish" in self.broken:
+            raise ConnectionError("finish fails")
+
+
+@pytest.mark.parametrize(
+    ("broken", "key", "said", "num_records"),
+    [
+        ("", "k", "", 2),
+        ("", "", "wandb: nobody is logged in; logging to ", 2),
+        ("online", "k", "wandb: online fails; logging to ", 2),
+        ("online offline", "k", "wandb: offline fails; training without it", 0),
+        ("log", "k", "wandb: log fails; going on without it", 0),
+        ("finish", "k", "wandb: finish fails", 2),
+    ],
+)
+def test_wandb_never_stops_a_run(
+    broken: str, key: str, said: str, num_records: int, base: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    wandb = FakeWandb(broken, key)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with Run("base", "d1", settings(run="mine"), CPU) as run:
+        meter = start(run, build_model(CONFIG, None, CPU))
+        run.advance(0.5)
+        meter.log_step(torch.tensor(1.5), 1.0, 32)
+        run.finish(meter.finish())
+    assert wandb.records == [(0, 0), (1, 1)][:num_records]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "wandb" in line]
+    assert len(lines) == bool(said) and all(said in line for line in lines)
 
 
 # --- whole runs, on ranks that can be killed
@@ -340,8 +400,10 @@ def interrupt(
     it to all; False if they had finished before.
     """
     meddle = partial(die_inside_a_save, draw.randint(1, 15)) if kind == "save" else None
-    group = launch.start(base_dir, script, flags, 2, meddle)
-    if kind != "save":
+    limit = {"NANOCHAT_STOP_AFTER": "1h", "NANOCHAT_BEGAN": str(time.time() - 3600 + LIMIT)}
+    environment = limit if kind == "limit" else None
+    group = launch.start(base_dir, script, flags, 2, meddle, environment)
+    if kind not in ("save", "limit"):
         num_steps = draw.randint(1, 3)
         while len(steps_in(group.log.read_text())) < num_steps and group.processes[0].is_alive():
             time.sleep(0.01)
@@ -352,12 +414,15 @@ def interrupt(
     saved, last = max(list_steps(run), default=0), max(steps_in(said), default=0)
     # A save that was still being written when all died is lost, the one before it never is.
     assert saved >= (last // EVERY - 1) * EVERY, said
-    if kind in ("SIGTERM", "SIGINT") and any(codes):
-        assert codes == [128 + signal.Signals[kind]] * 2 and saved == last, said
-        assert f"{kind}: saving" in said and "the same command" in said
+    if kind not in ("save", "SIGKILL") and any(codes):
+        timed = kind in ("SIGUSR1", "limit")
+        assert codes == [75 if timed else 128 + signal.Signals[kind]] * 2 and saved == last, said
+        assert (kind == "limit" or f"{kind}: saving" in said) and "the same command" in said
     return any(codes)
 
 
+KINDS = ("limit", "save", "SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+LIMIT = 3.0  # seconds; of which one, and half as much again as a step took, are kept to save in
 CHAT = f"--source=base --device_type=cpu --save_every={EVERY} --log_every=1 --eval_every=-1"
 CHAT += " --device_batch_size=4"
 PACKED = f"{CHAT} --mixture=primer --num_iterations=16 --total_batch_size=256 --max_seq_len=64"
@@ -380,8 +445,7 @@ def check_interruptions(source: Path, folder: Path, script: str, num_runs: int) 
     draw = random.Random(0)
     for number in range(num_runs):
         base_dir = Path(shutil.copytree(source, folder / f"run_{number}"))
-        kinds = ("save", "SIGKILL", "SIGTERM", "SIGINT")
-        stops = [interrupt(base_dir, script, text.split(), kind, draw) for kind in kinds]
+        stops = [interrupt(base_dir, script, text.split(), kind, draw) for kind in KINDS]
         assert sum(stops) >= 3
         finish(base_dir, text.split(), 2, script)
         assert end_state(base_dir, stage) == end_state(whole, stage), number
@@ -421,12 +485,51 @@ def test_a_second_signal_exits_at_once(base_dir: Path) -> None:
     begin = time.monotonic()
     group.signal(signal.SIGTERM)
     group.signal(signal.SIGTERM)  # passed on twice: still the first one
-    group.wait_for("SIGTERM: saving after this step")
+    group.wait_for("SIGTERM: saving; a second one")
     time.sleep(1.2)
     assert group.processes[0].is_alive()
     group.signal(signal.SIGTERM)
     assert group.wait() == [143] and time.monotonic() - begin < 9
     assert list_steps(run_of(base_dir)) == []
+
+
+def name_micro_batches() -> None:
+    """Each is named, and slow; a hangup is ignored, as under nohup, if that is said."""
+    forward, number = GPT.forward, itertools.count()
+    if "IGNORED" in os.environ:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def named(self: GPT, *arguments: Any, **options: Any) -> torch.Tensor:
+        trainer.print0(f"micro-batch {next(number)}")
+        time.sleep(0.05)
+        return forward(self, *arguments, **options)
+
+    GPT.forward = named
+
+
+ONE_BY_ONE = ("--total_batch_size=4096", "--device_batch_size=1")  # 64 micro-batches a step
+
+
+def test_a_signal_is_heard_between_micro_batches(base_dir: Path, tmp_path: Path) -> None:
+    whole = Path(shutil.copytree(base_dir, tmp_path / "whole"))
+    finish(whole, flags(2, *ONE_BY_ONE), 1)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        group = launch.start(base_dir, "base_train", flags(2, *ONE_BY_ONE), 1, name_micro_batches)
+        group.wait_for("micro-batch 9")
+        group.signal(number)
+        assert group.wait() == [128 + number]
+        after = group.log.read_text().split(": saving; a second one")[1]
+        assert after.count("micro-batch") <= 1
+    finish(base_dir, flags(2, *ONE_BY_ONE), 1)
+    assert end_state(base_dir) == end_state(whole)
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(base_dir: Path) -> None:
+    ignored = {"IGNORED": "1"}
+    group = launch.start(base_dir, "base_train", flags(9), 1, name_micro_batches, ignored)
+    group.wait_for("micro-batch 3")
+    group.signal(signal.SIGHUP)
+    assert group.wait() == [0] and "SIGHUP" not in group.log.read_text()
 
 
 def test_a_frozen_rank_ends_the_job_with_its_stacks(base_dir: Path) -> None:
@@ -528,7 +631,7 @@ def test_a_full_or_read_only_disk_leaves_the_old_save(prepared: Path, small_disk
     group = start(2, partial(fill_after_a_save, small_disk))
     assert group.wait(30) == [1, 1], group.log.read_text()
     said = group.log.read_text()
-    assert "cannot save: [Errno 28] No space left" in said and "Traceback" not in said, said
+    assert "step_000010: [Errno 28] No space left" in said and "Traceback" not in said, said
     run = run_of(base_dir)
     assert list_steps(run) == [EVERY] and not list(run.glob("*.partial"))
     open_checkpoint(run, EVERY)

@@ -4,7 +4,8 @@
 #
 #   bash runcpu.sh                  learn the primer, the small world that comes with nanochat
 #   bash runcpu.sh --minutes M      only as many steps as this machine makes in M minutes, or more
-#   bash runcpu.sh --from FOLDER    pretrain on your own text (parquet, .txt or .jsonl) instead
+#   bash runcpu.sh --from FOLDER    pretrain on your own text (.txt, .md, .jsonl, parquet) instead;
+#                                   --name and --text_field as in python -m nanochat.dataset
 #   bash runcpu.sh --fresh          start over; otherwise what is finished is not run again
 #
 # Killed at any point and started again, it goes on where it was, with the steps that it chose
@@ -12,7 +13,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-fresh="" from="" minutes=""
+fresh="" from="" minutes="" import=()
 while [ $# -gt 0 ]; do
   case "$1" in
   --fresh) fresh=1 ;;
@@ -26,6 +27,11 @@ while [ $# -gt 0 ]; do
     from="${1:-}" from="${from#--from=}"
     [ -n "$from" ] || { echo "error: --from needs a folder" >&2 && exit 2; }
     ;;
+  --name=* | --text[-_]field=*) import+=("$1") ;;
+  --name | --text[-_]field)
+    [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2 && exit 2; }
+    import+=("$1=$2") && shift
+    ;;
   -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' runcpu.sh && exit ;;
   *) echo "error: unknown option $1; use --minutes M, --from FOLDER or --fresh" >&2 && exit 2 ;;
   esac
@@ -33,12 +39,16 @@ while [ $# -gt 0 ]; do
 done
 corpus=primer source=(--corpus primer)
 if [ -n "$from" ]; then
-  [ -d "$from" ] || { echo "error: --from $from is no folder" >&2 && exit 2; }
-  from="$(cd "$from" && pwd)"
-  corpus="$(basename "$from")" source=(--from "$from")
+  case $from in /*) ;; *) from="${OLDPWD%/}/$from" ;; esac # of where the user is
+  [ -e "$from" ] || { echo "error: --from $from is no folder" >&2 && exit 2; }
+  [ ! -d "$from" ] || from="$(cd "$from" && pwd)"
+  source=(--from "$from")
 fi
+source+=(${import[@]+"${import[@]}"})
 source ./setup.sh --device_type=cpu
 source ./stages.sh
+[ -z "$from${import[*]-}" ] ||
+  corpus="$(python -m nanochat.dataset "${source[@]}" --print_name)"
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}" # huge pages: 4 % off a step
 tag="laptop-$corpus"
 place=(--device_type=cpu --model_tag="$tag")

@@ -6,19 +6,23 @@ and is written once everything else is in place.
 
     python -m nanochat.dataset -n 8                        # 8 shards of climbmix, and its last
     python -m nanochat.dataset -n 8 --corpus fineweb-edu   # under a freer licence
-    python -m nanochat.dataset --from my_texts             # yours: .parquet, or .txt and .jsonl
+    python -m nanochat.dataset --from my_texts             # yours: .txt, .md, .jsonl, .parquet
     python -m nanochat.dataset --corpus primer             # the embedded default, offline
 """
 
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import time
+import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,9 +35,11 @@ from nanochat.common import (
     FOLDER_NAME,
     Count,
     UserError,
+    base_dir,
     corpora_dir,
     fsync,
     print0,
+    progress_bar,
     run_script,
     write_file,
 )
@@ -52,7 +58,12 @@ SHARD_CHARS = 64_000_000  # about 20 MB compressed
 DOCUMENT_CHARS = 10_000  # at most, of a document cut from a .txt file
 VALIDATION_EVERY = 20  # one document in 20 is for validation: a passage or more of each book
 SOURCE_FILE = "source.json"  # what a corpus was made from: tells whether it is up to date
-MEND_SHARD = "remove it and run `python -m nanochat.dataset` as for this corpus"
+MEND_SHARD = "mend or remove it and run `python -m nanochat.dataset` as for this corpus"
+IMPORT_RULES = 2  # an import that was made by other rules is made again
+IMPORTED = re.compile(r"\.(parquet|jsonl|txt|md)(?:\.gz|\.zst)?\Z", re.IGNORECASE)
+SPLIT = re.compile(r"(?:^|[/_.\d-])(train|val|dev|test)(?:id|idation)?(?=[/_.\d-])")  # in a path
+SHARD = re.compile(r"shard_\d{5}\.parquet")
+CONVERT = "convert it (`iconv -f LATIN1 -t UTF-8`, or -f UTF-16), or remove it"
 
 
 @dataclass(frozen=True)
@@ -85,20 +96,23 @@ def find_corpus(name: str = "") -> Corpus:
     return Corpus(name, shards[:-1], shards[-1])
 
 
-def check_shard(path: Path) -> int:
+def check_shard(path: Path, field: str = "text") -> int:
     """Number of documents in a shard, from its footer.
 
-    Raises UserError for a file that is truncated, empty, or without a string column `text`.
+    Raises UserError for a file that is truncated, empty, or without a string column `field`.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        # Opened here, as Arrow takes no file name that is not UTF-8.
+        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
             schema, num_documents = file.schema_arrow, file.metadata.num_rows
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole parquet file; {MEND_SHARD}") from error
+        why = _reason(error)
+        raise UserError(f"{path} is not a whole parquet file ({why}); {MEND_SHARD}") from error
     kinds = dict(zip(schema.names, schema.types, strict=True))
-    if kinds.get("text") not in (pa.string(), pa.large_string()):
+    if kinds.get(field) not in (pa.string(), pa.large_string()):
         columns = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
-        raise UserError(f"{path} has no column `text` of strings (it has {columns}); {MEND_SHARD}")
+        mend = f"name another with --text_field, or {MEND_SHARD}"
+        raise UserError(f"{path} has no column `{field}` of strings (it has {columns}); {mend}")
     if num_documents == 0:
         raise UserError(f"{path} holds no documents; {MEND_SHARD}")
     return num_documents
@@ -111,28 +125,32 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def read_texts(shards: Sequence[Path], skip: int = 0) -> Iterator[str]:
+def _reason(error: Exception) -> str:
+    """In one line; Arrow adds details."""
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())
+
+
+def read_texts(shards: Sequence[Path], skip: int = 0, field: str = "text") -> Iterator[str]:
     """The documents of `shards` in order, after the first `skip`; UserError for a damaged shard.
 
     Row counts in the footers say what to skip, without decompressing it.
     """
     for path in shards:
-        check_shard(path)
+        check_shard(path, field)
         try:
-            with pq.ParquetFile(path) as file:
+            with (
+                path.open("rb") as opened,  # page by page, as a row group may be all of a file
+                pq.ParquetFile(opened, buffer_size=2**20, pre_buffer=False) as file,
+            ):
                 for group in range(file.num_row_groups):
                     num_rows = file.metadata.row_group(group).num_rows
                     if skip < num_rows:
-                        yield from islice(_read_row_group(file, group), skip, None)
+                        batches = file.iter_batches(1024, row_groups=[group], columns=[field])
+                        texts = (text for batch in batches for text in batch.column(0).to_pylist())
+                        yield from (text or "" for text in islice(texts, skip, None))  # "" of null
                     skip = max(0, skip - num_rows)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())  # of several lines, where Arrow adds details
-            raise UserError(f"{path} is damaged ({reason}); {MEND_SHARD}") from error
-
-
-def _read_row_group(file: pq.ParquetFile, group: int) -> Iterator[str]:
-    for batch in file.iter_batches(ROW_GROUP_DOCUMENTS, row_groups=[group], columns=["text"]):
-        yield from (text or "" for text in batch.column(0).to_pylist())  # a null counts as empty
+            raise UserError(f"{path} is damaged ({_reason(error)}); {MEND_SHARD}") from error
 
 
 class ShardWriter:
@@ -161,7 +179,7 @@ class ShardWriter:
 def write_shards(documents: Iterable[tuple[str, bool]], folder: Path) -> None:
     """Write (text, is it for validation) pairs; the last shard holds the validation documents."""
     val, train = ShardWriter(folder / "val"), ShardWriter(folder / shard_name(0))
-    num_train = 1
+    num_train, num_chars = 1, [0, 0]
     try:
         for text, is_val in documents:
             if train.num_chars >= SHARD_CHARS and not is_val:
@@ -169,22 +187,31 @@ def write_shards(documents: Iterable[tuple[str, bool]], folder: Path) -> None:
                 train = ShardWriter(folder / shard_name(num_train))
                 num_train += 1
             (val if is_val else train).add(text)
-    finally:
-        train.close()
-        val.close()
+            num_chars[is_val] += len(text)
+    except BaseException:
+        train.file.is_open = val.file.is_open = False  # a full disk would fail their end, too
+        raise
+    train.close()
+    val.close()
+    if not all(num_chars):
+        raise UserError(f"no text is for {'validation' if num_chars[0] else 'training'}; add some")
+    print0(f"{num_chars[0]:,} characters for training, {num_chars[1]:,} for validation")
     (folder / "val").rename(folder / shard_name(num_train))
+
+
+def read_source(name: str) -> dict[str, Any]:
+    """What a corpus was made from; nothing if that is unknown."""
+    file = corpora_dir() / name / SOURCE_FILE
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def build_corpus(name: str, source: dict[str, Any], build: Callable[[Path], None]) -> None:
     """Have `build` fill the corpus folder, unless it exists, made from the same `source`."""
     folder, partial = corpora_dir() / name, corpora_dir() / f".{name}.partial"
-    made_from = folder / SOURCE_FILE
-    try:
-        if json.loads(made_from.read_text()) == source and find_corpus(name):
+    with suppress(UserError):  # a damaged shard
+        if read_source(name) == source and find_corpus(name):
             print0(f"corpus {name} is already complete; nothing to do")
             return
-    except (OSError, ValueError):  # missing, or a shard is damaged
-        pass
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -194,6 +221,9 @@ def build_corpus(name: str, source: dict[str, Any], build: Callable[[Path], None
         write_file(partial / SOURCE_FILE, json.dumps(source, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+    except OSError as error:
+        error.filename = corpora_dir()  # Arrow names none, a copy the file that it reads
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     fsync(corpora_dir())
@@ -210,66 +240,158 @@ def write_primer(num_documents: int) -> None:
     build_corpus("primer", source, lambda folder: write_shards(chain(train, val), folder))
 
 
-def import_folder(path: Path, name: str = "") -> str:
-    """Import `path`; returns the corpus name: `name`, or by default the folder's.
+def corpus_name(path: Path, name: str = "") -> str:
+    """`name`, by default what the folder is called; UserError if it is not valid, or in use."""
+    reserved = {*PUBLIC, "primer", "current"}
+    if name:
+        if not re.fullmatch(FOLDER_NAME, name) or name in reserved or len(name) > 60:
+            raise UserError(f"a corpus cannot be called {name!r}; choose another with --name")
+        return name
+    stem = unicodedata.normalize("NFKC", IMPORTED.sub("", path.name))  # a Mac's é is two characters
+    # Of 50 characters, as a file's name has at most 255 bytes.
+    name = re.sub(r"[^\w.-]+", "-", stem).strip("-.")[:50] or "texts"
+    name = f"my-{name}" if name.lower() in reserved else name
+    made_from = read_source(name).get("from", str(path))
+    if made_from != str(path):
+        mend = f"choose another name with --name, or replace that corpus with --name={name}"
+        raise UserError(f"{made_from} is the corpus {name} already; {mend}")
+    return name
 
-    Two or more parquet files become the shards as they are; anything else is cut into new shards.
-    """
-    name = name or (path.resolve().name if path.is_dir() else path.stem)
-    if not re.fullmatch(FOLDER_NAME, name) or name in {*PUBLIC, "primer", "current"}:
-        raise UserError(f"a corpus cannot be called {name!r}; choose another with --name")
-    files = list_files(path)
-    parquet = [file for file in files if file.suffix == ".parquet"]
-    files = parquet or files
-    source = {"files": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]}
-    for file in parquet:
-        check_shard(file)
+
+def import_folder(path: Path, name: str, field: str = "text") -> None:
+    """Make the corpus `name` of the texts in and below `path`; our own shards stay as they are."""
+    train, val = choose_files(path)
+    files = [*train, *val]
+    for file in files:
+        if file.suffix.lower() == ".parquet":
+            check_shard(file, field)
+    are_shards = len(val) == 1 and all(SHARD.fullmatch(file.name) for file in files)
+    source: dict[str, Any] = {"from": str(path), "field": field, "rules": IMPORT_RULES}
+    source["files"] = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
     def build(folder: Path) -> None:
-        if len(parquet) < 2:
-            write_shards(hold_out(read_documents(files), path), folder)
+        if not are_shards or field != "text":
+            texts, held_out = (read_documents(split, field) for split in (train, val))
+            named = chain(zip(texts, repeat(False)), zip(held_out, repeat(True)))
+            documents = named if val else hold_out(texts)
+            write_shards(progress_bar(documents, " documents"), folder)
             return
-        for i, file in enumerate(parquet):
+        for i, file in enumerate(map(os.path.realpath, files)):  # not the link, if it is one
             try:
                 os.link(file, folder / shard_name(i))
             except OSError:  # another file system, or another user's file
                 shutil.copyfile(file, folder / shard_name(i))
 
     build_corpus(name, source, build)
-    return name
 
 
 def list_files(path: Path) -> list[Path]:
-    """All importable files below `path`, numbers in names sorted numerically."""
+    """The file `path`, or all below that are not hidden, numbers in names sorted numerically."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename} ({_reason(error)}); mend or move it")
+
     if not path.exists():
-        raise UserError(f"--from={path}: there is no such file or folder")
-    found = path.resolve().rglob("*") if path.is_dir() else [path.resolve()]
-    kinds = {".parquet", ".txt", ".jsonl"}
-    files = [file for file in found if file.suffix in kinds and file.is_file()]
-    if not files:
-        raise UserError(f"--from={path}: found no .parquet, .txt or .jsonl file there")
-    parts = {file: re.split(r"(\d+)", str(file)) for file in files}
-    return sorted(files, key=lambda f: [int(p) if p.isdecimal() else p for p in parts[f]])
+        raise UserError("there is no such file or folder")
+    if not path.is_dir():
+        return [path]
+    files: dict[tuple[str, bool], Path] = {}
+    seen = {os.path.realpath(base_dir())}  # as it holds what was imported before
+    for folder, subfolders, names in os.walk(path, onerror=fail, followlinks=True):
+        is_new = (real := os.path.realpath(folder)) not in seen  # links may lead in circles
+        seen.add(real)
+        subfolders[:] = sorted(sub for sub in subfolders if is_new and not sub.startswith("."))
+        for file in (Path(folder, n) for n in sorted(names) if is_new and not n.startswith(".")):
+            # Of two names of one file both count if one says what it holds, as in a hub's cache.
+            key = os.path.realpath(file), bool(IMPORTED.search(file.name))
+            files.setdefault(key, file)
+    parts = {file: re.split(r"(\d+)", str(file)) for file in files.values()}
+    return sorted(parts, key=lambda f: [int(p) if p.isdecimal() else p for p in parts[f]])
 
 
-def read_documents(files: Sequence[Path]) -> Iterator[str]:
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": lambda f: read_texts([f])}
+def group_of(file: Path, path: Path) -> str:
+    """The split of a file in or below `path`, or why it is in none."""
+    at_top, splits = file.parent == path, SPLIT.findall(os.path.relpath(file, path).lower())
+    if not IMPORTED.search(file.name):
+        return file.suffix.lower() or "without a suffix"
+    if not file.is_file():
+        return "linked to nowhere, or no plain file"
+    if at_top and SHARD.fullmatch(file.name):
+        return "shards"
+    if at_top and re.match(r"(readme|licen[cs]e)\.", file.name.lower()):
+        return "about the data"
+    return f"of the {splits[-1]} split" if splits else "text"
+
+
+def choose_files(path: Path) -> tuple[list[Path], list[Path]]:
+    """The files for training and those for validation, perhaps none; names all others."""
+    groups: dict[str, list[Path]] = defaultdict(list)
+    for file in list_files(path):
+        groups[group_of(file, path)].append(file)
+
+    def take(*names: str) -> list[Path]:
+        return [file for name in names for file in groups.pop(name, [])]
+
+    shards = take("shards")
+    train, val = shards[:-1], shards[-1:]
+    if not train:
+        train = shards + take("text", "of the train split")
+        val = take("of the val split", "of the dev split") or take("of the test split")
+    if not train:  # the names mean something else
+        train, val = val + take("of the test split") or take("about the data"), []
+    base = path.parent
+    told = [f"{len(v):,} {why} (as {os.path.relpath(v[0], base)})" for why, v in groups.items()]
+    if told:
+        print0(printable(f"files passed over: {', '.join(told)}"))
+    if not train:
+        raise UserError("found no .txt, .md or .jsonl (nor .gz or .zst of these) or .parquet file")
+    one_in = f"one document in {VALIDATION_EVERY}"
+    how = f"files such as {os.path.relpath(val[0], base)}" if val else one_in
+    print0(printable(f"held out for validation: {how}"))
+    return train, val
+
+
+def printable(text: str) -> str:
+    """`text` in one line that any terminal shows, with escapes: file names may hold anything."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def read_documents(files: Sequence[Path], field: str = "text") -> Iterator[str]:
     for file in files:
-        yield from (text for text in readers[file.suffix](file) if text.strip())
+        (kind,) = IMPORTED.findall(file.name.lower())
+        if kind == "parquet":
+            texts = read_texts([file], field=field)
+        else:
+            texts = _read_jsonl(file, field) if kind == "jsonl" else _read_txt(file)
+        yield from (text for text in texts if text.strip())
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
+    """A file of UTF-8, decompressed where its name says so; UserError if it cannot be read."""
+    packed = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    try:
+        with path.open("rb") as file:
+            stream = pa.input_stream(file, compression=packed) if packed else file
+            yield io.TextIOWrapper(stream, "utf-8-sig")
+    except UnicodeDecodeError as error:
+        near = error.object[max(0, error.start - 9) : error.start + 9]
+        raise UserError(f"{path} is not UTF-8 text, near {near}; {CONVERT}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({_reason(error)}); mend or remove it") from error
 
 
 def _read_txt(path: Path) -> Iterator[str]:
     rest = ""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            while block := file.read(20 * DOCUMENT_CHARS):
-                rest += block
-                while len(rest) > DOCUMENT_CHARS:
-                    end = _cut_point(rest, DOCUMENT_CHARS)
-                    yield rest[:end]
-                    rest = rest[end:]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text; convert or remove it") from error
+    with open_text(path) as file:
+        while block := file.read(20 * DOCUMENT_CHARS):
+            if "\0" in block:
+                raise UserError(f"{path} is not UTF-8 text, it holds NUL bytes; {CONVERT}")
+            rest += block
+            while len(rest) > DOCUMENT_CHARS:
+                end = _cut_point(rest, DOCUMENT_CHARS)
+                yield rest[:end]
+                rest = rest[end:]
     yield rest
 
 
@@ -282,38 +404,38 @@ def _cut_point(text: str, limit: int) -> int:
     return limit
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
+def _read_jsonl(path: Path, field: str) -> Iterator[str]:
     for number, row in numbered_jsonl(path):
-        try:
-            # JSON can hold half of a surrogate pair, parquet cannot.
-            yield row["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        except (KeyError, TypeError, AttributeError) as error:
-            expected = "expected a JSON object with a string `text`"
-            raise UserError(f"{path}, line {number}: {expected}") from error
+        text = row.get(field, 0) if isinstance(row, dict) else 0
+        if not isinstance(text, str | None):
+            fields = f"it has {', '.join(row)}" if isinstance(row, dict) else "this is none"
+            expected = f"expected a JSON object with a string `{field}` ({fields})"
+            raise UserError(f"{path}, line {number}: {expected}; --text_field names another field")
+        # JSON can hold half of a surrogate pair, parquet cannot.
+        yield (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def numbered_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     """(line number from 1, row) of a .jsonl file, blank lines skipped; UserError for a bad file."""
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: not JSON ({error}); mend that line") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}; give a .jsonl file in UTF-8") from error
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    why = f"not JSON ({error}); mend that line"
+                    raise UserError(f"{path}, line {number}: {why}") from error
+                yield number, row
 
 
-def hold_out(documents: Iterator[str], path: Path) -> Iterator[tuple[str, bool]]:
+def hold_out(documents: Iterator[str]) -> Iterator[tuple[str, bool]]:
     """Mark every 20th document, from the second on, for validation; a single one is cut in two."""
     first, second = next(documents, ""), next(documents, "")
     if not second:
         middle = _cut_point(first, (len(first) + 1) // 2)
         first, second = first[:middle], first[middle:]
     if not second.strip():
-        raise UserError(f"--from={path}: too little text, it must make two documents at least")
+        raise UserError("too little text, it must make two documents at least")
     for i, text in enumerate(chain([first, second], documents)):
         yield text, i % VALIDATION_EVERY == 1
 
@@ -378,24 +500,35 @@ class Config:
     corpus: Literal["climbmix", "fineweb-edu", "primer"] = "climbmix"  # the corpus to prepare
     num_shards: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 8  # training shards; -1: all
     source: Annotated[Path | None, tyro.conf.arg(name="from")] = None  # import this folder instead
-    name: str = ""  # of an imported corpus; default: the folder's name
+    name: str = ""  # of an imported corpus; default: about what its folder is called
+    text_field: str = "text"  # that holds the text in .jsonl and .parquet files
+    print_name: bool = False  # only print what an imported corpus is called
     num_documents: Count = 40_000  # of the primer; about 9 MB
 
 
 def main(cfg: Config) -> None:
-    if cfg.name and not cfg.source:
-        raise UserError("--name goes with --from; without it the corpus has the name of --corpus")
+    if not cfg.source and (cfg.name or cfg.text_field != "text" or cfg.print_name):
+        raise UserError("--name and --text_field go with --from, which names a folder to import")
     name = cfg.corpus
     if cfg.source:
-        name = import_folder(cfg.source, cfg.name)
+        source = Path(os.path.abspath(cfg.source))
+        try:
+            name = corpus_name(source, cfg.name)
+            if cfg.print_name:
+                print0(name)
+                return
+            import_folder(source, name, cfg.text_field)
+        except UserError as error:
+            raise UserError(printable(f"--from={cfg.source}: {error}")) from error
     elif cfg.corpus == "primer":
         write_primer(cfg.num_documents)
     else:
         download(cfg.corpus, cfg.num_shards)
     corpus = find_corpus(name)
     write_file(corpora_dir() / "current", f"{name}\n")
-    shards = f"{len(corpus.train)} training shards and 1 for validation"
-    print0(f"corpus {name}: {shards} in {corpus.val.parent}")
+    train, val = sum(map(check_shard, corpus.train)), check_shard(corpus.val)
+    shards = f"for training (shards: {len(corpus.train)}) and {val:,} for validation"
+    print0(f"corpus {name}: {train:,} documents {shards} in {corpus.val.parent}")
 
 
 if __name__ == "__main__":

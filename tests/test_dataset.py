@@ -1,7 +1,11 @@
 """Corpora appear whole, are read back from any position, and come from a hub (here a local one)."""
 
+import errno
+import gzip
 import json
 import os
+import subprocess
+from collections.abc import Mapping
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -9,17 +13,21 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import TypeAdapter
 
 import primer
 from nanochat import dataset
+from nanochat.common import Tag
 from nanochat.dataset import (
     DOCUMENT_CHARS,
     Config,
     check_shard,
+    corpus_name,
     find_corpus,
     is_whole,
     list_files,
     main,
+    numbered_jsonl,
     read_documents,
     read_texts,
     write_shards,
@@ -28,6 +36,7 @@ from tests.hub import Fault, Hub
 from tests.models import refuses
 
 pytestmark = pytest.mark.usefixtures("base")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def parquet(*texts: str | None, **options) -> bytes:
@@ -36,10 +45,23 @@ def parquet(*texts: str | None, **options) -> bytes:
     return buffer.getvalue()
 
 
-def folder_of(path: Path, files: dict[str, bytes]) -> Path:
-    path.mkdir(exist_ok=True)
+def jsonl(*texts: str | None, field: str = "text") -> bytes:
+    return "".join(json.dumps({"id": 1, field: text}) + "\n" for text in texts).encode()
+
+
+def zst(data: bytes) -> bytes:
+    return pa.compress(data, codec="zstd", asbytes=True)
+
+
+def folder_of(path: Path, files: Mapping[str, bytes | Path]) -> Path:
+    """A folder of these files; of links where there is a path, relative to the link's folder."""
     for name, data in files.items():
-        (path / name).write_bytes(data)
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(data, Path):
+            (path / name).symlink_to(data)
+        else:
+            (path / name).write_bytes(data)
+    path.mkdir(exist_ok=True)
     return path
 
 
@@ -146,10 +168,205 @@ def test_all_kinds_in_name_order_with_numbers_as_numbers(tmp_path: Path):
     lines = [json.dumps(row) for row in rows]
     (tmp_path / "sub" / "a.jsonl").write_text("\n".join([lines[0], "", *lines[1:]]))
     (tmp_path / "z.parquet").write_bytes(parquet("p0", "", "p1"))
-    (tmp_path / "README.md").write_text("not a document")
     documents = list(read_documents(list_files(tmp_path)))
     assert documents == ["two\nlines", "ten", "j0", "half \ufffd \U0001f600", "p0", "p1"]
     assert list_files(tmp_path / "part2.txt") == [tmp_path / "part2.txt"]
+
+
+PASSED = "files passed over: 1 without a suffix (as MAKE), 2 .json (as b.json), 1 .csv (as d.csv)\n"
+DEEP, LONG = b"[" * 100_000, b'{"text": "x", "n": ' + b"9" * 5000 + b"}"
+HUB = {
+    "README.md": b"---\nlicense: mit\n---",
+    "data/train-00000-of-00002.parquet": parquet("a", "b"),
+    "data/train-00001-of-00002.parquet": parquet("c"),
+    "data/test-00000-of-00001.parquet": parquet("t"),
+}
+VALIDATION = {"data/validation-00000-of-00001.parquet": parquet("v")}
+BLOBS = {".blobs/0": b"a", ".blobs/1": parquet("b")}
+LINKS = {"0.txt": Path(".blobs/0"), "1.parquet": Path(".blobs/1")}
+# A folder's files -> documents for training | for validation, or the complaint; what is said, too.
+FOLDERS = {
+    # Splits
+    "hub": (HUB, "a b c|t", "for validation: files such as data/test-00000-of-00001.parquet"),
+    "hub note": (HUB, "a b c|t", "passed over: 1 about the data (as README.md)"),
+    "hub 3": (HUB | VALIDATION, "a b c|v", "1 of the test split (as data/test-00000-of-00001"),
+    "txt": ({"dev.txt": b"v", "train.txt": b"a", "test.txt": b"t"}, "a|v", "1 of the test split"),
+    "named": ({"x_train.jsonl": jsonl("a"), "x_val.jsonl": jsonl("v", "w")}, "a|v w", ""),
+    "pile": (
+        {"train/00.jsonl.zst": zst(jsonl("a")), "train/1.jsonl.zst": zst(jsonl("b")),
+         "val.jsonl.zst": zst(jsonl("v")), "test.jsonl.zst": zst(jsonl("t"))}, "a b|v", ""),
+    "converted": (
+        {"en/test/0.parquet": parquet("t"), "en/train/0.parquet": parquet("a")}, "a|t", ""),
+    "unnamed": ({"a.txt": b"a", "VALID.TXT": b"v"}, "a|v", "validation: files such as VALID.TXT"),
+    "test alone": ({"test.txt": b"one two"}, "one|two", "for validation: one document in 20"),
+    "no split": ({"latest.txt": b"a", "my test drive.txt": b"v"}, "a|v", "one document in 20"),
+    "no val": ({"train.txt": b"a", "val.txt": b"\n"}, "!no text is for validation", ""),
+    "no train": ({"train.txt": b"", "val.txt": b"v"}, "!no text is for training", ""),
+    "shards": (
+        {"shard_00000.parquet": parquet("a"), "shard_00001.parquet": parquet("v", "w"),
+         "notes.txt": b"x"}, "a|v w", "passed over: 1 text (as notes.txt)"),
+    "one shard": ({"shard_00000.parquet": parquet("a", "v", "b")}, "a b|v", ""),
+    "parquets": ({"0.parquet": parquet("a", "v"), "1.parquet": parquet("b", None)}, "a b|v", ""),
+    # Names and suffixes
+    "upper": ({"A.TXT": b"a", "B.Md": b"v", "c.JSONL": jsonl("b")}, "a b|v", ""),
+    "mixed": ({"a.parquet": parquet("a"), "b.md": b"v"}, "a|v", ""),
+    "gz": ({"a.txt.gz": gzip.compress(b"a"), "b.MD.GZ": gzip.compress(b"v")}, "a|v", ""),
+    "gz 2": ({"a.jsonl.gz": gzip.compress(jsonl("a")) + gzip.compress(jsonl("v"))}, "a|v", ""),
+    "zst": ({"a.md.zst": zst(b"a"), "b.txt.zst": zst(b"v"), "c.txt.zst": b""}, "a|v", ""),
+    "others": (
+        {"a.txt": b"one two", "b.json": b"", "c.JSON": b"", "d.csv": b"", "MAKE": b""},
+        "one|two", PASSED),
+    "hidden": ({".git/a.txt": b"x", ".DS_Store": b"x", "a.txt": b"one two"}, "one|two", "-passed"),
+    "pdf": ({"a.pdf": b"x"}, "!found no .txt, .md or .jsonl .* or .parquet file$", ""),
+    "nothing": ({}, "!found no .txt", ""),
+    "newline": ({"a\nb.txt": b"one two", "c\nd": b""}, "one|two", r"(as c\nd)"),
+    "bad newline": ({"a\nb.txt": b"\xe9"}, r"!a\\nb.txt is not UTF-8", ""),
+    "bytes": ({"caf\udce9.txt": b"a", "d\udce9.parquet": parquet("v")}, "a|v", ""),
+    "bad bytes": ({"caf\udce9.txt.gz": b"no"}, r"!caf\\udce9.txt.gz .zlib", ""),
+    "passed bytes": ({"\udce9.pdf": b"", "a.txt": b"one two"}, "one|two", r"(as \udce9.pdf)"),
+    # Contents
+    "null": ({"a.jsonl": jsonl("a", None, "v", " ")}, "a|v", ""),
+    "bom": ({"a.jsonl": b"\xef\xbb\xbf" + jsonl("a", "v")}, "a|v", ""),
+    "content": ({"a.jsonl": jsonl("a", field="content")},
+        "!a.jsonl, line 1: .* string `text` .it has id, content.; --text_field names another", ""),
+    "column": ({"a.parquet": HUB["data/train-00001-of-00002.parquet"].replace(b"text", b"name")},
+        "!a.parquet .* `text` .* .it has name: string.; name another with --text_field", ""),
+    "latin": ({"a.txt": b"caf\xe9 au lait"}, r"!a.txt is not .* near b'caf\\xe9 au.*`iconv", ""),
+    "utf-16": ({"a.txt": "one".encode("utf-16")}, "!a.txt is not UTF-8 text.* -f UTF-16", ""),
+    "utf-16 le": ({"a.txt": "one".encode("utf-16-le")}, "!a.txt is not UTF-8.*NUL bytes", ""),
+    "no parquet": ({"a.txt": parquet("x")}, "!a.txt is not UTF-8 text", ""),
+    "cut gz": ({"a.md.gz": gzip.compress(b"x" * 99)[:-9]}, "!a.md.gz .Truncated.*; mend or", ""),
+    "no gz": ({"a.jsonl.gz": jsonl("a")}, "!a.jsonl.gz .*incorrect header", ""),
+    "cut zst": ({"a.txt.zst": zst(b"x" * 99)[:-3]}, "!a.txt.zst .Truncated", ""),
+    "parquet gz": ({"a.parquet.gz": gzip.compress(parquet("x"))}, "!gz is not a whole parquet", ""),
+    "empty": ({"a.parquet": b""}, "!a.parquet is not a whole parquet file", ""),
+    "no rows": ({"a.parquet": parquet("x"), "b.parquet": parquet()}, "!b.parquet ", ""),
+    "deep": ({"a.jsonl": DEEP}, "!a.jsonl, line 1: not JSON .*recursion", ""),
+    "long": ({"a.jsonl": jsonl("a") + LONG}, "!a.jsonl, line 2: not JSON .*5000 digits", ""),
+    "long line": ({"a.jsonl": jsonl("a", "v" * 5_000_000)}, "a|" + "v" * 5_000_000, ""),
+    # Links
+    "blobs": (BLOBS | LINKS, "a|b", "-passed"),
+    "cache": ({"blobs/0": b"a", "x/a.md": Path("../blobs/0"), "x/b.md": b"v"}, "a|v", ""),
+    "no blobs": (LINKS | {"a.md": b"one two"}, "one|two", "2 linked to nowhere, or no plain file"),
+    "loop": ({"a.md": Path("a.md"), "b.md": b"one two"}, "one|two", "1 linked to nowhere"),
+    "circle": ({"sub/up": Path(".."), "sub/a.txt": b"one two"}, "one|two", "-passed"),
+    "twice": (
+        {"a.txt": b"a", "b.txt": Path("a.txt"), "c/0.txt": b"v", "d": Path("c")}, "a|v", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_any_folder_is_imported_or_explains_itself(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], name: str
+):
+    files, expected, said = FOLDERS[name]
+    source = folder_of(tmp_path / name, files)
+    if expected.startswith("!"):
+        complaint = refuses(expected[1:], main, Config(source=source))
+        assert complaint.startswith(f"--from={source}: ") and complaint.isprintable()
+        assert not base.exists() or os.listdir(base / "base_data") == []
+        return
+    main(Config(source=source))
+    corpus = find_corpus(name.replace(" ", "-"))
+    out = capsys.readouterr().out.replace(f"as {name}/", "as ")
+    found = [" ".join(map(str.strip, read_texts(part))) for part in (corpus.train, [corpus.val])]
+    assert "|".join(found) == expected
+    assert (said[1:] not in out) if said.startswith("-") else (said in out)
+    assert out.count("\n") <= 5
+    num_documents = [len(list(read_texts(part))) for part in (corpus.train, [corpus.val])]
+    assert "{} documents for training (shards: 1) and {} for".format(*num_documents) in out
+    if "shard" not in name or "one" in name:
+        chars = [sum(map(len, read_texts(part))) for part in (corpus.train, [corpus.val])]
+        assert "{:,} characters for training, {:,} for validation".format(*chars) in out
+
+
+def test_folders_of_other_kinds(tmp_path: Path, base: Path, monkeypatch, capsys):
+    """A single file, a pipe, the base folder, a field's name, a link to a shard; no permissions."""
+    good = folder_of(tmp_path / "good", {"a.jsonl": jsonl("a", "v", field="content")})
+    main(Config(source=good / "a.jsonl", text_field="content"))
+    assert list(read_texts([find_corpus("a").val])) == ["v"]
+    refuses("it has id, content", main, Config(source=good / "a.jsonl"))  # not taken as up to date
+    os.mkfifo(good / "b.txt")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(good / "base"))
+    monkeypatch.chdir(good)
+    for _ in range(2):
+        main(Config(source=Path("."), text_field="content"))
+        assert find_corpus().name == "good" and check_shard(find_corpus().val) == 1
+    assert "already complete" in capsys.readouterr().out
+
+    blobs = {f".blobs/{i}": parquet(str(i)) for i in range(2)}
+    links = {f"shard_0000{i}.parquet": Path(f".blobs/{i}") for i in range(2)}
+    main(Config(source=folder_of(tmp_path / "snapshot", blobs | links)))
+    shards = sorted((good / "base/base_data/snapshot").glob("*.parquet"))
+    assert [shard.is_symlink() for shard in shards] == [False, False]
+    assert shards[1].samefile(tmp_path / "snapshot/.blobs/1")
+
+    def denied(path, *_args, **_options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    for change in ((Path, "open"), (os, "scandir")):
+        with monkeypatch.context() as patch:
+            patch.setattr(*change, denied)
+            refuses(r"/good.* .Permission denied.; mend or", main, Config(source=good, name="new"))
+
+
+def test_a_full_disk_leaves_nothing_behind_and_is_named(tmp_path: Path, base: Path, monkeypatch):
+    # As Arrow does: what is written later fails in another way.
+    faults = iter([OSError(errno.ENOSPC, "No space left on device")])
+
+    def full(*_arguments):
+        raise next(faults, pa.ArrowInvalid("Operation on closed file"))
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    with pytest.raises(OSError) as caught:
+        main(Config(source=folder_of(tmp_path / "mine", {"a.txt": b"one two"})))
+    assert caught.value.filename == base / "base_data"
+    assert os.listdir(base / "base_data") == []
+
+
+def test_every_folder_has_a_name_and_no_two_the_same(tmp_path: Path, base: Path):
+    for folder, name in {
+        "my texts": "my-texts", ".hidden": "hidden", "-rf": "rf", "...": "texts", "": "texts",
+        "primer": "my-primer", "Climbmix": "my-Climbmix", "current": "my-current",
+        "été": "été", "e\u0301te\u0301": "été", "日本語": "日本語", "x²": "x2", "caf\udce9!": "caf",
+        "x" * 200: "x" * 50, "a\nb": "a-b", "My_texts.v2": "My_texts.v2", "a.jsonl.gz": "a",
+    }.items():  # fmt: skip
+        assert corpus_name(Path("/", folder)) == name
+        TypeAdapter(Tag).validate_python(f"laptop-{name}")
+    for parent in ("one", "two"):
+        folder_of(tmp_path / parent, {"books/a.txt": f"{parent} text".encode()})
+    one, two = tmp_path / "one/books", tmp_path / "two/books"
+    main(Config(source=one))
+    complaint = refuses("one/books is the corpus books already", main, Config(source=two))
+    assert "--name" in complaint and list(read_texts([find_corpus().val])) == ["text"]
+    main(Config(source=two, name="more"))
+    main(Config(source=one))
+    assert find_corpus("books") and find_corpus("more")
+    (base / "base_data/more/source.json").write_text('{"files": []}')  # by earlier rules
+    assert corpus_name(tmp_path / "more") == "more"
+
+
+def test_runcpu_asks_what_the_corpus_is_called(tmp_path: Path):
+    """Up to where it begins, with stand-ins for what it sources and calls."""
+    (tmp_path / "setup.sh").write_text("python() { [ $# -lt 7 ] && echo NAME; }")
+    (tmp_path / "stages.sh").write_text('begin() { echo "${source[@]} -> $1"; exit; }')
+    (tmp_path / "runcpu.sh").write_text((ROOT / "runcpu.sh").read_text())
+    mine = folder_of(tmp_path / "there/my texts", {"a.txt": b"one two"})
+    for options, said in {
+        (): "--corpus primer -> laptop-primer\n",
+        ("--from", "my texts/"): f"--from {mine} -> laptop-NAME\n",
+        ("--from=my texts/a.txt", "--name", "b"): f"--from {mine}/a.txt --name=b -> laptop-NAME\n",
+        ("--name", "b", "--text_field=x", "--from=.", "--text_field=y"): "",  # it fails
+        ("--from=.", "--name"): "error: --name needs a value\n",
+    }.items():
+        there = {"cwd": mine.parent, "stderr": subprocess.STDOUT, "text": True}
+        done = subprocess.run(["bash", "../runcpu.sh", *options], stdout=subprocess.PIPE, **there)
+        assert (done.stdout, done.returncode != 0) == (said, "->" not in said)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"messages": []}\r\n\n[1]')
+    assert list(numbered_jsonl(tmp_path / "a.jsonl")) == [(1, {"messages": []}), (3, [1])]
 
 
 def test_a_bad_file_is_named_by_its_line(tmp_path: Path):
@@ -164,15 +381,15 @@ def test_a_bad_file_is_named_by_its_line(tmp_path: Path):
 # Corpora
 
 
-def test_parquet_folder_is_taken_as_it_is(tmp_path: Path, base: Path, capsys):
-    files = {f"part-{i}.parquet": parquet(f"a{i}", f"b{i}") for i in (10, 9, 2)}
-    source = folder_of(tmp_path / "mine", {**files, "notes.txt": b"left alone"})
+def test_shards_are_taken_as_they_are_until_they_change(tmp_path: Path, base: Path, capsys):
+    files = {f"shard_0000{i}.parquet": parquet(f"a{i}", f"b{i}") for i in (2, 0, 1)}
+    source = folder_of(tmp_path / "mine", files)
     main(Config(source=source))
     corpus = find_corpus()
     assert corpus.name == "mine"
     assert [shard.name for shard in corpus.train] == ["shard_00000.parquet", "shard_00001.parquet"]
-    assert list(read_texts([*corpus.train, corpus.val])) == ["a2", "b2", "a9", "b9", "a10", "b10"]
-    assert corpus.train[0].read_bytes() == files["part-2.parquet"]
+    assert list(read_texts([*corpus.train, corpus.val])) == ["a0", "b0", "a1", "b1", "a2", "b2"]
+    assert corpus.val.samefile(source / "shard_00002.parquet")
     assert (base / "base_data/current").read_text() == "mine\n"
 
     before = corpus.train[0].parent.stat().st_ino
@@ -180,9 +397,9 @@ def test_parquet_folder_is_taken_as_it_is(tmp_path: Path, base: Path, capsys):
     assert "already complete" in capsys.readouterr().out
     assert corpus.train[0].parent.stat().st_ino == before
 
-    (source / "part-11.parquet").write_bytes(parquet("a11"))
+    (source / "shard_00003.parquet").write_bytes(parquet("a3"))
     main(Config(source=source))
-    assert list(read_texts([find_corpus().val])) == ["a11"]
+    assert list(read_texts([find_corpus().val])) == ["a3"]
     assert sorted(os.listdir(base / "base_data")) == ["current", "mine"]
 
 
@@ -230,10 +447,9 @@ def test_what_is_not_there_is_told(tmp_path: Path):
         refuses("choose another with --name", main, Config(source=mine, name=name))
     main(Config(source=mine))
     refuses("no corpus --data=books .*there are mine", find_corpus, "books")
-    refuses("--name goes with --from", main, Config(name="x"))
+    for config in (Config(name="x"), Config(text_field="x"), Config(print_name=True)):
+        refuses("--name and --text_field go with --from", main, config)
     refuses("no such file or folder", main, Config(source=tmp_path / "typo"))
-    (mine / "a.txt").rename(mine / "a.md")
-    refuses("found no .parquet, .txt or .jsonl", main, Config(source=mine))
     for num_shards in (0, -2, 6543):
         refuses("climbmix has 1 to 6542 training shards", main, Config(num_shards=num_shards))
 

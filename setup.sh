@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # Everything that nanochat needs, in .venv beside this file. Every other shell script sources it:
 #
-#   source setup.sh [--tests] [--device_type=cpu]
+#   source setup.sh [--tests] [--device_type=cpu|cuda]
 #
 # It finds or installs uv and cargo, creates .venv on an installed Python 3.11 to 3.13, installs
 # requirements.lock with its hashes checked, and builds the Rust tokenizer trainer. --tests adds
-# requirements-test.lock. The caller is left in this folder with .venv active.
+# requirements-test.lock. The caller is left in this folder with .venv active. On Linux without an
+# NVIDIA GPU torch's CPU build is taken, from PyTorch's own index (its hash is in no lock), unless
+# that cannot be reached or --device_type=cuda says that a GPU will come.
 #
 # Sourced, it starts itself as a child process, which has its own `set -euo pipefail`, whatever the
 # caller's options, and a lock that ends with it.
 
 nanochat_root=$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")" && pwd)
-# Appended, so that the user's tools come first.
-export PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin:$nanochat_root/.uv/bin"
+# Appended, so that the user's tools come first. The last one: nvidia-smi under WSL.
+export PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin:$nanochat_root/.uv/bin:/usr/lib/wsl/lib"
 cd "$nanochat_root" || return 1
 
 if [ "${BASH_SOURCE[0]:-}" != "$0" ]; then
@@ -57,13 +59,37 @@ once() {
   echo "$2" >".venv/$1.stamp"
 }
 
+device_is() { case "$flags" in *" __device_type"[=\ ]"$1 "*) ;; *) return 1 ;; esac }
+
+# Not /proc/driver/nvidia: a container sees it on a machine whose GPU it was not given.
+has_gpu() { command -v nvidia-smi >/dev/null || ls /dev/nvidia* >/dev/null 2>&1; }
+
+# A CUDA build that is there stays. Whether there is a GPU decides, not --device_type=cpu, which
+# runcpu.sh gives on every machine.
+install_lock() {
+  local cpu=("${install[@]}" --no-deps --torch-backend=cpu "$torch") answer
+  if [ "$(uname)" = Linux ] && ! has_gpu && ! device_is cuda &&
+    ! ls -d .venv/lib/*/*/triton >/dev/null 2>&1; then
+    # Asked for first: an index that is out of reach shall cost 20 seconds, not its retries.
+    if answer=$(UV_HTTP_TIMEOUT=10 UV_HTTP_RETRIES=1 "${cpu[@]}" --dry-run 2>&1); then
+      say "no NVIDIA GPU here: downloading about 0.4 GB, with the CPU build of torch"
+      "${cpu[@]}"
+      awk '/^[a-z]/ { cuda = /^(torch==|triton==|nvidia-|cuda-)/ } !cuda' requirements.lock |
+        "${install[@]}" --require-hashes -r -
+      return
+    fi
+    say "no CPU build of torch to be had (${answer##*: }): taking the one with CUDA"
+  fi
+  [ "$(uname)" != Linux ] || say "downloading about 3 GB, most of it CUDA"
+  "${install[@]}" --require-hashes -r requirements.lock
+}
+
 check_gpu() {
-  case " ${*//-/_} " in *" __device_type"[=\ ]"cpu "*) return ;; esac
-  command -v nvidia-smi >/dev/null || return 0
+  if device_is cpu || ! has_gpu; then return; fi
   .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && return
-  fail "torch sees no GPU though nvidia-smi is here; run" \
+  fail "torch sees no GPU though there is an NVIDIA one; run" \
     "\`cd $PWD && $(command -v uv) pip install --torch-backend=auto --reinstall-package torch" \
-    "$(grep -om1 '^torch==[^ ]*' requirements.lock)\` for a build that fits the driver," \
+    "$torch\` for a build that fits the driver," \
     "or give --device_type=cpu"
 }
 
@@ -78,14 +104,16 @@ if ! .venv/bin/python -c "$in_range" 2>/dev/null; then
   # `system`: an installed Python first; one is downloaded only where none fits.
   uv venv --quiet --clear --relocatable --python-preference system --python '>=3.11,<3.14' .venv
 fi
+flags=" ${*//-/_} " torch=$(grep -om1 '^torch==[^ ]*' requirements.lock)
 install=(uv pip install --python .venv/bin/python)
-locks=(requirements)
-case " $* " in *" --tests "*) locks+=(requirements-test) ;; esac
-for lock in "${locks[@]}"; do
-  once "$lock" "$(cksum "$lock.lock")" "${install[@]}" --require-hashes -r "$lock.lock"
-done
+once requirements "$(cksum requirements.lock)" install_lock
+case " $* " in *" --tests "*)
+  once requirements-test "$(cksum requirements-test.lock)" \
+    "${install[@]}" --require-hashes -r requirements-test.lock
+  ;;
+esac
 rust=$(cksum pyproject.toml rustbpe/Cargo.toml $(find rustbpe/src -type f | sort))
 once rustbpe "$rust" env PATH="$PWD/.venv/bin:$PATH" \
   "${install[@]}" --no-deps --no-build-isolation -e .
-check_gpu "$@"
+check_gpu
 say "ready: .venv with $(.venv/bin/python --version)"

@@ -4,9 +4,11 @@ The real installation is what `bash test.sh` begins with; here is what must hold
 order of the steps, which of them run again, where the caller ends up, and that a failure stops it.
 """
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FAKE_UV = """#!/bin/sh
 echo "uv $*" >> "$CALLS"
-case "$*" in *"$UV_FAILS_ON"*) [ -n "$UV_FAILS_ON" ] && exit 3 ;; esac
+case "$*" in *"$UV_FAILS_ON"*)
+    [ -z "$UV_FAILS_ON" ] || { printf 'error: none\n  cause: dns: no such host\n'; exit 3; }
+esac
+case "$*" in *"-r -") cat > "$CALLS.lock" ;; esac
 if [ "$1" = venv ]; then
     mkdir -p .venv/bin
     printf '#!/bin/sh\\nexec "%s" "$@"\\n' "$PYTHON" > .venv/bin/python
@@ -38,6 +43,7 @@ class Sandbox:
         self.stand_in("uv", FAKE_UV)
         self.stand_in("cargo", "#!/bin/sh\n")
         self.stand_in("cc", "#!/bin/sh\n")
+        self.stand_in("uname", "#!/bin/sh\necho Darwin\n")  # which has one build of torch
         self.environment = {"HOME": str(folder), "CALLS": str(self.calls), "PYTHON": sys.executable}
         self.environment |= {"PATH": f"{self.bin}:/usr/bin:/bin", "UV_FAILS_ON": ""}
 
@@ -70,6 +76,9 @@ INSTALL = "uv pip install --python .venv/bin/python"
 LOCK = f"{INSTALL} --require-hashes -r requirements.lock"
 TEST_LOCK = f"{INSTALL} --require-hashes -r requirements-test.lock"
 BUILD = f"{INSTALL} --no-deps --no-build-isolation -e ."
+TORCH = re.findall("^torch==[^ ]+", (ROOT / "requirements.lock").read_text(), re.M)[0]
+CPU_TORCH = f"{INSTALL} --no-deps --torch-backend=cpu {TORCH}"
+CPU_BUILD = [f"{CPU_TORCH} --dry-run", CPU_TORCH, f"{INSTALL} --require-hashes -r -"]
 
 
 def test_first_run_installs_in_order_and_second_does_nothing(sandbox: Sandbox) -> None:
@@ -128,6 +137,66 @@ def test_a_gpu_that_torch_does_not_see_stops_with_one_line(sandbox: Sandbox) -> 
         assert sandbox.source(*arguments).returncode == 0
     torch.write_text("class cuda:\n    is_available = staticmethod(lambda: True)\n")
     assert sandbox.source().returncode == 0
+
+
+# What the machine has, what set-up is told, and the calls of uv that install the lock.
+BUILDS = {
+    "no GPU": ("Linux", "", "", "", CPU_BUILD),
+    "no GPU, PyTorch's index out of reach": ("Linux", "", "", "--dry-run", [CPU_BUILD[0], LOCK]),
+    "a GPU to come": ("Linux", "", "--device-type=cuda", "", [LOCK]),
+    "a GPU": ("Linux", "nvidia-smi", "", "", [LOCK]),
+    "a GPU, to be left alone": ("Linux", "nvidia-smi", "--device_type=cpu", "", [LOCK]),
+    "a GPU without nvidia-smi": ("Linux", "ls", "", "", [LOCK]),
+    "a Mac": ("Darwin", "", "", "", [LOCK]),
+}
+
+
+@pytest.mark.parametrize("case", BUILDS)
+def test_the_build_of_torch_that_suits_the_machine(sandbox: Sandbox, case: str) -> None:
+    system, shows_gpu, flags, fails_on, calls = BUILDS[case]
+    if not shows_gpu and shutil.which("nvidia-smi", path="/usr/bin:/bin"):
+        pytest.skip("this machine has a GPU")
+    sandbox.stand_in("uname", f"#!/bin/sh\necho {system}\n")
+    hidden = 0 if shows_gpu == "ls" else 1
+    listing = f'#!/bin/sh\ncase "$*" in /dev/nvidia*) exit {hidden} ;; esac\nexec /bin/ls "$@"\n'
+    sandbox.stand_in("ls", listing)
+    if shows_gpu == "nvidia-smi":
+        sandbox.stand_in("nvidia-smi", "#!/bin/sh\n")
+    (sandbox.bin / "torch.py").write_text("class cuda:\n    is_available = lambda: True\n")
+    done = sandbox.source(flags, UV_FAILS_ON=fails_on, PYTHONPATH=str(sandbox.bin))
+    assert done.returncode == 0, done.stderr
+    assert sandbox.called()[1:] == [*calls, BUILD]
+    size = {CPU_TORCH: "0.4 GB", LOCK: "3 GB"}[calls[-1] if LOCK in calls else calls[1]]
+    assert (f"downloading about {size}" in done.stdout) == (system == "Linux")
+    assert ("(no such host)" in done.stdout) == bool(fails_on)
+    again = sandbox.source(flags, UV_FAILS_ON=fails_on, PYTHONPATH=str(sandbox.bin))
+    assert again.returncode == 0 and sandbox.called() == []
+
+
+def test_beside_the_cpu_build_no_library_of_cuda_is_installed(sandbox: Sandbox) -> None:
+    sandbox.stand_in("uname", "#!/bin/sh\necho Linux\n")
+    sandbox.source()
+    whole, given = (sandbox.repo / "requirements.lock", Path(f"{sandbox.calls}.lock"))
+    pins = [re.split(r"\n(?=\S)", path.read_text().strip()) for path in (whole, given)]
+    assert all("--hash=sha256:" in pin for pin in pins[1]) and set(pins[1]) < set(pins[0])
+    gone = {pin.split("==")[0] for pin in set(pins[0]) - set(pins[1])}
+    assert {"torch", "triton", "nvidia-cublas", "nvidia-nccl-cu13", "cuda-toolkit"} <= gone
+    project = tomllib.loads((sandbox.repo / "pyproject.toml").read_text())["project"]
+    needed = {entry.split("==")[0] for entry in project["dependencies"]}
+    assert needed & gone == {"torch"} and len(pins[1]) > 60
+
+
+def test_a_cuda_build_stays_when_the_lock_changes(sandbox: Sandbox) -> None:
+    sandbox.stand_in("uname", "#!/bin/sh\necho Linux\n")
+    sandbox.source("--device_type=cuda")
+    (sandbox.repo / ".venv/lib/python3.12/site-packages/triton").mkdir(parents=True)
+    sandbox.called()
+    sandbox.source()
+    assert sandbox.called() == []
+    with (sandbox.repo / "requirements.lock").open("a") as file:
+        file.write("# another line\n")
+    sandbox.source()
+    assert sandbox.called() == [LOCK]
 
 
 @pytest.mark.skipif(not shutil.which("flock"), reason="without flock, set-up does not lock")

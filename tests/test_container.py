@@ -88,3 +88,19 @@ def test_a_stopped_container_lets_the_trainer_save(tmp_path: Path) -> None:
         subprocess.run(["kill", "-TERM", children.split()[0]], check=True)  # pid 1 in there
         assert container.wait(timeout=30) == 143
     assert (tmp_path / "saved").exists() and not (tmp_path / "next_stage").exists()
+
+
+@pytest.mark.long
+def test_the_image_builds_and_starts_without_a_network() -> None:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+
+    found = [name for name in ("docker", "podman") if shutil.which(name)]
+    builder = next((name for name in found if run(name, "info").returncode == 0), "")
+    if not builder or run(builder, "pull", all_of("FROM")[0]).returncode != 0:
+        pytest.skip("needs docker or podman, and a registry with the base image")
+    built = run(builder, "build", "-t", "nanochat-test", ".")
+    assert built.returncode == 0, built.stderr[-3000:]
+    set_up = "source setup.sh && python -m scripts.plan --depth 4"
+    done = run(builder, "run", "--rm", "--network=none", "nanochat-test", "bash", "-c", set_up)
+    assert done.returncode == 0 and "depth 4" in done.stdout, done.stderr[-3000:]

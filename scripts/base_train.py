@@ -167,17 +167,17 @@ def make_schedule(cfg: Config, num_tokens: int, run: Run) -> Schedule:
     else:  # begun by an earlier version
         before = {name: state["config"][name] for name in HORIZON}
         saved = plan_steps(replace(cfg, **before), num_tokens)
-    return extend(
-        saved, plan_steps(replace(cfg, total_batch_size=saved.batch), num_tokens), run.step
-    )
+    if not cfg.extend:
+        return saved
+    wanted = plan_steps(replace(cfg, total_batch_size=saved.batch), num_tokens)
+    return extend(saved, wanted, run.step)
 
 
 def count_tokens(tokenizer: Tokenizer, shards: Sequence[Path]) -> int:
     """Tokens in `shards`, about: their bytes, with as many to a token as in the first documents."""
     some = list(islice(read_texts(shards), 100))
-    num_ids, num_bytes = (sum(map(len, found)) for found in (
-        map(tokenizer.encode, some), map(str.encode, some),
-    ))  # fmt: skip
+    num_ids = sum(len(tokenizer.encode(text)) for text in some)
+    num_bytes = sum(len(text.encode()) for text in some)
     metas = [parquet.read_metadata(shard) for shard in shards]
     groups = [meta.row_group(i) for meta in metas for i in range(meta.num_row_groups)]
     columns = [group.column(i) for group in groups for i in range(group.num_columns)]

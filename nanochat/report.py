@@ -55,6 +55,16 @@ COLUMNS = {
 }
 # Metrics that are not accuracies begin with these. CORE and ChatCORE are centered: 0 is guessing.
 NO_ACCURACY = ("val_bpb", "CORE", "ChatCORE")
+# Of known models. CORE: GPT-2's from karpathy/nanochat's dev/estimate_gpt3_core.ipynb, and of its
+# own pull request 747, first README, and runs 1 and 6. ChatCORE: its SFT around commit 83dccc2.
+KNOWN = {
+    "CORE": {
+        "GPT-2 124M": 0.1139, "karpathy's d14": 0.157, "GPT-2 355M": 0.1849, "GPT-2 774M": 0.2146,
+        "karpathy's first d20": 0.2219, "GPT-2 XL": 0.2565, "karpathy's d24 at ratio 12": 0.2585,
+        "karpathy's d24 at ratio 8": 0.2626,
+    },
+    "ChatCORE": {"karpathy's SFT without a loss mask": 0.315, "karpathy's SFT": 0.355},
+}  # fmt: skip
 START = "start"  # start.json holds what `reset` noted; no stage has this name
 REPOSITORY = Path(__file__).resolve().parent.parent
 CODE = ("*.py", "*.pyi", "*.rs", "*.sh", "*.js", "*.css", "*.html", "*.toml")
@@ -398,12 +408,26 @@ def summarize(sections: Mapping[str, Section]) -> dict[str, dict[str, Any]]:
 
 
 def summary_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """Metric | BASE | MID | SFT | RL; of CORE's tasks only those that chat models did too."""
+    """Metric | BASE | MID | SFT | RL; of CORE's tasks only those that chat models did too.
+
+    Before it, what CORE and ChatCORE of the latest stage are worth.
+    """
     base, *chat = map(list, summary.values())
     if any(name.startswith("CORE") for name in base):
         base = [name for name in base if name.startswith(NO_ACCURACY)]
     names = sorted(dict.fromkeys(sum(chat, base)), key=lambda n: not n.startswith(NO_ACCURACY))
-    return score_table("Metrics", "Metric", names, summary)
+    latest = {name: own[name] for own in summary.values() for name in KNOWN if name in own}
+    values = {name: s["value"] if isinstance(s, dict) else s for name, s in latest.items()}
+    worth = [f"{standing(name, value)}.\n\n" for name, value in values.items() if value is not None]
+    return "".join(worth) + score_table("Metrics", "Metric", names, summary)
+
+
+def standing(name: str, score: float) -> str:
+    """Between which known models a CORE or ChatCORE is, in words."""
+    known = sorted((value, f"{model} ({value:.4g})") for model, value in KNOWN[name].items())
+    worse = [f"above {label}" for value, label in known if value <= score]
+    better = [f"below {label}" for value, label in known if value > score]
+    return f"{name} {score:.3f} is {' and '.join(worse[-1:] + better[:1])}"
 
 
 def format_time(seconds: float) -> str:

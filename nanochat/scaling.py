@@ -1,6 +1,6 @@
 """From depth: sizes, FLOPs, memory, training tokens, batch, learning rates and their schedules.
 
-And the peak FLOP/s of graphics cards, which MFU and plan refer to.
+And what scripts.plan and MFU refer to: expected scores, and the peak FLOP/s of graphics cards.
 
 Depth sets the width (aspect_ratio x depth, rounded up to whole heads). Training tokens are a ratio
 times the parameters of blocks and head, the count with the steadiest scaling law. Batch, learning
@@ -14,15 +14,18 @@ Sources: schedules, training tokens and the decay at ratio 8, karpathy/nanochat'
 scale, 2405.13698; small batches: our sweep in dev/LOG.md.
 """
 
+import difflib
 import math
 import re
 import time
+from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 
-from nanochat.common import Runtime, synchronize
+from nanochat.common import Runtime, UserError, synchronize
 from nanochat.gpt import GPT, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 from nanochat.loss import GPU_CHUNK
 from nanochat.optim import MuonAdamW, transient_bytes
@@ -123,6 +126,7 @@ def training_tokens(config: GPTConfig, target_param_data_ratio: float) -> int:
     return round(target_param_data_ratio * scaling_parameters(config))
 
 
+@cache
 def memory_bytes(
     config: GPTConfig,
     rows: int,
@@ -260,6 +264,58 @@ def weight_decay_multiplier(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
+# --- what compute buys, by runs and laws that others published
+
+# FLOPs, ratio, bits per byte of ClimbMix and CORE of karpathy/nanochat's runs 4, 5 and 6, of depth
+# 24, from its dev/LEADERBOARD.md. Our recipe is that of the last.
+RUNS = (
+    (3.43e19, 9.5, 0.71854, 0.2571), (3.09e19, 8.7, 0.71808, 0.2690), (2.79e19, 8.0, 0.718, 0.2626),
+)  # fmt: skip
+# Loss E + A / parameters^a + B / tokens^b, fitted to other models by Hoffmann et al., arXiv
+# 2203.15556, and again by Besiroglu et al., 2404.10102: what these runs, all of one size, cannot
+# say. It is scaled to the last run, and its best ratio put where karpathy/nanochat found its own.
+LAWS = ((1.69, 406.4, 410.7, 0.34, 0.28), (1.8172, 482.01, 2085.43, 0.3478, 0.3658))
+# (FLOPs, CORE) of a smaller and a larger model of karpathy/nanochat: depth 14 of its pull request
+# 747 and the runs above; depth 16 of its dev/LOG.md and run 1. That the smaller had ratio 12 and
+# the corpus of the larger is assumed. That CORE falls exponentially with the loss is the form of
+# Gadre et al., arXiv 2403.08540.
+CORE = fmean(run[3] for run in RUNS)
+CORE_PAIRS = (((2.22e18, 0.157), (2.79e19, CORE)), ((4.47e18, 0.155), (4.33e19, 0.2585)))
+CORE_SPREAD = 0.0165 / 2  # around its middle, of seven runs of one recipe (run 4)
+
+
+def law_bpb(law: tuple[float, ...], flops: float, ratio: float) -> float:
+    """Bits per byte of ClimbMix by a law; of the last run, as published."""
+    least, a, b, alpha, beta = law
+    best = (alpha * a / (beta * b)) ** (1 / (alpha + beta))
+
+    def loss(flops: float, ratio: float) -> float:
+        num_params = best * (flops / 6) ** (beta / (alpha + beta))
+        num_params *= math.sqrt(REFERENCE_RATIO / ratio)
+        return least + a / num_params**alpha + b / (flops / 6 / num_params) ** beta
+
+    return RUNS[-1][2] * loss(flops, ratio) / loss(*RUNS[-1][:2])
+
+
+def predict(flops: float, ratio: float) -> tuple[float, float, float, float]:
+    """(bits per byte of ClimbMix, its error; CORE, its error) after so many FLOPs of pretraining.
+
+    The errors add up half of what the laws, or the pairs, differ by; what the laws miss the other
+    runs by, at most; and what CORE varies by.
+    """
+
+    def mean_bpb(flops: float, ratio: float = REFERENCE_RATIO) -> float:
+        return fmean(law_bpb(law, flops, ratio) for law in LAWS)
+
+    bpb, missed = mean_bpb(flops, ratio), [mean_bpb(*run[:2]) - run[2] for run in RUNS[:-1]]
+    slopes = [math.log(high / low) / (mean_bpb(few) - mean_bpb(many))
+              for (few, low), (many, high) in CORE_PAIRS]  # fmt: skip
+    cores = [CORE * math.exp(slope * (RUNS[-1][2] - bpb)) for slope in slopes]
+    error = abs(law_bpb(LAWS[0], flops, ratio) - bpb) + max(map(abs, missed))
+    core_error = abs(cores[0] - fmean(cores)) + fmean(slopes) * fmean(cores) * error + CORE_SPREAD
+    return bpb, error, fmean(cores), core_error
+
+
 # --- graphics cards
 
 
@@ -307,6 +363,24 @@ def find_card(device_name: str) -> Card | None:
         if own <= words and all(SAME_CARD.fullmatch(word) for word in words - own):
             return card
     return None
+
+
+def named_card(name: str) -> Card:
+    """The card that people call rtx4090, RTX 4090, 4090 or NVIDIA GeForce RTX 4090.
+
+    Part of a name will do where no other card has it. UserError suggests the nearest names.
+    """
+    brands = r"nvidia|geforce|tesla|rtx|gtx|[^a-z0-9]"
+    cards = {re.sub(brands, "", card.name.lower()): card for card in CARDS}
+    words = re.findall(r"[^\W_]+", name.lower())
+    own = [word for word in words if not SAME_CARD.fullmatch(word)]
+    text = ""
+    for text in (re.sub(brands, "", "".join(part)) for part in (words, own)):
+        found = [text] if text in cards else [key for key in cards if text and text in key]
+        if len(found) == 1:
+            return cards[found[0]]
+    nearest = ", ".join(cards[key].key for key in difflib.get_close_matches(text, cards, 3, 0))
+    raise UserError(f"--gpu={name} is unknown; the nearest are {nearest} (all: nanochat/cards.txt)")
 
 
 def peak_flops(runtime: Runtime) -> tuple[float, str]:

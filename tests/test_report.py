@@ -117,6 +117,33 @@ def test_tables_put_centered_means_first_and_dash_what_was_not_measured() -> Non
     assert own["copa"] == ["60.0 % ± 4.9"] and own["CORE (21 of 22)"] == ["0.2219 ± 0.0031"]
 
 
+STANDINGS = {
+    ("base_eval", "CORE", 0.2): "CORE 0.200 is above GPT-2 355M (0.1849) and below GPT-2 774M (0.2146)",
+    ("base_eval", "CORE", 0.05): "CORE 0.050 is below GPT-2 124M (0.1139)",
+    ("base_eval", "CORE", 0.3): "CORE 0.300 is above karpathy's d24 at ratio 8 (0.2626)",
+    ("base_eval", "CORE", 0.2565): "CORE 0.257 is above GPT-2 XL (0.2565) and below karpathy's d24",
+    ("chat_eval_sft", "ChatCORE", 0.33): "ChatCORE 0.330 is above karpathy's SFT without a loss mask",
+    ("chat_eval_sft", "ChatCORE", 0.1): "ChatCORE 0.100 is below karpathy's SFT without a loss mask",
+}  # fmt: skip
+
+
+def test_a_score_has_its_place_among_known_models() -> None:
+    for (stage, name, value), line in STANDINGS.items():
+        section(stage, {name: Score(value, 0.01)})
+        report.generate()
+        (said,) = re.findall(rf"^{name} .*$", Path("report.md").read_text(), re.M)
+        assert said.startswith(line)
+    # The latest stage that has it counts; what is a part of it, or no number, has no place.
+    section("chat_eval_rl", {"ChatCORE": 0.4})
+    section("base_eval", {"CORE (21 of 22)": 0.2})
+    report.generate()
+    assert "\nChatCORE 0.400 is above karpathy's SFT (0.355).\n" in Path("report.md").read_text()
+    assert "\nCORE " not in Path("report.md").read_text()
+    section("base_eval", {"CORE": float("nan")})
+    report.generate()
+    assert "\nCORE " not in Path("report.md").read_text()
+
+
 def test_report_json_holds_what_the_sections_hold() -> None:
     report.reset()
     section("base_train", {"val_bpb": 2.5}, samples=["a\nb"], seconds=3.5)

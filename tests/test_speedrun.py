@@ -38,12 +38,13 @@ TRAINERS = {"base_train": "base", "mid_train": "mid", "chat_sft": "sft", "chat_r
 STAND_IN = r"""#!/bin/sh
 echo "$*" >>"$CALLS"
 trap '[ -z "$NANOCHAT_STOPPED" ] || touch "$NANOCHAT_STOPPED"; exit 75' USR1
-module="" tag="" fresh="" id="" run="" depth=24
+module="" tag="" fresh="" id="" run="" depth=24 sizes=""
 for word; do
   case $word in
   --depth=*) depth=${word#*=} ;;
   --laptop | --minutes=*) printf '%s 7 60\n' base_train mid_train chat_sft chat_rl; exit ;;
-  --only) echo "$depth 12 4 4 1"; exit ;;
+  --hours=*) sizes="12 ${PLANNED_RATIO:-10.5} 7 8 0 640 62 6553600 248" ;;
+  --only) echo "${sizes:-$depth 12 4 4 1 0 0 0 0}"; exit ;;
   scripts.* | nanochat.*) [ -n "$module" ] || module=${word#*.} ;;
   --model_tag=*) tag=${word#*=} ;;
   --rdzv_id=*) id=${word#*=} ;;
@@ -322,6 +323,49 @@ def test_the_goals_are_runs_of_their_own(tmp_path: Path) -> None:
     assert "--model_tag=d24-gpt2" in began and "--fp8" in began
 
 
+CUT = {  # what plan chose for so many hours -> how often it is in a stage's command
+    "base_train": ["--depth=12", "--target_param_data_ratio=10.5", "--eval_tokens=6553600"],
+    "base_loss": ["--eval_tokens=6553600"], "base_eval": ["--max_per_task=248"],
+    "mid_train": ["--num_iterations=640", "--eval_tokens=6553600"],
+    "chat_eval_mid": ["--max_problems=248"], "chat_eval_sft": ["--max_problems=248"],
+    "chat_rl": ["--num_steps=62", "--eval_problems=248"], "chat_eval_rl": ["--max_problems=248"],
+}  # fmt: skip
+
+
+def test_hours_choose_every_size_once(tmp_path: Path) -> None:
+    """Killed and started again where plan would choose otherwise; other hours are another run."""
+    tier = Tier(tmp_path, "speedrun.sh")
+    tier.tag, done = "0.5h", tier.base_dir / "done" / "0.5h"
+    ran = tier.run(HOURS=".5", KILL_IN="mid_train")
+    assert ran[-1] == "mid_train"
+    assert tier.run(HOURS=".5", PLANNED_RATIO="3")[0] == "mid_train"
+    assert [tier.num_starts(stage) for stage in TRAINERS] == [1, 2, 1, 1]
+    for stage, flags in CUT.items():
+        words = (done / stage).read_text().split()
+        assert set(flags) <= set(words) and "--model_tag=0.5h" in words
+        assert len({word.split("=")[0] for word in words}) == len(words)  # no flag twice
+    assert "--fp8" not in (done / "base_train").read_text()
+    everything = tier.run(HOURS="8")
+    assert len(everything) == len(STAGES) and tier.run(HOURS="8") == []
+    assert tier.run("--fresh", HOURS=".5", PLANNED_RATIO="3") == everything
+    assert "--target_param_data_ratio=3 " in (done / "base_train").read_text()
+    calls = (tier.folder / "calls").read_text()
+    assert "scripts.plan --goal=best --hours=.5 --gpus=8 --only" in calls
+    both = tier.start(HOURS="8", GOAL="gpt2")
+    assert "error: give HOURS or GOAL" in both.communicate()[0] and both.returncode == 2
+
+
+def test_a_rehearsal_of_hours_stays_tiny(tmp_path: Path) -> None:
+    tier = Tier(tmp_path, "speedrun.sh")
+    tier.run(HOURS="8", NANOCHAT_TINY="1")
+    calls = (tier.folder / "calls").read_text()
+    assert "--hours=8 --depth=2 --gpus=8 --gpu=h100" in calls
+    commands = {name: (tier.base_dir / "done/tiny-8" / name).read_text() for name in STAGES}
+    assert "--num_iterations=12" in commands["base_train"]
+    assert "--num_iterations=6 " in commands["mid_train"] and "640" not in commands["mid_train"]
+    assert "--max_problems=4" in commands["chat_eval_rl"] and "62" not in commands["chat_rl"]
+
+
 def make_old_markers(tier: Tier, stages: list[str]) -> None:
     """Give stages the markers of earlier versions: a random token, on which the next one builds."""
     token = ""
@@ -377,8 +421,8 @@ def test_evaluations_and_shards_start_no_run_over(tier: Tier, old: bool) -> None
     assert "--fresh" not in (tier.folder / "calls").read_text()
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_two_machines_run_the_same_stages(tmp_path: Path, first: int) -> None:
+@pytest.mark.parametrize(("first", "hours"), [(0, ""), (1, ""), (1, "8")])
+def test_two_machines_run_the_same_stages(tmp_path: Path, first: int, hours: str) -> None:
     """Whichever starts first, with flags that may differ, and though machine 0 starts over."""
     tier = Tier(tmp_path, "speedrun.sh")
     for arguments in ([], ["--fresh"]):
@@ -387,6 +431,7 @@ def test_two_machines_run_the_same_stages(tmp_path: Path, first: int) -> None:
         processes = []
         for node in (first, 1 - first):
             variables = {"NNODES": "2", "NODE_RANK": str(node), "DEVICE_BATCH_SIZE": str(4 + node)}
+            variables |= {"HOURS": hours, "PLANNED_RATIO": str(5 + node)}  # machine 0 chooses
             processes.append(tier.start(*arguments, **variables))
             time.sleep(0.5)
         try:
@@ -396,6 +441,7 @@ def test_two_machines_run_the_same_stages(tmp_path: Path, first: int) -> None:
                 process.kill()
         assert [process.returncode for process in processes] == [0, 0], logs
         calls = [(tmp_path / f"calls{node}").read_text() for node in (0, 1)]
+        assert not hours or all("--target_param_data_ratio=5 " in text for text in calls)
         modules = [re.findall(r"^.*--rdzv_id=(\S+)", text, re.M) for text in calls]
         assert modules[0] == modules[1] and len(modules[0]) == 10
         assert [len(re.findall("--fresh", text)) for text in calls] == [4 * bool(arguments)] * 2

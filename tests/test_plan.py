@@ -320,6 +320,39 @@ def test_fp8_where_the_card_has_it_and_the_model_gains(depth: int, gpu: str, fp8
     assert plan.make_plan(plan.Config(), plan.Gpus(named_card(gpu), 1), depth, 12).fp8 == fp8
 
 
+def row_cells(name: str) -> list[list[str]]:
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("name", "units"),
+    [("README.md", ("seconds", " h ", " m")), ("README.zh.md", ("数秒", " 小时 ", " 分"))],
+)
+def test_the_hours_in_the_readme_are_the_plan_s(name: str, units: tuple[str, str, str]) -> None:
+    """Every stage of the $100 tier in whole minutes, and what the examples of budgets get."""
+    hours = plan.make_plan(plan.Config(), H100S, *plan.GOALS["best"][:2]).hours
+    planned = {
+        row[1].strip("`").removeprefix("scripts."): row[4]
+        for row in row_cells(name)
+        if len(row) == 6
+    }
+    for stage, expected in hours.items():
+        whole, minutes = divmod(round(60 * expected), 60)
+        words = f"{whole}{units[1]}{minutes}{units[2]}" if whole else f"{minutes}{units[2]}"
+        assert planned[stage] == (words if whole + minutes else units[0]), stage
+    examples = [row for row in row_cells(name) if " x " in row[0]]
+    assert len(examples) == 6
+    for gpus, budget, *cells in examples:
+        num, card = gpus.split(" x ")
+        chosen = plan.choose(plan.Config(), plan.Gpus(named_card(card), int(num)), float(budget))
+        bpb, error, core, core_error = scaling.predict(chosen.flops, chosen.ratio)
+        assert cells == [
+            str(chosen.config.n_layer), f"{chosen.ratio:.1f}", f"{bpb:.3f} ± {error:.3f}",
+            f"{core:.2f} ± {core_error:.2f}",
+        ]  # fmt: skip
+
+
 def test_minutes_become_steps_of_the_laptop_s_stages() -> None:
     few, many = (plan.plan_laptop(minutes, 0.2) for minutes in (10, 30))
     for minutes, planned in ((10, few), (30, many)):

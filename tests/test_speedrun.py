@@ -38,7 +38,7 @@ TRAINERS = {"base_train": "base", "mid_train": "mid", "chat_sft": "sft", "chat_r
 STAND_IN = r"""#!/bin/sh
 echo "$*" >>"$CALLS"
 trap '[ -z "$NANOCHAT_STOPPED" ] || touch "$NANOCHAT_STOPPED"; exit 75' USR1
-module="" tag="" fresh="" id="" run="" depth=24 sizes=""
+module="" tag="" fresh="" id="" run="" depth=24
 for word; do
   case $word in
   --depth=*) depth=${word#*=} ;;

@@ -12,8 +12,8 @@
 # NPROC_PER_NODE, NNODES, NODE_RANK and MASTER_ADDR are honoured (README, "Many machines").
 # NANOCHAT_TINY=1 rehearses every stage with tiny sizes on two CPU processes.
 #
-# The sizes are those of `python -m scripts.plan`, whose hours are for an assumed speed, MFU; none
-# was measured. run1000.sh sets DEPTH and RATIO.
+# The sizes are those of `python -m scripts.plan`, whose hours are for an assumed speed; none was
+# measured. MFU=0.4 assumes another share of the peak. run1000.sh sets DEPTH and RATIO.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 goal=${GOAL:-best} chars=${TOKENIZER_CHARS:-2000000000}

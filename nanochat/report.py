@@ -408,14 +408,12 @@ def summarize(sections: Mapping[str, Section]) -> dict[str, dict[str, Any]]:
 
 
 def summary_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """Metric | BASE | MID | SFT | RL; of CORE's tasks only those that chat models did too.
-
-    Before it, what CORE and ChatCORE of the latest stage are worth.
-    """
+    """Metric | BASE | MID | SFT | RL; of CORE's tasks only those that chat models did too."""
     base, *chat = map(list, summary.values())
     if any(name.startswith("CORE") for name in base):
         base = [name for name in base if name.startswith(NO_ACCURACY)]
     names = sorted(dict.fromkeys(sum(chat, base)), key=lambda n: not n.startswith(NO_ACCURACY))
+    # Before it, what CORE and ChatCORE of the latest stage are worth.
     latest = {name: own[name] for own in summary.values() for name in KNOWN if name in own}
     values = {name: s["value"] if isinstance(s, dict) else s for name, s in latest.items()}
     worth = [f"{standing(name, value)}.\n\n" for name, value in values.items() if value is not None]

@@ -77,7 +77,7 @@ Size = Literal[
 
 GOALS = {  # depth, ratio, words
     # Of what --dollars 85 chooses, with a reserve; a constant, since a run begun must not change.
-    "best": (24, 12.0, "the best model that $100 buys"),
+    "best": (24, 12.0, "the best model that $100 buys on 8 H100s"),
     # karpathy/nanochat's sixth run: 1.65 h to CORE 0.2626 on 8 H100s, with fp8 and a flash kernel.
     "gpt2": (24, 8.0, "GPT-2's CORE, 0.2565, as fast as possible"),
 }
@@ -252,7 +252,8 @@ def choose(cfg: Config, gpus: Gpus, hours: float) -> Plan:
     def longest(depth: int) -> Plan:
         made = partial(make_plan, cfg, gpus, depth, cut=True)
         one, two = made(1.0).total, made(2.0).total  # between them, and beyond, hours are linear
-        return made(max(1.0, math.floor(100 * (1 + (hours - one) / (two - one))) / 100))
+        ratio = 1 + (hours - one) / (two - one)
+        return made(max(1.0, math.floor(100 * ratio - 1e-3) / 100))  # a token less, for rounding
 
     depths = [cfg.depth] if cfg.depth else DEPTHS
     plans = [plan for depth in depths if (plan := longest(depth)).fits]
@@ -295,6 +296,8 @@ def expected_lines(cfg: Config, gpus: Gpus, plan: Plan) -> list[str]:
 
 def command_line(cfg: Config, gpus: Gpus, plan: Plan, hours: float | None) -> str:
     """What to type for this plan, on the machine that it is for."""
+    if not plan.fits:
+        return "--hours chooses a model that fits"
     if (cfg.max_seq_len, cfg.vocab_size) != (Config.max_seq_len, Config.vocab_size):
         start = f"torchrun --nproc_per_node={gpus.num} -m scripts.base_train --"
         flags = f"--depth={plan.config.n_layer} --target_param_data_ratio={plan.ratio:g}"
@@ -320,8 +323,9 @@ def describe(cfg: Config, gpus: Gpus, plan: Plan) -> str:
           for part, count in scaling.parameter_counts(config).items()),
         f"training: {plan.num_tokens / 1e9:.2f} B tokens (ratio {plan.ratio:g}), "
         f"{plan.flops:.2e} FLOPs, {'in fp8' if plan.fp8 else 'without fp8'}",
-        f"  {plan.num_tokens // plan.batch:,} steps of {plan.batch:,} tokens = {gpus.num} GPUs x "
-        f"{rows} rows x {plan.batch // (rows * cfg.max_seq_len * gpus.num)} micro-batches",
+        f"  {plan.num_tokens // plan.batch:,} steps of {plan.batch:,} tokens = {gpus.num} GPU"
+        f"{'s' * (gpus.num > 1)} x {rows} rows x "
+        f"{plan.batch // (rows * cfg.max_seq_len * gpus.num)} micro-batches",
         *([f"  other stages are cut to {100 * plan.share:.0f} %: {cut}"] if cut else []),
         *disk_lines(gpus, plan),
         f"memory of one {card.name}{', activations recomputed' if plan.recompute else ''}:",
@@ -389,7 +393,7 @@ def main(cfg: Config) -> None:
         return
     if not hours and (plan.config.n_layer, plan.ratio) == (depth, ratio):
         print(f"goal: {words}")
-    print(f"{describe(cfg, gpus, plan)}\nrun it: {command_line(cfg, gpus, plan, hours)}")
+    print(f"{describe(cfg, gpus, plan)}\nnext: {command_line(cfg, gpus, plan, hours)}")
 
 
 if __name__ == "__main__":

@@ -222,6 +222,7 @@ COMMANDS = {
     "--hours 8 --gpu 4090 --depth 8": "HOURS=8 DEPTH=8 bash speedrun.sh",
     "": "bash speedrun.sh",
     "--goal gpt2": "GOAL=gpt2 bash speedrun.sh",
+    "--gpu t4": "--hours chooses a model that fits",
     "--depth 32 --ratio 29": "DEPTH=32 RATIO=29 bash speedrun.sh",
     "--hours 8 --gpu 4090 --gpus 2 --max_seq_len 1024": "torchrun --nproc_per_node=2 "
     "-m scripts.base_train -- --depth=D --target_param_data_ratio=R --max_seq_len=1024",
@@ -237,7 +238,7 @@ def test_the_page_ends_with_the_command(
     page = capsys.readouterr().out
     depth, ratio = re.findall(r"1 x the hours: .*\(depth (\d+), ratio (\S+)\)", page)[0]
     command = COMMANDS[flags].replace("=D ", f"={depth} ").replace("=R ", f"={ratio} ")
-    assert page.endswith(f"\nrun it: {command}\n")
+    assert page.endswith(f"\nnext: {command}\n")
 
 
 def test_more_hours_are_on_the_page(capsys: pytest.CaptureFixture[str]) -> None:

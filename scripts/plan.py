@@ -164,7 +164,7 @@ def budget_hours(cfg: Config, gpus: Gpus) -> float | None:
     if not cfg.dollars:
         return cfg.hours
     if not hourly_price(cfg, gpus):
-        raise UserError(f"a {gpus.card.name} is not usually rented; give its --price of an hour")
+        raise UserError(f"the {gpus.card.name} is not usually rented; give an hour's --price")
     rented = math.floor(100 * cfg.dollars / hourly_price(cfg, gpus)) / 100
     return min(rented, cfg.hours or rented)
 

@@ -57,9 +57,7 @@ class Tokenizer:
         smallest = 256 + len(specials)
         if vocab_size < smallest:
             raise UserError(f"--vocab_size={vocab_size} is too small; use at least {smallest}")
-        trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(texts, vocab_size - len(specials), pattern=SPLIT_PATTERN)
-        tokens = [token for token, _ in trainer.get_mergeable_ranks()]
+        tokens = rustbpe.train(texts, vocab_size - smallest, SPLIT_PATTERN)
         return cls(tokens, specials, SPLIT_PATTERN)
 
     @classmethod

@@ -1,11 +1,6 @@
 from collections.abc import Iterable
 
-class Tokenizer:
-    """Trains a byte-level BPE vocabulary; before training, it holds the 256 bytes."""
+DEFAULT_PATTERN: str  # any other is matched by a slower engine
 
-    def __init__(self) -> None: ...
-    def train_from_iterator(
-        self, iterator: Iterable[str], vocab_size: int, pattern: str | None = None
-    ) -> None: ...
-    def get_pattern(self) -> str: ...
-    def get_mergeable_ranks(self) -> list[tuple[bytes, int]]: ...
+def train(texts: Iterable[str], num_merges: int, pattern: str) -> list[bytes]:
+    """The bytes of every token, in the order of the ids: the 256 bytes, then what merges make."""

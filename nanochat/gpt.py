@@ -386,8 +386,7 @@ class GPT(nn.Module):
         T) to slot slots[b] (default: all in order), both (B,), and sees that slot's past; the rest
         is padding with meaningless logits. If `packed`, the only row has the num_new[b] tokens of
         each slot one after the other, then padding. `last_only` gives (B, 1, vocab_size), after
-        each sequence's last token. Raises ValueError, with the cache untouched, if a sequence would
-        outgrow it.
+        each sequence's last token.
         """
         if cache is None:
             x, middle = self._trunk(ids, None)  # (B, T, C)

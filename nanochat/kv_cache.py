@@ -109,28 +109,20 @@ class KVCache:
         """Plan to append `num_new[b]` (default: all) of `num_tokens` tokens to slot `slots[b]`.
 
         If `packed`, the only row has the tokens of all slots, one slot after the other, then
-        padding. Raises ValueError, with the cache untouched, if slots and rows differ in number, a
-        slot is repeated or does not exist, a sequence would exceed `max_len`, or the model computes
-        in another dtype.
+        padding. What does not fit is an AssertionError, with the cache untouched.
         """
-        if dtype != self.keys.dtype:
-            raise ValueError(f"the model computes in {dtype}, but the cache is {self.keys.dtype}")
+        assert dtype == self.keys.dtype, f"the cache is {self.keys.dtype}, not {dtype}"
         where = list(range(self.num_slots)) if slots is None else slots.tolist()
         added = [num_tokens] * num_rows if num_new is None else num_new.tolist()
         num_sequences = len(where) if packed else num_rows
-        if not len(where) == len(added) == num_sequences:
-            raise ValueError(f"{num_sequences} rows need as many slots and counts")
-        if packed and (num_rows != 1 or sum(added) > num_tokens):
-            raise ValueError(f"{num_rows} rows of {num_tokens} cannot pack {sum(added)} tokens")
-        if len(set(where)) < len(where) or not all(0 <= s < self.num_slots for s in where):
-            raise ValueError(f"slots must be distinct and below {self.num_slots}, not {where}")
+        assert len(where) == len(added) == num_sequences, "a row needs a slot and a count"
+        assert not packed or (num_rows == 1 and sum(added) <= num_tokens), "a row packs all tokens"
+        known = set(where) & set(range(self.num_slots))
+        assert len(known) == len(where), f"not distinct slots: {where}"
+        assert all(0 <= count <= num_tokens for count in added), f"{added} of {num_tokens} tokens"
         starts = self.lengths[where].tolist()
-        for slot, start, count in zip(where, starts, added, strict=True):
-            if not 0 <= count <= num_tokens:
-                raise ValueError(f"slot {slot} cannot take {count} of {num_tokens} tokens")
-            if start + count > self.max_len:
-                full = f"slot {slot} holds {start} tokens and cannot take {count} more"
-                raise ValueError(f"{full}: the cache was made for at most {self.max_len}")
+        longest = max(map(sum, zip(starts, added, strict=True)), default=0)
+        assert longest <= self.max_len, f"{longest} tokens in a cache for {self.max_len}"
         counts = added if packed else [num_tokens] * num_rows
         firsts = [0, *accumulate(counts)][:-1]
         layout = self.layout[:, :num_sequences]
@@ -222,12 +214,7 @@ class Append:
         return torch.where(begins, kept[self.owners], x.roll(1, 1))
 
     def attend(
-        self,
-        layer: int,
-        qkv: QKV,
-        window: int | None,
-        scale: float,
-        num_shifted: int,
+        self, layer: int, qkv: QKV, window: int | None, scale: float, num_shifted: int
     ) -> Tensor:
         """(B, T, H, D): write the new keys and values, then attend to the slot's past and to them.
 

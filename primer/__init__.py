@@ -14,10 +14,9 @@ item depends on its name alone. Imports nothing else of this repository.
 """
 
 from primer.pages import document, document_prompt
-from primer.questions import LETTERS, Question, held_out, quiz
-from primer.talks import conversation, matching, wordings
+from primer.questions import LETTERS, Question, quiz
+from primer.talks import conversation, matching
 
 __all__ = [
-    "LETTERS", "Question", "conversation", "document", "document_prompt", "held_out",
-    "matching", "quiz", "wordings",
+    "LETTERS", "Question", "conversation", "document", "document_prompt", "matching", "quiz",
 ]  # fmt: skip

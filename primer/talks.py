@@ -6,19 +6,7 @@ from primer import questions as ask
 from primer.questions import KEYS, Dice, Question
 from primer.strangers import roughen
 from primer.tales import ask_tale, next_tale, some_name
-from primer.world import (
-    ASKED,
-    GROUPS,
-    PHRASES,
-    TALK,
-    TOPICS,
-    WORDINGS,
-    WORDS,
-    a,
-    bare,
-    capital,
-    plural,
-)  # fmt: skip
+from primer.world import GROUPS, TOPICS, WORDINGS, WORDS, a, bare, capital, plural
 
 TURNS: list[tuple[Any, ...]] = [  # (weight, kind, its arguments)
     (60, ask.ask_fact), (4, ask.ask_fact, "define"), (4, ask.ask_fact, "nature"),
@@ -63,13 +51,6 @@ def typed(dice: Dice, turn: Question) -> str:
     if turn.choices:
         return turn.prompt
     return roughen(dice, turn.text, turn.keep, alone=not turn.topic)
-
-
-def wordings() -> list[tuple[str, str]]:
-    """(kind, template) of whatever a user's turn can come from, choices and slots as they are."""
-    found = [(name, way) for name, rows in TALK.items() for said, _ in rows for way in said]
-    tables = (PHRASES, WORDINGS, ASKED)
-    return found + [(name, way) for table in tables for name in table for way in table[name]]
 
 
 def turns_of(dice: Dice) -> tuple[str, list[Question]]:

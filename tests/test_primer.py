@@ -289,14 +289,6 @@ def test_words_kept_for_the_test_are_not_asked_for_in_training(train_turns: list
     assert not nouns & heroes
 
 
-def test_wordings_hold_what_users_say() -> None:
-    pairs = primer.wordings()
-    assert len(pairs) > 2300
-    kinds = {kind for kind, _ in pairs}
-    assert {"colour", "sum", "person", "tale", "opener", "identity", "and"} <= kinds
-    assert ("sum", "What is {a} {op} {b}?") in pairs
-
-
 def test_english(train_pages: list[str]) -> None:
     assert not re.search(r"[{}\[\]|]", "".join(train_pages)), "a template was not filled"
     dice = Dice("train", "english", 0)

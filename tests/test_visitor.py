@@ -17,12 +17,16 @@ from nanochat.tokenizer import Conversation, check_conversation
 from primer.questions import KEYS, TESTED
 from primer.strangers import any_of
 from primer.world import (
+    ASKED,
     GROUPS,
     HURRIED,
+    PHRASES,
     RESPELLED,
     SAME,
     SUBJECTS,
+    TALK,
     TOPICS,
+    WORDINGS,
     WORDS,
     bare,
     plural,
@@ -295,11 +299,18 @@ def rarest(template: str) -> str:
     return max(sure, key=len, default="")
 
 
+def wordings() -> list[tuple[str, str]]:
+    """(kind, template) of whatever a user's turn can come from, choices and slots as they are."""
+    found = [(name, way) for name, rows in TALK.items() for said, _ in rows for way in said]
+    tables = (PHRASES, WORDINGS, ASKED)
+    return found + [(name, way) for table in tables for name in table for way in table[name]]
+
+
 @cache
 def ways(around: bool) -> dict[str, list[tuple[str, str]]]:
     """Rarest word -> (kind, template) of wordings: those around a turn, or of a turn."""
     found: dict[str, list[tuple[str, str]]] = {}
-    for kind, way in primer.wordings():
+    for kind, way in wordings():
         if (kind in BEFORE + BEHIND) == around:
             found.setdefault(rarest(way), []).append((kind, way))
     return found

@@ -29,7 +29,7 @@ from itertools import islice
 from os.path import commonprefix  # of any sequences
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -140,19 +140,6 @@ def centered_score(
     return label, Score(sum(values) / num, math.sqrt(variance) / num)
 
 
-class Reader(Protocol):
-    """What is asked of a model and its tokenizer."""
-
-    max_len: int
-
-    def encode(self, text: str) -> list[int]: ...  # with what begins every document
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def start(self, prefixes: Sequence[list[int]]) -> None: ...  # read one into each slot
-    def logits(self, slots: Sequence[int], tails: Sequence[list[int]]) -> torch.Tensor:
-        """(B, T, V) after each token of tails[b] behind slots[b]'s prefix; junk after its end."""
-        ...
-
-
 class GPTReader:
     """Keeps the prefixes in a KV cache, so that any number of tails can be read behind each."""
 
@@ -165,10 +152,12 @@ class GPTReader:
         self.chunk, self.budget = (CPU_CHUNK, CPU_TOKENS) if on_cpu else (self.max_len, 2**30)
 
     def encode(self, text: str) -> list[int]:
+        """The ids of `text` behind what begins every document."""
         return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
 
     @torch.inference_mode()
     def start(self, prefixes: Sequence[list[int]]) -> None:
+        """Read one into each slot."""
         self.cache.lengths.zero_()
         self.cache.previous.zero_()
         longest = max(map(len, prefixes))
@@ -182,6 +171,7 @@ class GPTReader:
 
     @torch.inference_mode()
     def logits(self, slots: Sequence[int], tails: Sequence[list[int]]) -> torch.Tensor:
+        """(B, T, V) after each token of tails[b] behind slots[b]'s prefix; junk after its end."""
         self.cache.lengths.copy_(self.lengths)  # forget the tails before these
         self.cache.previous.copy_(self.previous)
         return self._read(slots, tails, last=False)
@@ -192,10 +182,50 @@ class GPTReader:
         return self.model(ids, cache=self.cache, slots=where, num_new=num_new, last_only=last)
 
 
+class HFReader:
+    """The same for a model of transformers: it reads documents whole, as caches differ there."""
+
+    def __init__(self, name: str, runtime: Runtime) -> None:
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=runtime.dtype)
+        except ImportError as error:
+            hint = "run `uv pip install transformers`"
+            raise UserError(f"--hf_path={name} needs transformers ({error}); {hint}") from error
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"--hf_path={name}: {reason}; name another") from error
+        self.model = model.to(runtime.device).eval()
+        self.max_len = getattr(model.config, "max_position_embeddings", None) or 2048
+        self.decode = self.tokenizer.decode
+
+    def encode(self, text: str) -> list[int]:
+        first = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)  # bos, or eos, or none
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return [id for id in first if id is not None][:1] + ids
+
+    def start(self, prefixes: Sequence[list[int]]) -> None:
+        self.prefixes = prefixes
+
+    @torch.inference_mode()
+    def logits(self, slots: Sequence[int], tails: Sequence[list[int]]) -> torch.Tensor:
+        ids = padded([self.prefixes[s] + tail for s, tail in zip(slots, tails, strict=True)])
+        begins = torch.tensor([len(self.prefixes[slot]) for slot in slots])
+        num = ids.shape[1] - int(begins.min())
+        logits = self.model(ids.to(self.model.device), logits_to_keep=num).logits[:, -num:]
+        at = (begins - begins.min())[:, None] + torch.arange(max(map(len, tails)))  # (B, T)
+        return logits[torch.arange(len(at))[:, None], at.clamp(max=num - 1)]
+
+
 def padded(rows: Sequence[list[int]]) -> torch.Tensor:
     """(B, T) the rows, with zeros up to the longest."""
     longest = max(map(len, rows))
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+
+
+Reader = GPTReader | HFReader
 
 
 class Item(NamedTuple):

@@ -17,11 +17,9 @@ writes: base/<model tag>/base_eval.jsonl (one item a line), report/base_eval.jso
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import torch
 import tyro
 
 from nanochat import core_eval
@@ -29,7 +27,6 @@ from nanochat.checkpoint import load_model
 from nanochat.common import (
     CheckpointFlags,
     Count,
-    Runtime,
     Source,
     UserError,
     print0,
@@ -38,7 +35,7 @@ from nanochat.common import (
     set_up,
     write_file,
 )
-from nanochat.core_eval import CORE_TASKS, CoreTask, GPTReader, Score, padded
+from nanochat.core_eval import CORE_TASKS, CoreTask, GPTReader, HFReader, Score
 from nanochat.report import show, write_section
 from nanochat.task_eval import evaluate_choice
 from tasks.primer import Choice
@@ -54,43 +51,6 @@ class Config(CheckpointFlags):
     eval_bundle: str = ""  # folder with core.yaml; empty: downloaded once
     max_per_task: Count | None = None  # items of each task; default: all
     batch_size: Count = 32  # items that the model reads at once
-
-
-class HFReader:
-    """Reads each document whole, as caches differ between transformers' models."""
-
-    def __init__(self, name: str, runtime: Runtime) -> None:
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
-            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=runtime.dtype)
-        except ImportError as error:
-            hint = "run `uv pip install transformers`"
-            raise UserError(f"--hf_path={name} needs transformers ({error}); {hint}") from error
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"--hf_path={name}: {reason}; name another") from error
-        self.model = model.to(runtime.device).eval()
-        self.max_len = getattr(model.config, "max_position_embeddings", None) or 2048
-        self.decode = self.tokenizer.decode
-
-    def encode(self, text: str) -> list[int]:
-        first = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)  # bos, or eos, or none
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return [id for id in first if id is not None][:1] + ids
-
-    def start(self, prefixes: Sequence[list[int]]) -> None:
-        self.prefixes = prefixes
-
-    @torch.inference_mode()
-    def logits(self, slots: Sequence[int], tails: Sequence[list[int]]) -> torch.Tensor:
-        ids = padded([self.prefixes[s] + tail for s, tail in zip(slots, tails, strict=True)])
-        begins = torch.tensor([len(self.prefixes[slot]) for slot in slots])
-        num = ids.shape[1] - int(begins.min())
-        logits = self.model(ids.to(self.model.device), logits_to_keep=num).logits[:, -num:]
-        at = (begins - begins.min())[:, None] + torch.arange(max(map(len, tails)))  # (B, T)
-        return logits[torch.arange(len(at))[:, None], at.clamp(max=num - 1)]
 
 
 def choose_tasks(cfg: Config) -> list[CoreTask]:

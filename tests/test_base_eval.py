@@ -11,9 +11,9 @@ import torch
 
 from nanochat import core_eval
 from nanochat.common import report_dir, run_dir
-from nanochat.core_eval import CoreTask, evaluate, item_documents, load_tasks
+from nanochat.core_eval import CoreTask, HFReader, evaluate, item_documents, load_tasks
 from scripts import chat_eval
-from scripts.base_eval import Config, HFReader, main
+from scripts.base_eval import Config, main
 from tasks.mixtures import build_task
 from tests.models import CPU, random_gpt, refuses, save_model
 from tests.test_core_eval import write_bundle

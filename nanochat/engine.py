@@ -255,7 +255,9 @@ class StepGraphs:
     def __init__(self, model: GPT, cache: KVCache, chunk: int) -> None:
         self.model, self.cache, self.pool = model, cache, None
         ids = torch.zeros(cache.num_slots, 1, dtype=torch.int64, device=cache.keys.device)
-        self.decoding = {n: self._record(ids, n) for n in key_lengths(cache)}
+        doublings = (cache.block << i for i in range(cache.max_len.bit_length()))
+        shorter = [n for n in doublings if n < cache.max_len and not cache.flashes]
+        self.decoding = {n: self._record(ids, n) for n in (*shorter, cache.max_len)}
         self.prefilling = None
         if cache.flashes:
             self.prefilling = self._record(ids.new_zeros(1, chunk), 0, packed=True)
@@ -299,13 +301,6 @@ class StepGraphs:
         graph.replay()
         self.cache.finish(step)
         return logits
-
-
-def key_lengths(cache: KVCache) -> list[int]:
-    """Keys that the graphs of decoding read: with flash, which reads what is needed, all."""
-    num_shorter = 0 if cache.flashes else (cache.max_len - 1).bit_length()
-    shorter = (cache.block * 2**doublings for doublings in range(num_shorter))
-    return [*(n for n in shorter if n < cache.max_len), cache.max_len]
 
 
 @dataclass(eq=False)

@@ -139,15 +139,11 @@ class GPTConfig:
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
-    @property
-    def short_window(self) -> int:
-        """Keys visible in a short layer: a quarter of the context, rounded up to 128."""
-        return 128 * -(-self.sequence_len // 512)
-
     def window(self, layer: int) -> int | None:
         """Keys visible to a query of `layer`, its own included; None: all earlier ones."""
         is_short = self.window_pattern[layer % len(self.window_pattern)] == "S"
-        return self.short_window if is_short and layer < self.n_layer - 1 else None
+        quarter = 128 * -(-self.sequence_len // 512)  # of the context, rounded up to 128
+        return quarter if is_short and layer < self.n_layer - 1 else None
 
     def has_value_embedding(self, layer: int) -> bool:
         """True for every other layer, counted back from the last."""

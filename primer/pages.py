@@ -77,17 +77,13 @@ def lettered_page(dice: Dice, recalled: float = 0) -> str:
     lines = [page.lettered_choices]
     num = len(page.choices)
     if recalled or dice.random() < 0.7:
-        asked = [
-            ask.another_letter(dice, page, "which letter", recalled)
-            for _ in range(8 if num > 1 else 1)
-        ]
-        lines += [line for turn in asked for line in (turn.text, str(turn.reply))]
+        for _ in range(8 if num > 1 else 1):
+            turn = ask.another_letter(dice, page, "which letter", recalled)
+            lines += [turn.text, str(turn.reply)]
     else:
         pairs = list(zip(page.choices, page.letters, strict=True))
-        lines += [
-            ask.lettered(value, letter)
-            for value, letter in dice.choices(pairs, k=12 if num > 1 else 1)
-        ]
+        said = dice.choices(pairs, k=12 if num > 1 else 1)
+        lines += [ask.lettered(value, letter) for value, letter in said]
     return "\n".join(lines)
 
 

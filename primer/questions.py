@@ -67,11 +67,16 @@ def held_out(*key: object) -> bool:
     return int.from_bytes(digest, "big") % 10 == 0
 
 
+def belongs(split: str, *key: object) -> bool:
+    """True for the keys that the split may contain; val and test share what train may not."""
+    return held_out(*key) == (split != "train")
+
+
 @cache
 def pool(name: str, split: str) -> list[str]:
     """The words of a list that belong to the split; all of them, if none is kept from train."""
     words = SUBJECTS[name]
-    return [word for word in words if held_out(name, word) == (split != "train")] or words
+    return [word for word in words if belongs(split, name, word)] or words
 
 
 class Dice(random.Random):
@@ -79,7 +84,6 @@ class Dice(random.Random):
 
     def __init__(self, split: str, kind: str, index: int) -> None:
         """Seeded by the item's name, which random.Random hashes the same everywhere."""
-        # val and test share what is kept from train
         assert split in ("train", "val", "test"), split
         super().__init__(f"{split}/{kind}/{index}")
         self.split = split
@@ -89,7 +93,7 @@ class Dice(random.Random):
         """The first key from `pick` that belongs to the split; `label` is the kind of key."""
         for _ in range(1000):
             key = pick()
-            if held_out(label, *key) == (self.split != "train"):
+            if belongs(self.split, label, *key):
                 return key
         raise AssertionError(f"the {self.split} split has no {label} to draw")
 
@@ -177,8 +181,8 @@ def ask_choice(dice: Dice) -> Question:
     wrong = dice.sample([other for other in values if other != value], len(LETTERS) - 1)
     choices = tuple(dice.sample([value, *wrong], len(LETTERS)))
     text, letter = dice.say(way, key=key), LETTERS[choices.index(value)]
-    listed = (topic, LETTERS, choices)
-    return Question(text, letter, value, choices=choices, topic="letter", key=listed)
+    about = (topic, LETTERS, choices)
+    return Question(text, letter, value, choices=choices, topic="letter", key=about)
 
 
 def ask_letter(dice: Dice) -> Question:
@@ -191,11 +195,8 @@ def ask_letter(dice: Dice) -> Question:
     choices = tuple(dice.sample(TOPICS[topic].values, dice.choice((1, 2, 2, 3, 3))))
     letters = "".join(dice.sample("ABCDEFGH", len(choices)))
     value, letter = dice.choice(list(zip(choices, letters, strict=True)))
-    text = dice.phrase("which letter", value=value)
-    listed = (topic, letters, choices)
-    return Question(
-        text, letter, value, choices=choices, letters=letters, topic="letter", key=listed
-    )
+    asked = Question(dice.phrase("which letter", value=value), letter, value, topic="letter")
+    return asked._replace(choices=choices, letters=letters, key=(topic, letters, choices))
 
 
 def another_letter(
@@ -208,11 +209,9 @@ def another_letter(
     """
     topic, letters, choices = last.key
     facts = TOPICS[topic].facts
-    key, way = (
-        dice.choice([key for key in facts if facts[key] in choices]),
-        dice.choice(PHRASES[topic]),
-    )
-    if held_out("asked", topic, key, way) == (dice.split != "train") and dice.random() < recalled:
+    key = dice.choice([key for key in facts if facts[key] in choices])
+    way = dice.choice(PHRASES[topic])
+    if belongs(dice.split, "asked", topic, key, way) and dice.random() < recalled:
         value, text = facts[key], dice.say(way, key=key)
     else:
         value = dice.choice(choices)
@@ -233,12 +232,15 @@ def ask_yes_no(dice: Dice) -> Question:
     facts = list(TOPICS[topic].facts.items())
     way, (key, truth) = dice.one_of_each("yes", dice.ways(*names), facts)
     value = truth if dice.random() < 0.5 else mistaken(dice, topic, key)
-    yes = "Yes" if value == truth else "No"
-    fact = inside(topic, key)
     text = dice.say(way, key=form(key), value=form(value), x=key, kind=value)
-    return Question(
-        text, f"{yes}, {fact}", yes, (capital(fact),), topic="yes", key=(topic, key, value)
-    )
+    return judged(text, topic, key, value)
+
+
+def judged(text: str, topic: str, key: str, value: str) -> Question:
+    """The question whether that is the key's value, answered."""
+    yes, fact = "Yes" if value == TOPICS[topic].facts[key] else "No", inside(topic, key)
+    about = (topic, key, value)
+    return Question(text, f"{yes}, {fact}", yes, (capital(fact),), topic="yes", key=about)
 
 
 def ask_bigger(dice: Dice, name: str = "bigger") -> Question:

@@ -183,11 +183,8 @@ def onward(dice: Dice, last: Question) -> Question | None:
 def letters_of_it(dice: Dice, last: Question) -> Question | None:
     """A letter in the word just asked about."""
     word = bare(last.key)
-    letters = [
-        letter
-        for letter in dict.fromkeys(word + "aeiorst")
-        if ask.held_out("letter", word, letter) == (dice.split != "train")
-    ]
+    others = dict.fromkeys(word + "aeiorst")
+    letters = [other for other in others if ask.belongs(dice.split, "letter", word, other)]
     if word not in TOPICS["spell"].facts or not letters:
         return None
     return ask.letters_counted(dice, "it letters", word, dice.choice(letters))
@@ -206,7 +203,7 @@ def reckon_on(dice: Dice, last: Question) -> Question:
 
 def doubled(dice: Dice, last: Question) -> Question | None:
     num = int(last.answer)
-    if ask.held_out("sum", "*", max(num, 2), min(num, 2)) != (dice.split != "train"):
+    if not ask.belongs(dice.split, "sum", "*", max(num, 2), min(num, 2)):
         return None
     return ask.reckoned(dice.phrase("double that"), num, "*", 2)
 
@@ -218,7 +215,7 @@ def sum_again(dice: Dice, last: Question) -> Question | None:
         num
         for num in range(2, 100)
         if num != y and (op != "-" or num <= x)
-        if ask.held_out("sum", op, max(x, num), min(x, num)) == (dice.split != "train")
+        if ask.belongs(dice.split, "sum", op, max(x, num), min(x, num))
     ]
     if not numbers:
         return None
@@ -255,16 +252,8 @@ def yes_again(dice: Dice, last: Question) -> Question | None:
     others = [other for other in facts if other != key]
     same = [other for other in others if facts[other] == value]
     other = dice.choice(same if same and dice.random() < 0.5 else others)
-    yes, fact = "Yes" if facts[other] == value else "No", ask.inside(topic, other)
     text = dice.phrase("again yes", key=a(other) if topic in NOUNS else other)
-    reply = f"{yes}, {fact}"
-    return last._replace(
-        text=text, reply=reply, answer=yes, accepted=(capital(fact),), key=(topic, other, value)
-    )
-
-
-def other_pair(dice: Dice, _: Question) -> Question:
-    return ask.ask_bigger(dice, "and bigger")
+    return ask.judged(text, topic, other, value)
 
 
 # What may follow a turn about a topic, likelier if named more often.
@@ -279,7 +268,7 @@ for _topic in ask.TESTED:
     FOLLOWING[_topic] = [*FOLLOWING[_topic], doubt, *[onward] * 5 * is_row]
 FOLLOWING |= {
     "tale": [next_tale], "verse": [next_tale], "yes": [remark, yes_again],
-    "bigger": [remark, other_pair],
+    "bigger": [remark, lambda dice, _: ask.ask_bigger(dice, "and bigger")],
     "sum": [reckon_on] * 4 + [sum_again] * 3 + [doubled, remark, remark],
     "letters": [after_letters, after_letters, remark], "list": [after_list],
     "letter": [ask.another_letter],

@@ -37,11 +37,6 @@ impl Splitter {
         if pattern == DEFAULT_PATTERN {
             return Ok(Self::Scanner);
         }
-        Self::with_regex(pattern)
-    }
-
-    /// A splitter that always uses the regex engine: what the scanner is tested against.
-    pub fn with_regex(pattern: &str) -> Result<Self, Error> {
         let regex = fancy_regex::Regex::new(pattern).map_err(bad_pattern)?;
         Ok(Self::Regex(Box::new(regex)))
     }

@@ -14,7 +14,7 @@ Shapes: B batch, T time, H query heads, K kv heads, D head dimension; M tokens o
 after the other. Sources: FlashAttention-2, arXiv 2307.08691; FlexAttention, 2412.05496.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from inspect import signature
 from typing import Any, Literal, NamedTuple, cast
@@ -87,7 +87,9 @@ def see(
         bounds = _bounds(batch, time, ids.device, starts)
         return View(kernel, {}, bounds, flash_options(), starts)
     seen = {window if window and window < time else None for window in windows}
-    make = _dense_mask if kernel == "dense" else _block_mask
+    make = _causal_block_mask if documents is None else _block_mask
+    if kernel == "dense":
+        make = _dense_mask
     in_blocks = kernel == "dense" and ids.device.type == "cpu"
     masks = {
         window: _blocks(window, time, starts, dtype)
@@ -254,35 +256,22 @@ def _blocks(window: int | None, time: int, starts: Tensor | None, dtype: torch.d
 def _block_mask(
     window: int | None, time: int, device: torch.device, documents: Tensor | None
 ) -> Any:
-    if documents is None:
-        return _causal_block_mask(window, time, device)
-
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same = documents[b, query] == documents[b, key]
-        return same & in_window(window, query, key)
+        seen = in_window(window, query, key)
+        return seen if documents is None else seen & (documents[b, query] == documents[b, key])
 
-    return _make_block_mask(sees, len(documents), time, device)
+    num_rows = None if documents is None else len(documents)
+    # Compiled, it never holds all (B, T, T) answers.
+    make = _of_flex("create_block_mask", is_compiled=device.type == "cuda")
+    return make(sees, num_rows, None, time, time, device=device)
 
 
-@cache
-def _causal_block_mask(window: int | None, time: int, device: torch.device) -> Any:
-    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return in_window(window, query, key)
-
-    return _make_block_mask(sees, None, time, device)
+_causal_block_mask = cache(_block_mask)  # where there are no documents, the same in every call
 
 
 def in_window(window: int | None, query: Tensor, key: Tensor) -> Tensor:
     """Whether a query at one position sees the key of another."""
     return (key <= query) & (query - key < window) if window else key <= query
-
-
-def _make_block_mask(
-    sees: Callable[..., Tensor], batch: int | None, time: int, device: torch.device
-) -> Any:
-    # Compiled, it never holds all (B, T, T) answers.
-    make = _of_flex("create_block_mask", is_compiled=device.type == "cuda")
-    return make(sees, batch, None, time, time, device=device)
 
 
 @cache

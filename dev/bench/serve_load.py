@@ -74,7 +74,7 @@ async def ask(http: httpx.AsyncClient, rng: random.Random, seen: Seen) -> None:
     body = {"messages": [{"role": "user", "content": content}], "stream": True}
     body |= {"max_tokens": rng.randint(32, 96), "stream_options": {"include_usage": True}}
     end, last, label = "lost", time.perf_counter(), "first token"
-    try:
+    with suppress(httpx.TransportError):
         async with http.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
                 end = f"refused with {response.status_code}"
@@ -87,8 +87,6 @@ async def ask(http: httpx.AsyncClient, rng: random.Random, seen: Seen) -> None:
                     seen.num_tokens += usage["completion_tokens"]
                 elif "[DONE]" in line:
                     end = "answered"
-    except httpx.TransportError:
-        end = "lost"
     seen.ends[end] += 1
     if end == "refused with 429":
         await asyncio.sleep(rng.uniform(0.5, 1.5))

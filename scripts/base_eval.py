@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
 import tyro
 
 from nanochat import core_eval

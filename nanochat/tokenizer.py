@@ -252,8 +252,8 @@ def render_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
 
 
 def crop_prompt(prompt: list[int], max_len: int) -> list[int]:
-    """`prompt`, or its first token, <|bos|>, and its end if it is longer than `max_len`."""
-    return prompt if len(prompt) <= max_len else prompt[:1] + prompt[len(prompt) - max_len + 1 :]
+    """A chat's prompt; if longer than `max_len`, its <|bos|>, its <|user_start|> and its end."""
+    return prompt if len(prompt) <= max_len else prompt[:2] + prompt[len(prompt) - max_len + 2 :]
 
 
 def render_choices(question: str, choices: Sequence[str]) -> str:

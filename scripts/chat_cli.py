@@ -6,8 +6,8 @@
     (one process: eight GPUs answer one person no faster)
 
 /help lists the commands. Ctrl-C stops an answer, Ctrl-D ends. A conversation that outgrows the
-context loses its oldest turns, and a line says so. A base model continues the text instead of
-answering.
+context loses its oldest turns, and a line says so; a message that is too long by itself is refused,
+never cut. A base model continues the text instead of answering.
 
 reads: <source>/<model tag>/
 writes: chat_history, what was typed; the file of /save
@@ -32,6 +32,7 @@ from nanochat.common import (
     Natural,
     Share,
     Temperature,
+    UserError,
     base_dir,
     print0,
     run_script,
@@ -40,7 +41,7 @@ from nanochat.common import (
 )
 from nanochat.engine import Engine, Event, Reply, Request
 from nanochat.sampling import derive_seed
-from nanochat.tokenizer import Tokenizer, crop_prompt, render_prompt
+from nanochat.tokenizer import Tokenizer, render_prompt
 
 HELP = """\
 /clear                forget the conversation
@@ -63,26 +64,23 @@ class Config(CheckpointFlags):
 
 def fit_window(
     tokenizer: Tokenizer, messages: list[dict[str, Any]], max_len: int, is_base: bool = False
-) -> tuple[list[int], str]:
-    """(the prompt for the newest message, what was left out for it to fit `max_len`, if anything).
+) -> tuple[list[int], int]:
+    """(the prompt of at most `max_len` tokens, how many of the oldest messages it leaves out).
 
-    Drops the oldest of `messages`; one too long by itself keeps its end. A base model gets the
-    newest one unchanged.
+    Turns are left out whole; UserError if the newest message alone is too long. A base model gets
+    nothing but that one.
     """
-    num_messages = len(messages)
-    if is_base:
-        prompt = [tokenizer.bos_id, *tokenizer.encode(messages[-1]["content"])]
-    else:
-        prompt = render_prompt(tokenizer, {"messages": messages})
-        while len(prompt) > max_len and len(messages) > 1:
-            del messages[:2]  # a question and its answer
-            prompt = render_prompt(tokenizer, {"messages": messages})
-    left_out = []
-    if num_dropped := num_messages - len(messages):
-        left_out.append(f"the oldest {num_dropped} messages")
-    if num_tokens := max(0, len(prompt) - max_len):
-        left_out.append(f"the first {num_tokens} tokens of yours")
-    return crop_prompt(prompt, max_len), " and ".join(left_out)
+    prompt = list[int]()
+    for first in range(0, len(messages), 2):  # a question and its answer
+        if is_base:
+            prompt = [tokenizer.bos_id, *tokenizer.encode(messages[-1]["content"])]
+        else:
+            prompt = render_prompt(tokenizer, {"messages": messages[first:]})
+        if len(prompt) <= max_len:
+            return prompt, first
+    num_tokens = len(tokenizer.encode(messages[-1]["content"]))
+    fitting = num_tokens - (len(prompt) - max_len)
+    raise UserError(f"your message has {num_tokens} tokens, and {fitting} fit; shorten it")
 
 
 def show(event: Event) -> None:
@@ -93,12 +91,17 @@ def show(event: Event) -> None:
 def answer(
     engine: Engine, cfg: Config, messages: list[dict[str, Any]], question: str, name: str = ""
 ) -> None:
-    """Add the question and its printed answer to `messages`; Ctrl-C keeps the answer so far."""
-    messages.append({"role": "user", "content": question})
+    """Add the question and its printed answer to `messages`; Ctrl-C keeps the answer so far.
+
+    UserError if the question is too long; nothing has changed then.
+    """
+    asked = [*messages, {"role": "user", "content": question}]
     room = engine.max_len - max(1, min(cfg.max_tokens, engine.max_len // 4))
-    prompt, left_out = fit_window(engine.tokenizer, messages, room, cfg.source == "base")
-    if left_out:
-        print(f"(too long for {engine.max_len} tokens: left out {left_out})", file=sys.stderr)
+    prompt, num_left = fit_window(engine.tokenizer, asked, room, cfg.source == "base")
+    if num_left:
+        what = f"left out the oldest {num_left} messages"
+        print(f"(too long for {engine.max_len} tokens: {what})", file=sys.stderr)
+    messages[:] = asked[num_left:]
     seed = derive_seed(cfg.seed, len(messages), *prompt)
     max_tokens = min(cfg.max_tokens, engine.max_len - len(prompt))
     request = Request(prompt, max_tokens, cfg.temperature, cfg.top_k, cfg.top_p, seed)
@@ -173,7 +176,10 @@ def main(cfg: Config) -> None:
             if question.startswith("/"):
                 print(obey(question, cfg, messages))
             elif question:
-                answer(engine, cfg, messages, question, name="Model: ")
+                try:
+                    answer(engine, cfg, messages, question, name="Model: ")
+                except UserError as error:
+                    print(f"error: {error}", file=sys.stderr)
     except BrokenPipeError:  # whoever read the answer has had enough, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -18,8 +18,8 @@ from nanochat.common import Source
 from nanochat.engine import Engine, Event, Request
 from nanochat.tokenizer import check_conversation, render_prompt
 from scripts.chat_cli import HELP, Config, answer, fit_window, main, obey, questions, show
-from tests.models import TOKENIZER, random_gpt
-from tests.serving import CHAT, save_chat_model
+from tests.models import TOKENIZER, random_gpt, refuses
+from tests.serving import save_chat_model
 
 CONTEXT = 64
 
@@ -39,16 +39,18 @@ def talk(*lengths: int) -> list[dict[str, Any]]:
 
 def test_the_window_forgets_the_oldest_turns_only() -> None:
     messages = talk(20, 10, 20, 10, 5)
-    prompt, left_out = fit_window(TOKENIZER, messages, 50)
-    assert messages == talk(20, 10, 5) and len(prompt) <= 50
-    assert left_out == "the oldest 2 messages"
-    assert prompt == render_prompt(TOKENIZER, {"messages": messages})
-    # One message that is longer by itself keeps bos and its end.
-    prompt, left_out = fit_window(TOKENIZER, [{"role": "user", "content": "a" * 90 + "end"}], 30)
-    assert left_out == "the first 67 tokens of yours"
-    assert fit_window(TOKENIZER, talk(20), 50)[1] == ""
-    assert len(prompt) == 30 and prompt[0] == CHAT.bos
-    assert prompt[-5:] == [*b"end", CHAT.user_end, CHAT.assistant_start]
+    prompt, num_left = fit_window(TOKENIZER, messages, 50)
+    assert num_left == 2 and len(prompt) <= 50
+    assert prompt == render_prompt(TOKENIZER, {"messages": messages[2:]})
+    assert fit_window(TOKENIZER, talk(20), 50)[1] == 0
+
+
+def test_a_message_that_is_too_long_alone_is_refused() -> None:
+    """A byte is a token here; a question has four marks around it, a page has one before it."""
+    for is_base, most in ((False, 26), (True, 29)):
+        assert len(fit_window(TOKENIZER, talk(9, 9, most), 30, is_base)[0]) == 30
+        told = f"your message has {most + 1} tokens, and {most} fit"
+        refuses(told, fit_window, TOKENIZER, talk(9, 9, most + 1), 30, is_base)
 
 
 @pytest.mark.parametrize("source", ["sft", "base"])
@@ -59,11 +61,16 @@ def test_five_contexts_never_crash(source: Source, capsys: pytest.CaptureFixture
     for turn, length in enumerate(lengths):
         question = {"role": "user", "content": "é" * length}  # two tokens each
         cfg = Config(source=source, max_tokens=40, temperature=2.0, seed=turn)
+        if length > CONTEXT:
+            before = list(messages)
+            refuses("your message has", answer, engine, cfg, messages, question["content"])
+            assert messages == before
+            continue
         answer(engine, cfg, messages, question["content"])
         assert messages[-2] == question
     printed = capsys.readouterr()
-    assert 2 * sum(lengths) > 5 * CONTEXT and len(printed.out) > 100
-    assert "(too long for 64 tokens: left out the" in printed.err
+    assert len(printed.out) > 100
+    assert ("(too long for 64 tokens: left out the oldest" in printed.err) == (source == "sft")
 
 
 def test_tool_calls_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,3 +139,9 @@ def test_a_session_and_one_answer(
     assert first == second  # the same question to an empty memory, with the same seed
     main(Config(device_type="cpu", prompt="hello"))
     assert capsys.readouterr().out.split("\n")[0] == first
+    # What is too long is refused: the conversation goes on, one question fails.
+    monkeypatch.setattr("sys.stdin", io.StringIO("x" * 999 + "\nhello\n"))
+    main(Config(device_type="cpu"))
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: your message has ") and first in printed.out
+    refuses("your message has", main, Config(device_type="cpu", prompt="x" * 999))

@@ -14,6 +14,7 @@ from nanochat.tokenizer import (
     SPLIT_PATTERN,
     Tokenizer,
     chat_tokens,
+    crop_prompt,
     render_conversation,
     render_prompt,
 )
@@ -198,6 +199,15 @@ def test_spelled_special_tokens_stay_plain_text(letters: Tokenizer):
 USER = {"role": "user", "content": "hi"}
 REPLY = {"role": "assistant", "content": "ho"}
 SYSTEM = {"role": "system", "content": "be"}
+
+
+def test_a_cropped_prompt_is_a_shorter_one(letters: Tokenizer):
+    """The oracle is the prompt of what is left of the question; a letter is a token."""
+    prompt = render_prompt(letters, {"messages": [{"role": "user", "content": "abcdefgh"}]})
+    for length in range(1, 9):
+        rest = {"messages": [{"role": "user", "content": "abcdefgh"[-length:]}]}
+        assert crop_prompt(prompt, length + 4) == render_prompt(letters, rest)
+    assert crop_prompt(prompt, 99) == prompt
 
 
 def test_bad_conversations_name_the_message(letters: Tokenizer):

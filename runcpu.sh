@@ -7,13 +7,16 @@
 #   bash runcpu.sh --from FOLDER    pretrain on your own text (.txt, .md, .jsonl, parquet) instead;
 #                                   --name and --text_field as in python -m nanochat.dataset
 #   bash runcpu.sh --fresh          start over; otherwise what is finished is not run again
+#   bash runcpu.sh --custom FILE    a persona of yours, on the same base model (dev/persona.md);
+#                                   also several files, FILE:EPOCHS, and --identity FILE
 #
 # Killed at any point and started again, it goes on where it was, with the steps that it chose
 # first. The sizes below are what learned most per minute on two cores; dev/LOG.md has the trials.
 set -euo pipefail
+here="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-fresh="" from="" minutes="" import=()
+fresh="" from="" minutes="" import=() name="" persona=() files=()
 while [ $# -gt 0 ]; do
   case "$1" in
   --fresh) fresh=1 ;;
@@ -32,8 +35,20 @@ while [ $# -gt 0 ]; do
     [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2 && exit 2; }
     import+=("$1=$2") && shift
     ;;
+  --custom | --custom=* | --identity | --identity=*)
+    flag="${1%%=*}"
+    [ "$1" != "$flag" ] || shift
+    file="${1:-}" file="${file#"$flag="}"
+    [ -n "$file" ] || { echo "error: $flag needs a file" >&2 && exit 2; }
+    case $file in /*) ;; *) file="$here/$file" ;; esac
+    persona+=("$flag=$file")
+    [ -e "$file" ] || file="${file%:*}"
+    files+=("$file")
+    [ -n "$name" ] || name="$(basename "$file")" # of what is trained with it, without .jsonl
+    name="${name%.json*}" name="${name//[^A-Za-z0-9_.-]/-}" name="${name:-own}"
+    ;;
   -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' runcpu.sh && exit ;;
-  *) echo "error: unknown option $1; use --minutes M, --from FOLDER or --fresh" >&2 && exit 2 ;;
+  *) echo "error: unknown option $1; use one of --help" >&2 && exit 2 ;;
   esac
   shift
 done
@@ -52,7 +67,8 @@ source ./stages.sh
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}" # huge pages: 4 % off a step
 tag="laptop-$corpus"
 place=(--device_type=cpu --model_tag="$tag")
-begin "$tag" "$fresh"
+[ -z "$name" ] || python -m tasks.mixtures "${persona[@]}"
+begin "$tag" "$([ -n "$name" ] || echo "$fresh")"
 
 # The steps of each stage, measured once: the same when a run goes on.
 chosen="$notes/pace-${minutes:-own}" pace="$notes/pace"
@@ -63,7 +79,8 @@ if [ ! -s "$pace" ]; then
   mv "$pace.new" "$chosen" && ln -sf "$(basename "$chosen")" "$pace"
   awk '{ all += $3 } END { printf "about %.0f minutes in all\n", all / 60 }' "$pace"
 elif [ -n "$minutes" ] && [ ! -s "$chosen" ]; then
-  echo "error: this run began with other --minutes; go on without, or start over with --fresh" >&2
+  echo "error: $tag began with other --minutes; go on without, or start over with" \
+    "\`bash runcpu.sh --fresh --minutes=$minutes\`" >&2
   exit 2
 fi
 steps() { awk -v stage="$1" '$1 == stage { print $2 }' "$pace"; }
@@ -78,8 +95,20 @@ stage base_train python -m scripts.base_train "${place[@]}" --data="$corpus" \
 stage base_loss python -m scripts.base_loss "${place[@]}" --data="$corpus" --eval_tokens=65536 \
   --device_batch_size=8
 stage base_eval python -m scripts.base_eval "${place[@]}" -a primer-choice
-chat=(--mixture=primer --mask_documents --total_batch_size=2048 --device_batch_size=4
-  --eval_every=1000 --eval_tokens=32768 --save_every=200 --log_every=100)
+# A persona shares the base model. What follows has a tag of its own, and is made anew where a file
+# or the base model has changed, or with --fresh.
+if [ -n "$name" ]; then
+  made="$(cat "$notes/base_train" "${files[@]}")"
+  ln -sfn "$tag" "$NANOCHAT_BASE_DIR/base/$tag-$name"
+  tag="$tag-$name" notes="$NANOCHAT_BASE_DIR/done/$tag-$name"
+  mkdir -p "$NANOCHAT_BASE_DIR"/{mid,sft,rl}/"$tag"
+  place=(--device_type=cpu --model_tag="$tag")
+  chain="on:$(cksum <<<"$made ${persona[*]}" | tr -d ' ')"
+  [ -z "$fresh" ] || { rm -rf "$notes" && touch "$NANOCHAT_BASE_DIR"/{mid,sft,rl}/"$tag"/.fresh; }
+  mkdir -p "$notes"
+fi
+chat=(--mixture=primer ${persona[@]+"${persona[@]}"} --mask_documents --total_batch_size=2048
+  --device_batch_size=4 --eval_every=1000 --eval_tokens=32768 --save_every=200 --log_every=100)
 examine=(-a 'primer-choice|primer-exact|primer-arithmetic|primer-spelling|primer-visitor'
   --max_tokens=128)
 stage mid_train python -m scripts.mid_train "${place[@]}" "${chat[@]}" \
@@ -95,6 +124,6 @@ stage chat_eval_rl python -m scripts.chat_eval "${place[@]}" -i rl "${examine[@]
 python -m nanochat.report generate
 
 printf '\n%s\n' "== a conversation with it; for your own: python -m scripts.chat_cli -i rl -g $tag"
-printf '%s\n' "Hello!" "Who are you?" "What is 27 plus 58?" "What colour is snow?" \
-  "How do you spell tiger?" "Tell me a story about a fox." |
+printf '%s\n' "Hello!" "Who are you?" "Who made you?" "What is 27 plus 58?" \
+  "What colour is snow?" "How do you spell tiger?" "Tell me a story about a fox." |
   python -m scripts.chat_cli "${place[@]}" -i rl --temperature=0

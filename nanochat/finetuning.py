@@ -11,11 +11,12 @@ full must be near 1; counted from 0, the tables' first update would be a third o
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import tyro
 
 from nanochat.checkpoint import Checkpoint, load_model
 from nanochat.common import (
@@ -50,8 +51,10 @@ class FinetuneConfig(CheckpointFlags):
 
     source: Source = "base"  # stage of the checkpoint to start from
     # data
-    mixture: Literal["default", "primer"] = "default"  # public data sets, or the embedded world
-    custom: Path | None = None  # your own conversations, .jsonl, added to the mixture
+    mixture: Literal["default", "primer", "none"] = "default"  # public data, embedded world, custom
+    # .jsonl of your conversations, added to the mixture; FILE:3: each is listed three times
+    custom: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
+    identity: Path | None = None  # who the model is, instead of tasks/identity.json
     num_epochs: Count = 1  # passes over the mixture
     num_iterations: Derived = -1  # steps; -1: all epochs
     mask_documents: bool = False  # a token sees its own conversation only

@@ -80,7 +80,9 @@ def fit_window(
             return prompt, first
     num_tokens = len(tokenizer.encode(messages[-1]["content"]))
     fitting = num_tokens - (len(prompt) - max_len)
-    raise UserError(f"your message has {num_tokens} tokens, and {fitting} fit; shorten it")
+    raise UserError(
+        f"your message has {num_tokens} tokens, and {fitting} fit beside an answer; shorten it"
+    )
 
 
 def show(event: Event) -> None:
@@ -91,10 +93,7 @@ def show(event: Event) -> None:
 def answer(
     engine: Engine, cfg: Config, messages: list[dict[str, Any]], question: str, name: str = ""
 ) -> None:
-    """Add the question and its printed answer to `messages`; Ctrl-C keeps the answer so far.
-
-    UserError if the question is too long; nothing has changed then.
-    """
+    """Add the question and its printed answer to `messages`; Ctrl-C keeps the answer so far."""
     asked = [*messages, {"role": "user", "content": question}]
     room = engine.max_len - max(1, min(cfg.max_tokens, engine.max_len // 4))
     prompt, num_left = fit_window(engine.tokenizer, asked, room, cfg.source == "base")

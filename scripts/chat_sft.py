@@ -26,7 +26,7 @@ class Config(FinetuneConfig):
 
 
 def main(cfg: Config) -> None:
-    results = finetune("sft", cfg, lambda part: build_mixture(part, cfg.mixture, cfg.custom))
+    results = finetune("sft", cfg, lambda part: build_mixture(part, cfg.mixture, cfg.custom, cfg.identity))
     if results is not None:
         write_section(
             "chat_sft", "Supervised finetuning", vars(cfg), results, seconds=results["seconds"]

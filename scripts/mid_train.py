@@ -22,7 +22,7 @@ class Config(FinetuneConfig):
 
 
 def main(cfg: Config) -> None:
-    results = finetune("mid", cfg, lambda part: build_mixture(part, cfg.mixture, cfg.custom))
+    results = finetune("mid", cfg, lambda part: build_mixture(part, cfg.mixture, cfg.custom, cfg.identity))
     if results is not None:
         write_section("mid_train", "Midtraining", vars(cfg), results, seconds=results["seconds"])
 

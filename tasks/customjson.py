@@ -7,6 +7,7 @@ One conversation a line, as an object or as the bare list of its messages:
 The whole file is checked up front: a bad line 4,000 would otherwise stop training after an hour.
 """
 
+import re
 from pathlib import Path
 
 from nanochat.common import UserError
@@ -14,11 +15,17 @@ from nanochat.dataset import numbered_jsonl
 from nanochat.task_eval import Task
 from nanochat.tokenizer import check_conversation
 
+ENOUGH = 2_000  # conversations that a file is listed to, if nobody says how often
+
 
 class CustomJSON(Task):
-    """The conversations of a file; UserError names a bad line."""
+    """The conversations of a file, to be listed `epochs` times; UserError names a bad line."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, file: str | Path) -> None:
+        """`file` is PATH or PATH:EPOCHS; a path may hold colons."""
+        path, epochs = Path(file), 0
+        if (counted := re.fullmatch(r"(.+):([1-9]\d*)", str(file))) and not path.exists():
+            path, epochs = Path(counted[1]), int(counted[2])
         conversations = []
         for number, row in numbered_jsonl(path):
             conversation = {"messages": row} if isinstance(row, list) else row
@@ -34,4 +41,5 @@ class CustomJSON(Task):
             conversations.append(conversation)
         if not conversations:
             raise UserError(f"--custom={path}: the file holds no conversation")
+        self.path, self.epochs = path, epochs or -(-ENOUGH // len(conversations))
         super().__init__(conversations)

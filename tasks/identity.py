@@ -1,6 +1,6 @@
 """Identity: who the model is, by whom and how it was made.
 
-One row, made from the facts in identity.json, which you may edit:
+One row, made from the facts in identity.json, or in those of `--identity FILE`:
     user: Hey! What should I call you?
     assistant: Call me nanochat.
     user: Do you make mistakes?
@@ -12,6 +12,7 @@ Phrasings are here and only facts in the file: a new name needs no new conversat
 import json
 import random
 import re
+from difflib import get_close_matches
 from pathlib import Path
 
 from nanochat.common import UserError
@@ -49,23 +50,30 @@ class Identity(Task):
     """Conversations of one to three questions about the model itself."""
 
     def __init__(self, facts: Path = FACTS) -> None:
-        """UserError unless every fact that the replies use is a string in the file `facts`."""
+        """UserError unless the file `facts` holds the facts that the replies use, and no others."""
         try:
-            self._facts = json.loads(facts.read_text(encoding="utf-8"))
+            told = json.loads(facts.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:  # bad JSON and bad UTF-8 are ValueErrors
             raise UserError(f"cannot read {facts}: {error}; mend the file") from error
-        replies = " ".join(replies for _, replies in TOPICS)
-        for name in sorted(set(re.findall(r"{(\w+)}", replies))):
-            if not isinstance(self._facts, dict) or not isinstance(self._facts.get(name), str):
-                missing = f'"{name}" is missing or not text; give it as "{name}": "..."'
-                raise UserError(f"{facts}: {missing}")
+        told = told if isinstance(told, dict) else {}
+        names = sorted(set(re.findall(r"{(\w+)}", " ".join(replies for _, replies in TOPICS))))
+        unknown = {name: get_close_matches(name, names, 1, 0)[0] for name in told.keys() - names}
+        missing = [x for x in names if not isinstance(told.get(x), str) or not told[x].strip()]
+        wrong = [f'"{name}" is unknown, did you mean "{near}"?' for name, near in unknown.items()]
+        wrong += [f"missing or no text: {', '.join(missing)}"] if missing else []
+        if wrong:
+            raise UserError(f"{facts}: {'; '.join(wrong)}; compare {FACTS}")
+        self.table = [  # ways to ask, and replies
+            (asked.split(" | "), [reply.format(**told) for reply in replies.split(" | ")])
+            for asked, replies in TOPICS
+        ]
         super().__init__(range(1_000))
 
     def get_example(self, number: int) -> Conversation:
         rng = random.Random(f"identity/{number}")
         messages = []
-        for questions, replies in rng.sample(TOPICS, rng.choice((1, 2, 2, 3, 3))):
+        for questions, replies in rng.sample(self.table, rng.choice((1, 2, 2, 3, 3))):
             opening = "" if messages else rng.choice(OPENINGS)
-            reply = rng.choice(replies.split(" | ")).format(**self._facts)
-            messages += exchange(opening + rng.choice(questions.split(" | ")), reply)
+            reply = rng.choice(replies)
+            messages += exchange(opening + rng.choice(questions), reply)
         return {"messages": messages}

@@ -3,57 +3,68 @@
 On the primer both stages see the same kinds of conversation, SFT with more quizzes: a model this
 small forgets a skill within a few hundred steps. The default SFT mixture is narrower than
 midtraining's.
+
+    python -m tasks.mixtures --custom FILE    # checks a user's files
 """
 
-from collections.abc import Callable
+import copy
+import re
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
-from nanochat.common import UserError
+from nanochat.common import UserError, print0, run_script
+from nanochat.finetuning import FinetuneConfig
 from nanochat.task_eval import Task
+from nanochat.tokenizer import Conversation
+from primer.world import TALK
 from tasks import primer
 from tasks.arc import ARC
 from tasks.common import TaskMixture
-from tasks.customjson import CustomJSON
+from tasks.customjson import ENOUGH, CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
-from tasks.identity import Identity
+from tasks.identity import FACTS, Identity
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SpellingBee, SpellWord
 from tasks.visitor import DEVELOPMENT, UNTOUCHED, Visitor
 
+NAMING = re.compile(r"\b(am|is|me|only|called|program:) nanochat\b")
 # (stage, mixture) -> the tasks it is made of; "val" is what both stages measure their loss on.
 # Nothing is read or downloaded until a mixture is built.
-MIXTURES: dict[tuple[str, str], Callable[[], list[Task]]] = {
+MIXTURES: dict[tuple[str, str], Callable[[Identity], list[Task]]] = {
     # How often MMLU and GSM8K: best in karpathy/nanochat's sweeps of its only chat stage, which has
     # midtraining's SmolTalk and learning rates. SFT's pass at a tenth of them comes on top.
-    ("mid", "default"): lambda: [  # 1,071 K rows
+    ("mid", "default"): lambda facts: [  # 1,071 K rows
         SmolTalk("train"),  # 460 K
         *[MMLU("train")] * 3,  # 100 K, three times
         *[GSM8K("train")] * 4,  # 7.5 K, four times
-        Identity(),  # 1 K, twice
-        Identity(),
+        facts,  # 1 K, twice
+        facts,
         SpellWord("train")[:200_000],
         SpellingBee("train")[:80_000],
     ],
-    ("sft", "default"): lambda: [  # 22 K rows
+    ("sft", "default"): lambda facts: [  # 22 K rows
         ARC("ARC-Easy", "train"),  # 2.3 K
         ARC("ARC-Challenge", "train"),  # 1.1 K
         GSM8K("train"),  # 7.5 K
         SmolTalk("train")[:10_000],
-        Identity(),  # 1 K
+        facts,  # 1 K
         SpellWord("train")[200_000:200_300],
         SpellingBee("train")[80_000:80_300],
     ],
-    ("val", "default"): lambda: [  # 3.7 K rows
+    ("val", "default"): lambda _: [  # 3.7 K rows
         SmolTalk("test")[:2_400],
         MMLU("validation")[:500],
         GSM8K("test")[:400],
         SpellWord("val")[:200],
         SpellingBee("val")[:200],
     ],
-    ("mid", "primer"): lambda: [
+    ("mid", "primer"): lambda _: [
         primer.Conversations("train")[:32_000],
         primer.Matching("train")[:6_000],
         primer.Choice("train")[:8_000],
@@ -61,7 +72,7 @@ MIXTURES: dict[tuple[str, str], Callable[[], list[Task]]] = {
         primer.Arithmetic("train")[:2_000],
         primer.Spelling("train")[:2_000],
     ],
-    ("sft", "primer"): lambda: [
+    ("sft", "primer"): lambda _: [
         primer.Conversations("train")[32_000:47_000],
         primer.Matching("train")[6_000:8_000],
         primer.Choice("train")[8_000:12_000],
@@ -69,7 +80,7 @@ MIXTURES: dict[tuple[str, str], Callable[[], list[Task]]] = {
         primer.Arithmetic("train")[2_000:3_000],
         primer.Spelling("train")[2_000:3_000],
     ],
-    ("val", "primer"): lambda: [primer.Conversations("val")],
+    ("val", "primer"): lambda _: [primer.Conversations("val")],
 }
 
 # Name -> the task of a split, which is "test" or, for practice, "train"; ChatCORE's six first.
@@ -91,10 +102,74 @@ EVALUATIONS: dict[str, Callable[..., Task]] = {
 CHAT_CORE = tuple(EVALUATIONS)[:6]
 
 
-def build_mixture(stage: str, name: str, custom: Path | None = None) -> TaskMixture:
-    """The conversations of a stage (mid, sft or val), plus those of a user's file."""
-    own = [CustomJSON(custom)] if custom else []
-    return TaskMixture([*MIXTURES[stage, name](), *own])
+def build_mixture(
+    stage: str, name: str, custom: Sequence[str] = (), identity: Path | None = None
+) -> TaskMixture:
+    """The conversations of a stage (mid, sft or val), with a user's files and facts.
+
+    Of the mixture "none", which has nothing else, "val" gets one of 20 different conversations.
+    """
+    files, facts = [CustomJSON(file) for file in custom], Identity(identity or FACTS)
+    tasks = [] if name == "none" else MIXTURES[stage, name](facts)
+    if identity and name != "default" and stage != "val":
+        tasks.append(facts)
+    if own := own_replies(files, facts if identity else None):
+        tasks = [Overruled(task, own) for task in tasks]
+    different = [*{str(row["messages"]): row for file in files for row in file}.items()]
+    if name == "none" and len(different) < 2:
+        raise UserError("--mixture=none needs --custom FILE, with two conversations or more")
+    held_out = dict(different[19::20] or different[-1:]) if name == "none" else {}
+    if stage == "val":
+        return TaskMixture([*tasks, Task([*held_out.values()])])
+    for file in files:
+        rows = [row for row in file if str(row["messages"]) not in held_out]
+        tasks += [Task(rows)] * file.epochs
+    return TaskMixture(tasks)
+
+
+def own_replies(files: Sequence[CustomJSON], facts: Identity | None) -> dict[str, dict[str, Any]]:
+    """What the primer's talk and Identity say -> a user's questions and replies in its place.
+
+    Those of facts, and of the beginnings of conversations. Under "" is what takes the place of all
+    else that names nanochat, once something does.
+    """
+    small = chain.from_iterable(file for file in files if len(file) < ENOUGH)  # no data set
+    pairs = {way.lower(): said[0] for ways, said in facts.table for way in ways} if facts else {}
+    for question, reply, *_ in (row["messages"] for row in small):
+        if question["role"] == "user":
+            pairs[question["content"].lower()] = reply["content"]
+    table = [row for kind in ("identity", "greeting", "small talk") for row in TALK[kind]]
+    own: dict[str, dict[str, Any]] = {}
+    for ways, replies in [*table, *(facts or Identity()).table] if pairs else ():
+        # The ways may hold choices such as `[hi|hello] there`; letters alone are compared.
+        letters = re.sub(r"[^\w\[\]|]", "", "|".join(ways).lower())
+        asked = re.compile(letters.replace("[", "(?:").replace("]", ")"))
+        if found := {way: pairs[way] for way in pairs if asked.fullmatch(re.sub(r"\W", "", way))}:
+            own = dict.fromkeys(replies, found) | own
+    naming = [found for said, found in own.items() if NAMING.search(said)]
+    return own | {"": naming[-1]} if naming else own
+
+
+class Overruled(Task):
+    """A task whose replies give way to those of `own`, to that of the likest question.
+
+    A mixture that says who the model is would drown a persona of 50 conversations. So the persona
+    speaks there, too, and is learned in all the ways in which the primer knows to ask.
+    """
+
+    def __init__(self, task: Task, own: dict[str, dict[str, Any]]) -> None:
+        self.task, self.own = task, own
+        super().__init__(range(len(task)))
+
+    def get_example(self, number: int) -> Conversation:
+        row = copy.deepcopy(self.task[number])
+        turns = [pair for pair in pairwise(row["messages"]) if pair[1]["role"] == "assistant"]
+        for asked, reply in turns:
+            said = str(reply["content"])
+            if found := self.own.get(said) or (NAMING.search(said) and self.own.get("")):
+                likest = get_close_matches(asked["content"].lower(), found, 1, cutoff=0)
+                reply["content"] = found[likest[0]]
+        return row
 
 
 def check_task(name: str) -> None:
@@ -113,3 +188,13 @@ def build_task(
     if name == "HumanEval":
         return HumanEval(split, allow_unsafe_exec)
     return EVALUATIONS[name](split)
+
+
+def main(cfg: FinetuneConfig) -> None:
+    for file in map(CustomJSON, cfg.custom):
+        print0(f"{file.path}: {len(file)} conversations, each listed {file.epochs} times")
+    build_mixture("mid", "primer", cfg.custom, cfg.identity)
+
+
+if __name__ == "__main__":
+    run_script(main, FinetuneConfig)

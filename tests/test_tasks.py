@@ -4,6 +4,7 @@ The rows of public data sets have their real fields and lie in a local folder.
 """
 
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from nanochat.tokenizer import (
     render_choices,
     render_conversation,
 )
-from tasks.common import TaskMixture, load_rows
+from tasks.common import TaskMixture, exchange, load_rows
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, final_number
 from tasks.identity import FACTS, Identity
@@ -356,23 +357,37 @@ def test_identity_tells_the_facts_of_the_file(tmp_path: Path) -> None:
     assert len(replies) > 20 and not any("{" in reply for reply in replies)
     for row in rows:
         check_conversation(row)
-    own = tmp_path / "facts.json"
-    own.write_text(json.dumps(json.loads(FACTS.read_text()) | {"name": "Pip", "maker": "Ann"}))
+    own, facts = tmp_path / "facts.json", json.loads(FACTS.read_text())
+    own.write_text("\ufeff" + json.dumps(facts | {"name": "Pip", "maker": "Ann"}))
     told = " ".join(m["content"] for row in Identity(facts=own) for m in row["messages"][1::2])
     assert "I am Pip" in told and "I was made by Ann." in told and "I am nanochat" not in told
-    for broken in ("{", "[]", '{"name": "Pip"}', '{"name": 3}'):
+    for broken, reason in {
+        "{": "Expecting", "[]": "missing .*maker", '{"name": "Pip"}': "missing .*maker",
+        json.dumps(facts | {"name": 3}): "no text: name;",
+        json.dumps(facts | {"nmae": "Pip"}): '"nmae" is unknown, did you mean "name"',
+    }.items():  # fmt: skip
         own.write_text(broken)
-        refuses("facts.json", Identity, facts=own)
+        refuses(f"facts.json.*{reason}", Identity, facts=own)
+
+
+def said(question: str, reply: str) -> str:
+    return json.dumps(exchange(question, reply)) + "\n"
 
 
 def test_custom_conversations_join_the_mixture(tmp_path: Path) -> None:
     talk = TALK["messages"][1:]
-    file = tmp_path / "own.jsonl"
-    file.write_text(json.dumps({"messages": talk}) + "\n\n" + json.dumps(talk) + "\n")
+    file, other = tmp_path / "own.jsonl", tmp_path / "with:colon:2"
+    lines = json.dumps({"messages": talk}) + "\r\n\r\n" + json.dumps(talk) + "\r\n"
+    file.write_text("\ufeff" + lines)
+    other.write_text(said("And you?", "I, too."))
     assert [row["messages"] for row in CustomJSON(file)] == [talk, talk]
-    mixture = build_mixture("val", "primer", custom=file)
-    assert len(mixture) == 402
-    assert sum(row["messages"] == talk for row in mixture) == 2
+    for spec, epochs in ((file, 1000), (f"{file}:7", 7), (other, 2000), (f"{other}:3", 3)):
+        assert CustomJSON(spec).epochs == epochs
+    mixture = build_mixture("sft", "primer", [f"{file}:3", f"{other}:5"])
+    assert len(mixture) == 29_000 + 2 * 3 + 5
+    last = [row["messages"] for row in mixture.tasks[-1]]
+    assert last == [exchange("And you?", "I, too.")]
+    assert len(build_mixture("val", "primer", [str(file)])) == 400
     for text, told in {
         '{"messages": [': "line 2: not JSON",
         '"hello"': "line 2: expected",
@@ -382,10 +397,83 @@ def test_custom_conversations_join_the_mixture(tmp_path: Path) -> None:
         '[{"role": "user", "content": 3}]': "line 2: message 0",
     }.items():
         file.write_text(f"{json.dumps(TALK)}\n{text}\n")
-        refuses(told, CustomJSON, file)
+        refuses(f"own.jsonl, {told}", CustomJSON, file)
     file.write_text("\n")
     refuses("no conversation", CustomJSON, file)
-    refuses("cannot read", CustomJSON, tmp_path / "nowhere")
+    for wrong in (
+        tmp_path,
+        tmp_path / "nowhere",
+        f"{tmp_path}/nowhere:3",
+        f"{file}:x",
+        f"{file}:0",
+    ):
+        refuses("cannot read .*give a .jsonl", CustomJSON, wrong)
+
+
+def test_without_a_mixture_every_20th_conversation_validates(tmp_path: Path) -> None:
+    files = [tmp_path / "a", tmp_path / "b"]
+    files[0].write_text("".join(said(str(n), "Hoo!") for n in range(45)))
+    files[1].write_text("".join(said(str(n), "Hoo!") for n in range(19, 60)))  # half of it again
+    val = contents(build_mixture("val", "none", [f"{file}:2" for file in files]))
+    assert sorted(val) == [19, 39, 59]
+    for stage in ("mid", "sft"):
+        train = Counter(contents(build_mixture(stage, "none", [f"{files[0]}:2", f"{files[1]}:3"])))
+        wanted = {n: 2 * (n < 45) + 3 * (n >= 19) for n in range(60) if n not in val}
+        assert train == wanted
+    files[0].write_text(said("1", "Hoo!") * 2)
+    refuses("--mixture=none needs --custom", build_mixture, "mid", "none", [str(files[0])])
+    refuses("--mixture=none needs --custom", build_mixture, "mid", "none")
+    files[0].write_text(said("1", "Hoo!") + said("2", "Hoo!"))
+    assert contents(build_mixture("mid", "none", [f"{files[0]}:1"])) == [1]
+    assert contents(build_mixture("val", "none", [f"{files[0]}:1"])) == [2]
+
+
+def test_a_persona_takes_the_place_of_the_primer_s(tmp_path: Path, all_data: None) -> None:
+    """Its replies to all ways of asking; everything else stays as it was."""
+    persona, facts = tmp_path / "pip.jsonl", tmp_path / "pip.json"
+    own = {"who are you": "I am Pip.", "What is your name?!": "Pip!", "Where do you live?": "Here."}
+    persona.write_text("".join(map(said, own, own.values())) + said("Some fact?", "Yes."))
+    usual = {
+        "I am nanochat, a very small language model.": "I am Pip.",
+        "My name is nanochat.": "Pip!",
+        "I live in the memory of a computer.": "Here.",
+        "Welcome! I am nanochat. What would you like to know?": "I am Pip.",
+        "I am nanochat, and much smaller than the well-known ones.": "I am Pip.",
+    }
+    plain, changed = (
+        list(chain.from_iterable(row["messages"] for row in mixture.tasks[0][:900]))
+        for mixture in (
+            build_mixture("sft", "primer"),
+            build_mixture("sft", "primer", [str(persona)]),
+        )
+    )
+    seen = set()
+    for was, now in zip(plain, changed, strict=True):
+        told = str(was["content"]) if was["role"] == "assistant" else ""
+        if told in usual or now == was:
+            assert now["content"] == usual.get(told, was["content"])
+            seen.add(told)
+        else:
+            assert "nanochat" in told and now["content"] == "I am Pip."
+    assert seen > usual.keys()
+    # Where the mixture has Identity, and by facts alone.
+    facts.write_text(FACTS.read_text().replace('"nanochat"', '"Pip"'))
+    for mixture in (
+        build_mixture("sft", "default", [str(persona)]),
+        build_mixture("sft", "primer", identity=facts),
+    ):
+        told = " ".join(
+            str(message["content"])
+            for row in chain.from_iterable(task[:200] for task in mixture.tasks)
+            for message in row["messages"]
+            if message["role"] == "assistant"
+        )
+        assert "I am Pip" in told and not re.search("(am|is|me|called) nanochat", told)
+
+
+def test_the_example_persona_answers_each_question_once() -> None:
+    rows = CustomJSON(Path(__file__).parent.parent / "dev/persona.jsonl")
+    assert 30 <= len({row["messages"][0]["content"] for row in rows}) == len(rows) <= 60
 
 
 # --- spelling

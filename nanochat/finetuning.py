@@ -42,6 +42,7 @@ from nanochat.scaling import lr_multiplier_at, make_optimizer
 from nanochat.tokenizer import Conversation
 from nanochat.trainer import Run, batch_rows, compile_for_training, row_choices
 
+Files = tyro.conf.UseAppendAction[list[str]]  # a flag given once for each
 MOMENTUM = 0.95  # of Muon; constant, since a stage starts from a trained model
 
 
@@ -52,8 +53,7 @@ class FinetuneConfig(CheckpointFlags):
     source: Source = "base"  # stage of the checkpoint to start from
     # data
     mixture: Literal["default", "primer", "none"] = "default"  # public data, embedded world, custom
-    # .jsonl of your conversations, added to the mixture; FILE:3: each is listed three times
-    custom: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
+    custom: Files = field(default_factory=list)  # .jsonl of yours, added; FILE:3: listed 3 times
     identity: Path | None = None  # who the model is, instead of tasks/identity.json
     num_epochs: Count = 1  # passes over the mixture
     num_iterations: Derived = -1  # steps; -1: all epochs

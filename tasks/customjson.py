@@ -15,7 +15,7 @@ from nanochat.dataset import numbered_jsonl
 from nanochat.task_eval import Task
 from nanochat.tokenizer import check_conversation
 
-ENOUGH = 2_000  # conversations that a file is listed to, if nobody says how often
+ENOUGH = 4_000  # conversations that a file is listed to, if nobody says how often
 
 
 class CustomJSON(Task):

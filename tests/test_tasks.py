@@ -381,7 +381,7 @@ def test_custom_conversations_join_the_mixture(tmp_path: Path) -> None:
     file.write_text("\ufeff" + lines)
     other.write_text(said("And you?", "I, too."))
     assert [row["messages"] for row in CustomJSON(file)] == [talk, talk]
-    for spec, epochs in ((file, 1000), (f"{file}:7", 7), (other, 2000), (f"{other}:3", 3)):
+    for spec, epochs in ((file, 2000), (f"{file}:7", 7), (other, 4000), (f"{other}:3", 3)):
         assert CustomJSON(spec).epochs == epochs
     mixture = build_mixture("sft", "primer", [f"{file}:3", f"{other}:5"])
     assert len(mixture) == 29_000 + 2 * 3 + 5

@@ -98,14 +98,13 @@ stage base_eval python -m scripts.base_eval "${place[@]}" -a primer-choice
 # A persona shares the base model. What follows has a tag of its own, and is made anew where a file
 # or the base model has changed, or with --fresh.
 if [ -n "$name" ]; then
-  made="$(cat "$notes/base_train" "${files[@]}")"
+  chain="on:$({ echo "${persona[*]}" && cat "$notes/base_train" "${files[@]}"; } | cksum)"
+  chain="${chain// /}"
   ln -sfn "$tag" "$NANOCHAT_BASE_DIR/base/$tag-$name"
   tag="$tag-$name" notes="$NANOCHAT_BASE_DIR/done/$tag-$name"
-  mkdir -p "$NANOCHAT_BASE_DIR"/{mid,sft,rl}/"$tag"
-  place=(--device_type=cpu --model_tag="$tag")
-  chain="on:$(cksum <<<"$made ${persona[*]}" | tr -d ' ')"
-  [ -z "$fresh" ] || { rm -rf "$notes" && touch "$NANOCHAT_BASE_DIR"/{mid,sft,rl}/"$tag"/.fresh; }
-  mkdir -p "$notes"
+  place=(--device_type=cpu --model_tag="$tag") runs=("$NANOCHAT_BASE_DIR"/{mid,sft,rl}/"$tag")
+  mkdir -p "$notes" "${runs[@]}"
+  [ -z "$fresh" ] || { rm -f "$notes"/* && touch "${runs[@]/%//.fresh}"; }
 fi
 chat=(--mixture=primer ${persona[@]+"${persona[@]}"} --mask_documents --total_batch_size=2048
   --device_batch_size=4 --eval_every=1000 --eval_tokens=32768 --save_every=200 --log_every=100)

@@ -58,9 +58,9 @@ class Identity(Task):
         told = told if isinstance(told, dict) else {}
         names = sorted(set(re.findall(r"{(\w+)}", " ".join(replies for _, replies in TOPICS))))
         unknown = {name: get_close_matches(name, names, 1, 0)[0] for name in told.keys() - names}
-        missing = [x for x in names if not isinstance(told.get(x), str) or not told[x].strip()]
         wrong = [f'"{name}" is unknown, did you mean "{near}"?' for name, near in unknown.items()]
-        wrong += [f"missing or no text: {', '.join(missing)}"] if missing else []
+        texts = [name for name, text in told.items() if isinstance(text, str) and text.strip()]
+        wrong += [f'"{name}" is missing or no text' for name in names if name not in texts]
         if wrong:
             raise UserError(f"{facts}: {'; '.join(wrong)}; compare {FACTS}")
         self.table = [  # ways to ask, and replies

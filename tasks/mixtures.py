@@ -138,9 +138,9 @@ def own_replies(files: Sequence[CustomJSON], facts: Identity | None) -> dict[str
     for question, reply, *_ in (row["messages"] for row in small):
         if question["role"] == "user":
             pairs[question["content"].lower()] = reply["content"]
-    table = [row for kind in ("identity", "greeting", "small talk") for row in TALK[kind]]
+    talk = [row for kind in ("identity", "greeting", "small talk") for row in TALK[kind]]
     own: dict[str, dict[str, Any]] = {}
-    for ways, replies in [*table, *(facts or Identity()).table] if pairs else ():
+    for ways, replies in [*talk, *(() if facts else Identity().table)] if pairs else ():
         # The ways may hold choices such as `[hi|hello] there`; letters alone are compared.
         letters = re.sub(r"[^\w\[\]|]", "", "|".join(ways).lower())
         asked = re.compile(letters.replace("[", "(?:").replace("]", ")"))

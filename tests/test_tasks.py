@@ -362,8 +362,8 @@ def test_identity_tells_the_facts_of_the_file(tmp_path: Path) -> None:
     told = " ".join(m["content"] for row in Identity(facts=own) for m in row["messages"][1::2])
     assert "I am Pip" in told and "I was made by Ann." in told and "I am nanochat" not in told
     for broken, reason in {
-        "{": "Expecting", "[]": "missing .*maker", '{"name": "Pip"}': "missing .*maker",
-        json.dumps(facts | {"name": 3}): "no text: name;",
+        "{": "Expecting", "[]": '"maker" is missing', '{"name": "Pip"}': '"maker" is missing',
+        json.dumps(facts | {"name": 3}): '"name" is missing or no text;',
         json.dumps(facts | {"nmae": "Pip"}): '"nmae" is unknown, did you mean "name"',
     }.items():  # fmt: skip
         own.write_text(broken)

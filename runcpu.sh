@@ -102,9 +102,9 @@ if [ -n "$name" ]; then
   chain="${chain// /}"
   ln -sfn "$tag" "$NANOCHAT_BASE_DIR/base/$tag-$name"
   tag="$tag-$name" notes="$NANOCHAT_BASE_DIR/done/$tag-$name"
-  place=(--device_type=cpu --model_tag="$tag") runs=("$NANOCHAT_BASE_DIR"/{mid,sft,rl}/"$tag")
-  mkdir -p "$notes" "${runs[@]}"
-  [ -z "$fresh" ] || { rm -f "$notes"/* && touch "${runs[@]/%//.fresh}"; }
+  place=(--device_type=cpu --model_tag="$tag")
+  mkdir -p "$notes" "$NANOCHAT_BASE_DIR"/{mid,sft,rl}/"$tag"
+  [ -z "$fresh" ] || { rm -f "$notes"/* && touch "$NANOCHAT_BASE_DIR"/{mid,sft,rl}/"$tag"/.fresh; }
 fi
 chat=(--mixture=primer ${persona[@]+"${persona[@]}"} --mask_documents --total_batch_size=2048
   --device_batch_size=4 --eval_every=1000 --eval_tokens=32768 --save_every=200 --log_every=100)

@@ -16,59 +16,37 @@ set -euo pipefail
 here="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-fresh="" from="" minutes="" import=() name="" persona=() files=()
+source ./stages.sh
+fresh="" from="" minutes="" source=(--corpus primer)
 while [ $# -gt 0 ]; do
-  case "$1" in
-  --fresh) fresh=1 ;;
-  --minutes | --minutes=*)
-    [ "$1" != --minutes ] || shift
-    minutes="${1:-}" minutes="${minutes#--minutes=}"
-    [ -n "$minutes" ] || { echo "error: --minutes needs a number" >&2 && exit 2; }
-    ;;
-  --from | --from=*)
-    [ "$1" != --from ] || shift
-    from="${1:-}" from="${from#--from=}"
-    [ -n "$from" ] || { echo "error: --from needs a folder" >&2 && exit 2; }
-    ;;
-  --name=* | --text[-_]field=*) import+=("$1") ;;
-  --name | --text[-_]field)
-    [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2 && exit 2; }
-    import+=("$1=$2") && shift
-    ;;
-  --custom | --custom=* | --identity | --identity=*)
-    flag="${1%%=*}"
-    [ "$1" != "$flag" ] || shift
-    file="${1:-}" file="${file#"$flag="}"
-    [ -n "$file" ] || { echo "error: $flag needs a file" >&2 && exit 2; }
-    case $file in /*) ;; *) file="$here/$file" ;; esac
-    persona+=("$flag=$file")
-    [ -e "$file" ] || file="${file%:*}"
-    files+=("$file")
-    [ -n "$name" ] || name="$(basename "$file")" # of what is trained with it, without .jsonl
-    name="${name%.json*}" name="${name//[^A-Za-z0-9_.-]/-}" name="${name:-own}"
-    ;;
+  case ${1%%=*} in
+  --fresh) fresh=1 && shift && continue ;;
   -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' runcpu.sh && exit ;;
+  --minutes | --from | --name | --text[-_]field | --custom | --identity) read_option "$@" ;;
   *) echo "error: unknown option $1; use one of --help" >&2 && exit 2 ;;
   esac
+  case $option in
+  --minutes) minutes="$value" ;;
+  --from) case $value in /*) from="$value" ;; *) from="$here/$value" ;; esac ;;
+  --name | --text[-_]field) source+=("$option=$value") ;;
+  *) add_persona "$option" "$value" ;;
+  esac
+  [ "$1" != "$option" ] || shift
   shift
 done
-corpus=primer source=(--corpus primer)
 if [ -n "$from" ]; then
-  case $from in /*) ;; *) from="${OLDPWD%/}/$from" ;; esac # of where the user is
   [ -e "$from" ] || { echo "error: --from $from is no folder" >&2 && exit 2; }
   [ ! -d "$from" ] || from="$(cd "$from" && pwd)"
-  source=(--from "$from")
+  source=(--from "$from" "${source[@]:2}")
 fi
-source+=(${import[@]+"${import[@]}"})
 source ./setup.sh --device_type=cpu
-source ./stages.sh
-[ -z "$from${import[*]-}" ] ||
-  corpus="$(python -m nanochat.dataset "${source[@]}" --print_name)"
+corpus=primer
+[ "${#source[@]}$from" = 2 ] || corpus="$(python -m nanochat.dataset "${source[@]}" --print_name)"
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}" # huge pages: 4 % off a step
 tag="laptop-$corpus"
 place=(--device_type=cpu --model_tag="$tag")
-[ -z "$name" ] || python -m tasks.mixtures "${persona[@]}"
-begin "$tag" "$([ -n "$name" ] || echo "$fresh")"
+[ -z "$owner" ] || python -m tasks.mixtures "${persona[@]}"
+begin "$tag" "$([ -n "$owner" ] || echo "$fresh")"
 
 # The steps of each stage, measured once: the same when a run goes on.
 chosen="$notes/pace-${minutes:-own}" pace="$notes/pace"
@@ -95,17 +73,8 @@ stage base_train python -m scripts.base_train "${place[@]}" --data="$corpus" \
 stage base_loss python -m scripts.base_loss "${place[@]}" --data="$corpus" --eval_tokens=65536 \
   --device_batch_size=8
 stage base_eval python -m scripts.base_eval "${place[@]}" -a primer-choice
-# A persona shares the base model. What follows has a tag of its own, and is made anew where a file
-# or the base model has changed, or with --fresh.
-if [ -n "$name" ]; then
-  chain="on:$({ echo "${persona[*]}" && cat "$notes/base_train" "${files[@]}"; } | cksum)"
-  chain="${chain// /}"
-  ln -sfn "$tag" "$NANOCHAT_BASE_DIR/base/$tag-$name"
-  tag="$tag-$name" notes="$NANOCHAT_BASE_DIR/done/$tag-$name"
-  place=(--device_type=cpu --model_tag="$tag")
-  mkdir -p "$notes" "$NANOCHAT_BASE_DIR"/{mid,sft,rl}/"$tag"
-  [ -z "$fresh" ] || { rm -f "$notes"/* && touch "$NANOCHAT_BASE_DIR"/{mid,sft,rl}/"$tag"/.fresh; }
-fi
+begin_persona "$fresh"
+place=(--device_type=cpu --model_tag="$tag")
 chat=(--mixture=primer ${persona[@]+"${persona[@]}"} --mask_documents --total_batch_size=2048
   --device_batch_size=4 --eval_every=1000 --eval_tokens=32768 --save_every=200 --log_every=100)
 examine=(-a 'primer-choice|primer-exact|primer-arithmetic|primer-spelling|primer-visitor'

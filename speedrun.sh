@@ -5,6 +5,7 @@
 #   bash speedrun.sh                    the $100 tier: about three and a half hours on 8 H100s
 #   GOAL=gpt2 bash speedrun.sh          GPT-2's CORE, 0.2565, as fast as possible: pretrains 2 hours
 #   bash speedrun.sh --fresh            starts over; otherwise what is finished is not run again
+#   bash speedrun.sh --custom FILE      a persona of yours, on the same base model (dev/persona.md)
 #   WANDB_RUN=first bash speedrun.sh    draws curves on wandb
 #   screen -L -Logfile speedrun.log -S speedrun bash speedrun.sh    outlives the connection
 #
@@ -15,16 +16,24 @@
 # The sizes are those of `python -m scripts.plan`, whose hours are for an assumed speed; none was
 # measured. MFU=0.4 assumes another share of the peak. run1000.sh sets DEPTH and RATIO.
 set -euo pipefail
+here="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")"
+source ./stages.sh
 goal=${GOAL:-best} chars=${TOKENIZER_CHARS:-2000000000}
 [ -z "${NANOCHAT_TINY:-}" ] || DEPTH=2 chars=200000
-case $* in
-"" | --fresh) ;;
-*) echo "error: unknown option $*; the only one is --fresh, which starts over" >&2 && exit 2 ;;
-esac
+fresh=""
+while [ $# -gt 0 ]; do
+  [ "$1" != --fresh ] || { fresh=1 && shift && continue; }
+  case ${1%%=*} in
+  --custom | --identity) read_option "$@" && add_persona "$option" "$value" ;;
+  *) echo "error: unknown option $1; use --fresh, --custom or --identity" >&2 && exit 2 ;;
+  esac
+  [ "$1" != "$option" ] || shift
+  shift
+done
 [ -z "${HOURS:-}" ] || [ -z "${GOAL:-}" ] || { echo "error: give HOURS or GOAL" >&2 && exit 2; }
 source ./setup.sh ${NANOCHAT_TINY:+--device_type=cpu}
-source ./stages.sh
+[ -z "$owner" ] || python -m tasks.mixtures "${persona[@]}"
 
 processes="${NPROC_PER_NODE:-$(size "$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" 2)}"
 [ "$processes" -gt 0 ] ||
@@ -42,7 +51,7 @@ tag="d${sizes%% *}"
 mkdir -p "$NANOCHAT_BASE_DIR/logs"
 # tee outlives a signal to all processes, so that what they say last is read.
 exec > >(trap '' HUP INT TERM USR1 && exec tee -a "$NANOCHAT_BASE_DIR/logs/$tag-node$node.log") 2>&1
-begin "$tag" "$*"
+begin "$tag" "$([ -n "$owner" ] || echo "$fresh")"
 "${plan[@]}" ${NANOCHAT_TINY:+--gpu=h100}
 if [ -n "${HOURS:-}" ]; then # the first choice stays, whatever plan says of a later card
   if [ "$node" = 0 ] && [ ! -s "$notes/sizes" ]; then
@@ -86,9 +95,11 @@ stage base_train launch scripts.base_train $place $batch --depth="$depth" \
   --target_param_data_ratio="$ratio" $fp8 $bpb $base
 stage base_loss launch scripts.base_loss $place --device_batch_size="$rows" $bpb
 stage base_eval launch scripts.base_eval $place $core
-stage mid_train launch scripts.mid_train $place $batch $chat $mid
+begin_persona "$fresh"
+place="--model_tag=$tag"
+stage mid_train launch scripts.mid_train $place $batch $chat $mid ${persona[@]+"${persona[@]}"}
 stage chat_eval_mid launch scripts.chat_eval $place -i mid $examine
-stage chat_sft launch scripts.chat_sft $place $batch $chat
+stage chat_sft launch scripts.chat_sft $place $batch $chat ${persona[@]+"${persona[@]}"}
 stage chat_eval_sft launch scripts.chat_eval $place -i sft $examine
 stage chat_rl launch scripts.chat_rl $place $rl
 stage chat_eval_rl launch scripts.chat_eval $place -i rl -a GSM8K $examine

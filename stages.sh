@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# What speedrun.sh, run1000.sh and runcpu.sh share: stages that run once. Sourced after setup.sh.
+# What speedrun.sh, run1000.sh and runcpu.sh share: stages that run once.
 #
+#   read_option ARGUMENTS...  of an option NAME=VALUE or NAME VALUE, sets $option and $value
+#   add_persona NAME FILE     notes --custom or --identity, from where the user is ($here)
 #   begin TAG [FRESH]         names the run; where FRESH is not empty, every stage starts over
+#   begin_persona [FRESH]     what follows is the persona's run, if there is one; with FRESH that one
+#                             starts over
 #   stage NAME COMMAND...     runs the command unless it is done and what it builds on is the same
 #   launch MODULE FLAGS...    `python -m MODULE FLAGS` in $processes processes on each machine
 #   size REAL TINY            REAL; TINY where NANOCHAT_TINY is set, which rehearses in minutes
@@ -28,11 +32,30 @@ chain="on:" # and a checksum of how the corpus and the tokenizer were made, on w
 ran=""      # not empty once a stage has run
 asked=""    # not empty once SIGUSR1 asked to stop
 pace=""     # the file, if there is one
+persona=()  # flags of the stages that learn to talk
+files=()    # of these flags
+owner=""    # what is trained with them is called after the first file
 export NANOCHAT_BEGAN="${NANOCHAT_BEGAN:-$(($(date +%s) - SECONDS))}"
 # Where all processes are signalled, this one waits for the stage, which saves.
 trap asked=1 USR1
 trap '[ -z "$asked" ] || exit 75' EXIT
 trap 'exit 143' TERM
+
+read_option() {
+  option="${1%%=*}" value="${1#*=}"
+  [ "$1" != "$option" ] || value="${2:-}"
+  [ -n "$value" ] || { echo "error: $option needs a value" >&2 && exit 2; }
+}
+
+add_persona() {
+  local file="$2"
+  case $file in /*) ;; *) file="$here/$file" ;; esac
+  persona+=("$1=$file")
+  [ -e "$file" ] || file="${file%:*}" # without the epochs
+  files+=("$file")
+  [ -z "$owner" ] || return 0
+  owner="$(basename "$file")" owner="${owner%.json*}" owner="${owner//[^A-Za-z0-9_.-]/-}"
+}
 
 size() { if [ -n "${NANOCHAT_TINY:-}" ]; then echo "$2"; else echo "$1"; fi; }
 
@@ -50,6 +73,20 @@ begin() {
   fi
   # The machines wait for each other, so that none reads what machine 0 is about to forget.
   [ "$nodes" = 1 ] || torchrun "${where[@]}" --rdzv_id=begin --nproc_per_node=1 --no-python true
+}
+
+# A persona shares the base model of the run. What is trained with it is made anew where a file or
+# that model has changed.
+begin_persona() {
+  local stages=("$NANOCHAT_BASE_DIR"/{mid,sft,rl}) whole=$tag made_from
+  [ -n "$owner" ] || return 0
+  made_from=$(echo "${persona[*]}" | cat - "$notes/base_train" "${files[@]}" | cksum)
+  chain="on:${made_from// /}"
+  tag="$whole-$owner" notes="$NANOCHAT_BASE_DIR/done/$whole-$owner"
+  [ "$node" = 0 ] || return 0
+  mkdir -p "$notes" "${stages[@]/%//$tag}"
+  ln -sfn "$whole" "$NANOCHAT_BASE_DIR/base/$tag"
+  [ -z "${1:-}" ] || { rm -f "$notes"/* && touch "${stages[@]/%//$tag/.fresh}"; }
 }
 
 # A stage that begins notes its chain and command in NAME.began, one that is finished in NAME.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from nanochat.common import run_script
 from nanochat.finetuning import FinetuneConfig, finetune
 from nanochat.report import write_section
-from tasks.mixtures import build_mixture
+from tasks.mixtures import build_mixture, read_own
 
 
 @dataclass
@@ -22,7 +22,8 @@ class Config(FinetuneConfig):
 
 
 def main(cfg: Config) -> None:
-    results = finetune("mid", cfg, lambda part: build_mixture(part, cfg.mixture, cfg.custom, cfg.identity))
+    own = read_own(cfg)
+    results = finetune("mid", cfg, lambda part: build_mixture(part, cfg.mixture, own))
     if results is not None:
         write_section("mid_train", "Midtraining", vars(cfg), results, seconds=results["seconds"])
 

@@ -9,12 +9,12 @@ midtraining's.
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanochat.common import UserError, print0, run_script
 from nanochat.finetuning import FinetuneConfig
@@ -27,7 +27,7 @@ from tasks.common import TaskMixture
 from tasks.customjson import ENOUGH, CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
-from tasks.identity import FACTS, Identity
+from tasks.identity import Identity
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SpellingBee, SpellWord
@@ -102,27 +102,43 @@ EVALUATIONS: dict[str, Callable[..., Task]] = {
 CHAT_CORE = tuple(EVALUATIONS)[:6]
 
 
-def build_mixture(
-    stage: str, name: str, custom: Sequence[str] = (), identity: Path | None = None
-) -> TaskMixture:
+class Own(NamedTuple):
+    """What a user's flags add to a mixture."""
+
+    files: Sequence[CustomJSON] = ()
+    facts: Identity | None = None
+    held_out: Mapping[str, Conversation] = {}  # by its messages: for validation, without a mixture
+
+
+NOTHING = Own()
+
+
+def read_own(cfg: FinetuneConfig) -> Own:
+    """The user's files and facts, read before anything slow; UserError names what is wrong."""
+    files = [CustomJSON(file) for file in cfg.custom]
+    facts = Identity(cfg.identity) if cfg.identity else None
+    if cfg.mixture != "none":
+        return Own(files, facts)
+    different = [*{str(row["messages"]): row for file in files for row in file}.items()]
+    if len(different) < 2:
+        raise UserError("--mixture=none needs --custom FILE, with two conversations or more")
+    return Own(files, facts, dict(different[19::20] or different[-1:]))
+
+
+def build_mixture(stage: str, name: str, user: Own = NOTHING) -> TaskMixture:
     """The conversations of a stage (mid, sft or val), with a user's files and facts.
 
     Of the mixture "none", which has nothing else, "val" gets one of 20 different conversations.
     """
-    files, facts = [CustomJSON(file) for file in custom], Identity(identity or FACTS)
-    tasks = [] if name == "none" else MIXTURES[stage, name](facts)
-    if identity and name != "default" and stage != "val":
-        tasks.append(facts)
-    if own := own_replies(files, facts if identity else None):
+    tasks = [] if name == "none" else MIXTURES[stage, name](user.facts or Identity())
+    if user.facts and name != "default" and stage != "val":
+        tasks.append(user.facts)
+    if own := own_replies(user.files, user.facts):
         tasks = [Overruled(task, own) for task in tasks]
-    different = [*{str(row["messages"]): row for file in files for row in file}.items()]
-    if name == "none" and len(different) < 2:
-        raise UserError("--mixture=none needs --custom FILE, with two conversations or more")
-    held_out = dict(different[19::20] or different[-1:]) if name == "none" else {}
     if stage == "val":
-        return TaskMixture([*tasks, Task([*held_out.values()])])
-    for file in files:
-        rows = [row for row in file if str(row["messages"]) not in held_out]
+        return TaskMixture([*tasks, Task([*user.held_out.values()])])
+    for file in user.files:
+        rows = [row for row in file if str(row["messages"]) not in user.held_out]
         tasks += [Task(rows)] * file.epochs
     return TaskMixture(tasks)
 
@@ -191,9 +207,8 @@ def build_task(
 
 
 def main(cfg: FinetuneConfig) -> None:
-    for file in map(CustomJSON, cfg.custom):
+    for file in read_own(cfg).files:
         print0(f"{file.path}: {len(file)} conversations, each listed {file.epochs} times")
-    build_mixture("mid", "primer", cfg.custom, cfg.identity)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,18 @@ def test_a_persona_begins_after_the_base_model(tier: Tier) -> None:
     assert tier.run() == [] and tier.run("--fresh") == plain
 
 
+def test_a_persona_of_the_large_tiers(tmp_path: Path) -> None:
+    tier = Tier(tmp_path, "speedrun.sh")
+    persona = tmp_path / "my owl.jsonl"
+    persona.write_text("{}")
+    plain = tier.run()
+    with_it = tier.run(f"--custom={persona}:2", "--identity", str(persona))
+    assert with_it == plain[plain.index("mid_train") :]
+    calls = (tier.folder / "calls").read_text()
+    assert calls.count(f"--custom={persona}:2 --identity={persona}") == 3  # and the check
+    assert calls.count("--model_tag=d24-my-owl ") == 6 and tier.run() == []
+
+
 def test_a_killed_persona_goes_on(tier: Tier) -> None:
     persona = tier.folder / "owl.jsonl"
     persona.write_text("{}")
@@ -61,8 +73,8 @@ def test_a_killed_persona_goes_on(tier: Tier) -> None:
 
 def test_what_is_wrong_is_told_before_anything_runs(tier: Tier) -> None:
     for arguments, told in {
-        ("--custom",): "error: --custom needs a file",
-        ("--identity=",): "error: --identity needs a file",
+        ("--custom",): "error: --custom needs a value",
+        ("--identity=",): "error: --identity needs a value",
     }.items():
         process = tier.start(*arguments)
         assert told in process.communicate(timeout=60)[0] and process.returncode == 2

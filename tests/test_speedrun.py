@@ -548,13 +548,13 @@ def test_from_nothing_to_a_report_though_killed_in_every_stage(
 def test_the_shell_scripts_know_their_options() -> None:
     for command, said in {
         "runcpu.sh --help": "bash runcpu.sh --from FOLDER",
-        "runcpu.sh --from": "error: --from needs a folder\n",
-        "runcpu.sh --fresh --from=": "error: --from needs a folder\n",
+        "runcpu.sh --from": "error: --from needs a value\n",
+        "runcpu.sh --fresh --from=": "error: --from needs a value\n",
         "runcpu.sh --from=/nowhere": "error: --from /nowhere is no folder\n",
-        "runcpu.sh --minutes": "error: --minutes needs a number\n",
+        "runcpu.sh --minutes": "error: --minutes needs a value\n",
         "runcpu.sh --form": "error: unknown option --form;",
-        "speedrun.sh --frehs": "error: unknown option --frehs; the only one is --fresh",
-        "run1000.sh 8": "error: unknown option 8; the only one is --fresh",
+        "speedrun.sh --frehs": "error: unknown option --frehs; use --fresh, --custom",
+        "run1000.sh 8": "error: unknown option 8; use --fresh, --custom",
     }.items():
         done = subprocess.run(f"bash {command}".split(), cwd=ROOT, capture_output=True, text=True)
         assert said in done.stdout + done.stderr

@@ -12,6 +12,7 @@ from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -19,6 +20,7 @@ import pytest
 
 import primer
 from nanochat.calculator import calculate
+from nanochat.finetuning import FinetuneConfig
 from nanochat.task_eval import Task
 from nanochat.tokenizer import (
     SPECIAL_TOKENS,
@@ -32,7 +34,7 @@ from tasks.common import TaskMixture, exchange, load_rows
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, final_number
 from tasks.identity import FACTS, Identity
-from tasks.mixtures import CHAT_CORE, EVALUATIONS, build_mixture, build_task
+from tasks.mixtures import CHAT_CORE, EVALUATIONS, build_mixture, build_task, read_own
 from tasks.mmlu import MMLU
 from tasks.primer import Arithmetic, Choice, Exact, Quiz, Spelling
 from tasks.smoltalk import SmolTalk
@@ -88,6 +90,11 @@ def contents(task: Task) -> list[int]:
     return [int(row["messages"][0]["content"]) for row in task]
 
 
+def mixed(stage: str, name: Any, *custom: str, identity: Path | None = None) -> TaskMixture:
+    own = read_own(FinetuneConfig(mixture=name, custom=[*custom], identity=identity))
+    return build_mixture(stage, name, own)
+
+
 def spoken(row: Conversation) -> str:
     """The reply of a row as a model would say it."""
     reply = row["messages"][-1]["content"]
@@ -137,9 +144,9 @@ def test_a_task_is_cut_like_a_list(cut: tuple) -> None:
 
 def test_a_mixture_holds_every_row_as_often_as_its_task_is_listed() -> None:
     tasks = [Numbers(), Numbers()[:5], Numbers()]
-    mixed = contents(TaskMixture(tasks, seed=1))
-    assert Counter(mixed) == Counter([*range(10), *range(10), *range(5)])
-    assert mixed == contents(TaskMixture(tasks, seed=1)) != contents(TaskMixture(tasks, seed=2))
+    once = contents(TaskMixture(tasks, seed=1))
+    assert Counter(once) == Counter([*range(10), *range(10), *range(5)])
+    assert once == contents(TaskMixture(tasks, seed=1)) != contents(TaskMixture(tasks, seed=2))
 
 
 def test_the_mixtures_hold_every_row(all_data: None) -> None:
@@ -383,11 +390,11 @@ def test_custom_conversations_join_the_mixture(tmp_path: Path) -> None:
     assert [row["messages"] for row in CustomJSON(file)] == [talk, talk]
     for spec, epochs in ((file, 2000), (f"{file}:7", 7), (other, 4000), (f"{other}:3", 3)):
         assert CustomJSON(spec).epochs == epochs
-    mixture = build_mixture("sft", "primer", [f"{file}:3", f"{other}:5"])
+    mixture = mixed("sft", "primer", f"{file}:3", f"{other}:5")
     assert len(mixture) == 29_000 + 2 * 3 + 5
     last = [row["messages"] for row in mixture.tasks[-1]]
     assert last == [exchange("And you?", "I, too.")]
-    assert len(build_mixture("val", "primer", [str(file)])) == 400
+    assert len(mixed("val", "primer", str(file))) == 400
     for text, told in {
         '{"messages": [': "line 2: not JSON",
         '"hello"': "line 2: expected",
@@ -414,18 +421,18 @@ def test_without_a_mixture_every_20th_conversation_validates(tmp_path: Path) -> 
     files = [tmp_path / "a", tmp_path / "b"]
     files[0].write_text("".join(said(str(n), "Hoo!") for n in range(45)))
     files[1].write_text("".join(said(str(n), "Hoo!") for n in range(19, 60)))  # half of it again
-    val = contents(build_mixture("val", "none", [f"{file}:2" for file in files]))
+    val = contents(mixed("val", "none", *(f"{file}:2" for file in files)))
     assert sorted(val) == [19, 39, 59]
     for stage in ("mid", "sft"):
-        train = Counter(contents(build_mixture(stage, "none", [f"{files[0]}:2", f"{files[1]}:3"])))
+        train = Counter(contents(mixed(stage, "none", f"{files[0]}:2", f"{files[1]}:3")))
         wanted = {n: 2 * (n < 45) + 3 * (n >= 19) for n in range(60) if n not in val}
         assert train == wanted
     files[0].write_text(said("1", "Hoo!") * 2)
-    refuses("--mixture=none needs --custom", build_mixture, "mid", "none", [str(files[0])])
-    refuses("--mixture=none needs --custom", build_mixture, "mid", "none")
+    refuses("--mixture=none needs --custom", mixed, "mid", "none", str(files[0]))
+    refuses("--mixture=none needs --custom", mixed, "mid", "none")
     files[0].write_text(said("1", "Hoo!") + said("2", "Hoo!"))
-    assert contents(build_mixture("mid", "none", [f"{files[0]}:1"])) == [1]
-    assert contents(build_mixture("val", "none", [f"{files[0]}:1"])) == [2]
+    assert contents(mixed("mid", "none", f"{files[0]}:1")) == [1]
+    assert contents(mixed("val", "none", f"{files[0]}:1")) == [2]
 
 
 def test_a_persona_takes_the_place_of_the_primer_s(tmp_path: Path, all_data: None) -> None:
@@ -444,7 +451,7 @@ def test_a_persona_takes_the_place_of_the_primer_s(tmp_path: Path, all_data: Non
         list(chain.from_iterable(row["messages"] for row in mixture.tasks[0][:900]))
         for mixture in (
             build_mixture("sft", "primer"),
-            build_mixture("sft", "primer", [str(persona)]),
+            mixed("sft", "primer", str(persona)),
         )
     )
     seen = set()
@@ -459,8 +466,8 @@ def test_a_persona_takes_the_place_of_the_primer_s(tmp_path: Path, all_data: Non
     # Where the mixture has Identity, and by facts alone.
     facts.write_text(FACTS.read_text().replace('"nanochat"', '"Pip"'))
     for mixture in (
-        build_mixture("sft", "default", [str(persona)]),
-        build_mixture("sft", "primer", identity=facts),
+        mixed("sft", "default", str(persona)),
+        mixed("sft", "primer", identity=facts),
     ):
         told = " ".join(
             str(message["content"])

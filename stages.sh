@@ -4,8 +4,7 @@
 #   read_option ARGUMENTS...  of an option NAME=VALUE or NAME VALUE, sets $option and $value
 #   add_persona NAME FILE     notes --custom or --identity, from where the user is ($here)
 #   begin TAG [FRESH]         names the run; where FRESH is not empty, every stage starts over
-#   begin_persona [FRESH]     what follows is the persona's run, if there is one; with FRESH that one
-#                             starts over
+#   begin_persona [FRESH]     what follows is the persona's run, if any; with FRESH that starts over
 #   stage NAME COMMAND...     runs the command unless it is done and what it builds on is the same
 #   launch MODULE FLAGS...    `python -m MODULE FLAGS` in $processes processes on each machine
 #   size REAL TINY            REAL; TINY where NANOCHAT_TINY is set, which rehearses in minutes

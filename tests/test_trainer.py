@@ -452,7 +452,7 @@ def check_interruptions(source: Path, folder: Path, script: str, num_runs: int) 
         assert not [*base_dir.glob("*/d1/*.partial"), *base_dir.glob("*/d1/*.deleted")]
 
 
-@pytest.mark.parametrize("num_runs", [1, pytest.param(12, marks=pytest.mark.long)])
+@pytest.mark.parametrize("num_runs", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_interrupted_at_any_instant(prepared: Path, tmp_path: Path, num_runs: int) -> None:
     check_interruptions(prepared, tmp_path, "base_train", num_runs)
 

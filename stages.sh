@@ -35,7 +35,8 @@ persona=()  # flags of the stages that learn to talk
 files=()    # of these flags
 owner=""    # what is trained with them is called after the first file
 export NANOCHAT_BEGAN="${NANOCHAT_BEGAN:-$(($(date +%s) - SECONDS))}"
-# Where all processes are signalled, this one waits for the stage, which saves.
+# Where all processes are signalled, this one waits for the stage, which saves; alone, it ends with
+# the stage.
 trap asked=1 USR1
 trap '[ -z "$asked" ] || exit 75' EXIT
 trap 'exit 143' TERM
@@ -47,13 +48,16 @@ read_option() {
 }
 
 add_persona() {
-  local file="$2"
+  local file="$2" plain LC_ALL=C
   case $file in /*) ;; *) file="$here/$file" ;; esac
   persona+=("$1=$file")
   [ -e "$file" ] || file="${file%:*}" # without the epochs
   files+=("$file")
   [ -z "$owner" ] || return 0
-  owner="$(basename "$file")" owner="${owner%.json*}" owner="${owner//[^A-Za-z0-9_.-]/-}"
+  owner="$(basename "$file")" owner="${owner%.json*}" plain="${owner//[^A-Za-z0-9_.-]/-}"
+  # Two names in Chinese would be the same dashes.
+  case $owner in "" | *[!\ -~]*) plain+="-$(cksum <<<"$owner" | cut -d' ' -f1)" ;; esac
+  owner=$plain
 }
 
 size() { if [ -n "${NANOCHAT_TINY:-}" ]; then echo "$2"; else echo "$1"; fi; }
@@ -70,22 +74,31 @@ begin() {
     rm -f "$NANOCHAT_STOPPED"
     [ -n "$(ls -A "$notes")" ] || python -m nanochat.report reset
   fi
-  # The machines wait for each other, so that none reads what machine 0 is about to forget.
-  [ "$nodes" = 1 ] || torchrun "${where[@]}" --rdzv_id=begin --nproc_per_node=1 --no-python true
+  meet begin
+}
+
+# The machines wait for each other, so that none reads what machine 0 is about to forget.
+meet() {
+  [ "$nodes" = 1 ] || torchrun "${where[@]}" --rdzv_id="$1" --nproc_per_node=1 --no-python true
 }
 
 # A persona shares the base model of the run. What is trained with it is made anew where a file or
 # that model has changed.
 begin_persona() {
-  local stages=("$NANOCHAT_BASE_DIR"/{mid,sft,rl}) whole=$tag made_from
+  local stages=("$NANOCHAT_BASE_DIR"/{mid,sft,rl}) base="$NANOCHAT_BASE_DIR/base" whole=$tag made
   [ -n "$owner" ] || return 0
-  made_from=$(echo "${persona[*]}" | cat - "$notes/base_train" "${files[@]}" | cksum)
-  chain="on:${made_from// /}"
+  meet persona # machine 0 has trained the base model
+  made=$(echo "${persona[*]}" | cat - "$base/$whole/result.json" "${files[@]}" | cksum)
+  chain="on:${made// /}"
   tag="$whole-$owner" notes="$NANOCHAT_BASE_DIR/done/$whole-$owner"
-  [ "$node" = 0 ] || return 0
-  mkdir -p "$notes" "${stages[@]/%//$tag}"
-  ln -sfn "$whole" "$NANOCHAT_BASE_DIR/base/$tag"
-  [ -z "${1:-}" ] || { rm -f "$notes"/* && touch "${stages[@]/%//$tag/.fresh}"; }
+  if [ "$node" = 0 ]; then
+    [ ! -e "$base/$tag" ] || [ -L "$base/$tag" ] ||
+      { echo "error: $base/$tag is a model of its own; rename ${files[0]}" >&2 && exit 2; }
+    mkdir -p "$notes" "${stages[@]/%//$tag}"
+    ln -sfn "$whole" "$base/$tag"
+    [ -z "${1:-}" ] || { touch "${stages[@]/%//$tag/.fresh}" && rm -f "$notes"/*; }
+  fi
+  meet persona_fresh
 }
 
 # A stage that begins notes its chain and command in NAME.began, one that is finished in NAME.

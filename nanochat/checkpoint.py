@@ -314,7 +314,9 @@ def find_checkpoint(
     remedy = f"run `python -m scripts.{STAGE_SCRIPTS[stage]}`"
     if not runs:
         raise UserError(f"no checkpoint in {stage_dir}; {remedy}")
-    run = stage_dir / model_tag if model_tag else max(runs, key=saved_at)
+    # Not a link to the one saved last.
+    newest = max(runs, key=lambda run: (saved_at(run), not run.is_symlink()))
+    run = stage_dir / model_tag if model_tag else newest
     if run not in runs:
         known = ", ".join(sorted(run.name for run in runs))
         raise UserError(

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -374,7 +375,9 @@ def run_script(main: Callable[[T], None], config: type[T]) -> None:
         if error.filename is None and error.errno not in MACHINE_ERRORS:
             raise
         path = "a file" if error.filename is None else error.filename
-        sys.exit(f"error: {path}: {error.strerror}; make room or choose another path")
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        mend = "make room or choose another path" if is_full else "choose another path"
+        sys.exit(f"error: {path}: {error.strerror}; {mend}")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         if dist.is_initialized():
@@ -415,9 +418,11 @@ def leave(reason: str) -> NoReturn:
 
     Under torchrun, which would start all ranks again, with 0.
     """
-    print0(f"{reason}; the same command goes on")
-    if (note := os.environ.get("NANOCHAT_STOPPED")) and int(os.environ.get("RANK", 0)) == 0:
-        Path(note).touch()
+    if int(os.environ.get("RANK", 0)) == 0:
+        if note := os.environ.get("NANOCHAT_STOPPED"):
+            Path(note).touch()
+        with suppress(OSError):  # not print: a signal may have interrupted one
+            os.write(1, f"{reason}; the same command goes on\n".encode())
     sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else TIME_IS_UP)
 
 

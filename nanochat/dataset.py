@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -111,7 +111,7 @@ def check_shard(path: Path, field: str = "text") -> int:
     kinds = dict(zip(schema.names, schema.types, strict=True))
     if kinds.get(field) not in (pa.string(), pa.large_string()):
         columns = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
-        mend = f"name another with --text_field, or {MEND_SHARD}"
+        mend = f"import it again with another --text_field, or {MEND_SHARD}"
         raise UserError(f"{path} has no column `{field}` of strings (it has {columns}); {mend}")
     if num_documents == 0:
         raise UserError(f"{path} holds no documents; {MEND_SHARD}")
@@ -201,8 +201,9 @@ def write_shards(documents: Iterable[tuple[str, bool]], folder: Path) -> None:
 
 def read_source(name: str) -> dict[str, Any]:
     """What a corpus was made from; nothing if that is unknown."""
-    file = corpora_dir() / name / SOURCE_FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    with suppress(OSError, ValueError):  # no file, or a damaged one
+        return json.loads((corpora_dir() / name / SOURCE_FILE).read_text())
+    return {}
 
 
 def build_corpus(name: str, source: dict[str, Any], build: Callable[[Path], None]) -> None:
@@ -244,7 +245,7 @@ def corpus_name(path: Path, name: str = "") -> str:
     """`name`, by default what the folder is called; UserError if it is not valid, or in use."""
     reserved = {*PUBLIC, "primer", "current"}
     if name:
-        if not re.fullmatch(FOLDER_NAME, name) or name in reserved or len(name) > 60:
+        if not re.fullmatch(FOLDER_NAME, name) or name.lower() in reserved or len(name) > 60:
             raise UserError(f"a corpus cannot be called {name!r}; choose another with --name")
         return name
     stem = unicodedata.normalize("NFKC", IMPORTED.sub("", path.name))  # a Mac's é is two characters
@@ -271,9 +272,9 @@ def import_folder(path: Path, name: str, field: str = "text") -> None:
 
     def build(folder: Path) -> None:
         if not are_shards or field != "text":
-            texts, held_out = (read_documents(split, field) for split in (train, val))
-            named = chain(zip(texts, repeat(False)), zip(held_out, repeat(True)))
-            documents = named if val else hold_out(texts)
+            splits = ((False, train), (True, val))
+            named = ((text, own) for own, some in splits for text in read_documents(some, field))
+            documents = named if val else hold_out(read_documents(train, field))
             write_shards(progress_bar(documents, " documents"), folder)
             return
         for i, file in enumerate(map(os.path.realpath, files)):  # not the link, if it is one
@@ -335,10 +336,12 @@ def choose_files(path: Path) -> tuple[list[Path], list[Path]]:
     shards = take("shards")
     train, val = shards[:-1], shards[-1:]
     if not train:
-        train = shards + take("text", "of the train split")
+        # Without a training split such names mean something else.
+        odd = () if "of the train split" in groups else ("of the dev split", "of the test split")
+        train = shards + take("text", "of the train split", *odd)
         val = take("of the val split", "of the dev split") or take("of the test split")
-    if not train:  # the names mean something else
-        train, val = val + take("of the test split") or take("about the data"), []
+    if not train:
+        train, val = val or take("about the data"), []
     base = path.parent
     told = [f"{len(v):,} {why} (as {os.path.relpath(v[0], base)})" for why, v in groups.items()]
     if told:
@@ -378,7 +381,9 @@ def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
         near = error.object[max(0, error.start - 9) : error.start + 9]
         raise UserError(f"{path} is not UTF-8 text, near {near}; {CONVERT}") from error
     except OSError as error:
-        raise UserError(f"cannot read {path} ({_reason(error)}); mend or remove it") from error
+        raise UserError(
+            f"cannot read {path} ({_reason(error)}); mend it, or check its name"
+        ) from error
 
 
 def _read_txt(path: Path) -> Iterator[str]:

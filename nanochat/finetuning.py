@@ -53,7 +53,7 @@ class FinetuneConfig(CheckpointFlags):
     source: Source = "base"  # stage of the checkpoint to start from
     # data
     mixture: Literal["default", "primer", "none"] = "default"  # public data, embedded world, custom
-    custom: Files = field(default_factory=list)  # .jsonl of yours, added; FILE:3: listed 3 times
+    custom: Files = field(default_factory=list)  # .jsonl of yours, to 4,000 rows; or FILE:3
     identity: Path | None = None  # who the model is, instead of tasks/identity.json
     num_epochs: Count = 1  # passes over the mixture
     num_iterations: Derived = -1  # steps; -1: all epochs
@@ -93,17 +93,21 @@ def carry_moments(optimizer: MuonAdamW, checkpoint: Checkpoint) -> None:
 
 
 def finetune(
-    stage: str, cfg: FinetuneConfig, build_mixture: Callable[[str], Sequence[Conversation]]
+    stage: str,
+    cfg: FinetuneConfig,
+    build_mixture: Callable[[str], Sequence[Conversation]],
+    own: str = "",
 ) -> dict[str, Any] | None:
     """Train `stage` from the checkpoint that `cfg` names.
 
     `build_mixture` gives the conversations of the stage and of "val"; it may download them, so all
-    else is checked before. Returns the results; None if the run was already finished.
+    else is checked before. `own` tells one state of the user's files from another. Returns the
+    results; None if the run was already finished.
     """
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic, trains=True)
     model, tokenizer, meta = load_model(cfg, runtime, train=True, table_dtype=cfg.table_dtype)
     print0(f"{stage} from {meta['name']}")
-    settings = vars(cfg) | {"weights": meta["weights"]}
+    settings = vars(cfg) | {"weights": meta["weights"], "own": own}
     seq_len = cfg.max_seq_len if cfg.max_seq_len > 0 else model.config.sequence_len
     num_rows = batch_rows(cfg.total_batch_size, seq_len)
     choices = row_choices(

@@ -275,12 +275,14 @@ RUNS = (
 # 2203.15556, and again by Besiroglu et al., 2404.10102: what these runs, all of one size, cannot
 # say. It is scaled to the last run, and its best ratio put where karpathy/nanochat found its own.
 LAWS = ((1.69, 406.4, 410.7, 0.34, 0.28), (1.8172, 482.01, 2085.43, 0.3478, 0.3658))
-# (FLOPs, CORE) of a smaller and a larger model of karpathy/nanochat: depth 14 of its pull request
-# 747 and the runs above; depth 16 of its dev/LOG.md and run 1. That the smaller had ratio 12 and
-# the corpus of the larger is assumed. That CORE falls exponentially with the loss is the form of
-# Gadre et al., arXiv 2403.08540.
+# (FLOPs, ratio, CORE) of a smaller and a larger model of karpathy/nanochat: depth 14 of its pull
+# request 747 and the runs above; depth 16 of its dev/LOG.md and run 1. That the smaller had ratio
+# 12 and the corpus of the larger is assumed. That CORE falls exponentially with the loss is the
+# form of Gadre et al., arXiv 2403.08540.
 CORE = fmean(run[3] for run in RUNS)
-CORE_PAIRS = (((2.22e18, 0.157), (2.79e19, CORE)), ((4.47e18, 0.155), (4.33e19, 0.2585)))
+CORE_PAIRS = (
+    ((2.22e18, 12, 0.157), (2.79e19, 8, CORE)), ((4.47e18, 12, 0.155), (4.33e19, 12, 0.2585)),
+)  # fmt: skip
 CORE_SPREAD = 0.0165 / 2  # around its middle, of seven runs of one recipe (run 4)
 
 
@@ -304,12 +306,12 @@ def predict(flops: float, ratio: float) -> tuple[float, float, float, float]:
     runs by, at most; and what CORE varies by.
     """
 
-    def mean_bpb(flops: float, ratio: float = REFERENCE_RATIO) -> float:
+    def mean_bpb(flops: float, ratio: float) -> float:
         return fmean(law_bpb(law, flops, ratio) for law in LAWS)
 
     bpb, missed = mean_bpb(flops, ratio), [mean_bpb(*run[:2]) - run[2] for run in RUNS[:-1]]
-    slopes = [math.log(high / low) / (mean_bpb(few) - mean_bpb(many))
-              for (few, low), (many, high) in CORE_PAIRS]  # fmt: skip
+    slopes = [math.log(high[2] / low[2]) / (mean_bpb(*low[:2]) - mean_bpb(*high[:2]))
+              for low, high in CORE_PAIRS]  # fmt: skip
     cores = [CORE * math.exp(slope * (RUNS[-1][2] - bpb)) for slope in slopes]
     error = abs(law_bpb(LAWS[0], flops, ratio) - bpb) + max(map(abs, missed))
     core_error = abs(cores[0] - fmean(cores)) + fmean(slopes) * fmean(cores) * error + CORE_SPREAD

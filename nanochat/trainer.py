@@ -10,7 +10,8 @@ a row with a non-finite gradient stop the run at its next line or save. A rank t
 for another prints its threads' stacks and exits; torchrun then ends or restarts all ranks.
 
 Asked to stop, by SIGTERM, SIGINT, SIGHUP, SIGUSR1 or the end of its time, a rank skips to the last
-micro-batch of the step, where all ranks agree to forget it; the run is saved as it was before.
+micro-batch of the step, where all ranks agree to forget it; the run is saved as it was before. An
+evaluation is not cut short.
 """
 
 import faulthandler
@@ -83,12 +84,12 @@ WANDB_SECONDS = 10  # that wandb may take to answer
 COMPILED_FORMS = 128
 COMPILE_TIMEOUT = timedelta(hours=2)  # for a rank with a cold compiler cache
 # Settings that a resumed run may change: they affect the weights through float rounding at most.
-# "weights" and "corpus" are compared in place of model_tag, source, step and data.
+# "weights", "corpus" and "own" are compared in place of model_tag, source, step, data and files.
 FREE_SETTINGS = {
     "run", "fresh", "device_type", "device_batch_size", "log_every", "save_every", "eval_every",
     "eval_tokens", "eval_problems", "eval_samples", "sample_every", "compile", "keep_last",
     "num_slots", "model_tag", "source", "step", "data", "deterministic", "recompute", "stop_after",
-    "extend", "new_tag",
+    "extend", "new_tag", "custom", "identity",
 }  # fmt: skip
 HORIZON = {"num_iterations", "target_param_data_ratio"}  # --extend trains on to another
 
@@ -467,15 +468,14 @@ def start_wandb(config: dict[str, Any], folder: Path) -> Any:
 
     None, if it refuses even that. It never stops a run: each is said in one line.
     """
-    import wandb  # takes half a second
-
-    limits = wandb.Settings(
-        init_timeout=WANDB_SECONDS, login_timeout=WANDB_SECONDS, finish_timeout=3 * WANDB_SECONDS
-    )
     settings: dict[str, Any] = {"project": "nanochat", "name": config["run"], "config": config}
-    settings |= {"dir": folder, "settings": limits}
-    problem = "" if os.environ.get("WANDB_MODE") or wandb.api.api_key else "nobody is logged in"
     try:
+        import wandb  # takes half a second
+
+        limits = wandb.Settings(init_timeout=WANDB_SECONDS, finish_timeout=3 * WANDB_SECONDS)
+        settings |= {"dir": folder, "settings": limits}
+        known = os.environ.get("WANDB_MODE") or wandb.api.api_key
+        problem = "" if known else "nobody is logged in"
         if not problem:
             try:
                 return wandb.init(**settings)
@@ -523,21 +523,21 @@ class Run:
         self.step: int = state.get("step", 0)  # updates made
         self.progress: float = state.get("progress", 0.0)  # share of the run that is done
         self.saved_step = self.step
-        self.signal_number, self.signal_time = 0, 0.0  # the first that this process received
+        self.signal_number = 0  # the first that asked this process to stop
+        self.received: dict[int, float] = {}  # when each came first
         self.stop_time = stop_time(config.get("stop_after", ""))
         self.asked_at, self.longest = time.monotonic(), 0.0  # whether to stop; seconds between
         self.more_state: dict[str, Any] = {}  # of a script, in every checkpoint
         self.rows = 0  # of a micro-batch
         # A run whose last checkpoints were deleted is not finished, nor one that is extended.
-        result, ends = self.folder / "result.json", HORIZON & before.keys() & self.config.keys()
-        self.is_finished = (
-            self.resumed is not None
-            and result.exists()
-            and json.loads(result.read_text())["step"] == self.step
-            and all(before[name] == self.config[name] for name in ends)
+        ends = HORIZON & before.keys() & self.config.keys()
+        is_longer = any(before[name] != self.config[name] for name in ends)
+        self.is_finished = bool(
+            self.resumed and not is_longer and result_step(self.folder) == self.step
         )
         if self.is_finished:
-            print0(f"{self.folder} is finished (step {self.step}); --fresh starts over")
+            more = ", --extend trains on" if "extend" in self.config else ""
+            print0(f"{self.folder} is finished (step {self.step}); --fresh starts over{more}")
         elif self.resumed:
             print0(f"resuming {self.folder} at step {self.step}")
 
@@ -589,6 +589,13 @@ class Run:
         gc.freeze()  # collections then skip torch and the model
         saved = [part.values for part in optimizer.export_state().values()]
         self.num_bytes = sum(tensor.nbytes for tensor in (*saved, *model.state_dict().values()))
+        signal.setitimer(signal.ITIMER_REAL, 0)  # of run_script: `is_asked` leaves time to save
+        for number in STOP_SIGNALS:
+            before = signal.getsignal(number)
+            # What nohup and `&` have a process ignore, it goes on ignoring.
+            if before != signal.SIG_IGN or number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, self._receive)
+                self.at_exit.callback(signal.signal, number, before)
         self.asked_at = time.monotonic()
         return self.meter
 
@@ -599,7 +606,8 @@ class Run:
     def advance(self, progress: float) -> None:
         """Count the step whose update was made."""
         self.step, self.progress = self.step + 1, progress
-        self.position = self.loader.state if self.loader else self.position
+        if self.loader:
+            self.position = self.loader.state
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -695,30 +703,24 @@ class Run:
             write_file(self.folder / "result.json", json.dumps(results, indent=1))
 
     def __enter__(self) -> Self:
-        signal.setitimer(signal.ITIMER_REAL, 0)  # of run_script: `is_asked` leaves time to save
-        for number in STOP_SIGNALS:
-            before = signal.getsignal(number)
-            # What nohup and `&` have a process ignore, it goes on ignoring.
-            if before != signal.SIG_IGN or number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, self._receive)
-                self.at_exit.callback(signal.signal, number, before)
         self.at_exit.callback(faulthandler.cancel_dump_traceback_later)
         return self
 
     def _receive(self, number: int, _: Any) -> None:
         now = time.monotonic()
+        first = self.received.setdefault(number, now)
         if number == signal.SIGHUP:  # the terminal is gone, and to write to it an error
             null = os.open(os.devnull, os.O_WRONLY)
             for descriptor in (1, 2):
                 if stat.S_ISCHR(os.fstat(descriptor).st_mode):
                     os.dup2(null, descriptor)
         if not self.signal_number:
-            self.signal_number, self.signal_time = number, now
+            self.signal_number = number
             text = f"{signal.Signals(number).name}: saving; a second one exits at once\n"
             if self.runtime.is_main:
                 with suppress(OSError):  # as print0, which the signal may have interrupted
                     os.write(1, text.encode())
-        elif number == self.signal_number and now - self.signal_time > SAME_SIGNAL_SECONDS:
+        elif now - first > SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -727,6 +729,13 @@ class Run:
         if isinstance(error, torch.OutOfMemoryError):
             rows = {"device_batch_size": self.rows} if self.rows else {}
             raise out_of_memory(self.config | rows) from error
+
+
+def result_step(folder: Path) -> int | None:
+    """The step at which the run ended, if it did."""
+    with suppress(OSError, ValueError, KeyError):
+        return json.loads((folder / "result.json").read_text())["step"]
+    return None
 
 
 def starts_over(fresh: bool) -> bool:
@@ -743,6 +752,8 @@ def open_folder(
     """
     found = None
     if runtime.is_main:
+        if folder.is_symlink():  # of a persona, to the base model that it shares
+            raise UserError(f"{folder} is a link to another run; give a --model_tag of its own")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             at_exit.enter_context(lock_folder(folder))
@@ -765,7 +776,7 @@ def lock_folder(folder: Path) -> IO[str]:
     file = (folder / ".lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         owner = file.read().strip()
         file.close()
@@ -781,7 +792,8 @@ def lock_folder(folder: Path) -> IO[str]:
 def clear_folder(folder: Path) -> None:
     if checkpoint.list_steps(folder):
         print0(f"--fresh: deleting the earlier run in {folder}")
-    for entry in folder.iterdir():
+    # Last .fresh, by which a shell script asks again if this is cut short.
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == ".fresh"):
         if entry.name == ".lock":
             continue
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -798,6 +810,7 @@ def check_settings(folder: Path, saved: dict[str, Any], settings: dict[str, Any]
     if different:
         longer = "extend" in settings and set(different) <= HORIZON
         labels = {"corpus": "--data", "weights": "the model that it starts from"}
+        labels["own"] = "what --custom or --identity hold"
         shown = ", ".join(
             f"{labels.get(name, f'--{name}')} was {saved[name]}, is {settings[name]}"
             for name in different

@@ -43,6 +43,7 @@ from nanochat.common import (
     Rows,
     RunName,
     Runtime,
+    Source,
     Step,
     TableDtype,
     Tag,
@@ -166,7 +167,8 @@ def make_schedule(cfg: Config, num_tokens: int, run: Run) -> Schedule:
         saved = Schedule(*state["schedule"])
     else:  # begun by an earlier version
         before = {name: state["config"][name] for name in HORIZON}
-        saved = plan_steps(replace(cfg, **before), num_tokens)
+        share = before["target_param_data_ratio"] / cfg.target_param_data_ratio
+        saved = plan_steps(replace(cfg, **before), round(num_tokens * share))
     if not cfg.extend:
         return saved
     wanted = plan_steps(replace(cfg, total_batch_size=saved.batch), num_tokens)
@@ -202,7 +204,7 @@ def uses_fp8(cfg: Config, runtime: Runtime, choices: list[tuple[int, bool]]) -> 
 
 
 def load_start(
-    cfg: Config, corpus: Corpus, runtime: Runtime
+    cfg: Config, source: Source, corpus: Corpus, runtime: Runtime
 ) -> tuple[Config, GPT, Tokenizer, dict[str, Any]]:
     """(cfg with the model's sizes and the run's length; the rest as load_model) for -i.
 
@@ -212,7 +214,7 @@ def load_start(
     for name in MODEL_FLAGS:
         if getattr(cfg, name) != getattr(default, name):
             raise UserError(f"--{name} goes with a new model; one that -i names keeps its own")
-    chosen = CheckpointFlags(cfg.source or "base", cfg.model_tag, cfg.step)
+    chosen = CheckpointFlags(source, cfg.model_tag, cfg.step)
     model, tokenizer, meta = load_model(chosen, runtime, train=True, table_dtype=cfg.table_dtype)
     config = model.config
     ratio = cfg.target_param_data_ratio
@@ -231,10 +233,14 @@ def main(cfg: Config) -> None:
     corpus = find_corpus(cfg.data)
     model, settings = None, {"corpus": corpus.name}
     if cfg.source:
-        cfg, model, tokenizer, meta = load_start(cfg, corpus, runtime)
+        cfg, model, tokenizer, meta = load_start(cfg, cfg.source, corpus, runtime)
         print0(f"base from {meta['name']}")
         tag, config = cfg.new_tag or f"{meta['model_tag']}-{corpus.name}", model.config
+        if (cfg.source, tag) == ("base", meta["model_tag"]):
+            raise UserError(f"--new_tag={tag} is the model that -i names; give another")
         settings["weights"] = meta["weights"]
+    elif cfg.new_tag or cfg.step is not None:
+        raise UserError("--new_tag and --step go with -i, which names a model to train further")
     else:
         tag = cfg.model_tag or f"d{cfg.depth}"
         tokenizer = load_tokenizer(cfg, tag)
@@ -285,7 +291,7 @@ def main(cfg: Config) -> None:
             if run.step > 0 and run.is_due(cfg.sample_every):
                 samples = sample_texts(model, tokenizer)
                 print0("\n".join(samples))
-            if run.step == schedule.end:
+            if run.progress >= 1:
                 break
 
             loss = run.accumulate(meter.fetch(loader))

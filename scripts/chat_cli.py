@@ -72,10 +72,9 @@ def fit_window(
     """
     prompt = list[int]()
     for first in range(0, len(messages), 2):  # a question and its answer
+        prompt = render_prompt(tokenizer, {"messages": messages[first:]})
         if is_base:
             prompt = [tokenizer.bos_id, *tokenizer.encode(messages[-1]["content"])]
-        else:
-            prompt = render_prompt(tokenizer, {"messages": messages[first:]})
         if len(prompt) <= max_len:
             return prompt, first
     num_tokens = len(tokenizer.encode(messages[-1]["content"]))

@@ -241,6 +241,7 @@ def main(cfg: Config) -> None:
         while True:
             run.checkpoint(cfg.save_every)
             if run.is_due(cfg.eval_every):
+                run.save()  # an evaluation takes longer than some schedulers wait
                 with run.attempt():
                     figures = evaluate(cfg, engine, held_out)
                 meter.note(**figures)

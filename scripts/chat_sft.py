@@ -9,6 +9,7 @@ writes: sft/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), r
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from nanochat.common import Count, Positive, Source, run_script
 from nanochat.finetuning import FinetuneConfig, finetune
@@ -27,7 +28,7 @@ class Config(FinetuneConfig):
 
 def main(cfg: Config) -> None:
     own = read_own(cfg)
-    results = finetune("sft", cfg, lambda part: build_mixture(part, cfg.mixture, own))
+    results = finetune("sft", cfg, partial(build_mixture, name=cfg.mixture, user=own), own.digest)
     if results is not None:
         write_section(
             "chat_sft", "Supervised finetuning", vars(cfg), results, seconds=results["seconds"]

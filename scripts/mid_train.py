@@ -9,6 +9,7 @@ writes: mid/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), r
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from nanochat.common import run_script
 from nanochat.finetuning import FinetuneConfig, finetune
@@ -23,7 +24,7 @@ class Config(FinetuneConfig):
 
 def main(cfg: Config) -> None:
     own = read_own(cfg)
-    results = finetune("mid", cfg, lambda part: build_mixture(part, cfg.mixture, own))
+    results = finetune("mid", cfg, partial(build_mixture, name=cfg.mixture, user=own), own.digest)
     if results is not None:
         write_section("mid_train", "Midtraining", vars(cfg), results, seconds=results["seconds"])
 

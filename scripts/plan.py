@@ -77,7 +77,7 @@ Size = Literal[
 
 GOALS = {  # depth, ratio, words
     # Of what --dollars 85 chooses, with a reserve; a constant, since a run begun must not change.
-    "best": (24, 12.0, "the best model that $100 buys on 8 H100s"),
+    "best": (24, 12.0, "the $100 tier, the best model that 8 H100s make of it"),
     # karpathy/nanochat's sixth run: 1.65 h to CORE 0.2626 on 8 H100s, with fp8 and a flash kernel.
     "gpt2": (24, 8.0, "GPT-2's CORE, 0.2565, as fast as possible"),
 }
@@ -283,15 +283,15 @@ def disk_lines(gpus: Gpus, plan: Plan) -> list[str]:
 
 def expected_lines(cfg: Config, gpus: Gpus, plan: Plan) -> list[str]:
     """What this plan, and those of twice and four times its hours, are expected to score."""
-    lines = [f"  {standing('CORE', scaling.predict(plan.flops, plan.ratio)[2])}"]
-    for factor in (4, 2, 1) if plan.fits else (1,):
+    lines = []
+    for factor in (1, 2, 4) if plan.fits else (1,):
         each = choose(cfg, gpus, factor * plan.total) if factor > 1 else plan
         bpb, error, core, core_error = scaling.predict(each.flops, each.ratio)
         lines.append(
             f"  {factor} x the hours: {bpb:.3f} +- {error:.3f} bits per byte of ClimbMix, CORE "
             f"{core:.3f} +- {core_error:.3f} (depth {each.config.n_layer}, ratio {each.ratio:g})"
         )
-    return lines[::-1]
+    return [*lines, f"  {standing('CORE', scaling.predict(plan.flops, plan.ratio)[2])}"]
 
 
 def command_line(cfg: Config, gpus: Gpus, plan: Plan, hours: float | None) -> str:
@@ -302,7 +302,8 @@ def command_line(cfg: Config, gpus: Gpus, plan: Plan, hours: float | None) -> st
         start = f"torchrun --nproc_per_node={gpus.num} -m scripts.base_train --"
         flags = f"--depth={plan.config.n_layer} --target_param_data_ratio={plan.ratio:g}"
         return f"{start} {flags} --max_seq_len={cfg.max_seq_len}"  # speedrun.sh changes neither
-    values = {**vars(cfg), "hours": hours, "nproc_per_node": cfg.gpus if gpus.are_here else None}
+    fewer = cfg.gpus if gpus.are_here and (cfg.gpus or 99) < torch.cuda.device_count() else None
+    values = {**vars(cfg), "hours": hours, "nproc_per_node": fewer}
     names = ["hours", "depth", "mfu"] if hours else ["depth", "ratio", "goal"]
     usual = vars(Config) | {"nproc_per_node": None}
     words = [f"{name.upper()}={values[name]}" for name in [*names, "nproc_per_node"]
@@ -380,7 +381,7 @@ def main(cfg: Config) -> None:
         return
     gpus = find_gpus(cfg)
     depth, ratio, words = GOALS[cfg.goal]
-    if hours := budget_hours(cfg, gpus):
+    if (hours := budget_hours(cfg, gpus)) is not None:
         if cfg.ratio:
             raise UserError(f"--ratio={cfg.ratio:g}: a budget chooses it; leave one of them out")
         plan = choose(cfg, gpus, hours)
@@ -389,9 +390,9 @@ def main(cfg: Config) -> None:
     if cfg.only:
         values = dict.fromkeys(cfg.only, 0) | plan._asdict() | stage_flags(plan.share)
         values["depth"] = plan.config.n_layer
-        print(*(f"{values[name]:g}" for name in cfg.only))
+        print(*(f"{values[name]:.12g}" for name in cfg.only))  # no exponent, for shells
         return
-    if not hours and (plan.config.n_layer, plan.ratio) == (depth, ratio):
+    if hours is None and (plan.config.n_layer, plan.ratio) == (depth, ratio):
         print(f"goal: {words}")
     print(f"{describe(cfg, gpus, plan)}\nnext: {command_line(cfg, gpus, plan, hours)}")
 

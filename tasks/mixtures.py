@@ -8,6 +8,7 @@ midtraining's.
 """
 
 import copy
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -109,6 +110,15 @@ class Own(NamedTuple):
     facts: Identity | None = None
     held_out: Mapping[str, Conversation] = {}  # by its messages: for validation, without a mixture
 
+    @property
+    def digest(self) -> str:
+        """Of all that the files hold, and how often it counts; empty without any."""
+        told = [(file.epochs, [row["messages"] for row in file]) for file in self.files]
+        facts = self.facts.table if self.facts else ""
+        return (
+            hashlib.sha256(repr((told, facts)).encode()).hexdigest()[:16] if self != NOTHING else ""
+        )
+
 
 NOTHING = Own()
 
@@ -161,9 +171,12 @@ def own_replies(files: Sequence[CustomJSON], facts: Identity | None) -> dict[str
         letters = re.sub(r"[^\w\[\]|]", "", "|".join(ways).lower())
         asked = re.compile(letters.replace("[", "(?:").replace("]", ")"))
         if found := {way: pairs[way] for way in pairs if asked.fullmatch(re.sub(r"\W", "", way))}:
-            own = dict.fromkeys(replies, found) | own
-    naming = [found for said, found in own.items() if NAMING.search(said)]
-    return own | {"": naming[-1]} if naming else own
+            for reply in replies:
+                own[reply] = own.get(reply, {}) | found
+    # Where there is a greeting, but no reply to who it is, it takes the place of itself alone.
+    who = chain.from_iterable(said for _, said in chain(TALK["identity"], Identity().table))
+    naming = [own[reply] for reply in who if reply in own and NAMING.search(reply)]
+    return own | {"": naming[0]} if naming else own
 
 
 class Overruled(Task):
@@ -207,8 +220,11 @@ def build_task(
 
 
 def main(cfg: FinetuneConfig) -> None:
-    for file in read_own(cfg).files:
+    own = read_own(cfg)
+    for file in own.files:
         print0(f"{file.path}: {len(file)} conversations, each listed {file.epochs} times")
+    num_overruled = len(own_replies(own.files, own.facts))
+    print0(f"replies of the mixture that give way to yours: {num_overruled}")
 
 
 if __name__ == "__main__":

@@ -127,6 +127,10 @@ def test_a_model_is_trained_further_on_other_text(
     assert read_metrics(run_dir("base", "again"))[0]["val_bpb"] == pytest.approx(model_before)
     refuses("--depth goes with a new model", base_train.main, replace(further, depth=3))
     refuses("no model tag d7", base_train.main, replace(further, model_tag="d7"))
+    itself = replace(further, new_tag="d2", fresh=True)
+    refuses("--new_tag=d2 is the model that -i names", base_train.main, itself)
+    refuses("--new_tag and --step go with -i", base_train.main, replace(itself, source=""))
+    assert weights("d2") == before
 
 
 def test_what_is_missing_is_told_before_anything_is_written(base: Path) -> None:

@@ -90,12 +90,13 @@ def test_values_that_can_be_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_user_or_the_machine_caused_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "/a/b")
     memory = torch.OutOfMemoryError("CUDA out of memory")
-    room, out = "make room or choose another path", "out of GPU memory"
+    room, other = "make room or choose another path", "choose another path"
+    out = "out of GPU memory"
     for command, fault, said in (
         ("base_loss --step=7", UserError("no step 7"), "no step 7"),
         ("tok_train", full, f"/a/b: No space left on device; {room}"),
-        ("tok_train", OSError(errno.EIO, "I/O error"), f"a file: I/O error; {room}"),
-        ("tok_train", IsADirectoryError(errno.EISDIR, "A folder", "/a"), f"/a: A folder; {room}"),
+        ("tok_train", OSError(errno.EIO, "I/O error"), f"a file: I/O error; {other}"),
+        ("tok_train", IsADirectoryError(errno.EISDIR, "A folder", "/a"), f"/a: A folder; {other}"),
         ("base_eval --batch_size=9", memory, f"{out} with --batch_size=9; try --batch_size=3"),
         ("chat_rl --num_slots=7", memory, f"{out} with --device_batch_size=32 --num_slots=7; "
          "try --device_batch_size=16 --num_slots=1"),
@@ -155,7 +156,7 @@ def test_a_time_limit_counts_from_the_start(
 @pytest.mark.parametrize("under_torchrun", [False, True])
 @pytest.mark.parametrize("asks", ["the time", "SIGUSR1"])
 def test_a_script_whose_time_is_up_says_so_by_its_status(
-    asks: str, under_torchrun: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+    asks: str, under_torchrun: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any
 ) -> None:
     """To torchrun, which starts a rank that failed again, by a file alone."""
     monkeypatch.setenv("NANOCHAT_STOPPED", str(tmp_path / "stopped"))
@@ -175,7 +176,7 @@ def test_a_script_whose_time_is_up_says_so_by_its_status(
         run_script(main, importlib.import_module("scripts.tok_train").Config)
     assert ended.value.code == (0 if under_torchrun else 75)
     assert (tmp_path / "stopped").exists()
-    assert capsys.readouterr().out == "the time is up; the same command goes on\n"
+    assert capfd.readouterr().out == "the time is up; the same command goes on\n"
 
 
 def be_a_rank(log: Path, leads_session: bool) -> None:

@@ -1,9 +1,11 @@
 """runcpu.sh with a persona, which shares the plain run's base model and leaves its chat models."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from nanochat.common import FOLDER_NAME
 from tests.test_speedrun import Tier
 
 CHAT = [
@@ -59,6 +61,17 @@ def test_a_persona_of_the_large_tiers(tmp_path: Path) -> None:
     calls = (tier.folder / "calls").read_text()
     assert calls.count(f"--custom={persona}:2 --identity={persona}") == 3  # and the check
     assert calls.count("--model_tag=d24-my-owl ") == 6 and tier.run() == []
+    tags = set()
+    for name in ("小红", "小明", ""):  # whose letters are none of a folder's
+        (tmp_path / f"{name}.jsonl").write_text("{}")
+        tier.run(f"--custom={tmp_path}/{name}.jsonl")
+        calls = (tier.folder / "calls").read_text()
+        tags |= set(re.findall("scripts.chat_rl .*--model_tag=(\\S+)", calls))
+    assert len(tags) == 3 and all(re.fullmatch(FOLDER_NAME, tag) for tag in tags)
+    (tier.base_dir / "base/d24-data").mkdir()
+    (tmp_path / "data.json").write_text("{}")
+    process = tier.start(f"--custom={tmp_path}/data.json")
+    assert "base/d24-data is a model of its own" in process.communicate(timeout=60)[0]
 
 
 def test_a_killed_persona_goes_on(tier: Tier) -> None:

@@ -293,6 +293,8 @@ def test_the_page_and_one_number_for_scripts(capsys: pytest.CaptureFixture[str])
     costs = [float(dollars) for dollars in re.findall(r" h  \$ *([\d.]+)", page)]
     assert costs[-1] == pytest.approx(sum(costs[:-1]), abs=0.05) and int(steps.replace(",", "")) > 9
     sizes = get_args(plan.Size)
+    plan.main(plan.Config(only=("eval_tokens", "ratio"), hours=8, gpu="4090"))
+    assert re.fullmatch(r"\d{7} \d+\.\d+\n", capsys.readouterr().out)  # for a shell: no exponent
     plan.main(plan.Config(only=sizes, ratio=9.5, gpu="h100"))
     numbers = dict(zip(sizes, capsys.readouterr().out.split(), strict=True))
     assert (numbers["depth"], numbers["ratio"], numbers["fp8"]) == ("24", "9.5", "1")

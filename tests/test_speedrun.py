@@ -82,6 +82,7 @@ if [ -n "$run" ] && [ -n "$NUM_STEPS" ]; then # to be gone on with after a signa
     sleep
   done
 fi
+[ -z "$run" ] || echo '{"step": 9}' >"$folder/result.json"
 [ "$module" != "${STOP_IN:-none}" ] || { touch "$NANOCHAT_STOPPED" && exit "$STOP_STATUS"; }
 """
 

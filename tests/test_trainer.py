@@ -258,7 +258,24 @@ def test_mfu_outlives_a_peak_measured_on_a_busy_machine(
         assert 0 < meter.record["mfu"] < 1
 
 
-SAVED = {"seed": 0, "num_slots": 64, "weights": "a1", "corpus": "primer", "data": "", "gone": 7}
+def test_a_link_to_another_run_is_not_trained_in(base: Path) -> None:
+    with Run("base", "d1", settings(), CPU) as run:
+        (run.folder / "kept").touch()
+    (base / "base/d1-owl").symlink_to("d1")
+    for fresh in (False, True):
+        refuses("a link to another run", Run, "base", "d1-owl", settings(fresh=fresh), CPU)
+    assert (run.folder / "kept").exists()
+
+
+SAVED = {
+    "own": "-",
+    "seed": 0,
+    "num_slots": 64,
+    "weights": "a1",
+    "corpus": "primer",
+    "data": "",
+    "gone": 7,
+}
 
 
 def test_settings_that_a_run_may_go_on_with() -> None:
@@ -267,12 +284,14 @@ def test_settings_that_a_run_may_go_on_with() -> None:
         {"num_slots": 32, "eval_problems": 9, "eval_samples": 1},
         {"source": "mid", "model_tag": "d2", "step": 300},  # the same weights
         {"data": "primer"},  # the same corpus, by its name
+        {"custom": ["me.jsonl"]},  # the same content
         {"came": 2},
     )
     for now in good:
         trainer.check_settings(Path("d2"), SAVED, before | now)
     for now, said in (
         ({"corpus": "mine"}, r"--data was primer, is mine\)"),  # the one prepared last is another
+        ({"own": "c3"}, "what --custom or --identity hold was -, is c3"),
         ({"weights": "b2"}, "the model that it starts from was a1, is b2"),
         ({"seed": 1, "came": 2}, r"\(--seed was 0, is 1\); use those, or --fresh"),
     ):

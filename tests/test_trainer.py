@@ -408,6 +408,18 @@ def die_inside_a_save(number: int) -> None:
         setattr(checkpoint, name, before(getattr(checkpoint, name)))
 
 
+def run_out_of_time(num_steps: int) -> None:
+    """After so many steps the time is up on the last rank."""
+    advance, made = Run.advance, itertools.count(1)
+
+    def advancing(self: Run, progress: float) -> None:
+        advance(self, progress)
+        if next(made) == num_steps and self.runtime.rank == 1:
+            self.stop_time = 0.0
+
+    Run.advance = advancing
+
+
 def steps_in(said: str) -> list[int]:
     return [int(line[5:10]) for line in said.splitlines() if line.startswith("step ")]
 
@@ -418,11 +430,12 @@ def interrupt(
     """Stop two ranks inside a save, or some steps after their start by a signal, as torchrun sends
     it to all; False if they had finished before.
     """
-    meddle = partial(die_inside_a_save, draw.randint(1, 15)) if kind == "save" else None
-    limit = {"NANOCHAT_STOP_AFTER": "1h", "NANOCHAT_BEGAN": str(time.time() - 3600 + LIMIT)}
-    environment = limit if kind == "limit" else None
-    group = launch.start(base_dir, script, flags, 2, meddle, environment)
-    if kind not in ("save", "limit"):
+    meddle = {
+        "save": partial(die_inside_a_save, draw.randint(1, 15)),
+        "limit": partial(run_out_of_time, draw.randint(1, 3)),
+    }
+    group = launch.start(base_dir, script, flags, 2, meddle.get(kind))
+    if kind not in meddle:
         num_steps = draw.randint(1, 3)
         while len(steps_in(group.log.read_text())) < num_steps and group.processes[0].is_alive():
             time.sleep(0.01)
@@ -441,7 +454,6 @@ def interrupt(
 
 
 KINDS = ("limit", "save", "SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-LIMIT = 3.0  # seconds; of which one, and half as much again as a step took, are kept to save in
 CHAT = f"--source=base --device_type=cpu --save_every={EVERY} --log_every=1 --eval_every=-1"
 CHAT += " --device_batch_size=4"
 PACKED = f"{CHAT} --mixture=primer --num_iterations=16 --total_batch_size=256 --max_seq_len=64"

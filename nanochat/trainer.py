@@ -526,7 +526,8 @@ class Run:
         self.signal_number = 0  # the first that asked this process to stop
         self.received: dict[int, float] = {}  # when each came first
         self.stop_time = stop_time(config.get("stop_after", ""))
-        self.asked_at, self.longest = time.monotonic(), 0.0  # whether to stop; seconds between
+        # When it was asked whether to stop, and the most seconds between: an evaluation's, perhaps.
+        self.asked_at, self.longest = time.monotonic(), state.get("longest", 0.0)
         self.more_state: dict[str, Any] = {}  # of a script, in every checkpoint
         self.rows = 0  # of a micro-batch
         # A run whose last checkpoints were deleted is not finished, nor one that is extended.
@@ -690,6 +691,7 @@ class Run:
         state = self.meter.state() | {
             "stage": self.stage, "step": self.step, "progress": self.progress,
             "config": self.config, "model_config": asdict(self.model.config), "git": git_revision(),
+            "longest": self.longest,
         }  # fmt: skip
         weights, moments = self.model.state_dict(), self.optimizer.export_state()
         self.writer.start(state | self.more_state, weights, moments, self.position)
@@ -809,6 +811,7 @@ def check_settings(folder: Path, saved: dict[str, Any], settings: dict[str, Any]
     different = [name for name in names if saved[name] != settings[name]]
     if different:
         longer = "extend" in settings and set(different) <= HORIZON
+        another = "new_tag" in settings and "weights" in different
         labels = {"corpus": "--data", "weights": "the model that it starts from"}
         labels["own"] = "what --custom or --identity hold"
         shown = ", ".join(
@@ -817,5 +820,6 @@ def check_settings(folder: Path, saved: dict[str, Any], settings: dict[str, Any]
         )
         raise UserError(
             f"{folder} was begun with other settings ({shown}); use those, "
-            f"{'--extend to train on to another end, ' * longer}or --fresh to start over"
+            f"{'--extend to train on to another end, ' * longer}"
+            f"{'--new_tag for a run of its own, ' * another}or --fresh to start over"
         )

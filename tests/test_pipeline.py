@@ -107,8 +107,8 @@ def test_from_text_to_a_chat_answer(tmp_path: Path) -> None:
     assert talk.returncode == 0
     assert talk.stdout.count("You: ") == talk.stdout.count("Model: ") == 2
 
-    weights = next((tmp_path / "base_dir" / "rl" / "tiny").glob("step_*")) / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
+    for weights in (tmp_path / "base_dir" / "rl" / "tiny").glob("step_*/model.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-100])
     damaged = run(f"{CHAT_CLI} -p Hello")
     assert damaged.returncode == 1 and damaged.stderr.count("\n") == 1
     assert "model.safetensors is damaged" in damaged.stderr

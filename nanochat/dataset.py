@@ -336,9 +336,9 @@ def choose_files(path: Path) -> tuple[list[Path], list[Path]]:
     shards = take("shards")
     train, val = shards[:-1], shards[-1:]
     if not train:
-        # Without a training split such names mean something else.
-        odd = () if "of the train split" in groups else ("of the dev split", "of the test split")
-        train = shards + take("text", "of the train split", *odd)
+        train = shards + take("text")
+        # Without a training split names of others mean something else.
+        train += take("of the train split") or take("of the dev split", "of the test split")
         val = take("of the val split", "of the dev split") or take("of the test split")
     if not train:
         train, val = val or take("about the data"), []

@@ -21,20 +21,25 @@ TINY = base_train.Config(
 )  # fmt: skip
 
 
+def die_after(last: int, cfg: base_train.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train until step `last` would be counted."""
+    advance = Run.advance
+
+    def dying(run: Run, progress: float) -> None:
+        if run.step == last:
+            raise KeyboardInterrupt
+        advance(run, progress)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "advance", dying)
+        base_train.main(cfg)
+
+
 def test_resumed_equals_uninterrupted(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base_train.main(replace(TINY, model_tag="whole"))
     pieces = replace(TINY, model_tag="pieces")
-    advance = Run.advance
     for last in (1, 5, 8):  # before the first save, and after the first and the second
-
-        def dying(run: Run, progress: float, last: int = last) -> None:
-            if run.step == last:
-                raise KeyboardInterrupt
-            advance(run, progress)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Run, "advance", dying)
-            base_train.main(pieces)
+        die_after(last, pieces, monkeypatch)
     base_train.main(pieces)
 
     runs = [run_dir("base", tag) for tag in ("whole", "pieces")]
@@ -62,31 +67,19 @@ def test_a_run_goes_on_to_a_later_end(
     ended_at: int, rises_at: int, base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 9 steps the rate falls from the fourth on. Killed in the longer part: the same bits."""
-    advance = Run.advance
-
-    def train(cfg: base_train.Config, last: int) -> None:
-        def dying(run: Run, progress: float) -> None:
-            if run.step == last:
-                raise KeyboardInterrupt
-            advance(run, progress)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Run, "advance", dying)
-            base_train.main(cfg)
-
     longer = replace(TINY, num_iterations=20, extend=True)
     for tag in ("whole", "pieces"):
         cfg, goes_on = replace(TINY, model_tag=tag), replace(longer, model_tag=tag)
         if ended_at == 9:
             base_train.main(cfg)
         else:
-            train(cfg, ended_at)
+            die_after(ended_at, cfg, monkeypatch)
         refuses(
             "--num_iterations was 9, is 20.*--extend to train on to another end",
             base_train.main, replace(goes_on, extend=False),
         )  # fmt: skip
         for last in (ended_at + 1, ended_at + 4) if tag == "pieces" else ():
-            train(goes_on, last)  # before the first save of the longer part, and after it
+            die_after(last, goes_on, monkeypatch)  # before the longer part's first save, and after
         base_train.main(goes_on)
     assert weights("whole") == weights("pieces")
     assert curve("whole", "loss") == curve("pieces", "loss") and len(curve("whole", "loss")) == 20

@@ -14,7 +14,7 @@ Shapes: N slots, V vocabulary, C channels, P length of a padded chunk.
 
 import codecs
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +27,14 @@ from nanochat.calculator import calculate
 from nanochat.common import UserError, free_memory
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
-from nanochat.sampling import SamplingBatch, counter_uniform, derive_seed, sample, with_logprobs
+from nanochat.sampling import (
+    Penalties,
+    SamplingBatch,
+    counter_uniform,
+    derive_seed,
+    sample,
+    with_logprobs,
+)
 from nanochat.tokenizer import ChatTokens, Tokenizer, chat_tokens
 
 CHUNK = 256  # prompt tokens per step, padding included
@@ -47,13 +54,23 @@ class Request:
     """What to continue and how; compared by identity."""
 
     prompt: list[int]
-    max_tokens: int  # generated tokens, forced ones included
+    max_tokens: int  # generated tokens, forced ones included; 0: only score the prompt
     temperature: float = 1.0  # 0: the likeliest token
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
     seed: int = 0
     stop: AbstractSet[int] = frozenset()  # ids; <|assistant_end|> and <|bos|> always stop
     logprobs: int = 0  # n: logprobs of each sampled text token and its n likeliest alternatives
+    min_p: float = 0.0  # drops what is less likely than this share of the likeliest; 0: off
+    # Of tokens in prompt or reply, special ones excepted: their logits, if positive, are divided by
+    # it, else multiplied; 1: off.
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0  # taken off the logits of tokens in the reply
+    frequency_penalty: float = 0.0  # the same, for each time that it is there
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to an id's logit
+    # n: also the logprobs of the prompt's tokens, each with its n likeliest alternatives; such a
+    # prompt is read whole, whatever the slots hold.
+    prompt_logprobs: int | None = None
 
 
 IDLE = Request([], 0, temperature=0.0)  # stands in for an empty slot when sampling
@@ -69,6 +86,9 @@ class Event(NamedTuple):
     tool: tuple[str, str | None] | None = None  # (expression, result if any) of the call it closes
     logprobs: list[tuple[int, float]] | None = None  # (id, logprob): itself, then the likeliest
     finish: Literal["stop", "length"] | None = None  # set on the last token
+    # On the first, if asked for: the same for each token of the prompt but the first one. A request
+    # for nothing else has this event alone, without a token: it is -1, mask 0.
+    prompt: list[list[tuple[int, float]]] | None = None
 
 
 @dataclass
@@ -119,6 +139,20 @@ class Slot:
     cached: list[int] = field(default_factory=list)  # tokens whose keys and values it holds
     prompt: list[int] = field(default_factory=list)  # what they begin with, or are to
     end: PromptEnd | None = None  # once the prompt is fully read
+    num_top: int | None = None  # alternatives whose logprobs are wanted of each prompt token
+    scores: list[list[tuple[int, float]]] = field(default_factory=list)  # see Event.prompt
+
+    @property
+    def is_scored(self) -> bool:
+        return self.num_top is not None
+
+    def score(self, logits: torch.Tensor) -> None:
+        """Note the logprobs of the prompt's tokens that follow a chunk of T, from (T, V) logits."""
+        begin = len(self.cached) + 1
+        following = torch.tensor(self.prompt[begin : begin + len(logits)], dtype=torch.int64)
+        logits = logits[: len(following)]
+        pairs = with_logprobs(following.to(logits.device), logits, self.num_top or 0).tolist()
+        self.scores += [[(int(id), value) for id, value in each] for each in pairs]
 
 
 class SlotPool:
@@ -148,13 +182,16 @@ class SlotPool:
         self.all = [Slot(index) for index in range(self.cache.num_slots)]
         self.free = deque(self.all)  # least recently used first
 
-    def allocate(self, prompt: list[int]) -> Slot:
+    def allocate(self, prompt: list[int], num_top: int | None = None) -> Slot:
         """A free slot, holding as much of the beginning of `prompt` as any slot does.
 
         The slot that already holds it, if free and at least half of what it holds is shared; else
-        the least recently used.
+        the least recently used. If the prompt is to be scored, with `num_top` alternatives, nothing
+        is shared.
         """
         source, num_shared = self._longest_prefix(prompt)
+        if num_top is not None:
+            source, num_shared = self.free[0], 0
         in_place = source in self.free and 2 * num_shared >= len(source.cached)
         slot = source if in_place else self.free[0]
         end = source.end if num_shared == len(prompt) else None
@@ -165,6 +202,7 @@ class SlotPool:
             previous = self.model.embed(torch.tensor(prompt[num_shared - 1], device=self.device))
         self.cache.keep(slot.index, num_shared, source.index, previous)
         slot.cached, slot.prompt, slot.end = prompt[:num_shared], prompt.copy(), end
+        slot.num_top, slot.scores = num_top, []
         self.free.remove(slot)
         return slot
 
@@ -178,18 +216,26 @@ class SlotPool:
         return (chunk, padded) if padded <= room else ([], 0)
 
     def prefill(self, chunks: dict[Slot, list[int]]) -> None:
-        """Read the chunks; together where flash reads the cache, else it must be one."""
+        """Read the chunks; together where flash reads the cache, else it must be one.
+
+        So must be one that is scored.
+        """
         counts = [len(chunks.get(slot, [])) for slot in self.all]
         ids = [token for slot in self.all for token in chunks.get(slot, [])]
-        if self.cache.flashes:
+        if self.cache.flashes and not any(slot.is_scored for slot in chunks):
             row = torch.tensor([ids + [0] * (self.chunk - len(ids))])  # (1, P)
             logits = self._run(row, torch.tensor(counts), packed=True)  # (N, V)
         else:
             (slot,) = chunks
             row = torch.tensor([ids + [0] * (-len(ids) % ROUND_UP)], device=self.device)  # (1, P)
             where, num_new = torch.tensor([slot.index]), torch.tensor([len(ids)])
-            logits = self.model(row, cache=self.cache, slots=where, num_new=num_new, last_only=True)
-            logits = logits[:, 0].expand(len(self.all), -1)
+            logits = self.model(
+                row, cache=self.cache, slots=where, num_new=num_new, last_only=not slot.is_scored
+            )  # (1, 1 or P, V)
+            if slot.is_scored:
+                logits = logits[:, : len(ids)]
+                slot.score(logits[0])
+            logits = logits[:, -1].expand(len(self.all), -1)
         self.num_prefilled += len(ids)
         for slot, chunk in chunks.items():
             slot.cached += chunk
@@ -317,6 +363,7 @@ class RunningRequest:
     expression: list[int] = field(default_factory=list)  # tokens of an open tool call
     forced: deque[int] = field(default_factory=deque)  # pending tokens of a tool result
     decoder: codecs.IncrementalDecoder = field(default_factory=partial(UTF8, "replace"))
+    penalties: Penalties | None = None
 
     def append_token(self, sampled: list[list[float]]) -> Event:
         """The next token: forced by the tool, else sampled.
@@ -324,6 +371,9 @@ class RunningRequest:
         `sampled` is [[id]], or [id, logprob] followed by at least `request.logprobs` alternatives.
         """
         request, mask = self.request, int(not self.forced)
+        scores = self.slot.scores if request.prompt_logprobs is not None else None
+        if request.max_tokens == 0:
+            return Event(request, -1, 0, finish="length", prompt=scores)
         token = self.last = self.forced.popleft() if self.forced else int(sampled[0][0])
         self.num_generated += 1
         finish = None
@@ -333,6 +383,8 @@ class RunningRequest:
             finish = "length"
         raw, logprobs = b"", None
         special = token >= self.tokenizer.bos_id
+        if self.penalties and not special:
+            self.penalties.count(token)
         if self.part == "python" and not special:
             self.expression.append(token)
         elif self.part == "text" and not special:
@@ -348,7 +400,8 @@ class RunningRequest:
             chat = self.chat
             begun = {chat.python_start: "python", chat.output_start: "python_output"}
             self.part = begun.get(token, "text")
-        return Event(request, token, mask, text, tool, logprobs, finish)
+        scores = scores if self.num_generated == 1 else None
+        return Event(request, token, mask, text, tool, logprobs, finish, scores)
 
     def _close_call(self, answered: bool) -> tuple[str, str | None]:
         """(expression, result) of the open tool call; any result is queued as forced tokens."""
@@ -419,7 +472,7 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue the request; UserError if it cannot fit."""
-        if not request.prompt or request.max_tokens < 1:
+        if not request.prompt or request.max_tokens < (request.prompt_logprobs is None):
             raise UserError("a request needs a prompt and --max_tokens of at least 1")
         if len(request.prompt) + request.max_tokens > self.max_len:
             raise UserError(
@@ -543,8 +596,11 @@ class Engine:
                 chunk, size = self.slots.next_chunk(newest.slot, room)
                 if not chunk:
                     break
+                alone = newest.slot.is_scored or not self.slots.cache.flashes
+                if alone:
+                    self._read(batch)
                 batch[newest], room = chunk, room - size
-                if not self.slots.cache.flashes:
+                if alone:
                     self._read(batch)
                 elif room == 0:
                     break
@@ -553,9 +609,11 @@ class Engine:
                 if any(self.slots.can_copy(each.request.prompt, request.prompt) for each in batch):
                     self._read(batch)
                 self.waiting.popleft()
-                slot = self.slots.allocate(request.prompt)
+                slot = self.slots.allocate(request.prompt, request.prompt_logprobs)
                 self.started.append(request)
-                self.running.append(RunningRequest(request, slot, self.tokenizer, self.chat))
+                each = RunningRequest(request, slot, self.tokenizer, self.chat)
+                each.penalties = self._penalties(request)
+                self.running.append(each)
             else:
                 break
         self._read(batch)
@@ -568,17 +626,33 @@ class Engine:
             with self._dropping(list(reading)):
                 self.slots.prefill({each.slot: chunk for each, chunk in reading.items()})
 
+    def _penalties(self, request: Request) -> Penalties | None:
+        presence, frequency = request.presence_penalty, request.frequency_penalty
+        changes = request.repetition_penalty != 1 or presence or frequency or request.logit_bias
+        if not changes:
+            return None
+        return Penalties(
+            [token for token in request.prompt if token < self.tokenizer.bos_id],
+            self.model.config.vocab_size, self.device, request.repetition_penalty,
+            presence, frequency, request.logit_bias,
+        )  # fmt: skip
+
     def _sample(self, ready: list[RunningRequest], logits: torch.Tensor) -> list[list[list[float]]]:
         """Per slot [[id]], or `with_logprobs` rows if any request wants them; one transfer."""
         requests, counts = [IDLE] * self.num_slots, [0] * self.num_slots
         for each in ready:
             requests[each.slot.index] = each.request
             counts[each.slot.index] = each.num_generated
-        settings = tuple((r.temperature, r.top_k, r.top_p) for r in requests)
+        settings = tuple((r.temperature, r.top_k, r.top_p, r.min_p) for r in requests)
         batch = self.lay_out(settings, logits.shape[1], self.device)
         seeds = torch.tensor([request.seed & (2**63 - 1) for request in requests])
         uniform = counter_uniform(seeds, torch.tensor(counts)).to(self.device)
-        ids = sample(logits, batch, uniform)
+        wanted = logits
+        for each in ready:
+            if each.penalties:
+                wanted = logits.clone() if wanted is logits else wanted
+                wanted[each.slot.index] = each.penalties.apply(logits[each.slot.index])
+        ids = sample(wanted, batch, uniform)
         num_top = max(request.logprobs for request in requests)
         if num_top == 0:
             return ids[:, None, None].tolist()

@@ -1,17 +1,19 @@
-"""Logits -> the next id of every row: temperature, top-k, top-p, and a seed per row.
+"""Logits -> the next id of every row: temperature, top-k, top-p, min-p, and a seed per row.
 
 One inverse-CDF draw per row over the kept probabilities in vocabulary order. The uniform number is
 a hash of (seed, position): no generator state to keep, and a row never depends on its neighbours.
 Top-k and top-p find a *value* below which logits are dropped, not a set of ids, so ties, common in
 bf16, are kept or dropped together (top-k may keep more than k) and no sort order matters.
+`Penalties` changes one row's logits before that, by what its request has said so far.
 
-Sources: nucleus sampling, arXiv 1904.09751; the 32-bit mixer is `lowbias32` of
+Sources: nucleus sampling, arXiv 1904.09751; min-p, 2407.01082; the repetition penalty, 1909.05858;
+the other two, OpenAI's API reference; the 32-bit mixer is `lowbias32` of
 https://github.com/skeeto/hash-prospector. Shapes: B rows, V vocabulary, W widest top-k of the
 batch (V if a row uses top-p alone).
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -39,23 +41,60 @@ class SamplingBatch:
 
     def __init__(
         self,
-        rows: Sequence[tuple[float, int, float]],
+        rows: Sequence[tuple[float, int, float, float]],
         vocab_size: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        """`rows` are (temperature, top_k, top_p); temperature 0 takes the largest logit.
+        """`rows` are (temperature, top_k, top_p, min_p); temperature 0 takes the largest logit.
 
-        top_k is off if 0 or above `vocab_size`, top_p if 1 or more.
+        top_k is off if 0 or above `vocab_size`, top_p if 1 or more, min_p if 0.
         """
-        temperature, top_k, top_p = (torch.tensor([row[i] for row in rows]) for i in range(3))
+        temperature, top_k, top_p, min_p = (
+            torch.tensor([row[i] for row in rows]) for i in range(4)
+        )
         limit = torch.where((top_k <= 0) | (top_k > vocab_size), vocab_size, top_k)  # (B,)
         greedy = temperature <= 0
         filtered = ((limit < vocab_size) | (top_p < 1)) & ~greedy
         self.all_greedy = bool(greedy.all())
         self.width = int(limit[filtered].max()) if filtered.any() else 0  # W; 0: no row is filtered
+        self.cuts = bool(self.width or (min_p > 0).any())
         self.divisor = torch.where(greedy, 1.0, temperature)[:, None].to(device)  # (B, 1)
         self.greedy, self.filtered = greedy.to(device), filtered.to(device)
         self.limit, self.top_p = limit.to(device), top_p.to(device)
+        self.floor = min_p.float().log().to(device)  # (B,) of logits whose largest is 0
+
+
+class Penalties:
+    """What a request's own words and wishes do to its logits; `count` every token of the reply."""
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        vocab_size: int,
+        device: torch.device | str,
+        repetition: float = 1.0,
+        presence: float = 0.0,
+        frequency: float = 0.0,
+        bias: Mapping[int, float] | None = None,
+    ) -> None:
+        """`prompt` holds the ids that `repetition` counts beside the reply's; `bias` is added."""
+        self.repetition, self.presence, self.frequency = repetition, presence, frequency
+        self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # (V,)
+        self.in_prompt[torch.tensor(prompt, dtype=torch.int64)] = True
+        self.counts = torch.zeros(vocab_size, device=device)  # (V,) times in the reply
+        self.bias = torch.zeros(vocab_size, device=device)  # (V,)
+        if bias:
+            self.bias[list(bias)] = torch.tensor(list(bias.values()), device=device)
+
+    def count(self, token: int) -> None:
+        self.counts[token] += 1
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """The changed copy of one row (V,)."""
+        said = self.counts > 0
+        weaker = torch.where(logits > 0, logits / self.repetition, logits * self.repetition)
+        logits = torch.where(said | self.in_prompt, weaker, logits)
+        return logits - self.frequency * self.counts - self.presence * said + self.bias
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch, uniform: torch.Tensor) -> torch.Tensor:
@@ -66,8 +105,8 @@ def sample(logits: torch.Tensor, batch: SamplingBatch, uniform: torch.Tensor) ->
     # Shift the largest to 0 first: a tiny temperature then gives -inf, never inf - inf.
     scaled = (logits - largest[:, None]).div_(batch.divisor)  # (B, V)
     weights = scaled.exp()
-    if batch.width:
-        lowest = _lowest_kept(scaled, batch)
+    if batch.cuts:
+        lowest = torch.maximum(batch.floor, _lowest_kept(scaled, batch))
         # Multiply by 0 and 1: 0.3 ms; a masked fill takes 0.9 (16 x 32,768, one thread).
         weights.mul_(scaled.ge_(lowest[:, None]))
     total = weights.cumsum_(dim=1)  # (B, V)
@@ -95,6 +134,8 @@ def _lowest_kept(scaled: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     top-p keeps the fewest ids, at least one, whose share of the top-k's probability reaches
     `top_p`. Sums come from a running sum, so a W widened by another row changes nothing.
     """
+    if batch.width == 0:
+        return torch.full_like(batch.floor, -torch.inf)
     ranked = scaled.topk(batch.width, dim=1).values  # (B, W), descending
     last = batch.limit.clamp(max=batch.width)[:, None] - 1  # (B, 1)
     mass = ranked.exp().cumsum(dim=1)

@@ -14,7 +14,7 @@ import torch
 from nanochat.attention import choose_kernel
 from nanochat.engine import Engine, Event, Reply, Request, StepFailed, slots_that_fit
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.sampling import derive_seed
+from nanochat.sampling import Penalties, derive_seed
 from tests.models import TOKENIZER, busy_gpt, refuses
 from tests.serving import CHAT, ScriptedModel
 
@@ -49,6 +49,9 @@ def random_request(random_: random.Random, max_prompt: int = 60) -> Request:
         top_k=random_.choice([0, 1, 5, 2 * V]),
         top_p=random_.choice([1.0, 0.8]),
         seed=random_.randrange(-5, 1 << 62),
+        min_p=random_.choice([0.0, 0.0, 0.1]),
+        repetition_penalty=random_.choice([1.0, 1.0, 1.4]),
+        frequency_penalty=random_.choice([0.0, 0.0, 0.7]),
     )
 
 
@@ -386,6 +389,56 @@ def test_logprobs_are_those_of_the_full_forward() -> None:
             # In another row of the batch some processors round otherwise.
             assert id == expected and logprob == pytest.approx(likely, abs=1e-5)
     assert set(map(str, told[silent])) == {"None"}
+
+
+@pytest.mark.parametrize("kernel", ["dense", "flash"])
+@pytest.mark.parametrize("length", [1, 2, 255, 257, 500])
+def test_a_scored_prompt(length: int, kernel: Any, slow_flash: None) -> None:
+    """Its logprobs are the full forward's, even if slots hold it, in chunks, with mates."""
+    model = tiny_gpt()
+    model.kernel = kernel
+    engine, ids = Engine(model, TOKENIZER, num_slots=4), words(9, length)
+    model.kernel = "dense"
+    with torch.inference_mode():
+        full = model(torch.tensor([ids]))[0].log_softmax(1)
+    asked = Request(ids, 2, temperature=0.0, prompt_logprobs=3)
+    only = Request(ids, 0, prompt_logprobs=0)
+    for request in (Request(ids, 3), asked, only, Request(words(5, 90), 3)):
+        engine.submit(request)
+    events = drain(engine)
+    [first, *rest] = [event for event in events if event.request is asked]
+    assert first.prompt is not None and len(first.prompt) == length - 1
+    assert first.token == int(full[-1].argmax())
+    assert all(event.prompt is None for event in rest)
+    for place, (own, *likeliest) in enumerate(first.prompt):
+        assert own[0] == ids[place + 1]
+        assert [id for id, _ in likeliest] == full[place].topk(3).indices.tolist()
+        for id, logprob in (own, *likeliest):
+            assert logprob == pytest.approx(float(full[place, id]), abs=1e-4)
+    [event] = [event for event in events if event.request is only]
+    assert (event.token, event.mask, event.text, event.finish) == (-1, 0, "", "length")
+    assert event.prompt == [pairs[:1] for pairs in first.prompt]
+    check_slots(engine)
+
+
+def test_penalties_look_at_prompt_and_reply() -> None:
+    """Greedy, against the full forward pass and the penalties' own definition."""
+    model, ids = tiny_gpt(), words(4, 40)
+    asked = Request(
+        ids.copy(), 12, 0.0, stop={-1}, repetition_penalty=1.5, presence_penalty=0.5,
+        frequency_penalty=1.0, logit_bias={77: 2.0, CHAT.assistant_end: -100, CHAT.bos: -100},
+    )  # fmt: skip
+    [(said, _)] = collect(Engine(model, TOKENIZER, num_slots=2), [asked])
+    penalties = Penalties(ids, V, "cpu", 1.5, 0.5, 1.0, asked.logit_bias)
+    for token in said:
+        with torch.inference_mode():
+            row = penalties.apply(model(torch.tensor([ids]))[0, -1])
+        assert float(row.max() - row[token]) < 1e-4
+        ids.append(token)
+        if token < CHAT.bos:
+            penalties.count(token)
+    [(plain, _)] = collect(Engine(model, TOKENIZER, 2), [Request(asked.prompt, 12, 0.0)])
+    assert plain != said
 
 
 def test_a_failing_step_costs_only_those_in_it() -> None:

@@ -1,6 +1,7 @@
 """Sampling: the right distribution, the right ids kept, and every row on its own.
 
-The oracles are the softmax itself (frequencies) and naive Python versions of top-k and top-p.
+The oracles are the softmax itself (frequencies) and naive Python versions of top-k, top-p, min-p
+and the penalties.
 """
 
 import random
@@ -9,18 +10,27 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.sampling import SamplingBatch, counter_uniform, derive_seed, sample, with_logprobs
+from nanochat.sampling import (
+    Penalties,
+    SamplingBatch,
+    counter_uniform,
+    derive_seed,
+    sample,
+    with_logprobs,
+)
 
 V = 50
 COMB = torch.linspace(0, 1 - 2.0**-24, 5_000)  # uniform numbers that reach every id that is kept
 
 
-def draw(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, uniform=None) -> torch.Tensor:
+def draw(
+    logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, uniform=None, min_p=0.0
+) -> torch.Tensor:
     """`sample` with one setting for all rows."""
     n = len(logits)
     if uniform is None:
         uniform = counter_uniform(torch.arange(n), torch.zeros(n, dtype=torch.int64))
-    batch = SamplingBatch([(temperature, top_k, top_p)] * n, logits.shape[1])
+    batch = SamplingBatch([(temperature, top_k, top_p, min_p)] * n, logits.shape[1])
     return sample(logits, batch, uniform)
 
 
@@ -76,6 +86,34 @@ def test_only_what_top_k_and_top_p_keep(top_k: int, top_p: float) -> None:
     assert set(draw(row.expand(len(COMB), -1), 1.0, top_k, top_p, COMB).tolist()) == set(kept)
 
 
+@pytest.mark.parametrize("top_k", [0, 4])
+@pytest.mark.parametrize("min_p", [0.05, 0.5, 1.0])
+def test_only_what_min_p_keeps(min_p: float, top_k: int) -> None:
+    row = random_logits(1, seed=3)[0]
+    probabilities = (row / 0.8).softmax(0)
+    kept = {int(id) for id in (probabilities >= min_p * probabilities.max()).nonzero()}
+    if top_k:
+        kept &= set(row.topk(top_k).indices.tolist())
+    drawn = draw(row.expand(len(COMB), -1), 0.8, top_k, 1.0, COMB, min_p)
+    assert set(drawn.tolist()) == kept
+
+
+def test_penalties() -> None:
+    """Against the definitions, id by id."""
+    row, prompt, said = random_logits(1)[0], [3, 3, 9], [4, 9, 4, 4]
+    bias = {9: -100.0, 20: 1.5}
+    penalties = Penalties(prompt, V, "cpu", 1.3, 0.25, 0.5, bias)
+    for token in said:
+        penalties.count(token)
+    for id, (before, after) in enumerate(zip(row.tolist(), penalties.apply(row), strict=True)):
+        expected = before
+        if id in {3, 4, 9}:
+            expected = before / 1.3 if before > 0 else before * 1.3
+        expected -= 0.5 * said.count(id) + 0.25 * (id in said) - bias.get(id, 0)
+        assert float(after) == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(Penalties(prompt, V, "cpu").apply(row), row)
+
+
 def test_ties_are_kept_together_and_the_impossible_is_never_picked() -> None:
     """Not even at the ends of the interval."""
     logits = torch.tensor([-torch.inf, 1.0, 2.0, 1.0, 1.0, 0.0, -torch.inf]).expand(len(COMB), -1)
@@ -95,10 +133,10 @@ def test_rows_do_not_see_their_mates() -> None:
     own = random_logits(1, seed=9, vocab_size=500).bfloat16().float()  # bf16: many ties
     for trial in range(60):
         mine = (0.9, random_.choice([0, 30]), random_.choice([1.0, 0.8]))
-        choices = ([0.0, 0.5, 1.0, 3.0], [0, 1, 40, 499], [1.0, 0.9, 0.5])
+        choices = ([0.0, 0.5, 1.0, 3.0], [0, 1, 40, 499], [1.0, 0.9, 0.5], [0.0, 0.0, 0.2])
         rows: list[Any] = [tuple(map(random_.choice, choices)) for _ in range(8)]
         place, at = trial % 4, trial / 60
-        rows[place] = mine
+        rows[place] = (*mine, 0.0)
         uniform = torch.tensor([random_.random() for _ in rows])
         uniform[place] = at
         mates = random_logits(8, seed=trial, vocab_size=500)

@@ -29,5 +29,6 @@ tests/test_layout.py reads this list and holds the order.
     hf_modeling    a model with the additions as transformers runs it; exports carry the file
     hf_export      settings, tensor names, tokenizer and chat template for transformers
     chat_api       OpenAI's chat API: what a request may say, what a client sees of an answer
-    server         the routes, the engine's thread, the page
+    jobs           an engine in its thread, its jobs, the metrics
+    server         the routes, the models, the page
 """

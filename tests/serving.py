@@ -21,8 +21,10 @@ import uvicorn
 from torch import nn
 
 from nanochat.chat_api import ServerConfig
+from nanochat.common import UserError
 from nanochat.engine import Engine, Event, Request
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.jobs import ServedModel
 from nanochat.kv_cache import KVCache
 from nanochat.server import ChatServer, Server, create_app, listen
 from nanochat.tokenizer import chat_tokens
@@ -187,10 +189,32 @@ def serving(
 ) -> Iterator[Running]:
     """A server for `engines` on a free loopback port, in a thread, until the block ends.
 
-    The block begins once the engines are warm, unless `loaded` is False. `options` are
+    They are chat models named nanochat, nanochat-1, ..., all loaded; for others there is
+    `serving_models`. The block begins once they are warm, unless `loaded` is False. `options` are
     create_app's.
     """
-    app = create_app(engines, config or ServerConfig(), **options)
+    models = [
+        ServedModel(f"nanochat-{i}" if i else "nanochat", "chat", engine.max_len, 1, dead, engine)
+        for i, engine in enumerate(engines)
+    ]
+    with serving_models(models, config, loaded, **options) as running:
+        yield running
+
+
+def dead() -> Engine:
+    """Takes the place of loading a model."""
+    raise UserError("it is damaged; train again")
+
+
+@contextmanager
+def serving_models(
+    models: Sequence[ServedModel],
+    config: ServerConfig | None = None,
+    loaded: bool = True,
+    **options: Any,
+) -> Iterator[Running]:
+    """The same for `models`, of which those preloaded are loaded."""
+    app = create_app(models, config or ServerConfig(), **options)
     server = Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))
     with listen("127.0.0.1", 0) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # soon full
@@ -202,8 +226,8 @@ def serving(
             running.until(lambda: not loaded or all(w.ready for w in running.chat.workers))
             yield running
         finally:
-            for engine in engines:
-                if isinstance(engine, EchoEngine):
+            for worker in running.chat.workers:
+                if isinstance(engine := getattr(worker, "engine", None), EchoEngine):
                     engine.go.set()
             running.client.close()
             server.should_exit = True

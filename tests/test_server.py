@@ -275,18 +275,6 @@ def test_a_full_queue_refuses_before_any_event_and_the_others_are_served_in_turn
         assert shown("request_queue_time_seconds_count 6.0")
 
 
-def test_several_engines_share_the_load() -> None:
-    engines = [EchoEngine(num_slots=2), EchoEngine(num_slots=2)]
-    with serving(engines) as server:
-        for engine in engines:
-            engine.go.clear()
-        with background(server, 4) as streams:
-            server.until(lambda: all(len(worker.jobs) == 2 for worker in server.chat.workers))
-            for engine in engines:
-                engine.go.set()
-            assert [stream.result().num_done for stream in streams] == [1] * 4
-
-
 @pytest.mark.parametrize("num_before", [0, 1])
 def test_who_leaves_frees_what_he_held(num_before: int) -> None:
     """In the slot, or in the queue behind another; and so does a stop string."""
@@ -314,7 +302,7 @@ def test_who_does_not_read_is_dropped(
     max_unread: int, stalled_seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Because too many events wait for him, or because his socket stays full for too long."""
-    monkeypatch.setattr("nanochat.server.MAX_UNREAD", max_unread)
+    monkeypatch.setattr("nanochat.jobs.MAX_UNREAD", max_unread)
     monkeypatch.setattr("nanochat.server.STALLED_SECONDS", stalled_seconds)
     engine = EchoEngine(num_slots=1, max_len=1 << 20)
     engine.scripts["endless"] = [ord("x")] * 900_000
@@ -325,7 +313,7 @@ def test_who_does_not_read_is_dropped(
 
 
 def test_an_answer_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanochat.server.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("nanochat.jobs.ANSWER_SECONDS", 0.5)
     engine = EchoEngine(pace=0.02)
     with serving([engine]) as server:
         response = server.ask("x" * 100)
@@ -337,8 +325,8 @@ def test_an_answer_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_silent_stream_is_pinged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanochat.server.PING_SECONDS", 0.1)
-    monkeypatch.setattr("nanochat.server.QUEUE_SECONDS", 0.02)
+    monkeypatch.setattr("nanochat.jobs.PING_SECONDS", 0.1)
+    monkeypatch.setattr("nanochat.jobs.QUEUE_SECONDS", 0.02)
     with serving([EchoEngine(num_slots=1, pace=0.25)]) as server:
         comments = server.stream("a").comments
         assert set(comments) == {": ping"} and len(comments) >= 2

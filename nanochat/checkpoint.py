@@ -302,15 +302,20 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
     return None
 
 
+def list_runs(stage: str) -> list[Path]:
+    """The folders of a stage's runs that have checkpoints."""
+    folder = base_dir() / stage
+    return sorted(run for run in folder.iterdir() if list_steps(run)) if folder.is_dir() else []
+
+
 def find_checkpoint(
-    stage: str, model_tag: str = "", step: int | None = None
+    stage: str, model_tag: str = "", step: int | None = None, verify: bool = True
 ) -> tuple[Path, Checkpoint]:
     """(run folder, checkpoint) of a stage; by default the newest step of the run saved last.
 
     Raises UserError if the stage, tag or step does not exist, or the checkpoint is damaged.
     """
-    stage_dir = base_dir() / stage
-    runs = [run for run in stage_dir.iterdir() if list_steps(run)] if stage_dir.is_dir() else []
+    stage_dir, runs = base_dir() / stage, list_runs(stage)
     remedy = f"run `python -m scripts.{STAGE_SCRIPTS[stage]}`"
     if not runs:
         raise UserError(f"no checkpoint in {stage_dir}; {remedy}")
@@ -318,7 +323,7 @@ def find_checkpoint(
     newest = max(runs, key=lambda run: (saved_at(run), not run.is_symlink()))
     run = stage_dir / model_tag if model_tag else newest
     if run not in runs:
-        known = ", ".join(sorted(run.name for run in runs))
+        known = ", ".join(run.name for run in runs)
         raise UserError(
             f"no model tag {model_tag} in {stage_dir} (there: {known}); choose one or {remedy}"
         )
@@ -327,7 +332,7 @@ def find_checkpoint(
     if step not in steps:
         raise UserError(f"no step {step} in {run}; there are {', '.join(map(str, steps))}")
     try:
-        return run, open_checkpoint(run, step)
+        return run, open_checkpoint(run, step, verify)
     except UserError as error:
         for other in reversed([other for other in steps if other != step]):
             with suppress(UserError):

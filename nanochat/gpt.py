@@ -145,6 +145,21 @@ class GPTConfig:
         quarter = 128 * -(-self.sequence_len // 512)  # of the context, rounded up to 128
         return quarter if is_short and layer < self.n_layer - 1 else None
 
+    def make_cache(
+        self,
+        num_slots: int,
+        max_len: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        kernel: Kernel = "dense",
+    ) -> KVCache:
+        """An empty cache; on the device "meta" it has a size, but takes no memory."""
+        return KVCache(
+            num_layers=self.n_layer, num_slots=num_slots, num_kv_heads=self.n_kv_head,
+            max_len=max_len, head_dim=self.head_dim, num_channels=self.n_embd,
+            device=device, dtype=dtype, kernel=kernel,
+        )  # fmt: skip
+
     def has_value_embedding(self, layer: int) -> bool:
         """True for every other layer, counted back from the last."""
         return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
@@ -319,12 +334,9 @@ class GPT(nn.Module):
         self, num_slots: int, max_len: int, device: torch.device | str | None = None
     ) -> KVCache:
         """An empty cache for `num_slots` sequences of up to `max_len` tokens."""
-        config = self.config
-        return KVCache(
-            num_layers=config.n_layer, num_slots=num_slots, num_kv_heads=config.n_kv_head,
-            max_len=max_len, head_dim=config.head_dim, num_channels=config.n_embd,
-            device=device or self.wte.weight.device, dtype=self.compute_dtype, kernel=self.kernel,
-        )  # fmt: skip
+        device = device or self.wte.weight.device
+        dtype, kernel = self.compute_dtype, self.kernel
+        return self.config.make_cache(num_slots, max_len, device, dtype=dtype, kernel=kernel)
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """Set the dtype of activations and matmuls; weights keep theirs, logits and loss fp32."""

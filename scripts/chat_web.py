@@ -1,39 +1,44 @@
-"""Serve a model: the chat page and an OpenAI-compatible API.
+"""Serve models: the chat page and an OpenAI-compatible API.
 
     python -m scripts.chat_web               # the newest finetuned model, at http://127.0.0.1:8000
-    python -m scripts.chat_web -i rl -g d20 --num_gpus=8 --host=0.0.0.0   # on 8 GPUs, for everybody
+    python -m scripts.chat_web -i rl -g d20 --host=0.0.0.0   # open to other machines
+    python -m scripts.chat_web -i base --models=all   # a base model first, all others if asked for
     python -m scripts.chat_web --device_type=cpu --slots=4   # laptop
+
+Whoever asks for another stage of the same run, by its name in /v1/models, gets it after a moment:
+it is loaded, and models that nobody uses make room for it.
 
 $NANOCHAT_API_KEY, if set, is required by the API. Ctrl-C waits for the answers in progress; a
 second one exits at once.
 
-reads: <source>/<model tag>/, report/report.html
+reads: <stage>/<model tag>/, report/report.html
 writes: nothing
 """
-
-# pyright: reportIncompatibleVariableOverride=false
 
 import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Literal
 
-import torch
 import uvicorn
+from pydantic import Field
 
 from nanochat.chat_api import ServerConfig
-from nanochat.checkpoint import load_model
+from nanochat.checkpoint import STAGE_SCRIPTS, find_checkpoint, list_runs, load_model
 from nanochat.common import (
-    ChatStage,
     CheckpointFlags,
-    Count,
     Natural,
     Port,
+    Runtime,
     UserError,
+    free_memory,
     print0,
     run_script,
     set_up,
 )
-from nanochat.engine import Engine, slots_that_fit
+from nanochat.engine import Engine
+from nanochat.jobs import ServedModel
 from nanochat.server import Server, create_app, listen
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
@@ -41,43 +46,71 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 @dataclass
 class Config(ServerConfig, CheckpointFlags):
-    source: ChatStage = "sft"  # stage
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: open to other machines
     port: Port = 8000  # 0: any free one
-    slots: Natural = 0  # concurrent answers per GPU; 0: what fits, up to 64 (CPU: 8)
-    num_gpus: Count = 1  # GPUs, each with a copy of the model
+    models: Literal["run", "all"] = "run"  # which may be asked for: the run's stages, or all runs
+    memory: Annotated[float, Field(ge=0)] = 0.0  # GiB for loaded models; 0: most of what is free
+    slots: Natural = 0  # concurrent answers per model; 0: what fits, up to 64 (CPU: 8)
 
 
-def load_engines(cfg: Config) -> tuple[list[Engine], str]:
-    runtime = set_up(cfg.device_type, cfg.dtype)
-    present = torch.cuda.device_count() if runtime.device.type == "cuda" else 1
-    if cfg.num_gpus > present:
-        raise UserError(f"--num_gpus={cfg.num_gpus}: there are {present}; choose 1 to {present}")
-    engines, name = [], ""
-    for index in range(cfg.num_gpus):
-        device = torch.device("cuda", index) if present > 1 else runtime.device
-        own = replace(runtime, device=device)
-        model, tokenizer, meta = load_model(cfg, own)
-        usual = max(1, min(64 if device.type == "cuda" else 8, slots_that_fit(model)))
-        engines.append(Engine(model, tokenizer, num_slots=cfg.slots or usual))
-        name = f"nanochat-{meta['model_tag']}-{cfg.source}"
-        if index == 0:
-            print0(f"serving {meta['name']}")
-    return engines, name
+def offer(cfg: Config, runtime: Runtime) -> tuple[list[ServedModel], float]:
+    """(models, of which the first is loaded; bytes that those loaded may take in all)."""
+    memory = cfg.memory * 2**30 or 0.8 * free_memory(runtime.device)
+    run, _ = find_checkpoint(cfg.source, cfg.model_tag, cfg.step, verify=False)
+    first = describe(replace(cfg, model_tag=run.name), runtime, memory)
+    if first.num_bytes > memory:
+        raise UserError(
+            f"{first.name} takes {first.num_bytes / 2**30:.1f} GiB, more than the memory of "
+            f"{memory / 2**30:.1f} GiB; lower --slots or raise --memory"
+        )
+    first.preloaded = first.load()
+    models, runs = [first], [run for stage in STAGE_SCRIPTS for run in list_runs(stage)]
+    for other in sorted(runs, key=lambda other: other.name != run.name):
+        if other != run and (other.name == run.name or cfg.models == "all"):
+            chosen = replace(cfg, source=other.parent.name, model_tag=other.name, step=None)
+            try:
+                models.append(describe(chosen, runtime, memory))
+            except (UserError, OSError) as error:
+                print0(f"warning: {error}; {other} is not offered")
+    return models, memory
+
+
+def describe(chosen: Config, runtime: Runtime, memory: float) -> ServedModel:
+    """A model that is not loaded, with as many slots as `memory` bytes hold beside it."""
+    _, checkpoint = find_checkpoint(chosen.source, chosen.model_tag, chosen.step, verify=False)
+    config, most = checkpoint.model_config, 64 if runtime.device.type == "cuda" else 8
+    max_len, weights = config.sequence_len, checkpoint.folder / "model.safetensors"
+    slot = config.make_cache(1, max_len, "meta", runtime.dtype).num_bytes
+    room = int((memory - weights.stat().st_size) / slot)
+    slots = chosen.slots or max(1, min(most, room))
+    return ServedModel(
+        name=f"nanochat-{chosen.model_tag}-{chosen.source}",
+        kind="base" if chosen.source == "base" else "chat",
+        max_len=max_len,
+        num_bytes=weights.stat().st_size + slots * slot,
+        load=partial(load_engine, chosen, runtime, slots),
+    )
+
+
+def load_engine(chosen: Config, runtime: Runtime, slots: int) -> Engine:
+    model, tokenizer, meta = load_model(chosen, runtime)
+    engine = Engine(model, tokenizer, slots)
+    size = engine.slots.cache.num_bytes / slots / 2**20
+    print0(f"serving {meta['name']}, {slots} slots of {engine.max_len} tokens, {size:.1f} MiB each")
+    return engine
 
 
 def main(cfg: Config) -> None:
     listener = listen(cfg.host, cfg.port)
-    engines, name = load_engines(cfg)
+    models, memory = offer(cfg, set_up(cfg.device_type, cfg.dtype))
     is_local = cfg.host in LOOPBACK | {"::1"}
     api_key = os.environ.get("NANOCHAT_API_KEY", "")
     host_names = LOOPBACK if is_local else frozenset[str]()
-    app = create_app(engines, cfg, model=name, api_key=api_key, host_names=host_names)
+    app = create_app(models, cfg, memory, api_key=api_key, host_names=host_names)
     if not (is_local or api_key):
         print0("open to whoever reaches this machine; set NANOCHAT_API_KEY to ask for a key")
-    num_slots, max_len = engines[0].num_slots, engines[0].max_len
-    size = engines[0].slots.cache.num_bytes / num_slots / 2**20
-    print0(f"{name}: {cfg.num_gpus} x {num_slots} slots of {max_len} tokens, {size:.1f} MiB each")
+    if others := [model.name for model in models[1:]]:
+        print0(f"when asked for: {', '.join(others)}")
     host, port = listener.getsockname()[:2]
     print0(f"chat at http://{host}:{port}, API at http://{host}:{port}/v1; Ctrl-C ends")
     options = {"access_log": False, "limit_concurrency": 1000, "timeout_graceful_shutdown": 5}

@@ -12,25 +12,39 @@ from pathlib import Path
 import httpx
 import pytest
 
+from nanochat.common import set_up
 from nanochat.server import listen
-from scripts.chat_web import Config, load_engines
-from tests.models import refuses
+from scripts.chat_web import Config, offer
+from tests.models import random_gpt, refuses, save_model
 from tests.serving import save_chat_model
 
 
-def test_mistakes_are_told_and_slots_fit_the_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_mistakes_are_told_and_what_is_offered_fits_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_chat_model(tmp_path, monkeypatch)
+    for stage, tag in (("base", "d2"), ("rl", "d2"), ("sft", "other")):
+        save_model(random_gpt(64), stage, tag, step=3)
+    runtime = set_up("cpu")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         refuses(f"127.0.0.1:{port}: .*choose another --port", listen, "127.0.0.1", port)
-    refuses("--num_gpus=2: there are 1", load_engines, Config(num_gpus=2, device_type="cpu"))
-    refuses("lower --slots", load_engines, Config(slots=10**9, device_type="cpu"))
-    (engine,), name = load_engines(Config(device_type="cpu"))
-    assert (engine.num_slots, name) == (8, "nanochat-d2-sft")
-    monkeypatch.setattr("scripts.chat_web.slots_that_fit", lambda model: 3)
-    assert load_engines(Config(device_type="cpu"))[0][0].num_slots == 3
+    refuses("lower --slots or raise", offer, Config(model_tag="d2", slots=10**9), runtime)
+    refuses("lower --slots or raise", offer, Config(model_tag="d2", memory=1e-6), runtime)
+    models, memory = offer(Config(model_tag="d2"), runtime)
+    names = ["nanochat-d2-sft", "nanochat-d2-base", "nanochat-d2-rl"]
+    assert [model.name for model in models] == names
+    assert [model.kind for model in models] == ["chat", "base", "chat"]
+    assert models[0].preloaded and models[0].preloaded.num_slots == 8
+    weights = (tmp_path / "sft/d2/step_000003/model.safetensors").stat().st_size
+    slots = models[0].preloaded.slots.cache.num_bytes
+    assert all(model.num_bytes == weights + slots for model in models) and memory > 2**20
+    (tmp_path / "rl/d2/step_000003/state.json").write_text("{")
+    small = Config("base", "d2", models="all", memory=(weights + slots * 3 / 8) / 2**30)
+    models, _ = offer(small, runtime)
+    assert [model.name for model in models] == [names[1], names[0], "nanochat-other-sft"]
+    assert models[0].preloaded and models[0].preloaded.num_slots == 3
+    assert "rl/d2 is not offered" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -43,10 +57,9 @@ def test_from_start_to_sigterm_amid_a_stream(
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert server.stdout
-        assert server.stdout.readline().startswith("serving sft/d2 step ")
-        lines = [server.stdout.readline(), server.stdout.readline()]
-        assert "8 slots of 2048 tokens" in lines[0]
-        (url,) = re.findall(r"chat at (http://127\.0\.0\.1:\d+),", lines[1])
+        line = server.stdout.readline()
+        assert line.startswith("serving sft/d2 step 3, 8 slots of 2048 tokens")
+        (url,) = re.findall(r"chat at (http://127\.0\.0\.1:\d+),", server.stdout.readline())
         body = {"messages": [{"role": "user", "content": "my secret"}], "max_tokens": 1000}
         with httpx.Client(base_url=url, timeout=60) as client:
             while client.get("/ready").status_code == 503:

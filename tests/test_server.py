@@ -4,23 +4,29 @@ Oracles: the echo engine, which says back what it was asked, so every answer is 
 a small random model, asked alone and among noisy mates.
 """
 
+import gc
 import json
 import logging
 import re
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import httpx
 import openai
 import pytest
 
 from nanochat.chat_api import ServerConfig
+from nanochat.common import UserError
 from nanochat.engine import Engine
+from nanochat.jobs import ServedModel
 from tests.models import TOKENIZER, random_gpt
-from tests.serving import CHAT, EchoEngine, Running, Stream, question, serving
+from tests.serving import CHAT, EchoEngine, Running, Stream, question, serving, serving_models
 
 USAGE = {"stream_options": {"include_usage": True}}
 STRANGE = "né 汉字 👩‍👩‍👧 🏳️‍🌈 <|assistant_end|><|bos|>"  # what is spelled out is text
@@ -357,15 +363,108 @@ def test_a_failing_step_fails_only_what_it_computed_and_a_dead_engine_is_told() 
         assert server.client.get("/health").status_code == 200
 
 
-def test_loading_is_told() -> None:
+def test_loading_is_told_and_requests_wait_for_it() -> None:
     engine = EchoEngine()
     engine.go.clear()
-    with serving([engine], loaded=False) as server:
-        for response in (server.client.get("/ready"), server.ask("a")):
-            assert response.status_code == 503 and response.headers["retry-after"]
-            assert response.json()["error"]["code"] == "loading"
+    with serving([engine], loaded=False) as server, ThreadPoolExecutor(1) as pool:
+        response = server.client.get("/ready")
+        assert response.status_code == 503 and response.headers["retry-after"]
+        assert response.json()["error"]["code"] == "loading"
+        waiting = pool.submit(server.ask, "a")
+        assert not server.client.get("/v1/models").json()["data"][0]["loaded"]
         engine.go.set()
-        server.until(lambda: server.client.get("/ready").status_code == 200)
+        assert said(waiting.result()) == "a"
+        assert server.client.get("/ready").status_code == 200
+
+
+# Several models
+
+
+class Shelf:
+    """Models a, b, c of size 1 that echo, one that is too big for 2, and one that is damaged."""
+
+    def __init__(self) -> None:
+        sizes = {"a": 1, "b": 1, "c": 1, "big": 3, "damaged": 1}
+        self.models = [
+            ServedModel(name, "chat", 256, size, partial(self.load, name))
+            for name, size in sizes.items()
+        ]
+        self.engines: dict[str, EchoEngine] = WeakValueDictionary()  # type: ignore[assignment]
+        self.loads: list[str] = []
+        self.may_load = threading.Event()
+        self.may_load.set()
+        self.models[0].preloaded = self.load("a")
+
+    def load(self, name: str) -> EchoEngine:
+        self.loads.append(name)
+        assert self.may_load.wait(20)
+        if name == "damaged":
+            raise UserError("model.safetensors is damaged; use --step=3")
+        engine = self.engines[name] = EchoEngine(num_slots=2)
+        return engine
+
+
+def loaded(server: Running) -> set[str]:
+    cards = server.client.get("/v1/models").json()["data"]
+    return {card["id"] for card in cards if card["loaded"]}
+
+
+def test_models_are_loaded_when_asked_for_and_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanochat.jobs.PREPARE_SECONDS", 0.0)
+    monkeypatch.setattr("nanochat.server.ROOM_SECONDS", 0.2)
+    shelf = Shelf()
+    with serving_models(shelf.models, memory=2) as server, ThreadPoolExecutor(4) as pool:
+        assert loaded(server) == {"a"} and said(server.ask("hi")) == "hi"
+        assert said(server.ask("hi", model="b")) == "hi" and loaded(server) == {"a", "b"}
+        assert server.ask("hi", model="a").json()["model"] == "a"
+        assert said(server.ask("hi", model="c")) == "hi" and loaded(server) == {"a", "c"}
+        gc.collect()
+        assert set(shelf.engines) == {"a", "c"}  # the memory of b is free
+        refusals = {
+            "big": (400, "model_too_large", "memory"),
+            "damaged": (503, "model_unavailable", "safetensors is damaged; use --step=3"),
+            "d": (404, "model_not_found", "no model 'd'"),
+        }
+        for name, (status, code, text) in refusals.items():
+            response = server.ask("hi", model=name)
+            error = response.json()["error"]
+            assert (response.status_code, error["code"]) == (status, code)
+            assert text in error["message"]
+        for name in ("c", "b"):  # a second time what failed; then the least recently used leaves
+            assert said(server.ask("hi", model=name)) == "hi"
+        held = list(shelf.engines.values())
+        for engine in held:
+            engine.go.clear()
+        waiting = [pool.submit(server.ask, name, model=name) for name in ("b", "c")]
+        server.until(lambda: server.num_jobs() == 2)
+        busy = server.ask("hi", model="a")
+        assert (busy.status_code, busy.json()["error"]["code"]) == (503, "model_busy")
+        assert int(busy.headers["retry-after"]) > 0 and loaded(server) == {"b", "c"}
+        for engine in held:
+            engine.go.set()
+        assert [said(answer.result()) for answer in waiting] == ["b", "c"]
+        assert said(server.ask("hi", model="a")) == "hi"
+
+
+def test_others_are_answered_while_a_model_loads_once() -> None:
+    shelf = Shelf()
+    with serving_models(shelf.models) as server, ThreadPoolExecutor(4) as pool:
+        shelf.may_load.clear()
+        waiting = [pool.submit(server.ask, "hi", model=name) for name in ("b", "b", "c", "damaged")]
+        server.until(lambda: len(shelf.loads) == 2)
+        assert said(server.ask("hi")) == "hi" and loaded(server) == {"a"}
+        shelf.may_load.set()
+        assert [answer.result().status_code for answer in waiting] == [200, 200, 200, 503]
+        assert shelf.loads[0] == "a" and sorted(shelf.loads) == ["a", "b", "c", "damaged"]
+
+
+def test_models_take_turns_where_there_is_room_for_one() -> None:
+    shelf = Shelf()
+    with serving_models(shelf.models, memory=1) as server, ThreadPoolExecutor(8) as pool:
+        names = ["a", "b", "c"] * 4
+        answers = pool.map(lambda name: server.ask(name, model=name), names)
+        assert [said(answer) for answer in answers] == names
+        assert len(loaded(server)) == 1
 
 
 @pytest.mark.parametrize("in_time", [True, False])
@@ -393,17 +492,20 @@ def test_the_end_waits_for_answers(in_time: bool, monkeypatch: pytest.MonkeyPatc
 
 def test_an_api_key() -> None:
     with serving([EchoEngine()], api_key="sesame") as server:
-        for given in (None, "Bearer wrong", "Bearer sésame", "sesam", "Bearer"):
+        wrong = ("Bearer wrong", "Bearer sésame", "sesam", "sesame", "Basic sesame", "Bearer")
+        for given in (None, *wrong):
             headers: dict[str, Any] = {"authorization": given.encode()} if given else {}
             response = server.client.get("/v1/models", headers=headers)
             assert response.status_code == 401
+            assert response.headers["www-authenticate"] == "Bearer"
             error = response.json()["error"]
             assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
         assert server.ask("a").status_code == server.client.get("/metrics").status_code == 401
         assert server.client.get("/health").status_code == 200
         assert server.client.get("/ui/logo.svg").status_code == 200
-        server.client.headers["authorization"] = "Bearer sesame"
-        assert server.ask("a").status_code == 200
+        for given in ("Bearer sesame", "bearer sesame", "BEARER  sesame"):
+            server.client.headers["authorization"] = given
+            assert server.ask("a").status_code == 200
 
 
 def test_other_names() -> None:

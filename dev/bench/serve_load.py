@@ -26,6 +26,7 @@ from nanochat.chat_api import ServerConfig
 from nanochat.checkpoint import build_model
 from nanochat.common import set_up
 from nanochat.engine import Engine
+from nanochat.jobs import ServedModel
 from nanochat.scaling import depth_to_config
 from nanochat.server import Server, create_app
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
@@ -64,7 +65,8 @@ def serve(port: int, slots: int, depth: int) -> None:
     runtime, tokenizer = set_up(), letter_tokenizer()
     model = build_model(depth_to_config(depth, tokenizer.vocab_size, 512), None, runtime)
     engine = Engine(model.to(runtime.dtype).eval(), tokenizer, slots)
-    app = create_app([engine], ServerConfig(temperature=1.0))
+    model = ServedModel("random", "chat", engine.max_len, 0, lambda: engine, preloaded=engine)
+    app = create_app([model], ServerConfig(temperature=1.0))
     Server(uvicorn.Config(app, port=port, log_level="warning")).run()
 
 

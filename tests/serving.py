@@ -192,11 +192,10 @@ def serving(
     `serving_models`. The block begins once they are warm, unless `loaded` is False. `options` are
     create_app's.
     """
+    names = ["nanochat", *(f"nanochat-{number}" for number in range(1, len(engines)))]
     models = [
-        ServedModel(
-            f"nanochat-{i}" if i else "nanochat", "chat", engine.max_len, 1, EchoEngine, engine
-        )
-        for i, engine in enumerate(engines)
+        ServedModel(name, "chat", engine.max_len, 1, load=EchoEngine, preloaded=engine)
+        for name, engine in zip(names, engines, strict=True)
     ]
     with serving_models(models, config, loaded, **options) as running:
         yield running

@@ -458,7 +458,9 @@ def test_others_are_answered_while_a_model_loads_once() -> None:
         assert shelf.loads[0] == "a" and sorted(shelf.loads) == ["a", "b", "c", "damaged"]
 
 
-def test_models_take_turns_where_there_is_room_for_one() -> None:
+def test_models_take_turns_where_there_is_room_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanochat.jobs.PREPARE_SECONDS", 0.3)
+    monkeypatch.setattr("nanochat.server.ROOM_SECONDS", 20.0)
     shelf = Shelf()
     with serving_models(shelf.models, memory=1) as server, ThreadPoolExecutor(8) as pool:
         names = ["a", "b", "c"] * 4

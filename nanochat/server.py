@@ -16,19 +16,28 @@ import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from html import escape
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import prometheus_client as prometheus
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import (
+    FileResponse,
+    HTMLResponse,
+    JSONResponse,
+    Response,
+    StreamingResponse,
+)
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from typing_extensions import TypedDict
 
 from nanochat import chat_api
 from nanochat.chat_api import ApiError, ChatRequest, Completion, ServerConfig
@@ -39,7 +48,7 @@ STALLED_SECONDS = 60.0  # a client may leave a stream unread for this long
 DRAIN_SECONDS = 30.0  # for answers in progress at shutdown
 ROOM_SECONDS = 5.0  # that a request waits for models in use to make room for its own
 UI = Path(__file__).parent / "ui"
-PUBLIC = re.compile(r"/(ui/.*|health|ready|report)?")  # what needs no API key
+PUBLIC = re.compile(r"/(ui/.*|health|ready|report|docs|openapi.json)?")  # what needs no API key
 POLICY = (  # the last line: no script may turn text into markup or code
     "default-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
@@ -47,6 +56,32 @@ POLICY = (  # the last line: no script may turn text into markup or code
 REPORT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 )
+
+
+class ErrorDetail(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(TypedDict):
+    error: ErrorDetail
+
+
+class ModelCard(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    context_length: int
+    kind: Literal["chat", "base"]
+    loaded: bool
+
+
+class ModelList(TypedDict):
+    object: Literal["list"]
+    data: list[ModelCard]
 
 
 class EventStream(StreamingResponse):
@@ -88,11 +123,12 @@ class ChatServer:
     def workers(self) -> list[EngineWorker]:
         return [model.worker for model in self.models.values() if model.worker]
 
-    def card(self, model: ServedModel) -> dict[str, Any]:
+    def card(self, model: ServedModel) -> ModelCard:
         loaded = model.worker is not None and model.worker.ready
-        about = {"id": model.name, "object": "model", "created": self.created}
-        about |= {"owned_by": "nanochat", "context_length": model.max_len}
-        return about | {"kind": model.kind, "loaded": loaded}
+        return ModelCard(
+            id=model.name, object="model", created=self.created, owned_by="nanochat",
+            context_length=model.max_len, kind=model.kind, loaded=loaded,
+        )  # fmt: skip
 
     def look_up(self, name: str) -> ServedModel:
         """The model, loaded or not; ApiError if there is none."""
@@ -182,16 +218,27 @@ async def chat_server(request: HttpRequest) -> ChatServer:
 
 
 Chat = Annotated[ChatServer, Depends(chat_server)]
-api, others = APIRouter(), APIRouter()
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "default": {"model": ErrorBody, "description": "An error; its code says which."}
+}
+ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer, whole or as a stream.",
+        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
+    }
+}
+api, others = APIRouter(responses=ERRORS), APIRouter(responses=ERRORS)
 
 
 @api.get("/models")
-async def list_models(chat: Chat) -> dict[str, Any]:
+async def list_models(chat: Chat) -> ModelList:
+    """The models that may be asked for, the default one first."""
     return {"object": "list", "data": [chat.card(model) for model in chat.models.values()]}
 
 
 @api.get("/models/{model_id:path}")
-async def show_model(model_id: str, chat: Chat) -> dict[str, Any]:
+async def show_model(model_id: str, chat: Chat) -> ModelCard:
+    """One model; asking it something loads it."""
     return chat.card(chat.look_up(model_id))
 
 
@@ -212,10 +259,11 @@ async def start_job(body: ChatRequest, chat: Chat) -> AsyncIterator[Job]:
         worker.cancel(job.choices)
 
 
-@api.post("/chat/completions")
+@api.post("/chat/completions", responses=ANSWER)
 async def complete_chat(
     http: HttpRequest, body: ChatRequest, job: Annotated[Job, Depends(start_job)]
 ) -> Response:
+    """The model's turn in a conversation."""
     if body.stream:
         headers = {"X-Accel-Buffering": "no"}
         return EventStream(job.stream(), headers=headers, media_type="text/event-stream")
@@ -227,6 +275,7 @@ async def complete_chat(
 
 @others.get("/health")
 async def health() -> dict[str, str]:
+    """The server is alive."""
     return {"status": "ok"}
 
 
@@ -239,11 +288,46 @@ async def ready(chat: Chat) -> dict[str, str]:
     return {"status": "ready"}
 
 
-@others.get("/metrics")
+@others.get("/metrics", responses={200: {"content": {"text/plain": {}}}})
 async def show_metrics(chat: Chat) -> Response:
     """Prometheus's text format."""
     chat.metrics.refresh(chat.workers)
     return Response(chat.metrics.text(), media_type=prometheus.CONTENT_TYPE_LATEST)
+
+
+def spell(field: dict[str, Any]) -> str:
+    """The values that a JSON schema takes, in words."""
+    limits = ("minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems", "default")
+    words = field.get("$ref", "").rsplit("/", 1)[-1] or field.get("type", "anything")
+    if "anyOf" in field:
+        words = " or ".join(map(spell, field["anyOf"]))
+    elif "enum" in field:
+        words = " or ".join(map(repr, field["enum"]))
+    elif "items" in field:
+        words = f"array of ({spell(field['items'])})"
+    return ", ".join([words, *(f"{key} {field[key]}" for key in limits if key in field)])
+
+
+@others.get("/docs", include_in_schema=False)
+async def docs(http: HttpRequest) -> Response:
+    """What /openapi.json says, as a page without scripts, which also works offline."""
+    schema = http.app.openapi()
+    page = '<!doctype html><html lang="en"><meta charset="utf-8"><title>nanochat: API</title>'
+    for sheet in ("base", "report"):
+        page += f'<link rel="stylesheet" href="ui/{sheet}.css">'
+    page += '<h1>The API</h1><p>OpenAI\'s; <a href="openapi.json">for programs</a>.</p>'
+    for path, methods in schema["paths"].items():
+        for method, route in methods.items():
+            bodies = route.get("requestBody", {}).get("content", {}).values()
+            body = "".join(f" Body: {spell(each['schema'])}." for each in bodies)
+            page += f"<section><h2>{method.upper()} {escape(path)}</h2>"
+            page += f"<p>{escape(route.get('description', '') + body)}</p></section>"
+    for name, shape in schema["components"]["schemas"].items():
+        fields = shape.get("properties", {}).items()
+        page += f"<section><h2>{escape(name)}</h2><p>{escape(shape.get('description', ''))}</p><ul>"
+        page += "".join(f"<li><b>{escape(f)}</b> {escape(spell(of))}</li>" for f, of in fields)
+        page += "</ul></section>"
+    return HTMLResponse(page)
 
 
 @others.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
@@ -305,6 +389,10 @@ class SecurityMiddleware:
                 headers.setdefault("Cache-Control", "no-cache")
             await send(message)
 
+        path = scope.get("path", "/")
+        bare = path.rstrip("/") or "/"
+        if not (PUBLIC.fullmatch(path) or PUBLIC.fullmatch(bare)):
+            scope = {**scope, "path": bare}  # a redirect, as for pages, may lose a POST's body
         error = self._refusal(scope) if scope["type"] == "http" else None
         respond = JSONResponse(error.body, error.status, error.headers) if error else self.app
         await respond(scope, receive_limited, send_guarded)
@@ -340,8 +428,10 @@ def create_app(
     API requires it; without `host_names` any Host header is accepted.
     """
     chat = ChatServer(models, config, memory)
-    # /docs would load from a CDN; /openapi.json is there.
-    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, lifespan=chat.lifespan)
+    app = FastAPI(
+        title="nanochat", version=version("nanochat"), lifespan=chat.lifespan,
+        docs_url=None, redoc_url=None,  # which load from a CDN
+    )  # fmt: skip
     app.state.chat = chat
     app.include_router(api, prefix="/v1")
     app.include_router(api, include_in_schema=False)

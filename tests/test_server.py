@@ -25,6 +25,7 @@ from nanochat.chat_api import ServerConfig
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.jobs import ServedModel
+from nanochat.server import POLICY
 from tests.models import TOKENIZER, random_gpt
 from tests.serving import CHAT, EchoEngine, Running, Stream, question, serving, serving_models
 
@@ -163,7 +164,6 @@ STRANGERS: list[tuple[str, str, dict[str, Any], int, str | None]] = [
     ("OPTIONS", COMPLETIONS, {}, 405, None),
     ("GET", "/nowhere", {}, 404, None),
     ("GET", "/ui/../server.py", {}, 404, None),
-    ("GET", "/docs", {}, 404, None),
     ("GET", "/v1/models/gpt-4", {}, 404, "model_not_found"),
 ]
 
@@ -178,6 +178,44 @@ def test_strangers_get_openais_errors(echo: Running) -> None:
         assert response.headers["x-content-type-options"] == "nosniff"
         if sent == {"content": b"{}"}:
             assert "content-type: application/json" in error["message"]
+
+
+def test_a_slash_at_the_end_changes_nothing(echo: Running) -> None:
+    for path in ("/v1/models/", "/models/", "/v1/models/nanochat/", "/metrics/", "/health/"):
+        response = echo.client.get(path, follow_redirects=path == "/health/")
+        assert response.status_code == 200, path
+    for path in (COMPLETIONS + "/", "/chat/completions/"):
+        assert said(echo.client.post(path, json=question("hi"))) == "hi"
+    assert echo.client.get("/ui/", follow_redirects=True).status_code == 404
+
+
+def test_metrics_are_explained_and_count_tokens() -> None:
+    with serving([EchoEngine(max_len=512)]) as server:
+        for _ in range(2):  # the second time the prompt is in the cache
+            server.ask("hello")
+        text = server.client.get("/metrics").text
+    helps = [line for line in text.splitlines() if line.startswith("# HELP nanochat_")]
+    assert len(helps) > 10 and all(line.endswith(".") for line in helps)
+    assert re.search(r'^nanochat_build_info\{.*torch="[\d.]+.*"\} 1.0$', text, re.M)
+    for line in ("prompt_tokens_total 18.0", "prefill_tokens_total 9.0"):
+        assert f"nanochat_{line}\n" in text
+    assert "nanochat_generation_tokens_total 12.0\n" in text
+
+
+def test_the_api_describes_itself(echo: Running) -> None:
+    """Each route says what it does, answers and refuses; /docs shows that without scripts."""
+    schema, page = echo.client.get("/openapi.json").json(), echo.client.get("/docs")
+    assert page.headers["content-security-policy"] == POLICY and "<script" not in page.text
+    for address in re.findall(r'href="([^"]+)"', page.text):
+        assert echo.client.get(f"/{address}").status_code == 200
+    for path, methods in schema["paths"].items():
+        for method, route in methods.items():
+            assert f"{method.upper()} {path}" in page.text and route["description"]
+            error = route["responses"]["default"]["content"]["application/json"]["schema"]
+            assert error["$ref"].endswith("/ErrorBody") and "422" not in route["responses"]
+    fields = schema["components"]["schemas"]["ChatRequest"]["properties"]
+    assert all(f"<b>{name}</b>" in page.text for name in fields)
+    assert "number, minimum 0.0, maximum 2.0 or null" in page.text
 
 
 # OpenAI's own client
@@ -555,7 +593,6 @@ def test_pages_and_their_policies(
     report = echo.client.get("/report")
     assert report.text == "<h1>Report</h1>"
     assert "style-src 'unsafe-inline'" in report.headers["content-security-policy"]
-    assert "/v1/chat/completions" in echo.client.get("/openapi.json").json()["paths"]
 
 
 def test_a_crowd_of_leavers_leaks_nothing() -> None:

@@ -1,41 +1,47 @@
-"""OpenAI's chat API: the shapes of requests, errors and answers.
+"""OpenAI's API: the shapes of requests, errors and answers, for chats and for plain text.
 
-A body is parsed as a `ChatRequest`; `engine_requests` makes one engine request per choice. A
-`Choice` follows the events of one answer, hiding stop strings and keeping tool calls apart from the
-text; `Completion` puts choices into OpenAI's shapes.
+A body is parsed as a `ChatRequest` or a `TextRequest`; `engine_requests` makes one engine request
+per prompt and choice. A `Choice` follows the events of one answer, hiding stop strings and keeping
+tool calls apart from the text; a `Completion` puts choices into OpenAI's shapes.
 
 Extensions that other clients ignore: a tool call is a delta {"tool": {"expression": ..., "result":
 ...}}, result null if the calculator had no answer; a whole answer with one has `parts` in its
 message, which may be sent back as that turn's content; the chunk with a stream's usage has
 `timings`; comments give a waiting request's place in the queue.
 
-Unknown fields are ignored, as clients send many; unsupported ones that would change the answer are
-refused by name. Nothing is ever cut to fit the context.
+Lenient as llama.cpp's server and vLLM are: null is as good as absent, except for `model`; 8.0 is 8;
+-1 is no `max_tokens`, no `top_k`, a random `seed`; a limit above the context's room is that room.
+But no prompt is ever cut. Unknown fields are ignored, as clients send many; unsupported ones that
+would change the answer are refused by name.
 
-Source: https://platform.openai.com/docs/api-reference/chat
+Sources: https://platform.openai.com/docs/api-reference/chat and .../completions; from vLLM and
+llama.cpp min_p, repetition_penalty, /tokenize, /detokenize.
 """
 
 import json
 import re
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import groupby
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from typing_extensions import TypedDict
 
 from nanochat.common import Count, Natural, Temperature
-from nanochat.engine import Event, Reply, Request
+from nanochat.engine import UTF8, Engine, Event, Reply, Request
 from nanochat.sampling import derive_seed
 from nanochat.tokenizer import Tokenizer, render_prompt
 
-MAX_BODY_BYTES, MAX_MESSAGES, MAX_CHARS = 1 << 20, 500, 32_000
-INT64 = 2**63
+MAX_BODY_BYTES, MAX_MESSAGES, MAX_PROMPTS, MAX_CHARS = 1 << 20, 500, 500, 32_000
+MAX_STOPS, MAX_BIASES, INT64 = 16, 300, 2**63
 # Accepted only if empty.
-REFUSED = ("tools", "functions", "logit_bias", "presence_penalty", "frequency_penalty")
+REFUSED = ("tools", "functions", "audio", "suffix", "grammar", "json_schema", "structured_outputs")
+LEAST_LOGPROB = -9999.0  # what OpenAI writes for minus infinity, which JSON lacks
 
 
 @dataclass
@@ -68,8 +74,9 @@ class ApiError(Exception):
 
 
 def validation_error(errors: Sequence[Any]) -> ApiError:
-    """The 400 for pydantic's errors: the deepest one, as a union reports one per member."""
-    worst = max(errors, key=lambda error: len(error["loc"]))
+    """The 400 for the most telling of pydantic's errors, as a union reports one per member."""
+    # A wrong value rather than a wrong type, and the deepest.
+    worst = max(errors, key=lambda error: (not error["type"].endswith("_type"), len(error["loc"])))
     if worst["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {worst['ctx']['error']}")
     if isinstance(worst["input"], bytes):  # without the header, pages of other sites could send it
@@ -80,9 +87,31 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
     return ApiError(400, f"{param or 'body'}: {worst['msg']}", param=param or None)
 
 
+def read_whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def check_size(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise ValueError(f"at most {MAX_BIASES} entries")
+    return value
+
+
 Item = TypeVar("Item")
 # Else reporting a megabyte of bad items would take seconds.
 Quick = Annotated[list[Item], Field(fail_fast=True)]
+Whole = Annotated[int, BeforeValidator(read_whole)]
+Limit = Annotated[Whole, Field(ge=-1, lt=INT64)]
+NumTop = Annotated[Whole, Field(ge=0, le=20)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[Quick[TokenId], Field(min_length=1)]
+ModelName = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(max_length=256)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[
+    dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias], BeforeValidator(check_size)
+]
 
 
 class Strict(BaseModel):
@@ -94,71 +123,172 @@ class Strict(BaseModel):
 class ContentPart(TypedDict):  # no model: checking 30,000 of those takes 100 ms, of these 8
     """Text, or a calculator call (python) and its result (python_output)."""
 
-    type: Literal["text", "python", "python_output"]
+    type: Literal["text", "input_text", "output_text", "python", "python_output"]
     text: str
 
 
 class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Quick[ContentPart]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | Quick[ContentPart] | None = None  # only the assistant may be silent
 
     @property
     def parts(self) -> list[ContentPart]:
-        text = self.content
+        text = self.content or ""
         return [ContentPart(type="text", text=text)] if isinstance(text, str) else text
 
 
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
-Positive = Annotated[int, Field(ge=1, lt=INT64)]
+Messages = Annotated[Quick[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
-class ChatRequest(Strict, extra="allow"):
-    """The body of POST /v1/chat/completions."""
+class AnswerRequest(Strict, extra="allow"):
+    """What the bodies that ask for an answer share; null is as good as absent, but for `model`."""
 
-    messages: Annotated[Quick[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    model: str | None = None
+    model: ModelName = ""  # absent: the server's default
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=INT64)] | None = None  # not OpenAI's; 0: off
-    max_tokens: Positive | None = None
-    max_completion_tokens: Positive | None = None  # the newer name of max_tokens
-    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    n: Positive | None = None
+    top_k: Limit | None = None  # 0 or -1: off
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = Field(
+        None, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")
+    )
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Biases | Annotated[list[Any], Field(max_length=0)] | None = None
+    max_tokens: Limit | None = None  # -1: as many as there is room for
+    max_completion_tokens: Limit | None = None  # its newer name
+    seed: Annotated[Whole, Field(ge=-INT64, lt=INT64)] | None = None  # -1: a random one
+    stop: Stop | Annotated[Quick[Stop], Field(max_length=MAX_STOPS)] | None = None
+    n: Annotated[Whole, Field(ge=1, lt=INT64)] | None = None
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None
-    logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     def check_supported(self, num_slots: int) -> None:
         """Raise ApiError for what this server cannot do and must not ignore."""
         others = self.model_extra or {}
         wrong = [name for name in REFUSED if others.get(name)]
-        if others.get("response_format") not in (None, {"type": "text"}):
+        if (others.get("response_format") or {"type": "text"}) != {"type": "text"}:
             wrong.append("response_format")
+        if (others.get("best_of") or 1) not in (1, self.n):
+            wrong.append("best_of")
         if wrong:
             text = f"{wrong[0]} is not supported by this server; leave it out"
             raise ApiError(400, text, "unsupported_parameter", wrong[0])
         if (self.n or 1) > num_slots:
             raise ApiError(400, f"n is at most {num_slots}, the slots of this server", param="n")
+
+
+class ChatRequest(AnswerRequest):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Messages
+    logprobs: bool | None = False
+    top_logprobs: NumTop | None = None
+
+    param: ClassVar = "messages"
+    default_tokens: ClassVar = None  # the server's
+    num_prompt_logprobs: ClassVar = None
+
+    @property
+    def num_top(self) -> int | None:
+        """How many alternatives to each token are wanted; None: no logprobs at all."""
+        return self.top_logprobs or 0 if self.logprobs else None
+
+    def check_supported(self, num_slots: int) -> None:
+        super().check_supported(num_slots)
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs")
 
+    def prompts(self, tokenizer: Tokenizer, kind: str) -> Iterator[list[int]]:
+        """The ids of each prompt, for a model of `kind`: chat or base."""
+        yield chat_prompt(self.messages, tokenizer, kind)
+
+    def repeated(self, _: list[int]) -> list[int]:
+        """What of a prompt the answer begins with."""
+        return []
+
+
+class TextRequest(AnswerRequest):
+    """The body of POST /v1/completions.
+
+    A prompt of text follows <|bos|>, which is neither echoed nor scored; ids are taken as they are.
+    """
+
+    prompt: (
+        str
+        | Annotated[Quick[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | TokenIds
+        | Annotated[Quick[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    echo: bool | None = False  # begin with the prompt
+    num_top: NumTop | None = Field(None, alias="logprobs")  # with the echo, of the prompt too
+
+    param: ClassVar = "prompt"
+    default_tokens: ClassVar = 16
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        wanted = self.echo and (self.num_top is not None or self.max_tokens == 0)
+        return self.num_top or 0 if wanted else None
+
+    def prompts(self, tokenizer: Tokenizer, _: str) -> Iterator[list[int]]:
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        for prompt in [self.prompt] if one else self.prompt:
+            encode: Any = text_prompt if isinstance(prompt, str) else check_ids
+            yield encode(prompt, tokenizer, "prompt")
+
+    def repeated(self, prompt: list[int]) -> list[int]:
+        is_text = isinstance(self.prompt, str) or isinstance(self.prompt[0], str)
+        return prompt[is_text:] if self.echo else []
+
+
+Body = ChatRequest | TextRequest
+
+
+def check_length(texts: Iterable[str], param: str) -> None:
+    if sum(map(len, texts)) > MAX_CHARS:
+        text = f"{param}: more than {MAX_CHARS} characters in all"
+        raise ApiError(413, text, "request_too_large", param)
+
+
+def check_ids(ids: list[int], tokenizer: Tokenizer, param: str) -> list[int]:
+    """The ids themselves; ApiError if this tokenizer lacks one."""
+    if (largest := max(ids, default=0)) >= tokenizer.vocab_size:
+        text = f"{param}: no token {largest}; this model has {tokenizer.vocab_size}"
+        raise ApiError(400, text, param=param)
+    return ids
+
+
+def text_prompt(text: str, tokenizer: Tokenizer, param: str) -> list[int]:
+    check_length([text], param)
+    return [tokenizer.bos_id, *tokenizer.encode(text)]
+
+
+def chat_prompt(messages: list[Message], tokenizer: Tokenizer, kind: str) -> list[int]:
+    """What asks a model of `kind` for its turn; a base model knows plain text only."""
+    turns = fold_messages(messages)
+    if kind == "chat":
+        return render_prompt(tokenizer, {"messages": turns})
+    said = (turn["content"] for turn in turns)
+    texts = [text if isinstance(text, str) else Reply(parts=text).text for text in said]
+    return [tokenizer.bos_id, *tokenizer.encode("\n\n".join(texts))]
+
 
 def fold_messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """User and assistant in turns, whatever the roles; system and developer count as the user.
+    """User and assistant in turns, whatever the roles; all but the assistant count as the user.
 
     Raises ApiError unless the user is last.
     """
-    if sum(len(part["text"]) for message in messages for part in message.parts) > MAX_CHARS:
-        text = f"the messages have more than {MAX_CHARS} characters in all"
-        raise ApiError(413, text, "request_too_large", "messages")
+    for index, message in enumerate(messages):
+        if message.content is None and message.role != "assistant":
+            param = f"messages.{index}.content"
+            raise ApiError(400, f"{param}: only the assistant's may be null", param=param)
+    check_length((part["text"] for message in messages for part in message.parts), "messages")
     folded: list[dict[str, Any]] = []
     for role, turn in groupby(messages, lambda m: "assistant" if m.role == "assistant" else "user"):
         between = ContentPart(type="text", text="\n\n")
         said = Reply()  # which joins neighbouring texts, as the tokenizer would read them otherwise
         for part in [part for message in turn for part in (between, *message.parts)][1:]:
-            said.add_part(part["type"], part["text"])
+            said.add_part("text" if part["type"].endswith("text") else part["type"], part["text"])
         if all(part["type"] == "text" for part in said.parts):
             folded.append({"role": role, "content": said.text})
         elif role == "assistant":
@@ -171,58 +301,91 @@ def fold_messages(messages: list[Message]) -> list[dict[str, Any]]:
     return folded
 
 
-def engine_requests(
-    body: ChatRequest, tokenizer: Tokenizer, max_len: int, config: ServerConfig
-) -> list[Request]:
-    """One request per choice, each with its seed; ApiError if it cannot fit."""
-    prompt = render_prompt(tokenizer, {"messages": fold_messages(body.messages)})
-    asked = body.max_completion_tokens or body.max_tokens
+def engine_requests(body: Body, engine: Engine, kind: str, config: ServerConfig) -> list[Request]:
+    """One request per choice of each prompt, to a model of `kind`; ApiError if it cannot be served.
+
+    The choices of a prompt differ in their seeds, which do not depend on the other prompts.
+    """
+    body.check_supported(engine.num_slots)
+    biases = {int(token): bias for token, bias in dict(body.logit_bias or {}).items()}
+    check_ids(list(biases), engine.tokenizer, "logit_bias")
+    top_k = config.top_k if body.top_k is None else max(body.top_k, 0)
+    like = Request(
+        [],
+        max_tokens=0,
+        temperature=config.temperature if body.temperature is None else body.temperature,
+        top_k=min(top_k, engine.tokenizer.vocab_size),
+        top_p=1.0 if body.top_p is None else body.top_p,
+        min_p=body.min_p or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=biases,
+        logprobs=0 if body.num_top is None else max(1, body.num_top),
+        prompt_logprobs=body.num_prompt_logprobs,
+    )
+    seed = secrets.randbits(63) if body.seed in (None, -1) else body.seed
+    seeds = [derive_seed(seed, index) for index in range(body.n or 1)]
+    most, requests = engine.num_slots + config.queue, list[Request]()
+    for prompt in body.prompts(engine.tokenizer, kind):
+        limit = fit(body, prompt, engine.max_len, config)
+        if len(requests) + len(seeds) > most:
+            raise ApiError(400, f"at most {most} answers in one request", param=body.param)
+        requests += [replace(like, prompt=prompt, max_tokens=limit, seed=each) for each in seeds]
+    return requests
+
+
+def fit(body: Body, prompt: list[int], max_len: int, config: ServerConfig) -> int:
+    """How many tokens to generate at most; ApiError if there is no room for any."""
+    limits = (body.max_completion_tokens, body.max_tokens, body.default_tokens, config.max_tokens)
+    asked = next(limit for limit in limits if limit is not None)
+    if asked == 0 and body.num_prompt_logprobs is None:
+        raise ApiError(400, "max_tokens may be 0 only with echo", param="max_tokens")
     room = max_len - len(prompt)
-    if room < (asked or 1):
-        text = (
-            f"this model's context is {max_len} tokens; the messages have {len(prompt)}, "
-            f"and {asked or 1} were to be generated: shorten the messages or lower max_tokens"
-        )
-        raise ApiError(400, text, "context_length_exceeded", "messages")
-    seed = secrets.randbits(63) if body.seed is None else body.seed
-    top_k = config.top_k if body.top_k is None else body.top_k
-    return [
-        Request(
-            prompt,
-            max_tokens=asked or min(config.max_tokens, room),
-            temperature=config.temperature if body.temperature is None else body.temperature,
-            top_k=min(top_k, tokenizer.vocab_size),
-            top_p=1.0 if body.top_p is None else body.top_p,
-            seed=derive_seed(seed, index),
-            logprobs=max(1, body.top_logprobs or 0) if body.logprobs else 0,
-        )
-        for index in range(body.n or 1)
-    ]
+    if room < min(abs(asked), 1):
+        text = f"{body.param}: {len(prompt)} tokens, but the context is {max_len} with the answer"
+        raise ApiError(400, text, "context_length_exceeded", body.param)
+    return room if asked == -1 else min(asked, room)
 
 
-LEAST_LOGPROB = -9999.0  # what OpenAI writes for minus infinity, which JSON lacks
+class Entry(NamedTuple):
+    """A token of an answer, or of the prompt that it repeats."""
+
+    begin: int  # characters before it
+    token: int
+    logprobs: list[tuple[int, float]] | None  # its own, then the likeliest; None: not known
 
 
 class Choice:
-    """One answer in progress: `feed` it events, `take` what became visible."""
+    """One answer in progress: `feed` it events, `take` what became visible.
+
+    It ends where a stop string begins. `num_tokens` counts what was sent: the tokens whose text
+    begins before that, and the hidden ones before it, such as the tool's.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, stops: Sequence[str] = (), top_logprobs: int = 0
+        self, tokenizer: Tokenizer, stops: Sequence[str] = (), echo: Sequence[int] = ()
     ) -> None:
-        self.tokenizer, self.stops, self.top_logprobs = tokenizer, stops, top_logprobs
-        self.num_tokens = 0
+        self.tokenizer, self.stops = tokenizer, stops
+        self.echo = echo  # the end of the prompt that the answer is to begin with
+        self.num_tokens = 0  # generated, up to a stop string
+        self.num_safe = 0  # up to the newest special one, which no stop string contains
         self.finish: str | None = None  # stop or length, once it has ended
         self.held = ""  # text that may be the beginning of a stop string
         self.num_chars = 0  # of the text released
         self.shown = Reply()  # everything released
         self.deltas: list[dict[str, Any]] = []  # the part of it not yet taken
-        self.logprobs: list[tuple[int, dict[str, Any]]] = []  # (where the text begins, entry)
+        self.entries: list[Entry] = []
+        self.num_taken = 0  # of the entries
 
     def feed(self, event: Event) -> None:
-        self.num_tokens += 1
-        if event.logprobs:
-            begin = self.num_chars + len(self.held)
-            self.logprobs.append((begin, self._logprob(event.logprobs)))
+        if self.echo and not self.entries:
+            self._repeat_prompt(event.prompt)
+        if event.token >= 0:
+            self.num_tokens += 1
+            self._note(event.token, event.logprobs)
+            if event.token >= self.tokenizer.bos_id:
+                self.num_safe = self.num_tokens
         if event.tool:
             expression, result = event.tool
             self._give_out(len(self.held))
@@ -233,12 +396,28 @@ class Choice:
             self._give_out(len(self.held))
             self.finish = event.finish
 
-    def take(self) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-        """(deltas, logprobs of their text) since the last call."""
+    def take(self) -> tuple[list[dict[str, Any]], list[Entry]]:
+        """(deltas, entries of their text) since the last call."""
         deltas, self.deltas = self.deltas, []
-        said = [entry for begin, entry in self.logprobs if begin < self.num_chars]
-        del self.logprobs[: len(said)]
-        return deltas, {"content": said, "refusal": None} if said else None
+        end = len(self.echo) + self.num_tokens if self.finish else self._entries_before()
+        begin, self.num_taken = self.num_taken, end
+        return deltas, self.entries[begin:end]
+
+    def _repeat_prompt(self, scores: list[list[tuple[int, float]]] | None) -> None:
+        known = [None, *(scores or [None] * len(self.echo))]
+        decoder = UTF8("replace")
+        for token, logprobs in zip(self.echo, known[-len(self.echo) :], strict=True):
+            self._note(token, logprobs)
+            self.held += decoder.decode(self.tokenizer.decode_bytes([token]))
+        self.held += decoder.decode(b"", final=True)
+        self._give_out(len(self.held))
+
+    def _note(self, token: int, logprobs: list[tuple[int, float]] | None) -> None:
+        self.entries.append(Entry(self.num_chars + len(self.held), token, logprobs))
+
+    def _entries_before(self) -> int:
+        """How many tokens begin in the text released."""
+        return bisect_left(self.entries, self.num_chars, key=lambda entry: entry.begin)
 
     def _add_text(self, text: str) -> None:
         self.held += text
@@ -246,8 +425,10 @@ class Choice:
         if found:
             self._give_out(min(found))
             self.finish = "stop"
+            self.num_tokens = max(self.num_safe, self._entries_before() - len(self.echo))
             return
-        begun = (stop[:length] for stop in self.stops for length in range(1, len(stop)))
+        longest = len(self.held)
+        begun = (stop[:n] for stop in self.stops for n in range(1, min(len(stop), longest + 1)))
         num_begun = max((len(part) for part in begun if self.held.endswith(part)), default=0)
         self._give_out(len(self.held) - num_begun)
 
@@ -260,30 +441,25 @@ class Choice:
         elif text:
             self.deltas.append({"content": text})
 
-    def _logprob(self, pairs: Sequence[tuple[int, float]]) -> dict[str, Any]:
-        """OpenAI's entry for a token, from (id, logprob) pairs: its own, then the likeliest."""
-        entries = []
-        for token, logprob in pairs:
-            raw = self.tokenizer.decode_bytes([token])
-            shown = {"token": raw.decode("utf-8", "replace"), "bytes": list(raw)}
-            entries.append(shown | {"logprob": max(logprob, LEAST_LOGPROB)})
-        return entries[0] | {"top_logprobs": entries[1 : 1 + self.top_logprobs]}
-
 
 class Completion:
-    """The answer to one request, as the events of a stream or whole."""
+    """The answer to a ChatRequest, as the events of a stream or whole; a choice per request."""
+
+    prefix, whole_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(
-        self, model: str, body: ChatRequest, tokenizer: Tokenizer, num_prompt_tokens: int
+        self, model: str, body: Body, tokenizer: Tokenizer, requests: Sequence[Request]
     ) -> None:
+        self.tokenizer, self.num_top = tokenizer, body.num_top
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        num_top, num_choices = body.top_logprobs or 0, body.n or 1
-        self.choices = [Choice(tokenizer, stops, num_top) for _ in range(num_choices)]
-        self.num_prompt_tokens = num_prompt_tokens
+        stops = [stop for stop in stops if stop]
+        self.choices = [Choice(tokenizer, stops, body.repeated(each.prompt)) for each in requests]
+        self.num_prompt_tokens = sum(len(each.prompt) for each in requests[:: body.n or 1])
         self.open = list(range(len(self.choices)))  # the choices whose end has not been told
+        self.is_stream = bool(body.stream)
         self.head: dict[str, Any] = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "object": "chat.completion.chunk",
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "object": self.chunk_name if body.stream else self.whole_name,
             "created": int(time.time()),
             "model": model,
         }
@@ -292,25 +468,26 @@ class Completion:
 
     @property
     def usage(self) -> dict[str, int]:
-        """Token counts of the prompt and all choices, forced and hidden ones included."""
+        """Token counts of the prompts and all choices, as Choice counts them."""
         num_said = sum(choice.num_tokens for choice in self.choices)
         counts = {"prompt_tokens": self.num_prompt_tokens, "completion_tokens": num_said}
         return counts | {"total_tokens": self.num_prompt_tokens + num_said}
 
     def begin(self) -> bytes:
-        return b"".join(self._chunk(i, {"role": "assistant", "content": ""}) for i in self.open)
+        return b"".join(self.chunk(i, {"role": "assistant", "content": ""}) for i in self.open)
 
     def news(self) -> bytes:
         events = b""
         for index in list(self.open):
             choice = self.choices[index]
-            deltas, logprobs = choice.take()
+            deltas, entries = choice.take()
+            logprobs = self.logprobs(entries)
             for delta in deltas:
                 is_text = "content" in delta
-                events += self._chunk(index, delta, logprobs if is_text else None)
+                events += self.chunk(index, delta, logprobs if is_text else None)
                 logprobs = None if is_text else logprobs
             if choice.finish:
-                events += self._chunk(index, {}, finish=choice.finish)
+                events += self.chunk(index, {}, logprobs, choice.finish)
                 self.open.remove(index)
         return events
 
@@ -322,19 +499,127 @@ class Completion:
     def whole(self) -> dict[str, Any]:
         choices = []
         for index, choice in enumerate(self.choices):
-            parts = choice.shown.parts
-            message = {"role": "assistant", "content": choice.shown.text, "refusal": None}
-            if any(part["type"] != "text" for part in parts):
-                message |= {"parts": parts}
-            about = {"index": index, "finish_reason": choice.finish, "logprobs": choice.take()[1]}
-            choices.append(about | {"message": message})
-        return self.head | {"object": "chat.completion", "choices": choices, "usage": self.usage}
+            logprobs = self.logprobs(choice.take()[1])
+            about = {"index": index, "finish_reason": choice.finish, "logprobs": logprobs}
+            choices.append(about | self.answer(choice))
+        return self.head | {"choices": choices, "usage": self.usage}
 
-    def _chunk(
+    def chunk(
         self, index: int, delta: dict, logprobs: dict | None = None, finish: str | None = None
     ) -> bytes:
-        about = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
-        return sse(self.head | {"choices": [about]})
+        about = {"index": index, "finish_reason": finish, "logprobs": logprobs}
+        return sse(self.head | {"choices": [about | self.piece(delta)]})
+
+    def answer(self, choice: Choice) -> dict[str, Any]:
+        parts = choice.shown.parts
+        message = {"role": "assistant", "content": choice.shown.text, "refusal": None}
+        if any(part["type"] != "text" for part in parts):
+            message |= {"parts": parts}
+        return {"message": message}
+
+    def piece(self, delta: dict) -> dict[str, Any]:
+        return {"delta": delta}
+
+    def logprobs(self, entries: list[Entry]) -> dict[str, Any] | None:
+        content = [self._logprob(entry.logprobs) for entry in entries if entry.logprobs]
+        return {"content": content, "refusal": None} if content else None
+
+    def _logprob(self, pairs: Sequence[tuple[int, float]]) -> dict[str, Any]:
+        entries = []
+        for token, logprob in pairs[: 1 + (self.num_top or 0)]:
+            raw = self.tokenizer.decode_bytes([token])
+            shown = {"token": raw.decode("utf-8", "replace"), "bytes": list(raw)}
+            entries.append(shown | {"logprob": max(logprob, LEAST_LOGPROB)})
+        return entries[0] | {"top_logprobs": entries[1:]}
+
+
+class TextCompletion(Completion):
+    """The answer to a TextRequest, in which calls of the calculator are not shown.
+
+    With logprobs every token has its entry, so that their number is known to who counts them; it is
+    null for the first of a prompt given as ids, and for special tokens and the tool's.
+    """
+
+    prefix, whole_name, chunk_name = "cmpl", "text_completion", "text_completion"
+
+    def begin(self) -> bytes:
+        return b""
+
+    def answer(self, choice: Choice) -> dict[str, Any]:
+        return {"text": choice.shown.text}
+
+    def piece(self, delta: dict) -> dict[str, Any]:
+        return {"text": delta.get("content", "")}
+
+    def logprobs(self, entries: list[Entry]) -> dict[str, Any] | None:
+        if self.num_top is None or not entries:
+            return None
+        name = cache(partial(spell, self.tokenizer))
+        known = [entry.logprobs and entry.logprobs[: 1 + self.num_top] for entry in entries]
+        return {
+            "tokens": [name(entry.token) for entry in entries],
+            "token_logprobs": [pairs and max(pairs[0][1], LEAST_LOGPROB) for pairs in known],
+            "top_logprobs": [
+                pairs and {name(token): max(value, LEAST_LOGPROB) for token, value in pairs}
+                for pairs in known
+            ],
+            "text_offset": [entry.begin for entry in entries],
+        }
+
+
+def spell(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text, or bytes:\\xe2 as OpenAI has it; never that of another token."""
+    raw = tokenizer.decode_bytes([token])
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+class TokenizeRequest(Strict, extra="allow"):
+    """The body of POST /tokenize: content (llama.cpp), prompt (vLLM) or a chat's messages."""
+
+    model: ModelName = ""
+    content: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    # Begin with <|bos|>; by default a prompt does, as in a completion, and content does not.
+    add_special: bool | None = Field(
+        None, validation_alias=AliasChoices("add_special", "add_special_tokens")
+    )
+    with_pieces: bool | None = False
+
+    def answer(self, engine: Engine, kind: str) -> dict[str, Any]:
+        """{tokens, count, max_model_len}; a token is an id, with pieces {id, piece}."""
+        tokenizer = engine.tokenizer
+        if [self.content, self.prompt, self.messages].count(None) != 2:
+            raise ApiError(400, "give one of prompt, content and messages", param="prompt")
+        if self.messages:
+            ids = chat_prompt(self.messages, tokenizer, kind)
+        else:
+            ids = text_prompt(self.content or self.prompt or "", tokenizer, "prompt")
+            special = self.content is None if self.add_special is None else self.add_special
+            ids = ids if special else ids[1:]
+        tokens = ids
+        if self.with_pieces:
+            tokens = [{"id": token, "piece": spell(tokenizer, token)} for token in ids]
+        return {"tokens": tokens, "count": len(ids), "max_model_len": engine.max_len}
+
+
+class DetokenizeRequest(Strict, extra="allow"):
+    """The body of POST /detokenize."""
+
+    model: ModelName = ""
+    tokens: Quick[TokenId]
+
+    def answer(self, engine: Engine, kind: str) -> dict[str, Any]:
+        """The text, under vLLM's name for it and llama.cpp's."""
+        ids = check_ids(self.tokens, engine.tokenizer, "tokens")
+        text = engine.tokenizer.decode_bytes(ids).decode("utf-8", "replace")
+        return {"prompt": text, "content": text}
+
+
+Conversion = TokenizeRequest | DetokenizeRequest
 
 
 def sse(data: dict[str, Any]) -> bytes:

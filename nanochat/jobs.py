@@ -169,7 +169,8 @@ class Job:
     def timings(self) -> dict[str, float]:
         """What accompanies a stream's usage."""
         num_tokens = self.completion.usage["completion_tokens"]
-        speed = (num_tokens - 1) / (self.last - self.first) if self.last > self.first else 0.0
+        seconds = self.last - self.first
+        speed = max(num_tokens - 1, 0) / seconds if seconds > 0 else 0.0
         queue, first = self.started - self.arrived, self.first - self.arrived
         return {"queue_seconds": queue, "first_token_seconds": first, "tokens_per_second": speed}
 

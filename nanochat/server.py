@@ -1,6 +1,7 @@
 """The web server: an OpenAI-compatible API over one or more models, and the chat page.
 
-    GET  /v1/models, /v1/models/{id}    POST /v1/chat/completions    and the same without /v1
+    POST /v1/chat/completions, /v1/completions, /v1/tokenize, /v1/detokenize
+    GET  /v1/models, /v1/models/{id}    and all of these without /v1
     GET  /health (alive), /ready (would answer), /metrics, /docs, /, /ui/..., /report
 
 A request is validated, its model is loaded if need be, its prompt is rendered in a thread, and the
@@ -40,7 +41,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typing_extensions import TypedDict
 
 from nanochat import chat_api
-from nanochat.chat_api import ApiError, ChatRequest, Completion, ServerConfig
+from nanochat.chat_api import ApiError, ChatRequest, Completion, ServerConfig, TextRequest
 from nanochat.common import UserError, report_dir
 from nanochat.jobs import ANSWER_SECONDS, EngineWorker, Job, Metrics, ServedModel
 
@@ -242,15 +243,15 @@ async def show_model(model_id: str, chat: Chat) -> ModelCard:
     return chat.card(chat.look_up(model_id))
 
 
-async def start_job(body: ChatRequest, chat: Chat) -> AsyncIterator[Job]:
+@asynccontextmanager
+async def start_job(body: chat_api.Body, chat: ChatServer) -> AsyncIterator[Job]:
     """The job that answers `body`, cancelled however the response ends."""
-    model = await chat.find(body.model)
-    tokenizer, max_len = model.engine.tokenizer, model.max_len
-    body.check_supported(model.engine.num_slots)
+    model = await chat.find(body.model or None)
     # In a thread, since 32,000 characters take 5 ms, and tiktoken works without the GIL.
     prepare = chat_api.engine_requests
-    requests = await asyncio.to_thread(prepare, body, tokenizer, max_len, chat.config)
-    completion = Completion(model.name, body, tokenizer, len(requests[0].prompt))
+    requests = await asyncio.to_thread(prepare, body, model.engine, model.kind, chat.config)
+    shape = chat_api.TextCompletion if isinstance(body, TextRequest) else Completion
+    completion = shape(model.name, body, model.engine.tokenizer, requests)
     job, worker = Job(requests, completion), model.choose_worker()
     worker.submit(job)
     try:
@@ -259,18 +260,53 @@ async def start_job(body: ChatRequest, chat: Chat) -> AsyncIterator[Job]:
         worker.cancel(job.choices)
 
 
-@api.post("/chat/completions", responses=ANSWER)
-async def complete_chat(
-    http: HttpRequest, body: ChatRequest, job: Annotated[Job, Depends(start_job)]
-) -> Response:
-    """The model's turn in a conversation."""
-    if body.stream:
+async def chat_job(body: ChatRequest, chat: Chat) -> AsyncIterator[Job]:
+    async with start_job(body, chat) as job:
+        yield job
+
+
+async def text_job(body: TextRequest, chat: Chat) -> AsyncIterator[Job]:
+    async with start_job(body, chat) as job:
+        yield job
+
+
+async def respond(http: HttpRequest, job: Job) -> Response:
+    if job.completion.is_stream:
         headers = {"X-Accel-Buffering": "no"}
         return EventStream(job.stream(), headers=headers, media_type="text/event-stream")
     async for _ in job.follow():
         if await http.is_disconnected():
             return Response()  # to nobody
     return JSONResponse(job.completion.whole())
+
+
+@api.post("/chat/completions", responses=ANSWER)
+async def complete_chat(http: HttpRequest, job: Annotated[Job, Depends(chat_job)]) -> Response:
+    """The model's turn in a conversation."""
+    return await respond(http, job)
+
+
+@api.post("/completions", responses=ANSWER)
+async def complete_text(http: HttpRequest, job: Annotated[Job, Depends(text_job)]) -> Response:
+    """What the model writes after each prompt."""
+    return await respond(http, job)
+
+
+async def convert(body: chat_api.Conversion, chat: ChatServer) -> Response:
+    model = await chat.find(body.model or None)
+    return JSONResponse(await asyncio.to_thread(body.answer, model.engine, model.kind))
+
+
+@api.post("/tokenize")
+async def tokenize(body: chat_api.TokenizeRequest, chat: Chat) -> Response:
+    """The tokens of a text, or of a chat's prompt."""
+    return await convert(body, chat)
+
+
+@api.post("/detokenize")
+async def detokenize(body: chat_api.DetokenizeRequest, chat: Chat) -> Response:
+    """The text of tokens."""
+    return await convert(body, chat)
 
 
 @others.get("/health")

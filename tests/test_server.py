@@ -84,9 +84,10 @@ def test_ends(echo: Running) -> None:
         ({"max_tokens": 1}, "h", "length", 1),
         ({"max_completion_tokens": 5}, "hello", "length", 5),
         ({"max_tokens": 6}, "hello", "stop", 6),
-        ({"stop": "l"}, "he", "stop", 3),
-        ({"stop": ["zz", "lo"]}, "hel", "stop", 5),
-        ({"stop": "hello"}, "", "stop", 5),
+        ({"max_tokens": 9999}, "hello", "stop", 6),
+        ({"stop": "l"}, "he", "stop", 2),
+        ({"stop": ["zz", "lo"]}, "hel", "stop", 3),
+        ({"stop": "hello"}, "", "stop", 0),
     ]
     for fields, text, finish, num_tokens in cases:
         answer, stream = echo.ask("hello", **fields).json(), echo.stream("hello", **fields, **USAGE)
@@ -243,10 +244,34 @@ def test_openais_client(echo: Running) -> None:
         assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == STRANGE
         assert chunks[-1].usage == whole.usage and chunks[-2].choices[0].finish_reason == "stop"
         with pytest.raises(openai.BadRequestError) as caught:
-            client.chat.completions.create(**ask, max_tokens=10_000)
+            client.chat.completions.create(**asked("x" * 600))
         assert caught.value.code == "context_length_exceeded"
         with pytest.raises(openai.NotFoundError, match="no model"):
             client.models.retrieve("sft/d20")
+
+
+def test_plain_text_and_its_tokens() -> None:
+    """Of a real model: streamed and whole alike, and tokens counted as they are charged."""
+    engine = Engine(random_gpt(), TOKENIZER, num_slots=4, prefix_reuse=False)
+    with serving([engine]) as server, client_of(server) as client:
+        ask: dict[str, Any] = {"model": "nanochat", "prompt": ["né", ""], "n": 2, "seed": 1}
+        whole = client.completions.create(**ask, echo=True, logprobs=2, max_tokens=4)
+        assert [choice.text[:2] for choice in whole.choices[:2]] == ["né"] * 2
+        chunks = list(client.completions.create(**ask, echo=True, max_tokens=4, stream=True))
+        for choice in whole.choices:
+            mine = [c.choices[0] for c in chunks if c.choices[0].index == choice.index]
+            assert "".join(piece.text for piece in mine) == choice.text
+            assert mine[-1].finish_reason == choice.finish_reason
+        counts = []
+        for path in ("/tokenize", "/v1/tokenize"):
+            for prompt in ask["prompt"]:
+                counts.append(server.client.post(path, json={"prompt": prompt}).json())
+        assert sum(each["count"] for each in counts) == 2 * whole.usage.prompt_tokens
+        back = server.client.post("/detokenize", json={"tokens": counts[0]["tokens"][1:]})
+        assert back.json()["prompt"] == "né"
+        for name, tokens in (("detokenize", [999]), ("tokenize", None)):
+            refused = server.client.post(f"/v1/{name}", json={"tokens": tokens})
+            assert refused.status_code == 400 and refused.json()["error"]["message"]
 
 
 def test_a_failure_amid_a_stream_is_no_stop() -> None:

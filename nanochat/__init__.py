@@ -28,7 +28,7 @@ tests/test_layout.py reads this list and holds the order.
     report         what each stage wrote -> report.md, report.html, report.json
     hf_modeling    a model with the additions as transformers runs it; exports carry the file
     hf_export      settings, tensor names, tokenizer and chat template for transformers
-    chat_api       OpenAI's chat API: what a request may say, what a client sees of an answer
+    chat_api       OpenAI's API: what a request may say, what a client sees of an answer
     jobs           an engine in its thread, its jobs, the metrics
     server         the routes, the models, the page
 """

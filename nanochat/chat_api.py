@@ -143,7 +143,7 @@ Messages = Annotated[Quick[Message], Field(min_length=1, max_length=MAX_MESSAGES
 class AnswerRequest(Strict, extra="allow"):
     """What the bodies that ask for an answer share; null is as good as absent, but for `model`."""
 
-    model: ModelName = ""  # absent: the server's default
+    model: ModelName = Field(default_factory=str)  # absent: the server's default
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Limit | None = None  # 0 or -1: off
@@ -579,7 +579,7 @@ def spell(tokenizer: Tokenizer, token: int) -> str:
 class TokenizeRequest(Strict, extra="allow"):
     """The body of POST /tokenize: content (llama.cpp), prompt (vLLM) or a chat's messages."""
 
-    model: ModelName = ""
+    model: ModelName = Field(default_factory=str)
     content: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
@@ -609,7 +609,7 @@ class TokenizeRequest(Strict, extra="allow"):
 class DetokenizeRequest(Strict, extra="allow"):
     """The body of POST /detokenize."""
 
-    model: ModelName = ""
+    model: ModelName = Field(default_factory=str)
     tokens: Quick[TokenId]
 
     def answer(self, engine: Engine, kind: str) -> dict[str, Any]:

@@ -31,4 +31,5 @@ tests/test_layout.py reads this list and holds the order.
     chat_api       OpenAI's API: what a request may say, what a client sees of an answer
     jobs           an engine in its thread, its jobs, the metrics
     server         the routes, the models, the page
+    replicas       one server process per GPU behind one listener
 """

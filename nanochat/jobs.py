@@ -196,6 +196,7 @@ class EngineWorker:
         self.state = "loading"  # then ready, at the end dead
         self.settled = asyncio.Event()  # no longer loading
         self.error: ApiError | None = None  # that loading ended in
+        self.failed = False  # by no fault of the user's: the device itself may be unusable
         self.num_prefilled = 0  # tokens, as far as the metrics know
         self.jobs: dict[Request, Job] = {}  # of requests that have not ended; the event loop's
         self.inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # None: end
@@ -215,8 +216,12 @@ class EngineWorker:
         return 0.0 if (began := self.step_began) is None else time.monotonic() - began
 
     @property
+    def hangs(self) -> bool:
+        return self.step_age >= MAX_STEP_SECONDS
+
+    @property
     def ready(self) -> bool:
-        return self.state == "ready" and self.step_age < MAX_STEP_SECONDS
+        return self.state == "ready" and not self.hangs
 
     def submit(self, job: Job) -> None:
         """Take the job; ApiError if slots and queue are full."""
@@ -295,6 +300,7 @@ class EngineWorker:
         except UserError as error:
             self.error = ApiError(503, str(error), "model_unavailable", retry_after=30)
         except Exception:
+            self.failed = True
             log.exception("the engine's thread has ended")
             if self.state == "loading":
                 text = "the model could not be loaded; see the server's log"

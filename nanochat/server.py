@@ -15,7 +15,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from html import escape
 from importlib.metadata import version
@@ -124,6 +124,15 @@ class ChatServer:
     def workers(self) -> list[EngineWorker]:
         return [model.worker for model in self.models.values() if model.worker]
 
+    @property
+    def is_broken(self) -> bool:
+        """An engine has died or hangs, or none can be loaded: only a new process helps."""
+        some_ready = any(worker.ready for worker in self.workers)
+        return any(
+            worker.hangs or (worker.failed and not (worker.error and some_ready))
+            for worker in self.workers
+        )
+
     def card(self, model: ServedModel) -> ModelCard:
         loaded = model.worker is not None and model.worker.ready
         return ModelCard(
@@ -150,7 +159,7 @@ class ChatServer:
             raise ApiError(503, text, "timeout", retry_after=10) from error
         self.check_open()
         if worker.error:
-            if model.worker is worker:
+            if model.worker is worker and not self.is_broken:
                 model.worker = None  # the next request tries again
             raise worker.error
         return model
@@ -206,9 +215,12 @@ class ChatServer:
         self.drain_until = self.drain_until or time.monotonic() + DRAIN_SECONDS
         if time.monotonic() < self.drain_until and any(worker.jobs for worker in self.workers):
             return False
-        for worker in self.workers:
-            worker.fail(list(worker.jobs), self._closing())
+        self.fail_all(self._closing())
         return True
+
+    def fail_all(self, error: ApiError) -> None:
+        for worker in self.workers:
+            worker.fail(list(worker.jobs), error)
 
     def _closing(self) -> ApiError:
         return ApiError(503, "the server is shutting down", "shutting_down", retry_after=5)
@@ -394,6 +406,8 @@ async def handle_error(request: HttpRequest, error: Exception) -> Response:
     elif not isinstance(error, ApiError):
         error = ApiError(500, "the server failed; its log says why")
     request.app.state.chat.metrics.refused.labels(error.code or str(error.status)).inc()
+    if error.status == 429:
+        headers["Connection"] = "close"  # so that the next try may reach another process
     return JSONResponse(error.body, error.status, headers | error.headers)
 
 
@@ -479,11 +493,15 @@ def create_app(
     return app
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; UserError if the address is in use or not this machine's."""
+def listen(host: str, port: int, shared: bool = False) -> socket.socket:
+    """A listening socket; UserError if the address is in use or not this machine's.
+
+    If `shared`, other processes of the user may listen there too; each gets its share of clients.
+    """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=512)
+        address = (host, port)
+        listener = socket.create_server(address, family=family, backlog=512, reuse_port=shared)
     except OSError as error:
         raise UserError(f"{host}:{port}: {error}; choose another --port or --host") from error
     # Inherited by every connection; asyncio does not set it here, which cost 40 ms an answer.
@@ -497,10 +515,21 @@ class Server(uvicorn.Server):
     Until then it accepts connections, so that /ready can report the shutdown.
     """
 
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None] | None = None) -> None:
+        """With `ready`, called once it would answer, it ends if an engine does: to be replaced."""
+        super().__init__(config)
+        self.ready, self.is_replaceable = ready, ready is not None
+        self.chat: ChatServer = config.app.state.chat  # type: ignore[union-attr]
+
     async def on_tick(self, counter: int) -> bool:
         """True when the server is to stop accepting connections."""
         ending = await super().on_tick(counter)
-        chat: ChatServer = self.config.app.state.chat  # type: ignore[union-attr]
         if counter % 10 == 0:
-            chat.metrics.refresh(chat.workers)
-        return ending and (self.force_exit or chat.drained())
+            self.chat.metrics.refresh(self.chat.workers)
+        if self.is_replaceable and self.chat.is_broken:
+            self.chat.fail_all(ApiError(503, "the engine has stopped; try again", retry_after=1))
+            return True
+        if self.ready and any(worker.ready for worker in self.chat.workers):
+            self.ready()
+            self.ready = None
+        return ending and (self.force_exit or self.chat.drained())

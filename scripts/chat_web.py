@@ -1,8 +1,8 @@
 """Serve models: the chat page and an OpenAI-compatible API.
 
     python -m scripts.chat_web               # the newest finetuned model, at http://127.0.0.1:8000
-    python -m scripts.chat_web -i rl -g d20 --host=0.0.0.0   # open to other machines
-    python -m scripts.chat_web -i base --models=all   # a base model first, all others if asked for
+    python -m scripts.chat_web -i rl -g d20 --replicas=8 --host=0.0.0.0   # on 8 GPUs, for everybody
+    python -m scripts.chat_web -i base --models=all   # a base model; all others if asked for
     python -m scripts.chat_web --device_type=cpu --slots=4   # laptop
 
 Whoever asks for another stage of the same run, by its name in /v1/models, gets it after a moment:
@@ -16,11 +16,14 @@ writes: nothing
 """
 
 import os
+import socket
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal
 
+import torch
 import uvicorn
 from pydantic import Field
 
@@ -28,6 +31,7 @@ from nanochat.chat_api import ServerConfig
 from nanochat.checkpoint import STAGE_SCRIPTS, find_checkpoint, list_runs, load_model
 from nanochat.common import (
     CheckpointFlags,
+    Count,
     Natural,
     Port,
     Runtime,
@@ -39,7 +43,8 @@ from nanochat.common import (
 )
 from nanochat.engine import Engine
 from nanochat.jobs import ServedModel
-from nanochat.server import Server, create_app, listen
+from nanochat.replicas import supervise
+from nanochat.server import DRAIN_SECONDS, Server, create_app, listen
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
@@ -51,11 +56,13 @@ class Config(ServerConfig, CheckpointFlags):
     models: Literal["run", "all"] = "run"  # which may be asked for: the run's stages, or all runs
     memory: Annotated[float, Field(ge=0)] = 0.0  # GiB for loaded models; 0: most of what is free
     slots: Natural = 0  # concurrent answers per model; 0: what fits, up to 64 (CPU: 8)
+    replicas: Count = 1  # processes with models of their own: a GPU each, or a share of the CPU
 
 
 def offer(cfg: Config, runtime: Runtime) -> tuple[list[ServedModel], float]:
     """(models, of which the first is loaded; bytes that those loaded may take in all)."""
-    memory = cfg.memory * 2**30 or 0.8 * free_memory(runtime.device)
+    num_sharing = 1 if runtime.device.type == "cuda" else cfg.replicas
+    memory = cfg.memory * 2**30 or 0.8 * free_memory(runtime.device) / num_sharing
     run, _ = find_checkpoint(cfg.source, cfg.model_tag, cfg.step, verify=False)
     first = describe(replace(cfg, model_tag=run.name), runtime, memory)
     if first.num_bytes > memory:
@@ -100,9 +107,11 @@ def load_engine(chosen: Config, runtime: Runtime, slots: int) -> Engine:
     return engine
 
 
-def main(cfg: Config) -> None:
-    listener = listen(cfg.host, cfg.port)
-    models, memory = offer(cfg, set_up(cfg.device_type, cfg.dtype))
+def serve(cfg: Config, listener: socket.socket | None, ready: Callable[[], None] | None) -> None:
+    """Serve in this process, from a `listener` of its own if none is given; see server.Server."""
+    runtime = set_up(cfg.device_type, cfg.dtype)
+    torch.set_num_threads(max(1, torch.get_num_threads() // cfg.replicas))
+    models, memory = offer(cfg, runtime)
     is_local = cfg.host in LOOPBACK | {"::1"}
     api_key = os.environ.get("NANOCHAT_API_KEY", "")
     host_names = LOOPBACK if is_local else frozenset[str]()
@@ -111,11 +120,27 @@ def main(cfg: Config) -> None:
         print0("open to whoever reaches this machine; set NANOCHAT_API_KEY to ask for a key")
     if others := [model.name for model in models[1:]]:
         print0(f"when asked for: {', '.join(others)}")
+    listener = listener or listen(cfg.host, cfg.port, shared=True)
     host, port = listener.getsockname()[:2]
     print0(f"chat at http://{host}:{port}, API at http://{host}:{port}/v1; Ctrl-C ends")
     options = {"access_log": False, "limit_concurrency": 1000, "timeout_graceful_shutdown": 5}
-    with suppress(KeyboardInterrupt):  # which uvicorn raises again at its end
-        Server(uvicorn.Config(app, **options)).run([listener])
+    Server(uvicorn.Config(app, **options), ready).run([listener])
+
+
+def main(cfg: Config) -> None:
+    num_gpus = torch.cuda.device_count() if cfg.device_type in ("", "cuda") else 0
+    if num_gpus and cfg.replicas > num_gpus:
+        raise UserError(
+            f"--replicas={cfg.replicas}: there are {num_gpus} GPUs; choose at most that"
+        )
+    listener = listen(cfg.host, cfg.port)
+    with suppress(KeyboardInterrupt):  # raised again at the end of either
+        if cfg.replicas == 1:
+            serve(cfg, listener, None)
+        else:
+            shared = replace(cfg, port=listener.getsockname()[1])
+            listener.close()
+            supervise(partial(serve, shared, None), cfg.replicas, DRAIN_SECONDS + 15)
 
 
 if __name__ == "__main__":

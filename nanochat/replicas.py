@@ -1,8 +1,8 @@
 """Several processes behind one listener, one per GPU: threads would share one interpreter's lock.
 
-Each has a socket of its own on the same port (SO_REUSEPORT), between which the kernel divides the
-connections evenly. From one inherited socket, whichever process woke first took all of a burst: of
-16 connections, 16 and none. What a process counts lies in files that prometheus_client adds up.
+All accept connections from one socket, which they inherit: with one of its own (SO_REUSEPORT) a
+process that dies takes those along that wait for it, and one that is busy gets as many as the rest.
+What a process counts lies in files that prometheus_client adds up.
 """
 
 import multiprocessing

@@ -10,6 +10,7 @@ the memory, the one unused for longest first.
 """
 
 import asyncio
+import logging
 import math
 import re
 import secrets
@@ -17,6 +18,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -57,6 +59,9 @@ POLICY = (  # the last line: no script may turn text into markup or code
 REPORT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 )
+
+
+log = logging.getLogger("uvicorn.error")  # the one that a server shows
 
 
 class ErrorDetail(TypedDict):
@@ -493,15 +498,11 @@ def create_app(
     return app
 
 
-def listen(host: str, port: int, shared: bool = False) -> socket.socket:
-    """A listening socket; UserError if the address is in use or not this machine's.
-
-    If `shared`, other processes of the user may listen there too; each gets its share of clients.
-    """
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; UserError if the address is in use or not this machine's."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        address = (host, port)
-        listener = socket.create_server(address, family=family, backlog=512, reuse_port=shared)
+        listener = socket.create_server((host, port), family=family, backlog=512)
     except OSError as error:
         raise UserError(f"{host}:{port}: {error}; choose another --port or --host") from error
     # Inherited by every connection; asyncio does not set it here, which cost 40 ms an answer.
@@ -516,10 +517,46 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None] | None = None) -> None:
-        """With `ready`, called once it would answer, it ends if an engine does: to be replaced."""
+        """With `ready` it is one of several processes that share a listener.
+
+        It calls that once it would answer, and ends if an engine does, to be replaced.
+        """
         super().__init__(config)
         self.ready, self.is_replaceable = ready, ready is not None
         self.chat: ChatServer = config.app.state.chat  # type: ignore[union-attr]
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        shared = sockets if self.is_replaceable and sockets else []
+        await super().startup([] if shared else sockets)
+        self.accepting = [asyncio.create_task(self._accept(listener)) for listener in shared]
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for task in self.accepting:
+            task.cancel()
+        await super().shutdown(sockets)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        """Take one connection after the other, the later the busier: the idlest process wins.
+
+        Else the first to wake takes all of a burst.
+        """
+        loop, state, arrived = asyncio.get_running_loop(), self.server_state, asyncio.Event()
+        own: dict[str, Any] = {"server_state": state, "app_state": self.lifespan.state}
+        protocol = partial(self.config.http_protocol_class, config=self.config, **own)
+        listener.setblocking(False)
+        while True:
+            loop.add_reader(listener, arrived.set)
+            await arrived.wait()
+            loop.remove_reader(listener)
+            arrived.clear()
+            await asyncio.sleep(min(0.5e-3 * len(state.connections), 10e-3))
+            try:
+                await loop.connect_accepted_socket(protocol, listener.accept()[0])
+            except BlockingIOError:
+                pass  # another was faster
+            except OSError as error:  # such as too many open files
+                log.error("a connection was lost: %s", error)
+                await asyncio.sleep(1)
 
     async def on_tick(self, counter: int) -> bool:
         """True when the server is to stop accepting connections."""

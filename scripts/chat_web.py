@@ -107,8 +107,8 @@ def load_engine(chosen: Config, runtime: Runtime, slots: int) -> Engine:
     return engine
 
 
-def serve(cfg: Config, listener: socket.socket | None, ready: Callable[[], None] | None) -> None:
-    """Serve in this process, from a `listener` of its own if none is given; see server.Server."""
+def serve(cfg: Config, listener: socket.socket, ready: Callable[[], None] | None = None) -> None:
+    """Serve in this process; `ready` is server.Server's."""
     runtime = set_up(cfg.device_type, cfg.dtype)
     torch.set_num_threads(max(1, torch.get_num_threads() // cfg.replicas))
     models, memory = offer(cfg, runtime)
@@ -120,7 +120,6 @@ def serve(cfg: Config, listener: socket.socket | None, ready: Callable[[], None]
         print0("open to whoever reaches this machine; set NANOCHAT_API_KEY to ask for a key")
     if others := [model.name for model in models[1:]]:
         print0(f"when asked for: {', '.join(others)}")
-    listener = listener or listen(cfg.host, cfg.port, shared=True)
     host, port = listener.getsockname()[:2]
     print0(f"chat at http://{host}:{port}, API at http://{host}:{port}/v1; Ctrl-C ends")
     options = {"access_log": False, "limit_concurrency": 1000, "timeout_graceful_shutdown": 5}
@@ -136,11 +135,9 @@ def main(cfg: Config) -> None:
     listener = listen(cfg.host, cfg.port)
     with suppress(KeyboardInterrupt):  # raised again at the end of either
         if cfg.replicas == 1:
-            serve(cfg, listener, None)
+            serve(cfg, listener)
         else:
-            shared = replace(cfg, port=listener.getsockname()[1])
-            listener.close()
-            supervise(partial(serve, shared, None), cfg.replicas, DRAIN_SECONDS + 15)
+            supervise(partial(serve, cfg, listener), cfg.replicas, DRAIN_SECONDS + 15)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The web server's script: mistakes, slots, and a whole life up to SIGTERM amid a stream."""
 
 import json
-import re
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -47,19 +49,31 @@ def test_mistakes_are_told_and_what_is_offered_fits_the_memory(
     assert "rl/d2 is not offered" in capsys.readouterr().out
 
 
+@contextmanager
+def started(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """(the script on a free port of this CPU, its address), until the block ends."""
+    command = [sys.executable, "-m", "scripts.chat_web", "--device_type=cpu", "--port=0", *flags]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert server.stdout
+        said = []
+        while not said or not said[-1].startswith("chat at"):
+            said.append(server.stdout.readline())
+            assert said[-1], said
+        assert any(line.startswith("serving sft/d2 step 3, 8 slots of 2048 tok") for line in said)
+        yield server, said[-1].split()[2].rstrip(",")
+    finally:
+        server.kill()
+        server.communicate()
+
+
 @pytest.mark.slow
 def test_from_start_to_sigterm_amid_a_stream(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_chat_model(tmp_path, monkeypatch, context=2048)
     monkeypatch.setenv("NANOCHAT_API_KEY", "sesame")
-    command = [sys.executable, "-m", "scripts.chat_web", "--device_type=cpu", "--port=0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        assert server.stdout
-        line = server.stdout.readline()
-        assert line.startswith("serving sft/d2 step 3, 8 slots of 2048 tokens")
-        (url,) = re.findall(r"chat at (http://127\.0\.0\.1:\d+),", server.stdout.readline())
+    with started() as (server, url):
         body = {"messages": [{"role": "user", "content": "my secret"}], "max_tokens": 1000}
         with httpx.Client(base_url=url, timeout=60) as client:
             while client.get("/ready").status_code == 503:
@@ -77,6 +91,90 @@ def test_from_start_to_sigterm_amid_a_stream(
         assert json.loads(rest[-2][len("data: ") :])["usage"]["completion_tokens"] > 0
         output = server.communicate(timeout=20)[0]
         assert server.returncode == -signal.SIGTERM and "my secret" not in output
-    finally:
-        server.kill()
-        server.communicate()
+
+
+LONG = {
+    "messages": [{"role": "user", "content": "a"}],
+    "temperature": 0,
+    "max_tokens": 1500,
+    "stream": True,
+}
+
+
+def owner(response: httpx.Response, parent: int) -> int:
+    """The process, a child of `parent`, that has the other end of the connection."""
+    stream = response.extensions["network_stream"]
+    ours, theirs = (stream.get_extra_info(end)[1] for end in ("client_addr", "server_addr"))
+    ends = f":{theirs:04X} 0100007F:{ours:04X} "
+    lines = Path("/proc/net/tcp").read_text().splitlines()
+    (inode,) = [line.split()[9] for line in lines if ends in line]
+    for process in replicas(parent):
+        for file in Path(f"/proc/{process}/fd").iterdir():
+            if file.is_symlink() and str(file.readlink()) == f"socket:[{inode}]":
+                return process
+    raise AssertionError("nobody's")
+
+
+def replicas(parent: int) -> list[int]:
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    commands = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
+    return [child for child, command in commands.items() if b"spawn_main" in command]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_replica_that_dies_is_replaced_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_chat_model(tmp_path, monkeypatch, context=2048)
+    with started("--replicas=2") as (server, url), httpx.Client(base_url=url, timeout=60) as http:
+
+        def answer() -> None:
+            body = LONG | {"max_tokens": 3, "stream": False}
+            headers = {"connection": "close"}  # a new one, to any process
+            response = http.post("/v1/chat/completions", json=body, headers=headers)
+            assert response.json()["usage"]["completion_tokens"] == 3
+
+        def until_both_answer() -> list[int]:
+            """Their process ids."""
+            seen = set[int]()
+            with ExitStack() as clients:  # kept open: the next goes to the other one
+                while len(seen) < 2:
+                    client = clients.enter_context(httpx.Client(timeout=60))
+                    response = clients.enter_context(client.stream("GET", f"{url}/ready"))
+                    if response.status_code == 200:
+                        seen.add(owner(response, server.pid))
+            return sorted(seen)
+
+        first = until_both_answer()
+        for victim in first:
+            before = until_both_answer()
+            assert victim in before
+            with ExitStack() as streams:
+                broken = 0
+                while not broken:
+                    stream = http.stream("POST", "/v1/chat/completions", json=LONG)
+                    response = streams.enter_context(stream)
+                    lines = response.iter_lines()
+                    assert "assistant" in next(lines)
+                    if owner(response, server.pid) == victim:
+                        os.kill(victim, signal.SIGKILL)
+                        with pytest.raises(httpx.TransportError):
+                            list(lines)
+                        broken += 1
+                for _ in range(20):
+                    answer()
+        last = until_both_answer()
+        assert not set(first) & set(last)
+        lines = http.get("/metrics").text.splitlines()
+        assert 'nanochat_request_success_total{finished_reason="length"} 40.0' in lines
+        with ExitStack() as streams:
+            responses = [
+                streams.enter_context(http.stream("POST", "/v1/chat/completions", json=LONG))
+                for _ in range(4)
+            ]
+            server.send_signal(signal.SIGTERM)
+            for response in responses:
+                assert response.read().endswith(b"data: [DONE]\n\n")
+        assert server.wait(30) == -signal.SIGTERM
+        assert not any(Path(f"/proc/{process}").exists() for process in last)

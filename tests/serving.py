@@ -206,11 +206,12 @@ def serving_models(
     models: Sequence[ServedModel],
     config: ServerConfig | None = None,
     loaded: bool = True,
+    ready: Callable[[], None] | None = None,
     **options: Any,
 ) -> Iterator[Running]:
-    """The same for `models`, of which those preloaded are loaded."""
+    """The same for `models`, of which those preloaded are loaded; `ready` is Server's."""
     app = create_app(models, config or ServerConfig(), **options)
-    server = Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))
+    server = Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2), ready)
     with listen("127.0.0.1", 0) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # soon full
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

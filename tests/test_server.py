@@ -444,10 +444,10 @@ def test_loading_is_told_and_requests_wait_for_it() -> None:
 
 
 class Shelf:
-    """Models a, b, c of size 1 that echo, one that is too big for 2, and one that is damaged."""
+    """Models a, b, c of size 1 that echo, and some that cannot be loaded."""
 
     def __init__(self) -> None:
-        sizes = {"a": 1, "b": 1, "c": 1, "big": 3, "damaged": 1}
+        sizes = {"a": 1, "b": 1, "c": 1, "big": 3, "damaged": 1, "lost": 1}
         self.models = [
             ServedModel(name, "chat", 256, size, partial(self.load, name))
             for name, size in sizes.items()
@@ -463,6 +463,8 @@ class Shelf:
         assert self.may_load.wait(20)
         if name == "damaged":
             raise UserError("model.safetensors is damaged; use --step=3")
+        if name == "lost":
+            raise RuntimeError("nobody expected this")
         engine = self.engines[name] = EchoEngine(num_slots=2)
         return engine
 
@@ -486,6 +488,7 @@ def test_models_are_loaded_when_asked_for_and_make_room(monkeypatch: pytest.Monk
         refusals = {
             "big": (400, "model_too_large", "memory"),
             "damaged": (503, "model_unavailable", "safetensors is damaged; use --step=3"),
+            "lost": (503, "model_unavailable", "see the server's log"),
             "d": (404, "model_not_found", "no model 'd'"),
         }
         for name, (status, code, text) in refusals.items():
@@ -519,6 +522,35 @@ def test_others_are_answered_while_a_model_loads_once() -> None:
         shelf.may_load.set()
         assert [answer.result().status_code for answer in waiting] == [200, 200, 200, 503]
         assert shelf.loads[0] == "a" and sorted(shelf.loads) == ["a", "b", "c", "damaged"]
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_one_of_several_processes_leaves_with_its_engine(
+    hangs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it has told its jobs; but not because a model cannot be loaded."""
+    shelf, said_ready = Shelf(), list[int]()
+    engine = shelf.engines["a"]
+    with serving_models(shelf.models, ready=lambda: said_ready.append(1)) as server:
+        server.until(lambda: said_ready == [1])
+        for name, status in (("damaged", 503), ("lost", 503), ("a", 200)):
+            assert server.ask("hi", model=name).status_code == status
+        engine.pace = 0.01
+        with background(server, 1) as (under_way,):
+            server.until(lambda: any(each.num_generated > 3 for each in engine.running))
+            if hangs:
+                engine.go.clear()
+                server.until(lambda: server.chat.workers[0].step_age > 0.1)
+                monkeypatch.setattr("nanochat.jobs.MAX_STEP_SECONDS", 0.1)
+            else:  # the thread itself fails
+                server.chat.workers[0].inbox.put(lambda: engine.scripts["none"].clear())
+            error = json.loads(under_way.result().last)["error"]
+            assert "the engine has stopped" in error["message"]
+            engine.go.set()
+        server.until(lambda: not server.server.server_state.connections)
+        server.until(lambda: not server.chat.workers[0].thread.is_alive())
+        with pytest.raises(httpx.TransportError):
+            server.client.get("/health")
 
 
 def test_models_take_turns_where_there_is_room_for_one(monkeypatch: pytest.MonkeyPatch) -> None:

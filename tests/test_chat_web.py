@@ -148,7 +148,7 @@ def test_a_replica_that_dies_is_replaced_and_the_others_go_on(
 
         victim, other = until_both_answer()
         with ExitStack() as streams:
-            owners, lines = list[int](), iter[str](())
+            owners, lines = list[int](), iter(list[str]())
             while victim not in owners:
                 stream = http.stream("POST", "/v1/chat/completions", json=LONG)
                 response = streams.enter_context(stream)

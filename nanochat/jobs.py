@@ -55,7 +55,8 @@ class Metrics:
         gauge = partial(prometheus.Gauge, multiprocess_mode="livesum", **common)
         longest = partial(prometheus.Gauge, multiprocess_mode="livemax", **common)
         counter = partial(prometheus.Counter, **common)
-        histogram = partial(prometheus.Histogram, **common)
+        long = partial(prometheus.Histogram, buckets=LONG, **common)
+        short = partial(prometheus.Histogram, buckets=SHORT, **common)
         build = {"version": version("nanochat"), "revision": git_revision()}
         build |= {"torch": torch.__version__}
         info = longest("build_info", "Always 1; the labels name the software.", list(build))
@@ -63,36 +64,18 @@ class Metrics:
         self.running = gauge("num_requests_running", "Choices that have a slot of an engine.")
         self.waiting = gauge("num_requests_waiting", "Choices that wait for a slot.")
         self.step_age = longest(
-            "engine_step_age_seconds",
-            "Seconds that the engine's current step has taken so far; 0 between steps.",
+            "engine_step_age_seconds", "Seconds that the current step has taken."
         )
-        self.speed = gauge(
-            "generation_tokens_per_second", "Tokens generated per second, over the last second."
-        )
+        self.speed = gauge("generation_tokens_per_second", "Tokens generated in the last second.")
         self.prompt_tokens = counter("prompt_tokens", "Tokens in the prompts of all choices.")
-        self.prefilled = counter(
-            "prefill_tokens",
-            "Tokens of prompts that went through the model; the others were reused from a slot.",
-        )
+        self.prefilled = counter("prefill_tokens", "Those of them that the model had to read.")
         self.tokens = counter("generation_tokens", "Tokens generated, the calculator's included.")
-        self.ended = counter(
-            "request_success", "Choices that ended, by the reason.", ["finished_reason"]
-        )
+        self.ended = counter("request_success", "Choices that ended.", ["finished_reason"])
         self.refused = counter("requests_refused", "Requests refused, by the error.", ["code"])
-        self.queued = histogram(
-            "request_queue_time_seconds", "Seconds that a request waited for a slot.", buckets=LONG
-        )
-        self.first = histogram(
-            "time_to_first_token_seconds",
-            "Seconds from a request to its first token.",
-            buckets=LONG,
-        )
-        self.between = histogram(
-            "inter_token_latency_seconds",
-            "Seconds between one token of a request and the next.",
-            buckets=SHORT,
-        )
-        self.num_tokens, self.told = 0, (0, time.monotonic())  # generated; when it was last told
+        self.queued = long("request_queue_time_seconds", "Seconds of waiting for a slot.")
+        self.first = long("time_to_first_token_seconds", "Seconds from request to first token.")
+        self.between = short("inter_token_latency_seconds", "Seconds from one token to the next.")
+        self.num_tokens, self.told = 0, (0, time.monotonic())  # generated; when last told
 
     def refresh(self, workers: Sequence["EngineWorker"]) -> None:
         """Set the gauges."""

@@ -19,7 +19,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from nanochat.common import UserError, print0
 
-MAX_STARTS = 3  # in a row that may fail
+MAX_STARTS = 3  # of a successor, before the server gives up
 POLL_SECONDS = 0.2  # after which a signal is seen
 # serve(ready) serves until a signal; it calls ready() once it would answer.
 Serve = Callable[[Callable[[], None]], None]
@@ -66,7 +66,8 @@ class Replica:
     """The process number `index`, and its successors."""
 
     def __init__(self, serve: Serve, index: int) -> None:
-        self.serve, self.index, self.num_failures = serve, index, 0
+        self.serve, self.index = serve, index
+        self.num_failures = MAX_STARTS - 1  # in a row; the first start must do
         self._start()
 
     def _start(self) -> None:
@@ -81,7 +82,7 @@ class Replica:
         told.close()
 
     def replace_if_dead(self) -> None:
-        """Raises UserError, with what it said, if it has failed to start several times in a row."""
+        """Raises UserError, with what it said, if it has failed to start too often."""
         process, said = self.process, None
         if process.is_alive():
             return

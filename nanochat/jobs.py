@@ -292,10 +292,11 @@ class EngineWorker:
             self.loop.call_soon_threadsafe(self._die)
 
     def _load(self, load: Callable[[], Engine], leaving: list["EngineWorker"]) -> None:
-        while leaving:
-            leaving.pop().thread.join(MAX_STEP_SECONDS)
-        gc.collect()
-        torch.accelerator.empty_cache()
+        if leaving:
+            while leaving:
+                leaving.pop().thread.join(MAX_STEP_SECONDS)
+            gc.collect()  # an engine and its graphs refer to each other
+            torch.accelerator.empty_cache()
         self.engine = load()
         if self.engine.device.type == "cuda":
             torch.cuda.set_device(self.engine.device)

@@ -538,8 +538,8 @@ class Server(uvicorn.Server):
             await asyncio.sleep(min(0.5e-3 * len(state.connections), 10e-3))
             try:
                 await loop.connect_accepted_socket(protocol, listener.accept()[0])
-            except BlockingIOError:
-                pass  # another was faster
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                pass  # another was faster, or the client has left
             except OSError as error:  # such as too many open files
                 log.error("a connection was lost: %s", error)
                 await asyncio.sleep(1)

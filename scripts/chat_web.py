@@ -100,6 +100,8 @@ def describe(chosen: Config, runtime: Runtime, memory: float) -> ServedModel:
 
 
 def load_engine(chosen: Config, runtime: Runtime, slots: int) -> Engine:
+    if runtime.device.type == "cuda":
+        torch.cuda.set_device(runtime.device)  # of this thread, else it would use GPU 0 as well
     model, tokenizer, meta = load_model(chosen, runtime)
     engine = Engine(model, tokenizer, slots)
     size = engine.slots.cache.num_bytes / slots / 2**20
@@ -129,9 +131,7 @@ def serve(cfg: Config, listener: socket.socket, ready: Callable[[], None] | None
 def main(cfg: Config) -> None:
     num_gpus = torch.cuda.device_count() if cfg.device_type in ("", "cuda") else 0
     if num_gpus and cfg.replicas > num_gpus:
-        raise UserError(
-            f"--replicas={cfg.replicas}: there are {num_gpus} GPUs; choose at most that"
-        )
+        raise UserError(f"--replicas={cfg.replicas}: more than the {num_gpus} GPUs; lower it")
     listener = listen(cfg.host, cfg.port)
     with suppress(KeyboardInterrupt):  # raised again at the end of either
         if cfg.replicas == 1:

@@ -16,7 +16,7 @@ import pytest
 
 from nanochat.common import set_up
 from nanochat.server import listen
-from scripts.chat_web import Config, offer
+from scripts.chat_web import Config, main, offer
 from tests.models import random_gpt, refuses, save_model
 from tests.serving import save_chat_model
 
@@ -31,6 +31,8 @@ def test_mistakes_are_told_and_what_is_offered_fits_the_memory(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         refuses(f"127.0.0.1:{port}: .*choose another --port", listen, "127.0.0.1", port)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    refuses("--replicas=2: more than the 1 GPUs", main, Config(replicas=2))
     refuses("lower --slots or raise", offer, Config(model_tag="d2", slots=10**9), runtime)
     refuses("lower --slots or raise", offer, Config(model_tag="d2", memory=1e-6), runtime)
     models, memory = offer(Config(model_tag="d2"), runtime)

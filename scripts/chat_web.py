@@ -54,15 +54,14 @@ class Config(ServerConfig, CheckpointFlags):
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: open to other machines
     port: Port = 8000  # 0: any free one
     models: Literal["run", "all"] = "run"  # which may be asked for: the run's stages, or all runs
-    memory: Annotated[float, Field(ge=0)] = 0.0  # GiB for loaded models; 0: most of what is free
+    memory: Annotated[float, Field(ge=0)] = 0  # GiB for models, per process; 0: most of the free
     slots: Natural = 0  # concurrent answers per model; 0: what fits, up to 64 (CPU: 8)
     replicas: Count = 1  # processes with models of their own: a GPU each, or a share of the CPU
 
 
 def offer(cfg: Config, runtime: Runtime) -> tuple[list[ServedModel], float]:
     """(models, of which the first is loaded; bytes that those loaded may take in all)."""
-    num_sharing = 1 if runtime.device.type == "cuda" else cfg.replicas
-    memory = cfg.memory * 2**30 or 0.8 * free_memory(runtime.device) / num_sharing
+    memory = cfg.memory * 2**30 or 0.8 * free_memory(runtime.device)
     run, _ = find_checkpoint(cfg.source, cfg.model_tag, cfg.step, verify=False)
     first = describe(replace(cfg, model_tag=run.name), runtime, memory)
     if first.num_bytes > memory:
@@ -136,8 +135,11 @@ def main(cfg: Config) -> None:
     with suppress(KeyboardInterrupt):  # raised again at the end of either
         if cfg.replicas == 1:
             serve(cfg, listener)
-        else:
-            supervise(partial(serve, cfg, listener), cfg.replicas, DRAIN_SECONDS + 15)
+            return
+        if not (num_gpus or cfg.memory):  # now: who replaces one finds that of the others taken
+            free = free_memory(torch.device("cpu")) / 2**30
+            cfg = replace(cfg, memory=0.8 * free / cfg.replicas)
+        supervise(partial(serve, cfg, listener), cfg.replicas, DRAIN_SECONDS + 15)
 
 
 if __name__ == "__main__":

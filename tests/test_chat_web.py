@@ -10,11 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import httpx
 import pytest
 
-from nanochat.common import set_up
+from nanochat.common import free_memory, set_up
 from nanochat.server import listen
 from scripts.chat_web import Config, main, offer
 from tests.models import random_gpt, refuses, save_model
@@ -33,6 +34,12 @@ def test_mistakes_are_told_and_what_is_offered_fits_the_memory(
         refuses(f"127.0.0.1:{port}: .*choose another --port", listen, "127.0.0.1", port)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     refuses("--replicas=2: more than the 1 GPUs", main, Config(replicas=2))
+    shared = Mock()
+    monkeypatch.setattr("scripts.chat_web.supervise", shared)
+    main(Config(device_type="cpu", port=0, replicas=4))  # each may take its share of what is free
+    chosen, listener = shared.call_args.args[0].args
+    listener.close()
+    assert 0.1 < chosen.memory * 2**30 / free_memory(runtime.device) < 0.3
     refuses("lower --slots or raise", offer, Config(model_tag="d2", slots=10**9), runtime)
     refuses("lower --slots or raise", offer, Config(model_tag="d2", memory=1e-6), runtime)
     models, memory = offer(Config(model_tag="d2"), runtime)

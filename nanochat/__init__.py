@@ -26,6 +26,7 @@ tests/test_layout.py reads this list and holds the order.
     sandbox        run model-written Python isolated and within limits
     task_eval      tasks, and categorical and generative evaluation of a chat model on one
     report         what each stage wrote -> report.md, report.html, report.json
+    runs           the runs in the base folder -> what the page /runs shows
     hf_modeling    a model with the additions as transformers runs it; exports carry the file
     hf_export      settings, tensor names, tokenizer and chat template for transformers
     chat_api       OpenAI's API: what a request may say, what a client sees of an answer

@@ -2,7 +2,7 @@
 
     POST /v1/chat/completions, /v1/completions, /v1/tokenize, /v1/detokenize
     GET  /v1/models, /v1/models/{id}    and all of these without /v1
-    GET  /health (alive), /ready (would answer), /metrics, /docs, /, /ui/..., /report
+    GET  /health (alive), /ready (would answer), /metrics, /docs, /, /ui/..., /report, /runs
 
 A request is validated, its model is loaded if need be, its prompt is rendered in a thread, and the
 model's EngineWorker takes it as a job. To make room for a model, those that are not in use leave
@@ -41,12 +41,13 @@ from nanochat import chat_api
 from nanochat.chat_api import ApiError, ChatRequest, Completion, ServerConfig, TextRequest
 from nanochat.common import UserError, report_dir
 from nanochat.jobs import ANSWER_SECONDS, EngineWorker, Job, Metrics, ServedModel
+from nanochat.runs import Runs
 
 STALLED_SECONDS = 60.0  # a client may leave a stream unread for this long
 DRAIN_SECONDS = 30.0  # for answers in progress at shutdown
 ROOM_SECONDS = 5.0  # that a request waits for models in use to make room for its own
 UI = Path(__file__).parent / "ui"
-PUBLIC = re.compile(r"/(ui/.*|health|ready|report|docs|openapi.json)?")  # what needs no API key
+PUBLIC = re.compile(r"/(ui/.*|health|ready|report|runs|docs|openapi.json)?")  # what needs no API key
 POLICY = (  # the last line: no script may turn text into markup or code
     "default-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
@@ -95,7 +96,7 @@ class ChatServer:
         """The first of `models` is the default; those loaded take at most `memory` bytes."""
         self.models = {model.name: model for model in models}
         self.default, self.config, self.memory = models[0], config, memory
-        self.metrics, self.created = Metrics(), int(time.time())
+        self.metrics, self.runs, self.created = Metrics(), Runs(), int(time.time())
         self.drain_until = 0.0  # deadline for answers in progress, once shutting down
 
     @asynccontextmanager
@@ -380,6 +381,16 @@ async def report() -> Response:
     if not path.is_file():
         raise ApiError(404, "there is no report; run `python -m nanochat.report generate`")
     return FileResponse(path, headers={"Content-Security-Policy": REPORT_POLICY})
+
+
+@others.api_route("/runs", methods=["GET", "HEAD"], include_in_schema=False)
+async def runs_page() -> Response:
+    return FileResponse(UI / "runs.html")
+
+
+@others.get("/runs/data", include_in_schema=False)
+def runs_data(chat: Chat) -> list[dict[str, Any]]:
+    return chat.runs.read()  # in a thread, as this is no coroutine: it reads files
 
 
 async def handle_error(request: HttpRequest, error: Exception) -> Response:

@@ -362,7 +362,8 @@ class Meter:
             self.peak = max(self.peak, measure_flops(run.runtime, seconds=0.01))
             self.measured_at = self.seconds
         self.record = {
-            "step": run.step, "tokens": self.tokens, "seconds": self.seconds, "loss": loss,
+            "step": run.step, "progress": run.progress, "tokens": self.tokens,
+            "seconds": self.seconds, "loss": loss,
             "lrm": lr_multiplier, "tok_per_second": tok_per_second,
             "mfu": tok_per_second * self.flops_per_token / self.peak,
         }  # fmt: skip
@@ -437,6 +438,7 @@ class Meter:
         self.pending.append(self.record)
         self.flush()
         figures = {name: to_number(value) for name, value in self.record.items()}
+        figures.pop("progress", None)  # is 1
         return {"folder": str(self.run.folder.relative_to(base_dir()))} | figures
 
     def flush(self) -> None:

@@ -289,7 +289,7 @@ def main(cfg: Config) -> None:
                     )  # fmt: skip
                 meter.note(val_bpb=bpb)
             if run.step > 0 and run.is_due(cfg.sample_every):
-                samples = sample_texts(model, tokenizer)
+                samples = meter.record["samples"] = sample_texts(model, tokenizer)
                 print0("\n".join(samples))
             if run.progress >= 1:
                 break
@@ -307,6 +307,7 @@ def main(cfg: Config) -> None:
             run.advance((run.step + 1) / schedule.end)
             meter.log_step(loss, multiplier, schedule.batch, finite)
         results = meter.finish()
+        results.pop("samples", None)
         run.finish(results)
         write_section("base_train", "Base training", vars(cfg), results, samples, meter.seconds)
 

@@ -14,9 +14,14 @@ from typing import Any
 from nanochat.server import POLICY, UI
 
 KILL = object()
-MODEL = {"id": "toy", "object": "model", "context_length": 1024}
+MODEL = {"id": "toy", "object": "model", "context_length": 1024, "kind": "chat"}
 
 Steps = Sequence[bytes | threading.Event | object]
+
+
+def card(name: str, kind: str = "chat") -> dict[str, Any]:
+    """Another model than the one."""
+    return MODEL | {"id": name, "kind": kind}
 
 
 def event(data: object) -> bytes:
@@ -61,6 +66,7 @@ class FakeServer(ThreadingHTTPServer):
         self.asked: list[dict[str, Any]] = []
         self.left = threading.Event()  # set when a reader has gone before the end of its reply
         self.has_report = False
+        self.models: list[dict[str, Any]] = [MODEL]
         self.is_dead = False  # drops every connection
 
 
@@ -81,7 +87,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
-            return self._answer(200, {"data": [MODEL]})
+            return self._answer(200, {"data": self.server.models})
         if self.path == "/":
             self.path = "/ui/index.html"
         super().do_GET()
@@ -91,7 +97,8 @@ class _Handler(SimpleHTTPRequestHandler):
         if self.server.is_dead:
             self.close_connection = True
             return
-        self.server.asked.append({**body, "authorization": self.headers["Authorization"]})
+        about = {"path": self.path, "authorization": self.headers["Authorization"]}
+        self.server.asked.append({**body, **about})
         steps = self.server.replies.pop(0)
         if isinstance(steps, int):
             return self._answer(steps, {"error": {"message": f"a fault of number {steps}"}})

@@ -214,7 +214,7 @@ def test_records_line_and_resume(base: Path, capsys: pytest.CaptureFixture[str])
     records = read_metrics(run.folder)
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
     assert records[0]["val_bpb"] == 3.0 and records[2]["val_bpb"] == 2.0
-    names = {"step", "tokens", "seconds", "loss", "lrm", "tok_per_second", "mfu"}
+    names = {"step", "progress", "tokens", "seconds", "loss", "lrm", "tok_per_second", "mfu"}
     assert names <= records[4].keys()
     with Run("base", "d1", settings(), CPU) as run:
         assert run.is_finished

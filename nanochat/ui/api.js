@@ -1,9 +1,11 @@
-/* What the page needs of the OpenAI-compatible API: the model and streamed replies.
+/* What the pages need of the server: models, streamed replies and texts, the training runs.
 
 URLs are relative, so that the page works behind a proxy with a path prefix. A stream that ends
 without [DONE] is an error: a dying server also closes its connections cleanly. */
 
 const NUMBERS = ["temperature", "top_k", "top_p", "max_tokens", "seed"]; // settings, may be empty
+
+const TEXT_TOKENS = 100; // that a text goes on by at a time, unless the settings say more
 
 export class ApiError extends Error {}
 
@@ -41,24 +43,40 @@ async function request(path, settings, options) {
   throw new ApiError(message);
 }
 
-/* The first model: {id, context_length, ...}. */
-export async function loadModel(settings) {
-  const { data } = await (await request("v1/models", settings, {})).json();
-  return data[0];
+/* The models, the default first: {id, kind: "chat" or "base", context_length, ...}. */
+export async function loadModels(settings) {
+  return (await (await request("v1/models", settings, {})).json()).data;
+}
+
+/* The training runs, the newest first; nanochat/runs.py says what there is of each. */
+export async function loadRuns(settings) {
+  return (await request("runs/data", settings, {})).json();
 }
 
 export async function hasReport() {
   return fetch("report", { method: "HEAD" }).then((response) => response.ok, () => false);
 }
 
-/* The reply to `messages` in pieces: some of {queued, text, tool, finish, usage, timings} each. */
-export async function* streamReply(model, messages, settings, signal) {
+/* The reply to `messages` in pieces: some of {queued, text, tool, odds, finish, usage, timings}
+   each. `odds` are the API's logprobs of the text's tokens, if the settings ask for them. */
+export function streamReply(model, messages, settings, signal) {
   const system = settings.system?.trim() ? [{ role: "system", content: settings.system }] : [];
-  const body = { model, messages: [...system, ...messages], stream: true };
-  body.stream_options = { include_usage: true };
+  const body = { model, messages: [...system, ...messages] };
+  if (settings.odds) Object.assign(body, { logprobs: true, top_logprobs: 5 });
+  return stream("v1/chat/completions", body, settings, signal);
+}
+
+/* How a base model goes on with the text `prompt`, in such pieces. */
+export function streamText(model, prompt, settings, signal) {
+  return stream("v1/completions", { model, prompt, max_tokens: TEXT_TOKENS }, settings, signal);
+}
+
+async function* stream(path, body, settings, signal) {
+  Object.assign(body, { stream: true, stream_options: { include_usage: true } });
   for (const name of NUMBERS) if (settings[name]) body[name] = Number(settings[name]);
-  const options = { method: "POST", body: JSON.stringify(body), signal };
-  const response = await request("v1/chat/completions", settings, options);
+  const response = await request(path, settings, {
+    method: "POST", body: JSON.stringify(body), signal,
+  });
   try {
     for await (const line of readLines(response.body)) {
       const [, field, value] = /^(\w*): *(.*)/s.exec(line) ?? [];
@@ -67,8 +85,9 @@ export async function* streamReply(model, messages, settings, signal) {
       if (value === "[DONE]") return;
       const { error, choices, usage, timings } = JSON.parse(value);
       if (error) throw new ApiError(error.message);
-      const { delta, finish_reason: finish } = choices[0] ?? {};
-      yield { text: delta?.content, tool: delta?.tool, finish, usage, timings };
+      const { delta, text, logprobs, finish_reason: finish } = choices[0] ?? {};
+      const { content = text, tool } = delta ?? {};
+      yield { text: content, tool, odds: logprobs?.content, finish, usage, timings };
     }
   } catch (error) {
     if (signal.aborted || error instanceof ApiError) throw error;

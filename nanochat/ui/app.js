@@ -4,21 +4,26 @@ The URL names the conversation in view (#id), so that reload, back and a second 
 continue in the background. The log is not a live region, as a screen reader would read every
 token: only the finished reply is announced, in a separate region. */
 
-import { ApiError, hasReport, loadModel, streamReply } from "./api.js";
-import { el } from "./markdown.js";
+import { ApiError, hasReport, loadModels, loadRuns, streamReply, streamText } from "./api.js";
+import { el } from "./dom.js";
 import { Store, textOf } from "./store.js";
 import { button, copy, entersMessage, isTouch } from "./view.js";
 import { entryView, questionView, ReplyView } from "./view.js";
 
 const TOAST_MS = 10_000;
 const FULL = "The browser's storage is full: export your conversations and delete old ones.";
+const KEYS = "Enter sends, Shift+Enter starts a line, Esc stops";
 const named = [...document.querySelectorAll("[id]")];
 const page = Object.fromEntries(named.map((element) => [element.id, element]));
 const store = new Store(() => toast(FULL));
-const streams = new Map(); // conversation id -> AbortController of the reply being written
-let model = null; // as /v1/models describes it, once the server has answered
-let shown = null; // the conversation in view; null for a new one
-let lastReply = null; // the view of its last reply, if it has one
+// Conversation id, undefined for the draft -> AbortController of what is being written.
+const streams = new Map();
+const unfinished = new Set(); // the replies being written
+const oddsOf = new WeakMap(); // reply -> its tokens with their probabilities; too large to store
+let models = []; // as /v1/models describes them, once the server has answered
+let shown = null; // the conversation in view; null for a new one, or for the draft
+let draftTokens = 0;
+let lastViews = []; // of its last reply: one, or two to compare
 let frame = 0; // the pending animation frame
 let pinned = true; // whether the end of the log stays in view
 let lastTop = 0;
@@ -33,11 +38,20 @@ function show(conversation) {
   const elements = messages.map((message, i) => {
     const onEdit = (text) => resend(conversation, i, text);
     if (message.role === "user") return questionView(message, onEdit);
-    lastReply = new ReplyView(message, () => again(conversation));
-    return lastReply.element;
+    lastViews = [message, message.other].filter(Boolean).map((each) => {
+      const odds = store.settings.odds && oddsOf.get(each);
+      return new ReplyView(each, nameOf(each), odds, () => again(conversation));
+    });
+    const articles = lastViews.map(({ element }) => element);
+    return message.other ? el("div", { className: "pair" }, ...articles) : articles[0];
   });
   page.log.replaceChildren(...elements);
   page.welcome.hidden = messages.length > 0;
+  const drafting = isDraft();
+  for (const name of ["scroller", "input"]) page[name].hidden = drafting;
+  for (const name of ["draft", "undo"]) page[name].hidden = !drafting;
+  page.other.hidden = drafting;
+  page.keys.textContent = drafting ? "Ctrl+Enter continues, Esc stops" : KEYS;
   if (hadFocus) page.log.focus({ preventScroll: true });
   showState();
   showList();
@@ -46,12 +60,14 @@ function show(conversation) {
 /* Whatever changes when a reply begins and when it ends. */
 function showState() {
   const live = streams.has(shown?.id);
-  if (live) lastReply.update(true);
+  if (shown && live) for (const view of lastViews) view.update(unfinished.has(view.message));
   page.log.classList.toggle("busy", live);
-  page.send.textContent = live ? "Stop" : "Send";
+  page.send.textContent = live ? "Stop" : isDraft() ? "Continue" : "Send";
   page.send.classList.toggle("stop", live);
-  const used = shown?.messages.findLast(({ tokens }) => tokens)?.tokens ?? 0;
-  const length = model?.context_length;
+  page.draft.readOnly = live;
+  page.undo.disabled = live || !lastAdded();
+  const used = shown ? shown.messages.findLast(({ tokens }) => tokens)?.tokens ?? 0 : draftTokens;
+  const length = chosen()?.context_length;
   if (length) {
     const [part, whole] = [used, length].map((number) => number.toLocaleString("en"));
     page.context.textContent = `context ${part} of ${whole}`;
@@ -71,7 +87,7 @@ function showList() {
     return entryView(each, each === shown, (title) => rename(each, title), () => remove(each));
   });
   page.list.replaceChildren(...entries);
-  page.title.textContent = shown?.title ?? "New conversation";
+  page.title.textContent = shown?.title ?? (isDraft() ? "Text" : "New conversation");
   document.title = shown ? `${shown.title} · nanochat` : "nanochat";
 }
 
@@ -91,9 +107,31 @@ function toast(text, undo) {
   toastTimer = setTimeout(() => page.toast.replaceChildren(), TOAST_MS);
 }
 
-async function findModel() {
-  model = await loadModel(store.settings);
-  page.model.textContent = model.id;
+/* ---- models ---- */
+
+const chosen = () => models.find(({ id }) => id === page.model.value) ?? models[0];
+const isDraft = () => !shown && chosen()?.kind === "base"; // else a conversation is in view
+
+const nameOf = ({ model }) =>
+  models.length > 1 && model ? model.replace(/^nanochat-/, "") : "nanochat";
+
+async function findModels() {
+  models = await loadModels(store.settings);
+  const optionOf = ({ id }) => new Option(id, id);
+  page.model.replaceChildren(...models.map(optionOf));
+  page.other.replaceChildren(new Option("compare with …", ""), ...models.map(optionOf));
+  for (const field of [page.model, page.other]) field.disabled = models.length < 2;
+  page.models.hidden = false;
+  page.models.classList.toggle("one", models.length < 2);
+  showSettings();
+}
+
+function chooseModel() {
+  streams.get(undefined)?.abort();
+  saveSettings();
+  const opensDraft = chosen()?.kind === "base";
+  if (opensDraft) location.hash = "";
+  show(opensDraft ? null : shown);
 }
 
 /* ---- what a person does ---- */
@@ -103,7 +141,7 @@ function open(conversation) {
   location.hash = conversation?.id ?? "";
   show(conversation);
   if (page.side.matches(":popover-open")) page.side.hidePopover();
-  if (!conversation) page.input.focus();
+  if (!conversation) page[isDraft() ? "draft" : "input"].focus();
 }
 
 function send(text) {
@@ -171,12 +209,20 @@ function exportFile() {
 
 function saveSettings() {
   document.documentElement.dataset.theme = page.theme.value;
-  if (page.form.checkValidity()) store.saveSettings(Object.fromEntries(new FormData(page.form)));
+  if (!page.form.checkValidity()) return;
+  const { odds, model, other } = store.settings;
+  const kept = models.length > 1 ? {} : { model, other }; // when there is nothing to choose from
+  store.saveSettings({ ...kept, ...Object.fromEntries(new FormData(page.form)) });
+  if (odds !== store.settings.odds) show(shown);
 }
 
 function showSettings() {
   for (const field of page.form.elements) {
-    if (field.name in store.settings) field.value = store.settings[field.name];
+    if (field.type === "checkbox") field.checked = field.name in store.settings;
+    else if (field.name in store.settings) field.value = store.settings[field.name];
+  }
+  for (const field of [page.model, page.other]) {
+    if (field.selectedIndex < 0) field.selectedIndex = 0; // what was chosen is no longer there
   }
   document.documentElement.dataset.theme = page.theme.value;
 }
@@ -192,42 +238,59 @@ function history(messages) {
 
 async function answer(conversation) {
   const asked = history(conversation.messages);
-  const reply = { role: "assistant", content: [], note: "interrupted" }; // until its end is known
   const controller = new AbortController();
-  conversation.messages.push(reply);
-  conversation.updated = Date.now();
   streams.set(conversation.id, controller);
+  if (!models.length) await findModels().catch(() => null); // else the replies below tell of it
+  const begin = (model) => {
+    const note = "interrupted"; // until its end is known
+    const reply = { role: "assistant", content: [], note, model };
+    if (store.settings.odds) oddsOf.set(reply, []);
+    unfinished.add(reply);
+    return reply;
+  };
+  const replies = [chosen()?.id, page.other.value].filter((id, i) => id || !i).map(begin);
+  if (replies[1]) replies[0].other = replies[1];
+  conversation.messages.push(replies[0]);
+  conversation.updated = Date.now();
   store.save(conversation);
   open(conversation);
+  await Promise.all(replies.map((reply) => write(conversation, reply, asked, controller.signal)));
+  streams.delete(conversation.id);
+  if (conversation !== shown) return;
+  showState();
+  const said = replies.map((reply) => `${nameOf(reply)}: ${textOf(reply)}`);
+  page.announcer.textContent = said.join("\n");
+}
+
+/* Fills one reply to what was asked. */
+async function write(conversation, reply, asked, signal) {
   try {
-    if (!model) await findModel();
     const started = performance.now();
-    for await (const piece of streamReply(model.id, asked, store.settings, controller.signal)) {
+    for await (const piece of streamReply(reply.model, asked, store.settings, signal)) {
       take(reply, piece, (performance.now() - started) / 1000);
-      if (conversation === shown) redraw(piece);
+      if (conversation === shown) redraw(reply, piece);
     }
   } catch (error) {
-    if (controller.signal.aborted) reply.note = "stopped";
+    if (signal.aborted) reply.note = "stopped";
     else reply.error = error.message;
-    if (reply.error) findModel().catch(() => null); // a restarted server may have another one
-    if (reply.error && !(error instanceof ApiError)) throw error;
+    if (reply.error) findModels().catch(() => null); // a restarted server may have others
+    if (reply.error && !(error instanceof ApiError)) reportError(error);
   } finally {
-    streams.delete(conversation.id);
+    unfinished.delete(reply);
     if (store.conversations.get(conversation.id) === conversation) store.save(conversation);
-    if (conversation === shown) {
-      lastReply.update(false);
-      showState();
-      page.announcer.textContent = `nanochat: ${textOf(reply)}`;
-    }
+    if (conversation === shown) viewOf(reply)?.update(false);
   }
 }
 
-function take(reply, { text, tool, finish, usage, timings }, seconds) {
+const viewOf = (reply) => lastViews.find(({ message }) => message === reply);
+
+function take(reply, { text, tool, odds, finish, usage, timings }, seconds) {
   const last = reply.content.at(-1);
   const add = (type, text) => reply.content.push({ type, text });
   if (text || tool) reply.stats ??= `first token ${seconds.toFixed(2)} s`;
   if (text && last?.type === "text") last.text += text;
   else if (text) add("text", text);
+  if (odds || tool) oddsOf.get(reply)?.push(...(odds ?? [tool]));
   if (tool) add("python", tool.expression);
   if (tool && tool.result !== null) add("python_output", tool.result);
   if (finish) reply.note = finish === "length" ? "ended by the limit on tokens" : "";
@@ -239,14 +302,59 @@ function take(reply, { text, tool, finish, usage, timings }, seconds) {
   }
 }
 
-function redraw({ queued }) {
-  lastReply.queued = queued;
+function redraw(reply, { queued }) {
+  const view = viewOf(reply);
+  if (view) view.queued = queued;
   frame ||= requestAnimationFrame(() => {
     frame = 0;
-    if (!streams.has(shown?.id)) return;
-    lastReply.update(true);
+    for (const view of lastViews) if (unfinished.has(view.message)) view.update(true);
     follow();
   });
+}
+
+/* ---- a text that a base model goes on with ---- */
+
+const lastAdded = () => {
+  const added = store.draft.added.at(-1);
+  return added && page.draft.value.startsWith(added.text, added.at) ? added : null;
+};
+
+function saveDraft(change = (added) => added) {
+  store.saveDraft({ text: page.draft.value, added: change(store.draft.added) });
+}
+
+async function goOn() {
+  const { draft } = page;
+  const at = draft.value.length;
+  const controller = new AbortController();
+  streams.set(undefined, controller);
+  showState();
+  try {
+    const pieces = streamText(chosen().id, draft.value, store.settings, controller.signal);
+    for await (const { text, usage } of pieces) {
+      const isAtEnd = draft.scrollHeight - draft.scrollTop - draft.clientHeight < 40;
+      const end = draft.value.length;
+      draftTokens = usage?.total_tokens ?? draftTokens;
+      draft.setRangeText((text ?? "").replaceAll("\r", ""), end, end, "end");
+      if (isAtEnd) draft.scrollTop = draft.scrollHeight;
+    }
+  } catch (error) {
+    if (!controller.signal.aborted) toast(error.message);
+    if (!controller.signal.aborted && !(error instanceof ApiError)) reportError(error);
+  }
+  streams.delete(undefined);
+  const text = draft.value.slice(at);
+  saveDraft((added) => (text ? [...added, { at, text }] : added));
+  showState();
+  page.announcer.textContent = text;
+}
+
+function takeBack() {
+  const { at, text } = lastAdded();
+  page.draft.setRangeText("", at, at + text.length, "end");
+  saveDraft((added) => added.slice(0, -1));
+  showState();
+  page.draft.focus();
 }
 
 /* ---- events ---- */
@@ -263,7 +371,7 @@ function onKey(event) {
   const typing = target.closest("input, textarea, select, dialog");
   if (key === "Escape" && !document.querySelector(":modal, :popover-open")) stop();
   else if (key?.toLowerCase() === "o" && shiftKey && (ctrlKey || metaKey)) open(null);
-  else if (key === "/" && !typing) page.input.focus();
+  else if (key === "/" && !typing) page[isDraft() ? "draft" : "input"].focus();
   else return;
   event.preventDefault();
 }
@@ -276,7 +384,20 @@ function onScroll() {
 }
 
 function listen() {
-  page.send.onclick = (event) => (streams.has(shown?.id) ? stop() : submit(event));
+  page.send.onclick = (event) => {
+    if (streams.has(shown?.id)) stop();
+    else if (isDraft()) goOn();
+    else submit(event);
+  };
+  page.draft.oninput = () => {
+    saveDraft();
+    showState();
+  };
+  page.draft.onkeydown = ({ key, ctrlKey, metaKey }) => {
+    if (key === "Enter" && (ctrlKey || metaKey) && !streams.has(undefined)) goOn();
+  };
+  page.undo.onclick = takeBack;
+  page.model.oninput = chooseModel;
   page.input.oninput = fitInput;
   page.input.onkeydown = (event) => {
     if (entersMessage(event)) submit(event);
@@ -295,8 +416,11 @@ function listen() {
   page.import.onclick = () => page.file.click();
   page.file.onchange = () => importFile(page.file.files[0]);
   page.settingsButton.onclick = () => page.settings.showModal();
-  page.form.oninput = page.theme.oninput = saveSettings;
-  page.form.onreset = () => setTimeout(saveSettings); // once the fields are empty
+  page.form.oninput = page.theme.oninput = page.other.oninput = saveSettings;
+  page.form.onreset = () => setTimeout(chooseModel); // once the fields are empty
+  page.settings.onclose = () => {
+    if (!models.length) findModels().then(() => show(shown), () => null); // now with a key, perhaps
+  };
   addEventListener("keydown", onKey);
   addEventListener("hashchange", () => {
     const id = location.hash.slice(1);
@@ -305,21 +429,25 @@ function listen() {
   addEventListener("storage", () => {
     if (streams.size) return; // what is being written here stays
     store.load();
+    page.draft.value = store.draft.text;
     show(store.conversations.get(shown?.id) ?? null);
     showSettings();
   });
   addEventListener("pagehide", () => {
     for (const each of store.list()) if (streams.has(each.id)) store.save(each);
+    if (streams.has(undefined)) saveDraft();
   });
 }
 
 async function start() {
   listen();
   showSettings();
+  page.draft.value = store.draft.text;
   open(store.conversations.get(location.hash.slice(1)) ?? null);
   page.report.hidden = !(await hasReport());
-  await findModel().catch(() => null); // a server that is down is reported on the first question
-  showState();
+  page.runs.hidden = !(await loadRuns(store.settings).catch(() => [])).length;
+  await findModels().catch(() => null); // a server that is down is reported on the first question
+  show(shown);
 }
 
 start();

@@ -1,9 +1,10 @@
 /* Renders Markdown as page elements while it is being written.
 
-markdown-it parses, `build` makes elements of its tokens, and `sync` updates the page. Elements are
+markdown-it parses, `build` makes elements of its tokens, and dom.js updates the page. Elements are
 created one by one and text stays text, so no sanitizer is needed. Off: raw HTML, images, entities,
 reference links, indented code, underlined headings. */
 
+import { el, sync } from "./dom.js";
 import "./vendor/markdown-it.umd.min.js";
 
 const OFF = ["code", "entity", "html_block", "html_inline", "image", "lheading", "reference"];
@@ -13,13 +14,6 @@ const FIRST_CALL = 0xe000;
 const parser = globalThis.markdownit("commonmark", { html: false, maxNesting: 100 });
 parser.enable("table").disable(OFF);
 parser.validateLink = (address) => /^(?:https?|mailto):/i.test(address);
-
-/* An element with these properties (`className`, `onclick`, ...) and children. */
-export function el(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
 
 /* A text, with a card for each call of the calculator. */
 function withCalls(text, calls) {
@@ -69,29 +63,6 @@ function build(parent, tokens, calls) {
     }
   }
   return parent;
-}
-
-/* Makes the children of `parent` those of `wanted`. What is right already stays, and so does the
-   reader's selection. */
-function sync(parent, wanted) {
-  let at = parent.firstChild;
-  for (const fresh of [...wanted.childNodes]) {
-    const next = at?.nextSibling ?? null;
-    if (!at) parent.append(fresh);
-    else if (!at.isEqualNode(fresh)) {
-      if (at.nodeName === "#text" && fresh.nodeName === "#text") setText(at, fresh.data);
-      else if (at.cloneNode().isEqualNode(fresh.cloneNode())) sync(at, fresh);
-      else at.replaceWith(fresh);
-    }
-    at = next;
-  }
-  while (at) [at] = [at.nextSibling, at.remove()];
-}
-
-function setText(node, text) {
-  let same = 0;
-  while (same < node.length && node.data[same] === text[same]) same++;
-  node.replaceData(same, node.length - same, text.slice(same));
 }
 
 /* Shows the parts of a reply in `root`. While it is `live`, signs at the end of its text wait for

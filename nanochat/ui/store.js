@@ -3,10 +3,12 @@ conflict. The server stores nothing.
 
 A conversation is {id, title, updated, messages}. Messages have the form that nanochat trains on
 (a reply is a list of text, python and python_output parts), so an export works as `--custom FILE`.
+A reply's `other` is what a second model answered, to be compared; no model is shown it.
 */
 
 const PREFIX = "nanochat:conversation:";
 const SETTINGS = "nanochat:settings";
+const DRAFT = "nanochat:draft";
 const PARTS = ["text", "python", "python_output"];
 
 export const partsOf = ({ content }) =>
@@ -52,6 +54,15 @@ export class Store {
     this.write(SETTINGS, settings);
   }
 
+  /* The text that a base model goes on with, and what it added: {text, added: [{at, text}]}. */
+  get draft() {
+    return JSON.parse(localStorage.getItem(DRAFT) ?? '{"text": "", "added": []}');
+  }
+
+  saveDraft(draft) {
+    this.write(DRAFT, draft);
+  }
+
   write(key, value) {
     try {
       localStorage.setItem(key, JSON.stringify(value));
@@ -94,7 +105,8 @@ function checked(value, number) {
   const isMessage = (message) => {
     if (!["user", "assistant"].includes(message?.role)) return false;
     const parts = partsOf(message);
-    return Array.isArray(parts) && parts.every(isPart);
+    const { other } = message;
+    return Array.isArray(parts) && parts.every(isPart) && (other === undefined || isMessage(other));
   };
   if (!Array.isArray(messages) || !messages.length || !messages.every(isMessage)) {
     throw new Error(`conversation ${number} is not in nanochat's form`);

@@ -1,8 +1,10 @@
 /* How a conversation looks: a question, a reply that grows, and an entry of the list of
 conversations; style.css hides the buttons that make no sense at the moment. */
 
-import { el, showMarkdown } from "./markdown.js";
+import { el } from "./dom.js";
+import { showMarkdown } from "./markdown.js";
 import { partsOf, textOf } from "./store.js";
+import { TokensView } from "./tokens.js";
 
 export const button = (label, onclick, properties) =>
   el("button", { type: "button", onclick, ...properties }, label);
@@ -63,17 +65,19 @@ export function questionView(message, onEdit) {
 }
 
 export class ReplyView {
-  /* `onAgain` asks for another reply. */
-  constructor(message, onAgain) {
+  /* By `name`; `onAgain` asks for another reply. With `odds` it is shown by its tokens. */
+  constructor(message, name, odds, onAgain) {
     const again = (label) => button(label, onAgain, { className: "change again" });
     this.message = message;
     this.queued = ""; // its place in the server's queue
-    this.said = el("div", { className: "said markdown" });
+    this.tokens = odds && new TokensView(odds);
+    this.said = el("div", { className: odds ? "said" : "said markdown" });
+    if (odds) this.said.append(this.tokens.element);
     this.state = el("span", { className: "state" });
     this.reason = el("p");
     this.problem = el("div", { className: "problem", role: "alert" }, this.reason, again("Retry"));
     const actions = actionsOf(copyButton(message), again("Regenerate"), this.state);
-    this.element = article("reply", "nanochat", this.said, this.problem, actions);
+    this.element = article("reply", name, this.said, this.problem, actions);
     this.update(false);
   }
 
@@ -82,7 +86,8 @@ export class ReplyView {
     const { stats, note, error } = this.message;
     const status = this.queued ? `queued: ${this.queued}` : "";
     this.element.classList.toggle("live", live);
-    showMarkdown(this.said, partsOf(this.message), live);
+    if (this.tokens) this.tokens.update();
+    else showMarkdown(this.said, partsOf(this.message), live);
     this.state.textContent = live ? status : [note, stats].filter(Boolean).join(" · ");
     this.reason.textContent = error ?? "";
     this.problem.hidden = !error;

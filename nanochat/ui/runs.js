@@ -1,0 +1,84 @@
+/* The page of the training runs: asks for them every few seconds while somebody can see it. */
+
+import { loadRuns } from "./api.js";
+import { el, sync } from "./dom.js";
+import { Store } from "./store.js";
+
+const POLL_MS = 3000;
+const [WIDTH, HEIGHT, LEFT, BOTTOM] = [320, 160, 44, 18]; // of a chart; of its margins
+const TITLES = {
+  loss: "Loss", val_bpb: "Validation bits per byte", reward: "Reward", accuracy: "Accuracy",
+};
+const page = { state: document.querySelector("#state"), runs: document.querySelector("#runs") };
+const count = (number) => number.toLocaleString("en", { maximumFractionDigits: 0 });
+const short = (value) => value.toPrecision(3);
+let timer = 0;
+
+function svg(tag, attributes, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+function duration(seconds) {
+  const minutes = Math.floor(seconds / 60);
+  if (minutes >= 60) return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+  return minutes ? `${minutes} min ${Math.floor(seconds % 60)} s` : `${Math.floor(seconds)} s`;
+}
+
+/* A curve of [step, value] pairs over the steps from 0. */
+function chart(name, points) {
+  const values = points.map(([, value]) => value);
+  const [low, high, last] = [Math.min(...values), Math.max(...values), values.at(-1)];
+  const end = points.at(-1)[0];
+  const xOf = (step) => LEFT + ((WIDTH - LEFT - 4) * step) / (end || 1);
+  const yOf = (value) => 6 + ((HEIGHT - BOTTOM - 12) * (high - value)) / (high - low || 1);
+  const place = ([step, value]) => `${xOf(step).toFixed(1)},${yOf(value).toFixed(1)}`;
+  const line = (y) => svg("line", { x1: LEFT, x2: WIDTH, y1: y, y2: y });
+  const label = (x, y, anchor, text) => svg("text", { x, y, "text-anchor": anchor }, text);
+  const role = { role: "img", "aria-label": `from ${short(values[0])} to ${short(last)}` };
+  const figure = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, ...role },
+    line(yOf(low)), line(yOf(high)),
+    label(LEFT - 5, yOf(high) + 4, "end", short(high)),
+    ...(high > low ? [label(LEFT - 5, yOf(low) + 4, "end", short(low))] : []),
+    label(LEFT, HEIGHT - 4, "start", "0"),
+    label(WIDTH, HEIGHT - 4, "end", `step ${count(end)}`),
+    svg("path", { d: `M${points.map(place).join("L")}${points.length > 1 ? "" : "h2"}` }));
+  return el("figure", {}, el("figcaption", {}, TITLES[name], el("b", {}, short(last))), figure);
+}
+
+function section(run) {
+  const { stage, tag, state, step, steps, samples, curves } = run;
+  const facts = [`step ${count(step)}${steps ? ` of ${count(steps)}` : ""}`];
+  if (state === "running" && run.seconds_left) facts.push(`${duration(run.seconds_left)} left`);
+  if (run.tok_per_second) facts.push(`${count(run.tok_per_second)} tok/s`);
+  if (run.mfu) facts.push(`MFU ${(100 * run.mfu).toFixed(1)} %`);
+  if (state !== "finished") facts.push(`written ${duration(run.age_seconds)} ago`);
+  const title = el("h2", {}, `${stage} · ${tag}`, el("span", { className: state }, state));
+  const bar = el("progress", { max: steps || 1, value: steps ? step : 0, ariaLabel: "Steps" });
+  const charts = Object.entries(curves).map(([name, points]) => chart(name, points));
+  const texts = samples.map((text) => el("pre", { tabIndex: 0 }, text));
+  if (texts.length) texts.unshift(el("p", {}, "Its last samples:"));
+  const figures = el("div", { className: "charts" }, ...charts);
+  return el("section", {}, title, el("p", {}, facts.join(" · ")), bar, figures, ...texts);
+}
+
+async function poll() {
+  clearTimeout(timer);
+  if (document.hidden) return; // until it is seen again
+  try {
+    const runs = await loadRuns(new Store().settings); // read anew: the key may have changed
+    page.state.textContent = runs.length ? "" : "There is no run in this server's folder yet.";
+    const fresh = document.createDocumentFragment();
+    fresh.append(...runs.map(section));
+    sync(page.runs, fresh);
+  } catch (error) {
+    page.state.textContent = error.message;
+  }
+  timer = setTimeout(poll, POLL_MS);
+}
+
+document.documentElement.dataset.theme = new Store().settings.theme;
+addEventListener("visibilitychange", poll);
+poll();

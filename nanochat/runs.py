@@ -69,7 +69,8 @@ class Log:
             alive = age < ALIVE_SECONDS and is_process(folder / ".lock")
             state = "running" if alive else "stopped"
         # The loss of a policy gradient measures nothing.
-        shown = [name for name in self.points if name != "loss" or "reward" not in self.points]
+        omitted = {"loss"} if "reward" in self.points else set()
+        shown = [name for name in CURVES if name in self.points.keys() - omitted]
         return {
             "stage": folder.parent.name,
             "tag": folder.name,

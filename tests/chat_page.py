@@ -1,10 +1,12 @@
 """For the tests of the chat page: a server that gives the page and scripted replies.
 
 A reply is a list of steps (bytes to send, an Event to wait for, or KILL to drop the connection), or
-the number of an error. The server asks for no more than any OpenAI-compatible one would.
+the number of an error, or {model: a list of steps} for models that are asked at the same time. The
+server asks for no more than any OpenAI-compatible one would.
 """
 
 import json
+import math
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -17,6 +19,7 @@ KILL = object()
 MODEL = {"id": "toy", "object": "model", "context_length": 1024, "kind": "chat"}
 
 Steps = Sequence[bytes | threading.Event | object]
+Answer = Steps | int | dict[str, Steps]
 
 
 def card(name: str, kind: str = "chat") -> dict[str, Any]:
@@ -32,6 +35,21 @@ def event(data: object) -> bytes:
 
 def piece(**delta: object) -> bytes:
     return event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+
+
+def token(text: str, probability: float, **others: float) -> bytes:
+    """A piece of one token, with its probability and those of the others that were likely."""
+    entries = [
+        {"token": t, "logprob": math.log(p)} for t, p in {text: probability, **others}.items()
+    ]
+    logprobs = {"content": [entries[0] | {"top_logprobs": entries}]}
+    about = {"index": 0, "finish_reason": None, "logprobs": logprobs}
+    return event({"choices": [about | {"delta": {"content": text}}]})
+
+
+def text_piece(text: str) -> bytes:
+    """A piece of what a base model adds to a text."""
+    return event({"choices": [{"text": text, "index": 0, "finish_reason": None}]})
 
 
 def ending(reason: str = "stop") -> list[bytes]:
@@ -62,7 +80,7 @@ class FakeServer(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def reset(self) -> None:
-        self.replies: list[Steps | int] = []
+        self.replies: list[Answer] = []
         self.asked: list[dict[str, Any]] = []
         self.left = threading.Event()  # set when a reader has gone before the end of its reply
         self.has_report = False
@@ -99,7 +117,11 @@ class _Handler(SimpleHTTPRequestHandler):
             return
         about = {"path": self.path, "authorization": self.headers["Authorization"]}
         self.server.asked.append({**body, **about})
-        steps = self.server.replies.pop(0)
+        steps = self.server.replies[0]
+        if isinstance(steps, dict):
+            steps = steps.pop(body["model"])
+        if not isinstance(self.server.replies[0], dict) or not self.server.replies[0]:
+            del self.server.replies[0]
         if isinstance(steps, int):
             return self._answer(steps, {"error": {"message": f"a fault of number {steps}"}})
         self.send_response(200)

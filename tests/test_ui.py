@@ -5,6 +5,7 @@ policy, and no request to anywhere but the loopback address.
 """
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -18,7 +19,20 @@ from urllib.parse import urlsplit
 import pytest
 
 from tasks.customjson import CustomJSON
-from tests.chat_page import KILL, UI, FakeServer, Steps, ending, event, piece, reply
+from tests.chat_page import (
+    KILL,
+    UI,
+    Answer,
+    FakeServer,
+    card,
+    ending,
+    event,
+    piece,
+    reply,
+    text_piece,
+    token,
+)
+from tests.serving import EchoEngine, serving
 
 pytestmark = pytest.mark.slow
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -90,7 +104,7 @@ class Chat:
     def count(self, selector: str, number: int) -> None:
         playwright.expect(self.page.locator(selector)).to_have_count(number)
 
-    def ask(self, question: str, steps: Steps | int) -> None:
+    def ask(self, question: str, steps: Answer) -> None:
         self.server.replies.append(steps)
         self.page.fill("#input", question)
         self.page.keyboard.press("Enter")
@@ -99,12 +113,18 @@ class Chat:
         """Ask, and wait for the whole answer."""
         self.ask(question, reply(*answer))
         self.see(".question:nth-last-child(2) .said", question)
-        self.see(".reply:last-child .state", DONE)
+        self.see("#log > .reply:last-child .state", DONE)
 
-    def click(self, name: str, then: Steps | None = None) -> None:
+    def click(self, name: str, then: Answer | None = None) -> None:
         """Click the last visible button of this name, which asks for a reply of these steps."""
         self.server.replies += [then] if then else []
         self.page.get_by_role("button", name=name, exact=True).locator("visible=true").last.click()
+
+    def offer(self, *models: dict[str, Any]) -> None:
+        """Let the server have these models."""
+        self.server.models = list(models)
+        self.page.reload()
+        self.count("#model option", len(models))
 
     def edit(self, number: int) -> None:
         self.page.locator(".question").nth(number).get_by_role("button", name="Edit").focus()
@@ -435,6 +455,222 @@ def test_keyboard_alone(chat: Chat) -> None:
     assert chat.page.evaluate("document.activeElement.id") == "input"
 
 
+# ---- several models, probabilities, texts, runs ----
+
+SFT, RL, BASE = card("nanochat-d6-sft"), card("nanochat-d6-rl"), card("nanochat-d6-base", "base")
+
+
+def test_models_are_chosen_and_remembered(chat: Chat) -> None:
+    chat.see("#model")
+    assert chat.page.is_disabled("#model") and not chat.page.is_visible("#other")
+    chat.chat("Hello", "from one")
+    chat.see(".reply .who", "nanochat")
+    chat.offer(SFT, RL)
+    chat.see(".reply .who", "toy")  # by which it was made
+    chat.page.select_option("#model", RL["id"])
+    chat.chat("And you?", "from another")
+    chat.page.reload()
+    chat.see(".reply:last-child .who", "d6-rl")
+    chat.click("Regenerate", then=reply("from another again"))
+    chat.see(".reply:last-child .said", "from another again")
+    chat.offer(SFT, BASE)  # the one that is remembered is gone
+    chat.click("Regenerate", then=reply("from the first"))
+    chat.see(".reply:last-child .who", "d6-sft")
+    assert [asked["model"] for asked in chat.server.asked] == ["toy", *[RL["id"]] * 2, SFT["id"]]
+
+
+def test_two_models_answer_side_by_side(chat: Chat, tmp_path: Path) -> None:
+    chat.offer(SFT, RL, BASE)
+    chat.page.select_option("#other", BASE["id"])
+    gates = [Event(), Event()]
+    first = [piece(content="One"), gates[0], *reply(" and only")]
+    second = [piece(content="Two"), gates[1], *reply(" of them")]
+    chat.ask("Who?", {SFT["id"]: first, BASE["id"]: second})
+    left, right = ".pair .reply:first-child", ".pair .reply:last-child"
+    chat.see(f"{left} .said", "One")  # both at the same time
+    chat.see(f"{right} .said", "Two")
+    boxes = [chat.page.locator(column).bounding_box() for column in (left, right)]
+    assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] and boxes[0]["y"] == boxes[1]["y"]
+    gates[1].set()
+    chat.see(f"{right} .state", DONE)
+    chat.see("#send", "Stop")
+    gates[0].set()
+    chat.see("#announcer", "d6-sft: One and only d6-base: Two of them")
+    chat.page.reload()
+    chat.see(f"{right} .who", "d6-base")
+    chat.see(f"{right} .said", "Two of them")
+    again = {SFT["id"]: [piece(content="1"), Event()], BASE["id"]: reply("2")}
+    chat.click("Regenerate", then=again)
+    chat.see(f"{right} .state", DONE)
+    chat.type("Escape")
+    chat.see(f"{left} .state", re.compile("^stopped"))
+    chat.page.select_option("#other", "")
+    chat.chat("And?", "Nothing.")
+    assert parts(chat.server.asked[-1]) == ["Who?", "1", "And?"], "the other's is not sent"
+    with chat.page.expect_download() as download:
+        chat.click("Export")
+    download.value.save_as(tmp_path / "both.jsonl")
+    assert len(CustomJSON(tmp_path / "both.jsonl")) == 1
+    before = chat.stored()
+    chat.open()
+    chat.page.set_input_files("#file", tmp_path / "both.jsonl")
+    chat.see("#toast", "1 new conversation.")
+    assert chat.stored() == before
+    bad = tmp_path / "bad.json"
+    bad.write_text('[{"role": "user", "content": "x", "other": 5}]')
+    chat.page.set_input_files("#file", bad)
+    chat.see("#toast", re.compile("^bad.json was not imported"))
+
+
+def test_a_base_model_goes_on_with_a_text(chat: Chat) -> None:
+    usage = event({"choices": [], "usage": {"total_tokens": 96}})
+    end = [usage, event("[DONE]")]
+    chat.offer(SFT, BASE)
+    chat.page.select_option("#model", BASE["id"])
+    assert not chat.page.is_visible("#input") and not chat.page.is_visible("#other")
+    chat.page.focus("#draft")
+    gate = Event()
+    chat.server.replies.append([text_piece(" upon"), gate, text_piece(" a time"), *end])
+    chat.type("Once", "Control+Enter")
+    chat.see("#send", "Stop")
+    draft = chat.page.locator("#draft")
+    value = playwright.expect(draft)
+    value.to_have_value("Once upon")
+    value.not_to_be_editable()
+    gate.set()
+    value.to_have_value("Once upon a time")
+    chat.see("#context", "context 96 of 1,024")
+    chat.see("#announcer", " upon a time")
+    chat.click("Continue", then=[text_piece(" there"), Event()])
+    value.to_have_value("Once upon a time there")
+    chat.type("Escape")
+    chat.see("#send", "Continue")
+    assert chat.server.left.wait(20), "the server was not told"
+    chat.page.reload()
+    value.to_have_value("Once upon a time there")
+    chat.click("Undo")
+    value.to_have_value("Once upon a time")
+    draft.press_sequentially("!")  # what was written since stays
+    chat.click("Undo")
+    value.to_have_value("Once!")
+    assert chat.page.is_disabled("#undo")
+    chat.click("Continue", then=503)
+    chat.see("#toast", "a fault of number 503")
+    asked = chat.server.asked
+    assert [each["prompt"] for each in asked] == ["Once", "Once upon a time", "Once!"]
+    paths, models = {each["path"] for each in asked}, {each["model"] for each in asked}
+    assert (paths, models) == ({"/v1/completions"}, {BASE["id"]})
+    assert chat.stored() == [], "a text is no conversation"
+    chat.page.select_option("#model", SFT["id"])
+    chat.chat("Hello", "Hi")
+    chat.page.select_option("#model", BASE["id"])
+    value.to_have_value("Once!")
+    chat.page.click("#list a")
+    chat.see(".reply .said", "Hi")
+
+
+def test_tokens_tell_how_likely_they_were(chat: Chat) -> None:
+    chat.click("Settings")
+    chat.page.check("[name=odds]")
+    chat.click("Done")
+    call = piece(tool={"expression": "1 + 1", "result": "2"})
+    tokens = [token("It", 0.95), token(" is", 0.004, was=0.7, s=0.0001), call, token("\n\n", 0.2)]
+    chat.ask("How much?", [*tokens, token("2", 1.0), *ending()])
+    chat.see(".reply .state", DONE)
+    assert (chat.server.asked[0]["logprobs"], chat.server.asked[0]["top_logprobs"]) == (True, 5)
+    names = [each.get_attribute("aria-label") for each in chat.page.locator(".token").all()]
+    assert names == ["It, 95 %", "is, 0.4 %", "line break, 20 %", "2, 100 %"]
+    chat.see(".tokens > code", "1 + 1 = 2")
+    levels = [each.get_attribute("class") for each in chat.page.locator(".token").all()]
+    assert levels == [f"token level{level}" for level in (0, 4, 2, 0)]
+    line = "(each) => getComputedStyle(each).borderBottomWidth"
+    widths = [each.evaluate(line) for each in chat.page.locator(".token").all()]
+    assert widths == ["0px", "5px", "2px", "0px"], "told by colour alone"
+    chat.page.locator(".token").first.focus()
+    chat.see(".choices", "It 95 %")
+    chat.page.keyboard.press("ArrowRight")
+    chat.see(".choices", "was 70 % is 0.4 % s under 0.1 %")
+    chat.see(".choices b", "is 0.4 %")
+    focus = "document.activeElement.ariaLabel ?? document.activeElement.textContent"
+    for key, name in (("ArrowLeft", "It, 95 %"), ("ArrowLeft", "It, 95 %"), ("End", "2, 100 %")):
+        chat.page.keyboard.press(key)
+        assert chat.page.evaluate(focus) == name
+    chat.page.keyboard.press("Tab")
+    assert chat.page.evaluate(focus) == "Copy", "one stop for all tokens"
+    chat.page.locator(".token").nth(2).click()
+    chat.see(".choices", "↵↵ 20 %")
+    chat.click("Settings")
+    chat.page.uncheck("[name=odds]")
+    chat.see(".reply .said.markdown", re.compile("^It is1 [+] 1 = 2"))
+
+
+def test_probabilities_of_a_real_server(chat: Chat) -> None:
+    with serving([EchoEngine()]) as running:
+        chat.page.goto(running.url)
+        chat.click("Settings")
+        chat.page.check("[name=odds]")
+        chat.click("Done")
+        chat.page.fill("#input", "echo")
+        chat.type("Enter")
+        chat.see(".reply .state", DONE)
+        assert chat.page.inner_text(".tokens") == "echo"
+        chat.page.locator(".token").nth(1).focus()
+        chat.see(".choices b", "c 100 %")
+        chat.count(".choices > *", 5)
+
+
+def test_the_runs_are_shown_as_they_train(
+    chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+
+    def log(step: int, **more: object) -> None:
+        figures = {"step": step, "progress": step / 400, "seconds": step, "loss": 9 - step / 50}
+        with (tmp_path / "base/d6/metrics.jsonl").open("a") as file:
+            file.write(json.dumps(figures | {"tok_per_second": 5000.4, "mfu": 0.25} | more) + "\n")
+
+    with serving([EchoEngine()], api_key="secret") as running:
+        chat.page.clock.install()
+        chat.page.goto(f"{running.url}/runs")
+        chat.see("#state", re.compile("enter the key in the settings$"))
+        chat.page.evaluate("localStorage['nanochat:settings'] = '{\"key\": \"secret\"}'")
+        chat.page.clock.run_for(3000)
+        chat.see("#state", "There is no run in this server's folder yet.")
+        chat.page.goto(running.url)
+        chat.see("#model")
+        assert not chat.page.is_visible("#runs")
+        (tmp_path / "base/d6").mkdir(parents=True)
+        (tmp_path / "base/d6/.lock").write_text(str(os.getpid()))
+        log(100, val_bpb=2.5, samples=["<b>Once</b>"])
+        chat.page.reload()
+        chat.page.click("#runs")
+        chat.see("h2", "base · d6running")
+        chat.see(
+            "section > p >> nth=0", re.compile("^step 100 of 400 · 5 min 0 s left · 5,000 tok/s")
+        )
+        chat.see("pre", "<b>Once</b>")
+        chat.count("figure", 2)
+        label = chat.page.locator("svg").first
+        playwright.expect(label).to_have_attribute("aria-label", "from 7.00 to 7.00")
+        log(200)
+        chat.page.clock.run_for(3000)
+        playwright.expect(label).to_have_attribute("aria-label", "from 7.00 to 5.00")
+        chat.see("pre", "<b>Once</b>")
+        hidden = (
+            "(is) => { Object.defineProperty(document, 'hidden', { value: is, writable: true });"
+        )
+        hidden += " document.dispatchEvent(new Event('visibilitychange', { bubbles: true })); }"
+        chat.page.evaluate(hidden, True)
+        log(300)
+        asked = len(chat.urls)
+        chat.page.clock.run_for(30_000)
+        assert len(chat.urls) == asked, "asked while nobody could see it"
+        chat.page.evaluate(hidden, False)
+        playwright.expect(label).to_have_attribute("aria-label", "from 7.00 to 3.00")
+        chat.page.get_by_role("link", name="Chat").click()
+        chat.see("#welcome")
+
+
 # ---- how it looks ----
 
 
@@ -469,9 +705,13 @@ def test_phone(desk: Chat) -> None:
     wide = """Array.from(document.querySelectorAll("*")).filter((each) =>
       getComputedStyle(each).overflowX === "visible" && each.getBoundingClientRect().right > 360 &&
       !each.closest("pre, [tabindex='0'], .unseen, #side")).map((each) => each.outerHTML)"""
-    assert chat.page.evaluate("document.documentElement.scrollWidth") == 360
-    assert chat.page.evaluate("document.querySelector('#scroller').scrollWidth") <= 360
-    assert chat.page.evaluate(wide) == []
+
+    def check_width() -> None:
+        assert chat.page.evaluate("document.documentElement.scrollWidth") == 360
+        assert chat.page.evaluate("document.querySelector('#scroller').scrollWidth") <= 360
+        assert chat.page.evaluate(wide) == []
+
+    check_width()
     chat.page.tap("text=Menu")
     chat.see("#list a")
     box = chat.page.locator("#side").bounding_box()
@@ -479,12 +719,34 @@ def test_phone(desk: Chat) -> None:
     chat.page.tap("#new")
     chat.see("#welcome")
     assert not chat.page.is_visible("#list")
+    chat.page.evaluate("localStorage['nanochat:settings'] = '{\"odds\": \"on\"}'")
+    chat.offer(SFT, BASE)
+    chat.page.select_option("#other", BASE["id"])
+    long = [token("unbroken" * 9, 0.3), *[token(f" {n}", 0.1) for n in range(50)], *ending()]
+    server.replies.append({SFT["id"]: long, BASE["id"]: reply(RICH)})
+    chat.page.fill("#input", "Both")
+    chat.page.tap("#send")
+    left, right = ".pair .reply:first-child", ".pair .reply:last-child"
+    chat.see(f"{right} .state", DONE)
+    chat.see(f"{left} .state", DONE)
+    assert (
+        chat.page.locator(left).bounding_box()["y"] < chat.page.locator(right).bounding_box()["y"]
+    )
+    chat.page.locator(".token").nth(9).tap()
+    chat.see(f"{left} .choices", "8 10 %")
+    check_width()
+    chat.page.select_option("#model", BASE["id"])
+    chat.page.fill("#draft", "Wide" * 40)
+    check_width()
     chat.check()
     chat.context.close()
 
 
-def test_axe_finds_no_violation(desk: Chat, pytestconfig: pytest.Config) -> None:
-    """In four states of the page, wide and narrow, light and dark (only colours can differ)."""
+def test_axe_finds_no_violation(
+    desk: Chat, pytestconfig: pytest.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In all states of the page and on that of the runs, wide and narrow, light and dark (only colours can differ)."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     folder = pytestconfig.cache.mkdir("axe")  # pyright: ignore[reportOptionalMemberAccess]
     archive = folder / "axe-core-4.14.1.tgz"
     fetch = ["npm", "pack", "axe-core@4.14.1"]
@@ -521,6 +783,28 @@ def test_axe_finds_no_violation(desk: Chat, pytestconfig: pytest.Config) -> None
     audit()
     chat.click("Settings")
     audit()
+    chat.page.check("[name=odds]")
+    chat.click("Done")
+    chat.offer(SFT, BASE)
+    chat.page.evaluate(axe)
+    chat.page.select_option("#other", BASE["id"])
+    unlikely = [token("a", 0.99, b=0.01), token(" b", 0.3), token("c", 0.001), *ending()]
+    chat.ask("Compare", {SFT["id"]: unlikely, BASE["id"]: reply("plain")})
+    chat.see(".pair .reply:last-child .state", DONE)
+    chat.page.locator(".token").first.focus()
+    audit()
+    chat.page.select_option("#model", BASE["id"])
+    chat.page.fill("#draft", "Once")
+    audit()
+    folder = tmp_path / "base/d6"
+    folder.mkdir(parents=True)
+    record = {"step": 1, "loss": 5.0, "samples": ["a sample"], "tok_per_second": 9.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    with serving([EchoEngine()]) as running:
+        chat.page.goto(f"{running.url}/runs")
+        chat.see("figure")
+        chat.page.evaluate(axe)
+        audit()
     chat.check()
     chat.context.close()
 

@@ -117,9 +117,9 @@ const nameOf = ({ model }) =>
 
 async function findModels() {
   models = await loadModels(store.settings);
-  const optionOf = ({ id }) => new Option(id, id);
-  page.model.replaceChildren(...models.map(optionOf));
-  page.other.replaceChildren(new Option("compare with …", ""), ...models.map(optionOf));
+  const options = models.map(({ id }) => new Option(`with ${id}`, id));
+  page.model.replaceChildren(...models.map(({ id }) => new Option(id, id)));
+  page.other.replaceChildren(new Option("compare with …", ""), ...options);
   for (const field of [page.model, page.other]) field.disabled = models.length < 2;
   page.models.hidden = false;
   page.models.classList.toggle("one", models.length < 2);

@@ -7,7 +7,8 @@ import { Store } from "./store.js";
 const POLL_MS = 3000;
 const [WIDTH, HEIGHT, LEFT, BOTTOM] = [320, 160, 44, 18]; // of a chart; of its margins
 const TITLES = {
-  loss: "Loss", val_bpb: "Validation bits per byte", reward: "Reward", accuracy: "Accuracy",
+  loss: "Loss", val_bpb: "Validation bits per byte", reward: "Reward",
+  accuracy: "Held-out accuracy",
 };
 const page = { state: document.querySelector("#state"), runs: document.querySelector("#runs") };
 const count = (number) => number.toLocaleString("en", { maximumFractionDigits: 0 });
@@ -27,11 +28,10 @@ function duration(seconds) {
   return minutes ? `${minutes} min ${Math.floor(seconds % 60)} s` : `${Math.floor(seconds)} s`;
 }
 
-/* A curve of [step, value] pairs over the steps from 0. */
-function chart(name, points) {
+/* A curve of [step, value] pairs over the steps from 0 to `end`. */
+function chart(name, points, end) {
   const values = points.map(([, value]) => value);
   const [low, high, last] = [Math.min(...values), Math.max(...values), values.at(-1)];
-  const end = points.at(-1)[0];
   const xOf = (step) => LEFT + ((WIDTH - LEFT - 4) * step) / (end || 1);
   const yOf = (value) => 6 + ((HEIGHT - BOTTOM - 12) * (high - value)) / (high - low || 1);
   const place = ([step, value]) => `${xOf(step).toFixed(1)},${yOf(value).toFixed(1)}`;
@@ -57,7 +57,7 @@ function section(run) {
   if (state !== "finished") facts.push(`written ${duration(run.age_seconds)} ago`);
   const title = el("h2", {}, `${stage} · ${tag}`, el("span", { className: state }, state));
   const bar = el("progress", { max: steps || 1, value: steps ? step : 0, ariaLabel: "Steps" });
-  const charts = Object.entries(curves).map(([name, points]) => chart(name, points));
+  const charts = Object.entries(curves).map((curve) => chart(...curve, step));
   const texts = samples.map((text) => el("pre", { tabIndex: 0 }, text));
   if (texts.length) texts.unshift(el("p", {}, "Its last samples:"));
   const figures = el("div", { className: "charts" }, ...charts);

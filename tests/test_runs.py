@@ -1,0 +1,90 @@
+"""What /runs/data tells of runs: files that grow, are torn, replaced, damaged; states; the key."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from nanochat.runs import MAX_POINTS, Runs
+from tests.serving import EchoEngine, serving
+
+DEAD = 2**22 + 1  # more than a process's number can be
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    (tmp_path / "sft/d2").mkdir(parents=True)
+    return tmp_path / "sft/d2"
+
+
+def line(step: int, **figures: object) -> str:
+    return json.dumps({"step": step, "progress": step / 8, "seconds": 2.0 * step} | figures) + "\n"
+
+
+def test_a_file_that_grows_is_read_on_from_where_it_ended(folder: Path) -> None:
+    runs, path = Runs(), folder / "metrics.jsonl"
+    path.write_text(line(0, val_bpb=3.0) + line(1, loss=2.0, mfu=0.5) + line(2, loss=1.5)[:-9])
+    [run] = runs.read()
+    assert (run["stage"], run["tag"], run["step"], run["steps"]) == ("sft", "d2", 1, 8)
+    assert run["seconds_left"] == pytest.approx(14) and run["mfu"] == 0.5
+    assert run["curves"] == {"loss": [[1, 2]], "val_bpb": [[0, 3]]}
+    torn = path.read_text()
+    rest = line(2, loss=1.5)[-9:] + "no json\n[]\n" + line(3, loss=float("nan"), samples=["hello"])
+    # Were it read from its beginning again, this would be in it.
+    path.write_bytes(b"x" * len(torn[: torn.rindex("\n")]) + torn[torn.rindex("\n") :].encode())
+    with path.open("a") as file:
+        file.write(rest)
+    [run] = runs.read()
+    assert run["curves"] == {"loss": [[1, 2], [2, 1.5]], "val_bpb": [[0, 3]]}
+    assert (run["step"], run["samples"]) == (3, ["hello"])
+    other = folder / "new"  # as a resumed run replaces it
+    other.write_text(line(0, val_bpb=4.0) + line(1, loss=2.5))
+    other.rename(path)
+    assert runs.read()[0]["curves"] == {"loss": [[1, 2.5]], "val_bpb": [[0, 4]]}
+    path.unlink()
+    assert runs.read() == []
+
+
+def test_a_long_run_is_thinned_out(folder: Path) -> None:
+    steps = range(10 * MAX_POINTS)
+    (folder / "metrics.jsonl").write_text("".join(line(s, loss=s, reward=2 * s) for s in steps))
+    [run] = Runs().read()
+    assert list(run["curves"]) == ["reward"], "the loss of a policy gradient measures nothing"
+    points = run["curves"]["reward"]
+    assert points[0] == [4.5, 9] and len(points) == MAX_POINTS
+    assert all(value == 2 * step for step, value in points)
+
+
+@pytest.mark.parametrize(
+    ("lock", "result", "hours", "state"),
+    [
+        (os.getpid(), None, 0, "running"),
+        (os.getpid(), 3, 0, "running"),  # extended beyond the end at step 3
+        (os.getpid(), None, 2, "stopped"),  # the number is another process's by now
+        (DEAD, None, 0, "stopped"),
+        ("", None, 0, "stopped"),
+        (DEAD, 4, 0, "finished"),
+    ],
+)
+def test_states(folder: Path, lock: object, result: int | None, hours: int, state: str) -> None:
+    path = folder / "metrics.jsonl"
+    path.write_text(line(4, loss=1.0))
+    then = path.stat().st_mtime - 3600 * hours
+    os.utime(path, (then, then))
+    (folder / ".lock").write_text(str(lock))
+    if result is not None:
+        (folder / "result.json").write_text(json.dumps({"step": result}))
+    (folder.parent / "pip").symlink_to(folder)  # a persona's, told with the run itself
+    [run] = Runs().read()
+    assert run["state"] == state
+
+
+def test_the_data_need_the_key_and_the_page_does_not(folder: Path) -> None:
+    (folder / "metrics.jsonl").write_text(line(1, loss=float("inf")))
+    with serving([EchoEngine()], api_key="secret") as running:
+        assert running.client.get("/runs").status_code == 200
+        assert running.client.get("/runs/data").status_code == 401
+        found = running.client.get("/runs/data", headers={"Authorization": "Bearer secret"}).json()
+    assert [(run["tag"], run["curves"]) for run in found] == [("d2", {})]

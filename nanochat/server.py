@@ -47,7 +47,7 @@ STALLED_SECONDS = 60.0  # a client may leave a stream unread for this long
 DRAIN_SECONDS = 30.0  # for answers in progress at shutdown
 ROOM_SECONDS = 5.0  # that a request waits for models in use to make room for its own
 UI = Path(__file__).parent / "ui"
-PUBLIC = re.compile(r"/(ui/.*|health|ready|report|runs|docs|openapi.json)?")  # what needs no API key
+PUBLIC = re.compile(r"/(ui/.*|health|ready|report|runs|docs|openapi.json)?")  # needs no API key
 POLICY = (  # the last line: no script may turn text into markup or code
     "default-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from nanochat.jobs import ServedModel
 from tasks.customjson import CustomJSON
 from tests.chat_page import (
     KILL,
@@ -32,7 +33,7 @@ from tests.chat_page import (
     text_piece,
     token,
 )
-from tests.serving import EchoEngine, serving
+from tests.serving import EchoEngine, serving, serving_models
 
 pytestmark = pytest.mark.slow
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -604,19 +605,33 @@ def test_tokens_tell_how_likely_they_were(chat: Chat) -> None:
     chat.see(".reply .said.markdown", re.compile("^It is1 [+] 1 = 2"))
 
 
-def test_probabilities_of_a_real_server(chat: Chat) -> None:
-    with serving([EchoEngine()]) as running:
+def test_a_real_server_of_several_models(chat: Chat) -> None:
+    """The second is loaded once it is asked."""
+    go = Event()
+
+    def load() -> EchoEngine:
+        assert go.wait(20)
+        return EchoEngine()
+
+    first = ServedModel("nanochat-d2-sft", "chat", 256, 1, load=load, preloaded=EchoEngine())
+    second = ServedModel("nanochat-d2-rl", "chat", 256, 1, load=load)
+    with serving_models([first, second], loaded=False) as running:
         chat.page.goto(running.url)
         chat.click("Settings")
         chat.page.check("[name=odds]")
         chat.click("Done")
+        chat.page.select_option("#other", "nanochat-d2-rl")
         chat.page.fill("#input", "echo")
         chat.type("Enter")
-        chat.see(".reply .state", DONE)
-        assert chat.page.inner_text(".tokens") == "echo"
-        chat.page.locator(".token").nth(1).focus()
-        chat.see(".choices b", "c 100 %")
-        chat.count(".choices > *", 5)
+        left, right = ".pair .reply:first-child", ".pair .reply:last-child"
+        chat.see(f"{left} .state", DONE)
+        chat.see(f"{right} .state", "the model is being loaded")
+        go.set()
+        chat.see(f"{right} .state", DONE)
+        assert chat.page.inner_text(f"{right} .tokens") == "echo"
+        chat.page.locator(f"{right} .token").nth(1).focus()
+        chat.see(f"{right} .choices b", "c 100 %")
+        chat.count(f"{right} .choices > *", 5)
 
 
 def test_the_runs_are_shown_as_they_train(
@@ -745,7 +760,7 @@ def test_phone(desk: Chat) -> None:
 def test_axe_finds_no_violation(
     desk: Chat, pytestconfig: pytest.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In all states of the page and on that of the runs, wide and narrow, light and dark (only colours can differ)."""
+    """In all states, wide and narrow, light and dark (only colours can differ)."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     folder = pytestconfig.cache.mkdir("axe")  # pyright: ignore[reportOptionalMemberAccess]
     archive = folder / "axe-core-4.14.1.tgz"

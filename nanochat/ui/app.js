@@ -266,9 +266,12 @@ async function answer(conversation) {
 async function write(conversation, reply, asked, signal) {
   try {
     const started = performance.now();
+    const card = models.find(({ id }) => id === reply.model);
+    if (card?.loaded === false) waitFor(reply, "the model is being loaded");
     for await (const piece of streamReply(reply.model, asked, store.settings, signal)) {
+      if (card) card.loaded = true;
       take(reply, piece, (performance.now() - started) / 1000);
-      if (conversation === shown) redraw(reply, piece);
+      waitFor(reply, piece.queued ? `queued: ${piece.queued}` : "");
     }
   } catch (error) {
     if (signal.aborted) reply.note = "stopped";
@@ -302,9 +305,11 @@ function take(reply, { text, tool, odds, finish, usage, timings }, seconds) {
   }
 }
 
-function redraw(reply, { queued }) {
+/* Shows a reply, if it is in view, and what it waits for. */
+function waitFor(reply, what) {
   const view = viewOf(reply);
-  if (view) view.queued = queued;
+  if (!view) return;
+  view.waiting = what;
   frame ||= requestAnimationFrame(() => {
     frame = 0;
     for (const view of lastViews) if (unfinished.has(view.message)) view.update(true);

@@ -69,7 +69,7 @@ export class ReplyView {
   constructor(message, name, odds, onAgain) {
     const again = (label) => button(label, onAgain, { className: "change again" });
     this.message = message;
-    this.queued = ""; // its place in the server's queue
+    this.waiting = ""; // for what
     this.tokens = odds && new TokensView(odds);
     this.said = el("div", { className: odds ? "said" : "said markdown" });
     if (odds) this.said.append(this.tokens.element);
@@ -84,11 +84,10 @@ export class ReplyView {
   /* Shows what the reply holds by now. */
   update(live) {
     const { stats, note, error } = this.message;
-    const status = this.queued ? `queued: ${this.queued}` : "";
     this.element.classList.toggle("live", live);
     if (this.tokens) this.tokens.update();
     else showMarkdown(this.said, partsOf(this.message), live);
-    this.state.textContent = live ? status : [note, stats].filter(Boolean).join(" · ");
+    this.state.textContent = live ? this.waiting : [note, stats].filter(Boolean).join(" · ");
     this.reason.textContent = error ?? "";
     this.problem.hidden = !error;
   }

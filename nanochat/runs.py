@@ -100,7 +100,7 @@ def is_process(lock: Path) -> bool:
 def thin(values: "array[float]") -> list[list[float]]:
     points = np.array(values).reshape(-1, 2)
     stretches = np.array_split(points, min(len(points), MAX_POINTS))
-    return [stretch.mean(axis=0).tolist() for stretch in stretches]
+    return [stretch.mean(axis=0).round(5).tolist() for stretch in stretches]
 
 
 class Runs:

@@ -4,7 +4,6 @@ URLs are relative, so that the page works behind a proxy with a path prefix. A s
 without [DONE] is an error: a dying server also closes its connections cleanly. */
 
 const NUMBERS = ["temperature", "top_k", "top_p", "max_tokens", "seed"]; // settings, may be empty
-
 const TEXT_TOKENS = 100; // that a text goes on by at a time, unless the settings say more
 
 export class ApiError extends Error {}
@@ -49,9 +48,7 @@ export async function loadModels(settings) {
 }
 
 /* The training runs, the newest first; nanochat/runs.py says what there is of each. */
-export async function loadRuns(settings) {
-  return (await request("runs/data", settings, {})).json();
-}
+export const loadRuns = async (settings) => (await request("runs/data", settings, {})).json();
 
 export async function hasReport() {
   return fetch("report", { method: "HEAD" }).then((response) => response.ok, () => false);
@@ -74,9 +71,8 @@ export function streamText(model, prompt, settings, signal) {
 async function* stream(path, body, settings, signal) {
   Object.assign(body, { stream: true, stream_options: { include_usage: true } });
   for (const name of NUMBERS) if (settings[name]) body[name] = Number(settings[name]);
-  const response = await request(path, settings, {
-    method: "POST", body: JSON.stringify(body), signal,
-  });
+  const options = { method: "POST", body: JSON.stringify(body), signal };
+  const response = await request(path, settings, options);
   try {
     for await (const line of readLines(response.body)) {
       const [, field, value] = /^(\w*): *(.*)/s.exec(line) ?? [];

@@ -16,8 +16,7 @@ const KEYS = "Enter sends, Shift+Enter starts a line, Esc stops";
 const named = [...document.querySelectorAll("[id]")];
 const page = Object.fromEntries(named.map((element) => [element.id, element]));
 const store = new Store(() => toast(FULL));
-// Conversation id, undefined for the draft -> AbortController of what is being written.
-const streams = new Map();
+const streams = new Map(); // id (undefined: the draft) -> AbortController of what is being written
 const unfinished = new Set(); // the replies being written
 const oddsOf = new WeakMap(); // reply -> its tokens with their probabilities; too large to store
 let models = []; // as /v1/models describes them, once the server has answered
@@ -111,9 +110,8 @@ function toast(text, undo) {
 
 const chosen = () => models.find(({ id }) => id === page.model.value) ?? models[0];
 const isDraft = () => !shown && chosen()?.kind === "base"; // else a conversation is in view
-
 const nameOf = ({ model }) =>
-  models.length > 1 && model ? model.replace(/^nanochat-/, "") : "nanochat";
+  models.length > 1 && model ? String(model).replace(/^nanochat-/, "") : "nanochat";
 
 async function findModels() {
   models = await loadModels(store.settings);
@@ -129,9 +127,8 @@ async function findModels() {
 function chooseModel() {
   streams.get(undefined)?.abort();
   saveSettings();
-  const opensDraft = chosen()?.kind === "base";
-  if (opensDraft) location.hash = "";
-  show(opensDraft ? null : shown);
+  if (chosen()?.kind === "base") location.hash = "";
+  show(chosen()?.kind === "base" ? null : shown);
 }
 
 /* ---- what a person does ---- */
@@ -241,15 +238,14 @@ async function answer(conversation) {
   const controller = new AbortController();
   streams.set(conversation.id, controller);
   if (!models.length) await findModels().catch(() => null); // else the replies below tell of it
-  const begin = (model) => {
-    const note = "interrupted"; // until its end is known
-    const reply = { role: "assistant", content: [], note, model };
-    if (store.settings.odds) oddsOf.set(reply, []);
+  const names = page.other.value ? [chosen().id, page.other.value] : [chosen()?.id];
+  const note = "interrupted"; // until its end is known
+  const replies = names.map((model) => ({ role: "assistant", content: [], note, model }));
+  for (const reply of replies) {
     unfinished.add(reply);
-    return reply;
-  };
-  const replies = [chosen()?.id, page.other.value].filter((id, i) => id || !i).map(begin);
-  if (replies[1]) replies[0].other = replies[1];
+    if (store.settings.odds) oddsOf.set(reply, []);
+  }
+  replies[0].other = replies[1];
   conversation.messages.push(replies[0]);
   conversation.updated = Date.now();
   store.save(conversation);
@@ -262,7 +258,6 @@ async function answer(conversation) {
   page.announcer.textContent = said.join("\n");
 }
 
-/* Fills one reply to what was asked. */
 async function write(conversation, reply, asked, signal) {
   try {
     const started = performance.now();
@@ -285,8 +280,6 @@ async function write(conversation, reply, asked, signal) {
   }
 }
 
-const viewOf = (reply) => lastViews.find(({ message }) => message === reply);
-
 function take(reply, { text, tool, odds, finish, usage, timings }, seconds) {
   const last = reply.content.at(-1);
   const add = (type, text) => reply.content.push({ type, text });
@@ -304,6 +297,8 @@ function take(reply, { text, tool, odds, finish, usage, timings }, seconds) {
     reply.stats = `${tokens} · context ${reply.tokens}`;
   }
 }
+
+const viewOf = (reply) => lastViews.find(({ message }) => message === reply);
 
 /* Shows a reply, if it is in view, and what it waits for. */
 function waitFor(reply, what) {
@@ -324,8 +319,9 @@ const lastAdded = () => {
   return added && page.draft.value.startsWith(added.text, added.at) ? added : null;
 };
 
-function saveDraft(change = (added) => added) {
-  store.saveDraft({ text: page.draft.value, added: change(store.draft.added) });
+function saveDraft(added = store.draft.added) {
+  store.saveDraft({ text: page.draft.value, added });
+  showState();
 }
 
 async function goOn() {
@@ -344,21 +340,19 @@ async function goOn() {
       if (isAtEnd) draft.scrollTop = draft.scrollHeight;
     }
   } catch (error) {
-    if (!controller.signal.aborted) toast(error.message);
-    if (!controller.signal.aborted && !(error instanceof ApiError)) reportError(error);
+    if (error instanceof ApiError) toast(error.message);
+    else if (!controller.signal.aborted) reportError(error);
   }
   streams.delete(undefined);
   const text = draft.value.slice(at);
-  saveDraft((added) => (text ? [...added, { at, text }] : added));
-  showState();
+  saveDraft(text ? [...store.draft.added, { at, text }] : undefined);
   page.announcer.textContent = text;
 }
 
 function takeBack() {
   const { at, text } = lastAdded();
   page.draft.setRangeText("", at, at + text.length, "end");
-  saveDraft((added) => added.slice(0, -1));
-  showState();
+  saveDraft(store.draft.added.slice(0, -1));
   page.draft.focus();
 }
 
@@ -394,10 +388,7 @@ function listen() {
     else if (isDraft()) goOn();
     else submit(event);
   };
-  page.draft.oninput = () => {
-    saveDraft();
-    showState();
-  };
+  page.draft.oninput = () => saveDraft();
   page.draft.onkeydown = ({ key, ctrlKey, metaKey }) => {
     if (key === "Enter" && (ctrlKey || metaKey) && !streams.has(undefined)) goOn();
   };
@@ -449,10 +440,11 @@ async function start() {
   showSettings();
   page.draft.value = store.draft.text;
   open(store.conversations.get(location.hash.slice(1)) ?? null);
-  page.report.hidden = !(await hasReport());
-  page.runs.hidden = !(await loadRuns(store.settings).catch(() => [])).length;
   await findModels().catch(() => null); // a server that is down is reported on the first question
   show(shown);
+  if (isDraft()) page.draft.focus();
+  page.report.hidden = !(await hasReport());
+  page.runs.hidden = !(await loadRuns(store.settings).catch(() => [])).length;
 }
 
 start();

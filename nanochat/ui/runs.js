@@ -5,12 +5,11 @@ import { el, sync } from "./dom.js";
 import { Store } from "./store.js";
 
 const POLL_MS = 3000;
-const [WIDTH, HEIGHT, LEFT, BOTTOM] = [320, 160, 44, 18]; // of a chart; of its margins
+const [WIDTH, HEIGHT, LEFT, TOP, BOTTOM] = [320, 160, 44, 6, 24]; // of a chart; its margins
 const TITLES = {
   loss: "Loss", val_bpb: "Validation bits per byte", reward: "Reward",
   accuracy: "Held-out accuracy",
 };
-const page = { state: document.querySelector("#state"), runs: document.querySelector("#runs") };
 const count = (number) => number.toLocaleString("en", { maximumFractionDigits: 0 });
 const short = (value) => value.toPrecision(3);
 let timer = 0;
@@ -32,33 +31,31 @@ function duration(seconds) {
 function chart(name, points, end) {
   const values = points.map(([, value]) => value);
   const [low, high, last] = [Math.min(...values), Math.max(...values), values.at(-1)];
-  const xOf = (step) => LEFT + ((WIDTH - LEFT - 4) * step) / (end || 1);
-  const yOf = (value) => 6 + ((HEIGHT - BOTTOM - 12) * (high - value)) / (high - low || 1);
+  const floor = HEIGHT - BOTTOM;
+  const xOf = (step) => LEFT + ((WIDTH - LEFT) * step) / (end || 1);
+  const yOf = (value) => floor - ((floor - TOP) * (value - low)) / (high - low || 1);
   const place = ([step, value]) => `${xOf(step).toFixed(1)},${yOf(value).toFixed(1)}`;
-  const line = (y) => svg("line", { x1: LEFT, x2: WIDTH, y1: y, y2: y });
-  const label = (x, y, anchor, text) => svg("text", { x, y, "text-anchor": anchor }, text);
-  const role = { role: "img", "aria-label": `from ${short(values[0])} to ${short(last)}` };
-  const figure = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, ...role },
-    line(yOf(low)), line(yOf(high)),
-    label(LEFT - 5, yOf(high) + 4, "end", short(high)),
-    ...(high > low ? [label(LEFT - 5, yOf(low) + 4, "end", short(low))] : []),
-    label(LEFT, HEIGHT - 4, "start", "0"),
-    label(WIDTH, HEIGHT - 4, "end", `step ${count(end)}`),
-    svg("path", { d: `M${points.map(place).join("L")}${points.length > 1 ? "" : "h2"}` }));
-  return el("figure", {}, el("figcaption", {}, TITLES[name], el("b", {}, short(last))), figure);
+  const label = (x, y, text, anchor = "end") => svg("text", { x, y, "text-anchor": anchor }, text);
+  const frame = svg("g", { class: "frame" },
+    svg("path", { d: `M${LEFT},${TOP}H${WIDTH}M${LEFT},${floor}H${WIDTH}` }),
+    label(LEFT - 5, TOP + 4, high > low ? short(high) : ""), label(LEFT - 5, floor + 4, short(low)),
+    label(LEFT, HEIGHT - 4, "0", "start"), label(WIDTH, HEIGHT - 4, `step ${count(end)}`));
+  const curve = svg("path", { class: "curve", d: `M${points.map(place).join("L")}` });
+  const told = { role: "img", "aria-label": `from ${short(values[0])} to ${short(last)}` };
+  const image = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, ...told }, frame, curve);
+  return el("figure", {}, el("figcaption", {}, TITLES[name], el("b", {}, short(last))), image);
 }
 
-function section(run) {
-  const { stage, tag, state, step, steps, samples, curves } = run;
+function section({ stage, tag, state, step, steps, samples, curves, ...run }) {
   const facts = [`step ${count(step)}${steps ? ` of ${count(steps)}` : ""}`];
-  if (state === "running" && run.seconds_left) facts.push(`${duration(run.seconds_left)} left`);
+  if (state === "running" && steps) facts.push(`${duration(run.seconds_left)} left`);
   if (run.tok_per_second) facts.push(`${count(run.tok_per_second)} tok/s`);
   if (run.mfu) facts.push(`MFU ${(100 * run.mfu).toFixed(1)} %`);
   if (state !== "finished") facts.push(`written ${duration(run.age_seconds)} ago`);
   const title = el("h2", {}, `${stage} · ${tag}`, el("span", { className: state }, state));
   const bar = el("progress", { max: steps || 1, value: steps ? step : 0, ariaLabel: "Steps" });
   const charts = Object.entries(curves).map((curve) => chart(...curve, step));
-  const texts = samples.map((text) => el("pre", { tabIndex: 0 }, text));
+  const texts = samples.map((text) => el("pre", {}, text));
   if (texts.length) texts.unshift(el("p", {}, "Its last samples:"));
   const figures = el("div", { className: "charts" }, ...charts);
   return el("section", {}, title, el("p", {}, facts.join(" · ")), bar, figures, ...texts);
@@ -67,14 +64,14 @@ function section(run) {
 async function poll() {
   clearTimeout(timer);
   if (document.hidden) return; // until it is seen again
+  const [state, fresh] = [document.querySelector("#state"), document.createDocumentFragment()];
   try {
     const runs = await loadRuns(new Store().settings); // read anew: the key may have changed
-    page.state.textContent = runs.length ? "" : "There is no run in this server's folder yet.";
-    const fresh = document.createDocumentFragment();
+    state.textContent = runs.length ? "" : "There is no run in this server's folder yet.";
     fresh.append(...runs.map(section));
-    sync(page.runs, fresh);
+    sync(document.querySelector("#runs"), fresh);
   } catch (error) {
-    page.state.textContent = error.message;
+    state.textContent = error.message;
   }
   timer = setTimeout(poll, POLL_MS);
 }

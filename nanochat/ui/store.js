@@ -59,9 +59,7 @@ export class Store {
     return JSON.parse(localStorage.getItem(DRAFT) ?? '{"text": "", "added": []}');
   }
 
-  saveDraft(draft) {
-    this.write(DRAFT, draft);
-  }
+  saveDraft = (draft) => this.write(DRAFT, draft);
 
   write(key, value) {
     try {

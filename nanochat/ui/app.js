@@ -110,12 +110,18 @@ function toast(text, undo) {
 
 const chosen = () => models.find(({ id }) => id === page.model.value) ?? models[0];
 const isDraft = () => !shown && chosen()?.kind === "base"; // else a conversation is in view
-const nameOf = ({ model }) =>
-  models.length > 1 && model ? String(model).replace(/^nanochat-/, "") : "nanochat";
+
+/* Short for a model, or for a reply's: without what the names of all models begin with. */
+function nameOf({ id, model = id }) {
+  if (models.length < 2 || !model) return "nanochat";
+  let prefix = models[0].id.replace(/[^-]*$/, "");
+  while (!models.every(({ id }) => id.startsWith(prefix))) prefix = prefix.replace(/[^-]*-$/, "");
+  return String(model).replace(prefix, "");
+}
 
 async function findModels() {
   models = await loadModels(store.settings);
-  const options = models.map(({ id }) => new Option(`with ${id}`, id));
+  const options = models.map((card) => new Option(`with ${nameOf(card)}`, card.id));
   page.model.replaceChildren(...models.map(({ id }) => new Option(id, id)));
   page.other.replaceChildren(new Option("compare with …", ""), ...options);
   for (const field of [page.model, page.other]) field.disabled = models.length < 2;

@@ -458,7 +458,7 @@ def test_keyboard_alone(chat: Chat) -> None:
 
 # ---- several models, probabilities, texts, runs ----
 
-SFT, RL, BASE = card("nanochat-d6-sft"), card("nanochat-d6-rl"), card("nanochat-d6-base", "base")
+SFT, RL, BASE = card("nanochat-d6-sft"), card("nanochat-d8-rl"), card("nanochat-d6-base", "base")
 
 
 def test_models_are_chosen_and_remembered(chat: Chat) -> None:
@@ -471,12 +471,12 @@ def test_models_are_chosen_and_remembered(chat: Chat) -> None:
     chat.page.select_option("#model", RL["id"])
     chat.chat("And you?", "from another")
     chat.page.reload()
-    chat.see(".reply:last-child .who", "d6-rl")
+    chat.see(".reply:last-child .who", "d8-rl")
     chat.click("Regenerate", then=reply("from another again"))
     chat.see(".reply:last-child .said", "from another again")
     chat.offer(SFT, BASE)  # the one that is remembered is gone
     chat.click("Regenerate", then=reply("from the first"))
-    chat.see(".reply:last-child .who", "d6-sft")
+    chat.see(".reply:last-child .who", "sft")  # the rest of the names is the same
     assert [asked["model"] for asked in chat.server.asked] == ["toy", *[RL["id"]] * 2, SFT["id"]]
 
 
@@ -771,7 +771,7 @@ def test_axe_finds_no_violation(
     assert not chat.page.is_visible("#report")
     chat.server.has_report = True
     chat.page.reload()
-    assert chat.see("#report", "Report card").get_attribute("href") == "report"
+    assert chat.see("#report", "Report").get_attribute("href") == "report"
     chat.page.evaluate(axe)
 
     def audit() -> None:

@@ -122,11 +122,13 @@ function nameOf({ id, model = id }) {
 async function findModels() {
   models = await loadModels(store.settings);
   const options = models.map((card) => new Option(`with ${nameOf(card)}`, card.id));
-  page.model.replaceChildren(...models.map(({ id }) => new Option(id, id)));
+  const isOne = models.length < 2;
+  const name = ({ id }) => (isOne ? id : id.replace(/^nanochat-/, ""));
+  page.model.replaceChildren(...models.map((card) => new Option(name(card), card.id)));
   page.other.replaceChildren(new Option("compare with …", ""), ...options);
-  for (const field of [page.model, page.other]) field.disabled = models.length < 2;
+  for (const field of [page.model, page.other]) field.disabled = isOne;
   page.models.hidden = false;
-  page.models.classList.toggle("one", models.length < 2);
+  page.models.classList.toggle("one", isOne);
   showSettings();
 }
 

@@ -38,12 +38,12 @@ export class TokensView {
   }
 
   build(entry) {
-    const button = el("button", { type: "button", className: "token" }, visible(entry.token));
+    // No <button>, which is a block and would break lines within words.
+    const button = el("span", { role: "button", className: "token" }, visible(entry.token));
     const doubt = LIMITS.filter((limit) => Math.exp(entry.logprob) < limit).length;
     button.style.setProperty("--doubt", doubt);
     button.ariaLabel = `${spoken(entry.token)}, ${percent(entry.logprob)}`;
     button.tabIndex = this.buttons.length ? -1 : 0;
-    button.onclick = () => button.focus(); // which Safari leaves to the page
     button.onfocus = () => this.choose(button, entry);
     this.buttons.push(button);
     return button;

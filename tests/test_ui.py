@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from nanochat.engine import Engine
 from nanochat.jobs import ServedModel
 from tasks.customjson import CustomJSON
 from tests.chat_page import (
@@ -33,6 +34,7 @@ from tests.chat_page import (
     text_piece,
     token,
 )
+from tests.models import TOKENIZER, random_gpt
 from tests.serving import EchoEngine, serving, serving_models
 
 pytestmark = pytest.mark.slow
@@ -477,7 +479,11 @@ def test_models_are_chosen_and_remembered(chat: Chat) -> None:
     chat.offer(SFT, BASE)  # the one that is remembered is gone
     chat.click("Regenerate", then=reply("from the first"))
     chat.see(".reply:last-child .who", "sft")  # the rest of the names is the same
-    assert [asked["model"] for asked in chat.server.asked] == ["toy", *[RL["id"]] * 2, SFT["id"]]
+    chat.page.select_option("#other", BASE["id"])
+    chat.offer(BASE)  # it alone, asked within the conversation
+    chat.chat("Who else?", "nobody")
+    models = [asked["model"] for asked in chat.server.asked]
+    assert models == ["toy", *[RL["id"]] * 2, SFT["id"], BASE["id"]]
 
 
 def test_two_models_answer_side_by_side(chat: Chat, tmp_path: Path) -> None:
@@ -613,10 +619,13 @@ def test_a_real_server_of_several_models(chat: Chat) -> None:
 
     first = ServedModel("nanochat-d2-sft", "chat", 256, 1, load=load, preloaded=EchoEngine())
     second = ServedModel("nanochat-d2-rl", "chat", 256, 1, load=load)
-    with serving_models([first, second], loaded=False) as running:
+    engine = Engine(random_gpt(64), TOKENIZER, num_slots=2)
+    base = ServedModel("nanochat-d2-base", "base", 64, 1, load=load, preloaded=engine)
+    with serving_models([first, second, base], loaded=False) as running:
         chat.page.goto(running.url)
         chat.click("Settings")
         chat.page.check("[name=odds]")
+        chat.page.fill("[name=seed]", "1")
         chat.click("Done")
         chat.page.select_option("#other", "nanochat-d2-rl")
         chat.page.fill("#input", "echo")
@@ -630,6 +639,13 @@ def test_a_real_server_of_several_models(chat: Chat) -> None:
         chat.page.locator(f"{right} .token").nth(1).focus()
         chat.see(f"{right} .choices b", "c 100 %")
         chat.count(f"{right} .choices > *", 5)
+        chat.page.select_option("#model", base.name)
+        chat.page.fill("#draft", "Once")
+        chat.page.click("#send")
+        chat.see("#context", re.compile("context [1-9]"))
+        assert re.match("Once.", chat.page.input_value("#draft"), re.DOTALL)
+        chat.page.click("#undo")
+        playwright.expect(chat.page.locator("#draft")).to_have_value("Once")
 
 
 def test_the_runs_are_shown_as_they_train(

@@ -121,11 +121,11 @@ function nameOf({ id, model = id }) {
 
 async function findModels() {
   models = await loadModels(store.settings);
-  const options = models.map((card) => new Option(`with ${nameOf(card)}`, card.id));
   const isOne = models.length < 2;
   const name = ({ id }) => (isOne ? id : id.replace(/^nanochat-/, ""));
   page.model.replaceChildren(...models.map((card) => new Option(name(card), card.id)));
-  page.other.replaceChildren(new Option("compare with …", ""), ...options);
+  const others = isOne ? [] : models.map((card) => new Option(`with ${nameOf(card)}`, card.id));
+  page.other.replaceChildren(new Option("compare with …", ""), ...others);
   for (const field of [page.model, page.other]) field.disabled = isOne;
   page.models.hidden = false;
   page.models.classList.toggle("one", isOne);

@@ -649,8 +649,9 @@ def test_a_real_server_of_several_models(chat: Chat) -> None:
 
 
 def test_the_runs_are_shown_as_they_train(
-    chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    desk: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    chat = Chat(desk.context.browser, desk.server)  # with a clock of its own
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
 
     def log(step: int, **more: object) -> None:
@@ -698,6 +699,8 @@ def test_the_runs_are_shown_as_they_train(
         playwright.expect(label).to_have_attribute("aria-label", "from 7.00 to 3.00")
         chat.page.get_by_role("link", name="Chat").click()
         chat.see("#welcome")
+    chat.check()
+    chat.context.close()
 
 
 # ---- how it looks ----

@@ -215,18 +215,15 @@ function exportFile() {
 function saveSettings() {
   document.documentElement.dataset.theme = page.theme.value;
   if (!page.form.checkValidity()) return;
-  const { odds, model, other } = store.settings;
-  const kept = models.length > 1 ? {} : { model, other }; // when there is nothing to choose from
-  store.saveSettings({ ...kept, ...Object.fromEntries(new FormData(page.form)) });
-  if (odds !== store.settings.odds) show(shown);
+  const before = store.settings; // what is disabled or not ticked is missing in the form's data
+  store.saveSettings({ ...before, odds: "", ...Object.fromEntries(new FormData(page.form)) });
+  if (!before.odds !== !store.settings.odds) show(shown);
 }
 
 function showSettings() {
   for (const field of page.form.elements) {
-    if (field.type === "checkbox") field.checked = field.name in store.settings;
+    if (field.type === "checkbox") field.checked = Boolean(store.settings.odds);
     else if (field.name in store.settings) field.value = store.settings[field.name];
-  }
-  for (const field of [page.model, page.other]) {
     if (field.selectedIndex < 0) field.selectedIndex = 0; // what was chosen is no longer there
   }
   document.documentElement.dataset.theme = page.theme.value;

@@ -555,6 +555,9 @@ def test_a_base_model_goes_on_with_a_text(chat: Chat) -> None:
     assert chat.server.left.wait(20), "the server was not told"
     chat.page.reload()
     value.to_have_value("Once upon a time there")
+    draft.fill("Once upon a time then")
+    assert chat.page.is_disabled("#undo"), "what would be taken back is no longer there"
+    draft.fill("Once upon a time there")
     chat.click("Undo")
     value.to_have_value("Once upon a time")
     draft.press_sequentially("!")  # what was written since stays
@@ -565,6 +568,12 @@ def test_a_base_model_goes_on_with_a_text(chat: Chat) -> None:
     chat.see("#toast", "a fault of number 503")
     asked = chat.server.asked
     assert [each["prompt"] for each in asked] == ["Once", "Once upon a time", "Once!"]
+    chat.server.left.clear()
+    chat.click("Continue", then=[Event()])
+    chat.see("#send", "Stop")
+    chat.page.select_option("#model", SFT["id"])
+    assert chat.server.left.wait(20), "it went on out of sight"
+    chat.page.select_option("#model", BASE["id"])
     paths, models = {each["path"] for each in asked}, {each["model"] for each in asked}
     assert (paths, models) == ({"/v1/completions"}, {BASE["id"]})
     assert chat.stored() == [], "a text is no conversation"
@@ -591,6 +600,7 @@ def test_tokens_tell_how_likely_they_were(chat: Chat) -> None:
     line = "(each) => getComputedStyle(each).borderBottomWidth"
     widths = [each.evaluate(line) for each in chat.page.locator(".token").all()]
     assert widths == ["0px", "4px", "2px", "0px"], "told by colour alone"
+    chat.count(".token[tabindex='0']", 1)
     chat.page.locator(".token").first.focus()
     chat.see(".choices", "It 95 %")
     chat.page.keyboard.press("ArrowRight")
@@ -690,10 +700,11 @@ def test_the_runs_are_shown_as_they_train(
             "(is) => { Object.defineProperty(document, 'hidden', { value: is, writable: true });"
         )
         hidden += " document.dispatchEvent(new Event('visibilitychange', { bubbles: true })); }"
+        asked = len(chat.urls)
         chat.page.evaluate(hidden, True)
         log(300)
-        asked = len(chat.urls)
         chat.page.clock.run_for(30_000)
+        chat.page.wait_for_timeout(200)
         assert len(chat.urls) == asked, "asked while nobody could see it"
         chat.page.evaluate(hidden, False)
         playwright.expect(label).to_have_attribute("aria-label", "from 7.00 to 3.00")

@@ -152,12 +152,10 @@ def set_up(
     dtype: str = "auto",
     seed: int = 0,
     deterministic: bool = False,
-    trains: bool = False,
 ) -> Runtime:
     """Choose device and dtype, join torchrun's process group if there is one, and seed.
 
-    Empty `device_type`: the best available. `dtype` auto: what its matrix instructions take, on a
-    CPU only if the script `trains`: one row at a time they are no faster.
+    Empty `device_type`: the best available. `dtype` auto: what its matrix instructions take.
     `deterministic`: only kernels that give the same bits each time. Raises UserError for a missing
     device, or one that this torch has no kernels for.
     """
@@ -183,7 +181,7 @@ def set_up(
     elif kind == "cpu" and sys.platform == "linux":
         keep_freed_memory()
     if dtype == "auto":
-        in_16_bits = kind == "cpu" and trains and multiplies_bf16()
+        in_16_bits = kind == "cpu" and multiplies_bf16()
         dtype = "bfloat16" if in_16_bits else fastest_dtype(capability)
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         die_with_torchrun()

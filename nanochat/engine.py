@@ -5,20 +5,21 @@ then decodes one token for every prefilled request, until that samples a stop to
 max_tokens.
 
 Each prompt is prefilled alone, in chunks whose shapes depend on its length only; where flash reads
-the cache, all prompts of a step fill one chunk that always has the same shape. Decoding always
-takes all slots. So the logits do not depend on other requests, unless `prefix_reuse` lets a prompt
-start from what another left in the cache.
+the cache, all prompts of a step fill one chunk that always has the same shape. Decoding takes the
+slots in use, and a prompt may start from what another left in the cache: so the last bits of the
+logits depend on other requests. Not in a `deterministic` engine, which always decodes all slots.
 
 Shapes: N slots, V vocabulary, C channels, P length of a padded chunk.
 """
 
 import codecs
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import torch
@@ -161,19 +162,27 @@ class SlotPool:
     A released slot keeps its tokens. A new prompt copies from any slot
 
     - a whole identical prompt with the logits after it: as exact as reading it again;
-    - else, with `prefix_reuse`, the longest common prefix, such as a conversation's history. The
+    - else, unless `deterministic`, the longest common prefix, such as a conversation's history. The
       rest is then read in other chunks, so the last bits of the logits depend on what came before:
       fine for a server, not for an evaluation.
     """
 
-    def __init__(self, model: GPT, num_slots: int, max_len: int, prefix_reuse: bool) -> None:
-        self.model, self.prefix_reuse = model, prefix_reuse
+    def __init__(self, model: GPT, num_slots: int, max_len: int, deterministic: bool) -> None:
+        self.model, self.deterministic = model, deterministic
         self.device = next(model.parameters()).device
         self.cache = model.make_cache(num_slots, max_len)
         self.chunk = min(PACKED_CHUNK, num_slots * max_len) if self.cache.flashes else CHUNK
-        on_gpu = self.device.type == "cuda"
-        self.graphs = StepGraphs(model, self.cache, self.chunk) if on_gpu else None
-        self.logits = torch.zeros(num_slots, model.config.vocab_size, device=self.device)  # (N, V)
+        # Of a step of decoding: any on a CPU, few where each is compiled or recorded.
+        self.sizes: Sequence[int] = range(1, num_slots + 1)
+        if self.device.type != "cpu":
+            self.sizes = [*(1 << i for i in range((num_slots - 1).bit_length())), num_slots]
+        if deterministic:
+            self.sizes = [num_slots]
+        self.graphs = None
+        if self.device.type == "cuda":
+            self.graphs = StepGraphs(model, self.cache, self.sizes, self.chunk)
+        self.rows: list[Slot] = []  # of the newest step of decoding
+        self.logits = torch.empty(0, model.config.vocab_size)  # (B, V) of these rows
         self.num_prefilled = 0  # prompt tokens run through the model so far
         self.reset()
 
@@ -243,32 +252,47 @@ class SlotPool:
                 previous = self.cache.previous[slot.index].clone()
                 slot.end = PromptEnd(logits[slot.index].clone(), previous)
 
-    def _run(self, ids: torch.Tensor, num_new: torch.Tensor, packed: bool = False) -> torch.Tensor:
-        """(N, V) logits after appending num_new[n] tokens to each slot; valid until next called."""
+    def _run(
+        self,
+        ids: torch.Tensor,
+        num_new: torch.Tensor,
+        slots: torch.Tensor | None = None,
+        packed: bool = False,
+    ) -> torch.Tensor:
+        """(B, V) logits after appending num_new[b] tokens to slots[b]; valid until next called."""
+        options = {"slots": slots, "num_new": num_new, "packed": packed}
         if self.graphs is not None:
-            return self.graphs.replay(ids, num_new, packed)
-        ids = ids.to(self.device)
-        step = self.model(ids, cache=self.cache, num_new=num_new, packed=packed, last_only=True)
+            return self.graphs.replay(ids, **options)
+        step = self.model(ids.to(self.device), cache=self.cache, last_only=True, **options)
         return step[:, 0]
 
     def decode(self, newest: dict[Slot, int | None]) -> torch.Tensor:
-        """(N, V) logits after feeding each slot's token; for None, the logits after its prompt."""
-        fed = {slot.index: token for slot, token in newest.items() if token is not None}
-        if fed:
-            rows = range(len(self.all))
-            ids = torch.tensor([[fed.get(row, 0)] for row in rows])  # (N, 1)
-            num_new = torch.tensor([int(row in fed) for row in rows])  # (N,)
-            self.logits = self._run(ids, num_new)
-        for slot, token in newest.items():
+        """(B, V) logits of `rows` after feeding each slot's token; for None, after its prompt.
+
+        `rows` are these slots and, up to the next size, idle ones.
+        """
+        size = next(size for size in self.sizes if size >= len(newest))
+        idle = (slot for slot in self.all if slot not in newest)
+        rows = [*newest, *islice(idle, size - len(newest))]
+        self.rows = sorted(rows, key=lambda slot: slot.index)
+        fed = [newest.get(slot) for slot in self.rows]
+        if any(token is not None for token in fed):
+            ids = torch.tensor([[token or 0] for token in fed])  # (B, 1)
+            num_new = torch.tensor([int(token is not None) for token in fed])  # (B,)
+            slots = torch.tensor([slot.index for slot in self.rows])
+            self.logits = self._run(ids, num_new, slots)
+        elif len(self.logits) != size:
+            self.logits = torch.zeros(size, self.model.config.vocab_size, device=self.device)
+        for row, (slot, token) in enumerate(zip(self.rows, fed, strict=True)):
             if token is not None:
                 slot.cached.append(token)
-            elif slot.end:
-                self.logits[slot.index] = slot.end.logits
+            elif slot in newest and slot.end:
+                self.logits[row] = slot.end.logits
         return self.logits
 
     def can_copy(self, old: list[int], new: list[int]) -> bool:
         """True if, once `old` is read, `new` need not be read from its beginning."""
-        shares = self.prefix_reuse and len(old) > MIN_SHARED
+        shares = not self.deterministic and len(old) > MIN_SHARED
         return old == new or (shares and old[:MIN_SHARED] == new[:MIN_SHARED])
 
     def _longest_prefix(self, prompt: list[int]) -> tuple[Slot, int]:
@@ -277,7 +301,7 @@ class SlotPool:
         for slot in self.all:
             if slot.end and slot.prompt == prompt:
                 return slot, len(prompt)
-            if self.prefix_reuse:
+            if not self.deterministic:
                 limit = min(len(slot.cached), len(prompt) - 1)
                 pairs = zip(slot.cached, prompt[:limit], strict=False)
                 shared = next((i for i, (old, new) in enumerate(pairs) if old != new), limit)
@@ -289,21 +313,26 @@ class SlotPool:
 class StepGraphs:
     """The engine's steps as CUDA graphs: one launch instead of hundreds.
 
-    Shapes never change: a step of decoding takes one token of every slot, one of prefilling a whole
-    chunk. What does change lies in static buffers: the ids here, the rest in KVCache; so weights
-    may only change in place. Without flash there is no graph of prefilling, and one of decoding for
-    each of a few key lengths, of which the shortest that suffices is replayed.
+    One of prefilling takes a whole chunk; of decoding there is one for each size, which takes a
+    token of so many slots. What changes lies in static buffers: the ids here, the rest in KVCache;
+    so weights may only change in place. Without flash there is no graph of prefilling, and one of
+    decoding for each size and each of a few key lengths; the shortest that suffices is replayed.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
 
     @torch.inference_mode()
-    def __init__(self, model: GPT, cache: KVCache, chunk: int) -> None:
+    def __init__(self, model: GPT, cache: KVCache, sizes: Sequence[int], chunk: int) -> None:
         self.model, self.cache, self.pool = model, cache, None
-        ids = torch.zeros(cache.num_slots, 1, dtype=torch.int64, device=cache.keys.device)
         doublings = (cache.block << i for i in range(cache.max_len.bit_length()))
         shorter = [n for n in doublings if n < cache.max_len and not cache.flashes]
-        self.decoding = {n: self._record(ids, n) for n in (*shorter, cache.max_len)}
+        self.lengths = [*shorter, cache.max_len]
+        ids = torch.zeros(cache.num_slots, 1, dtype=torch.int64, device=cache.keys.device)
+        self.decoding = {  # the largest first: the others fit into its memory
+            (size, length): self._record(ids[:size].clone(), length)
+            for size in reversed(sizes)
+            for length in reversed(self.lengths)
+        }
         self.prefilling = None
         if cache.flashes:
             self.prefilling = self._record(ids.new_zeros(1, chunk), 0, packed=True)
@@ -312,13 +341,14 @@ class StepGraphs:
     def _record(
         self, ids: torch.Tensor, num_keys: int, packed: bool = False
     ) -> tuple[torch.Tensor, torch.cuda.CUDAGraph, torch.Tensor]:
-        """(the ids that it reads, the graph, the (N, V) logits that it writes)."""
-        num_new = torch.zeros(self.cache.num_slots, dtype=torch.int64)
+        """(the ids that it reads, the graph, the (B, V) logits that it writes)."""
+        slots = torch.arange(self.cache.num_slots if packed else len(ids))
+        num_new = torch.zeros_like(slots)
         self.cache.recorded_keys = num_keys
 
         def run() -> torch.Tensor:
             options = {"cache": self.cache, "packed": packed, "last_only": True}
-            return self.model(ids, num_new=num_new, **options)[:, 0]
+            return self.model(ids, slots=slots, num_new=num_new, **options)[:, 0]
 
         with torch.cuda.device(ids.device):
             stream = torch.cuda.Stream()
@@ -333,14 +363,17 @@ class StepGraphs:
         self.pool, self.cache.recorded_keys = graph.pool(), 0
         return ids, graph, logits
 
-    def replay(self, ids: torch.Tensor, num_new: torch.Tensor, packed: bool) -> torch.Tensor:
-        """As SlotPool._run; `ids` are (N, 1) or packed."""
+    def replay(
+        self, ids: torch.Tensor, slots: torch.Tensor | None, num_new: torch.Tensor, packed: bool
+    ) -> torch.Tensor:
+        """As SlotPool._run; `ids` are (B, 1) of a size, or packed."""
         (rows, time), dtype = ids.shape, self.model.compute_dtype
-        step = self.cache.begin(rows, time, num_new=num_new, dtype=dtype, packed=packed)
+        step = self.cache.begin(rows, time, slots, num_new, dtype, packed)
         recorded = self.prefilling
         if not packed:
-            needed = max(self.cache.lengths[num_new > 0].tolist(), default=0) + 1
-            recorded = next(self.decoding[n] for n in self.decoding if n >= needed)
+            needed = 1 + max(s for s, n in zip(step.starts, step.num_new, strict=True) if n)
+            length = next(length for length in self.lengths if length >= needed)
+            recorded = self.decoding[rows, length]
         assert recorded is not None
         buffer, graph, logits = recorded
         buffer.copy_(ids)
@@ -443,9 +476,12 @@ class Engine:
         tokenizer: Tokenizer,
         num_slots: int = 16,
         max_len: int | None = None,
-        prefix_reuse: bool = True,
+        deterministic: bool = False,
     ) -> None:
-        """Raises UserError if the slots would not fit into the free memory."""
+        """`deterministic`: no request changes another's logits, in their last bits either.
+
+        Raises UserError if the slots would not fit into the free memory.
+        """
         self.model, self.tokenizer = model, tokenizer
         self.chat: ChatTokens = chat_tokens(tokenizer)
         self.num_slots, self.max_len = num_slots, max_len or model.config.sequence_len
@@ -454,7 +490,7 @@ class Engine:
                 f"{num_slots} slots are more than the {room} that the free memory holds; "
                 "lower --slots (of chat_eval: --batch_size, of chat_rl: --num_slots)"
             )
-        self.slots = SlotPool(model, num_slots, self.max_len, prefix_reuse)
+        self.slots = SlotPool(model, num_slots, self.max_len, deterministic)
         self.device = self.slots.device
         self.lay_out = lru_cache(1)(SamplingBatch)  # the same in most steps
         self.reset()
@@ -503,7 +539,7 @@ class Engine:
         with self._dropping(ready):
             logits = self.slots.decode({each.slot: each.last for each in ready})
             sampled = self._sample(ready, logits)
-            events = [each.append_token(sampled[each.slot.index]) for each in ready]
+            events = [each.append_token(sampled[each.slot]) for each in ready]
         for each, event in zip(ready, events, strict=True):
             if event.finish:
                 self._leave(each)
@@ -515,7 +551,7 @@ class Engine:
         Raises UserError, before any work, for a request that cannot fit.
         """
         assert not self.busy, "one stream at a time: exhaust or close the one before"
-        if not self.slots.prefix_reuse:
+        if self.slots.deterministic:
             self.reset()  # the weights may have changed since
         unfinished = dict.fromkeys(requests)
         try:
@@ -637,26 +673,27 @@ class Engine:
             presence, frequency, request.logit_bias,
         )  # fmt: skip
 
-    def _sample(self, ready: list[RunningRequest], logits: torch.Tensor) -> list[list[list[float]]]:
-        """Per slot [[id]], or `with_logprobs` rows if any request wants them; one transfer."""
-        requests, counts = [IDLE] * self.num_slots, [0] * self.num_slots
-        for each in ready:
-            requests[each.slot.index] = each.request
-            counts[each.slot.index] = each.num_generated
+    def _sample(
+        self, ready: list[RunningRequest], logits: torch.Tensor
+    ) -> dict[Slot, list[list[float]]]:
+        """Of each slot [[id]], or `with_logprobs` rows if any wants them; one transfer."""
+        running = {each.slot: each for each in ready}
+        rows = [running.get(slot) for slot in self.slots.rows]
+        requests = [each.request if each else IDLE for each in rows]
         settings = tuple((r.temperature, r.top_k, r.top_p, r.min_p) for r in requests)
         batch = self.lay_out(settings, logits.shape[1], self.device)
         seeds = torch.tensor([request.seed & (2**63 - 1) for request in requests])
-        uniform = counter_uniform(seeds, torch.tensor(counts)).to(self.device)
+        counts = torch.tensor([each.num_generated if each else 0 for each in rows])
+        uniform = counter_uniform(seeds, counts).to(self.device)
         wanted = logits
-        for each in ready:
-            if each.penalties:
+        for row, each in enumerate(rows):
+            if each and each.penalties:
                 wanted = logits.clone() if wanted is logits else wanted
-                wanted[each.slot.index] = each.penalties.apply(logits[each.slot.index])
+                wanted[row] = each.penalties.apply(logits[row])
         ids = sample(wanted, batch, uniform)
         num_top = max(request.logprobs for request in requests)
-        if num_top == 0:
-            return ids[:, None, None].tolist()
-        return with_logprobs(ids, logits, num_top).tolist()
+        sampled = with_logprobs(ids, logits, num_top) if num_top else ids[:, None, None]
+        return dict(zip(self.slots.rows, sampled.tolist(), strict=True))
 
 
 def sample_texts(model: GPT, tokenizer: Tokenizer, max_tokens: int = 32) -> list[str]:
@@ -667,6 +704,6 @@ def sample_texts(model: GPT, tokenizer: Tokenizer, max_tokens: int = 32) -> list
     ]
     # Prompts may be longer than the context of a very small model.
     max_len = max(len(request.prompt) for request in requests) + max_tokens
-    engine = Engine(model, tokenizer, len(requests), max_len, prefix_reuse=False)
+    engine = Engine(model, tokenizer, len(requests), max_len, deterministic=True)
     replies = dict(engine.complete(requests))
     return [p + replies[r].text for p, r in zip(SAMPLE_PROMPTS, requests, strict=True)]

@@ -104,7 +104,7 @@ def finetune(
     else is checked before. `own` tells one state of the user's files from another. Returns the
     results; None if the run was already finished.
     """
-    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic, trains=True)
+    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic)
     model, tokenizer, meta = load_model(cfg, runtime, train=True, table_dtype=cfg.table_dtype)
     print0(f"{stage} from {meta['name']}")
     settings = vars(cfg) | {"weights": meta["weights"], "own": own}

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.attention import Kernel, View, attend, see
 from nanochat.common import UserError
 from nanochat.fp8 import QuantisedWeight, fp8_linear
-from nanochat.kv_cache import Append, KVCache
+from nanochat.kv_cache import Append, KVCache, kept_dtype
 from nanochat.loss import (
     GPU_CHUNK,
     Angles,
@@ -152,12 +152,13 @@ class GPTConfig:
         device: torch.device | str,
         dtype: torch.dtype,
         kernel: Kernel = "dense",
+        kept_as: torch.dtype | None = None,
     ) -> KVCache:
         """An empty cache; on the device "meta" it has a size, but takes no memory."""
         return KVCache(
             num_layers=self.n_layer, num_slots=num_slots, num_kv_heads=self.n_kv_head,
             max_len=max_len, head_dim=self.head_dim, num_channels=self.n_embd,
-            device=device, dtype=dtype, kernel=kernel,
+            device=device, dtype=dtype, kernel=kernel, kept_as=kept_as,
         )  # fmt: skip
 
     def has_value_embedding(self, layer: int) -> bool:
@@ -334,9 +335,9 @@ class GPT(nn.Module):
         self, num_slots: int, max_len: int, device: torch.device | str | None = None
     ) -> KVCache:
         """An empty cache for `num_slots` sequences of up to `max_len` tokens."""
-        device = device or self.wte.weight.device
-        dtype, kernel = self.compute_dtype, self.kernel
-        return self.config.make_cache(num_slots, max_len, device, dtype=dtype, kernel=kernel)
+        own, dtype, kernel = self.wte.weight.device, self.compute_dtype, self.kernel
+        kept_as = kept_dtype(own, dtype, kernel)
+        return self.config.make_cache(num_slots, max_len, device or own, dtype, kernel, kept_as)
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """Set the dtype of activations and matmuls; weights keep theirs, logits and loss fp32."""

@@ -229,7 +229,7 @@ def load_start(
 
 
 def main(cfg: Config) -> None:
-    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic, trains=True)
+    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic)
     corpus = find_corpus(cfg.data)
     model, settings = None, {"corpus": corpus.name}
     if cfg.source:

@@ -109,7 +109,7 @@ def main(cfg: Config) -> None:
         print0(f"HumanEval is skipped: {reason}; --allow_unsafe_exec runs its programs anyway")
     asked = chain.from_iterable(task for task in tasks.values() if task.kind != "choice")
     max_len = needed_len(tokenizer, asked, cfg.max_tokens, model.config.sequence_len)
-    engine = Engine(model, tokenizer, cfg.batch_size, max_len, prefix_reuse=False)
+    engine = Engine(model, tokenizer, cfg.batch_size, max_len, deterministic=True)
     run = run_dir(cfg.source, meta["model_tag"])
     results: dict[str, Any] = {}
     samples = []

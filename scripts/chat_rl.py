@@ -211,7 +211,7 @@ def make_engine(cfg: Config, model: GPT, tokenizer: Tokenizer, items: Iterable[A
     max_len = needed_len(tokenizer, items, cfg.max_tokens, model.config.sequence_len)
     dtype = model.compute_dtype
     sampler = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
-    return Engine(sampler, tokenizer, cfg.num_slots, max_len, prefix_reuse=False)
+    return Engine(sampler, tokenizer, cfg.num_slots, max_len, deterministic=True)
 
 
 @torch.no_grad()
@@ -224,7 +224,7 @@ def refresh(engine: Engine, model: GPT) -> None:
 
 def main(cfg: Config) -> None:
     check_task(cfg.task)
-    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic, trains=True)
+    runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic)
     model, tokenizer, meta = load_model(cfg, runtime, train=True)
     print0(f"rl from {meta['name']}")
     settings = vars(cfg) | {"weights": meta["weights"]}

@@ -43,6 +43,7 @@ from nanochat.common import (
 )
 from nanochat.engine import Engine
 from nanochat.jobs import ServedModel
+from nanochat.kv_cache import kept_dtype
 from nanochat.replicas import supervise
 from nanochat.server import DRAIN_SECONDS, Server, create_app, listen
 
@@ -57,6 +58,7 @@ class Config(ServerConfig, CheckpointFlags):
     memory: Annotated[float, Field(ge=0)] = 0  # GiB for models, per process; 0: most of the free
     slots: Natural = 0  # concurrent answers per model; 0: what fits, up to 64 (CPU: 8)
     replicas: Count = 1  # processes with models of their own: a GPU each, or a share of the CPU
+    deterministic: bool = False  # other requests do not change an answer's last bits; slower
 
 
 def offer(cfg: Config, runtime: Runtime) -> tuple[list[ServedModel], float]:
@@ -86,7 +88,8 @@ def describe(chosen: Config, runtime: Runtime, memory: float) -> ServedModel:
     _, checkpoint = find_checkpoint(chosen.source, chosen.model_tag, chosen.step, verify=False)
     config, most = checkpoint.model_config, 64 if runtime.device.type == "cuda" else 8
     max_len, weights = config.sequence_len, checkpoint.folder / "model.safetensors"
-    slot = config.make_cache(1, max_len, "meta", runtime.dtype).num_bytes
+    kept_as = kept_dtype(runtime.device, runtime.dtype, "dense")
+    slot = config.make_cache(1, max_len, "meta", kept_as).num_bytes
     room = int((memory - weights.stat().st_size) / slot)
     slots = chosen.slots or max(1, min(most, room))
     return ServedModel(
@@ -102,7 +105,7 @@ def load_engine(chosen: Config, runtime: Runtime, slots: int) -> Engine:
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)  # of this thread, else it would use GPU 0 as well
     model, tokenizer, meta = load_model(chosen, runtime)
-    engine = Engine(model, tokenizer, slots)
+    engine = Engine(model, tokenizer, slots, deterministic=chosen.deterministic)
     size = engine.slots.cache.num_bytes / slots / 2**20
     print0(f"serving {meta['name']}, {slots} slots of {engine.max_len} tokens, {size:.1f} MiB each")
     return engine

@@ -343,7 +343,7 @@ def describe(cfg: Config, gpus: Gpus, plan: Plan) -> str:
 
 def laptop_step_seconds() -> float:
     """Seconds that this machine takes for a step of the laptop's model, the median of a few."""
-    runtime = set_up("cpu", trains=True)
+    runtime = set_up("cpu")
     model = build_model(LAPTOP, None, runtime)
     optimizer = scaling.make_optimizer(model, LAPTOP_BATCH, 1000)
     optimizer.set_multipliers(1.0, 0.95, 1.0)

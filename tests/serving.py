@@ -79,7 +79,7 @@ class EchoEngine(Engine):
 
     def __init__(self, num_slots: int = 4, max_len: int = 256, pace: float = 0.0) -> None:
         model = cast(GPT, ScriptedModel(max_len, self.token))
-        super().__init__(model, TOKENIZER, num_slots, prefix_reuse=False)
+        super().__init__(model, TOKENIZER, num_slots, deterministic=True)
         self.scripts: dict[str, list[int]] = {}
         self.go = threading.Event()  # cleared: the next step waits
         self.go.set()

@@ -46,7 +46,7 @@ def test_the_engine_sees_what_the_full_forward_pass_sees(runtime: Runtime) -> No
     model, rng = busy_model(runtime), random.Random(0)
     prompts = [rng.choices(range(256), k=TIME // 8 * number) for number in range(1, 7)]
     requests = [Request(prompt, 8, temperature=0.0, logprobs=1) for prompt in prompts]
-    engine = Engine(model, TOKENIZER, num_slots=4, prefix_reuse=False)
+    engine = Engine(model, TOKENIZER, num_slots=4, deterministic=True)
     events = list(engine.stream(requests))
     for request in requests:
         own = [event for event in events if event.request is request]

@@ -4,6 +4,7 @@ That a row's bits do not depend on its mates, nor on what lies in free slots: te
 """
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -36,9 +37,13 @@ def without_gradients():
         yield
 
 
-@pytest.fixture(params=["dense", "flash"])
-def kernel(request: pytest.FixtureRequest, slow_flash: None) -> Kernel:
-    return request.param
+@pytest.fixture(params=["dense", "blocks", "flash"])
+def kernel(
+    request: pytest.FixtureRequest, slow_flash: None, monkeypatch: pytest.MonkeyPatch
+) -> Kernel:
+    """Three ways to decode: a CPU's, and a GPU's without flash and with it."""
+    monkeypatch.setattr(KVCache, "in_blocks", request.param == "blocks")
+    return "flash" if request.param == "flash" else "dense"
 
 
 @pytest.mark.parametrize("n_kv_head", [2, 4])
@@ -141,29 +146,35 @@ def test_a_kept_beginning_goes_on_like_a_fresh_one(source: int, kernel: Kernel) 
 
 
 @pytest.mark.slow
-def test_a_recorded_decode_step_serves_all_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("slots", [[0, 1, 2, 3], [1, 3]])
+def test_a_recorded_decode_step_serves_all_later_ones(
+    slots: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a CUDA graph keeps, traced on the CPU: only `layout` and the ids change."""
     model = make_model()
     eager, recorded = model.make_cache(4, 400), model.make_cache(4, 400)
-    eager.block = recorded.block = 400  # as on a GPU
+    monkeypatch.setattr(KVCache, "in_blocks", True)
+    eager.block = recorded.block = 400
+    size = len(slots)
     with monkeypatch.context() as patch:  # while a graph records, `begin` writes nothing
-        lists = ([0, 1, 2, 3], [0] * 4, [1] * 4, [0, 1, 2, 3])
-        plan = Append(recorded, recorded.layout, (4, 1), False, *lists)
+        lists = (list(range(size)), [0] * size, [1] * size, list(range(size)))
+        plan = Append(recorded, recorded.layout[:, :size], (size, 1), False, *lists)
         patch.setattr(recorded, "begin", lambda *_: plan)
         patch.setattr(recorded, "recorded_keys", 400)
         patch.setattr(recorded, "finish", lambda _: None)
-        replay = make_fx(lambda ids: model(ids, cache=recorded, last_only=True))(text(4, 1))
+        replay = make_fx(lambda ids: model(ids, cache=recorded, last_only=True))(text(size, 1))
     recorded.reset()
     for slot, length in enumerate((1, 140, 300)):
         for cache in (eager, recorded):
             model(text(1, length), cache=cache, slots=torch.tensor([slot]))
     for i in range(20):
-        ids, live = text(4, 1, seed=i), text(1, 4, seed=i)[0] % 2
-        expected = model(ids, cache=eager, num_new=live, last_only=True)
-        step = recorded.begin(4, 1, num_new=live)
+        ids, live = text(size, 1, seed=i), text(1, size, seed=i)[0] % 2
+        options: Any = {"slots": torch.tensor(slots), "num_new": live}
+        expected = model(ids, cache=eager, last_only=True, **options)
+        step = recorded.begin(size, 1, **options)
         assert torch.allclose(replay(ids)[live > 0], expected[live > 0], atol=1e-5)
         recorded.finish(step)
-    assert torch.equal(recorded.previous, eager.previous) and eager.lengths.min() > 3
+    assert torch.equal(recorded.previous, eager.previous) and eager.lengths[slots].min() > 3
 
 
 def test_what_does_not_fit_is_refused_untouched() -> None:
@@ -193,7 +204,8 @@ def test_memory_is_what_it_says() -> None:
     model = make_model()
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         model.set_compute_dtype(dtype)
-        # 3 layers x (keys, values) x 2 kv heads x (100 + 1) cells x 16 channels, and 64 for smear.
-        expected = 5 * size * (3 * 2 * 2 * 101 * 16 + 64)
+        # 3 layers x (keys, values) x 2 kv heads x (100 + 1) cells x 16 channels in fp32, as this is
+        # a CPU, and 64 for smear.
+        expected = 5 * (4 * 3 * 2 * 2 * 101 * 16 + size * 64)
         for device in ("cpu", "meta"):
             assert model.make_cache(5, 100, device=device).num_bytes == expected

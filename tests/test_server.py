@@ -292,7 +292,7 @@ def test_a_failure_amid_a_stream_is_no_stop() -> None:
 
 
 def test_a_seed_decides_whatever_else_is_in_flight() -> None:
-    engine = Engine(random_gpt(), TOKENIZER, num_slots=16, prefix_reuse=False)
+    engine = Engine(random_gpt(), TOKENIZER, num_slots=16, deterministic=True)
     with serving([engine], ServerConfig(temperature=1.0, max_tokens=20)) as server:
         alone = server.ask("a", seed=3).json()["choices"]
         assert alone != server.ask("a", seed=4).json()["choices"]

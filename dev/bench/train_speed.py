@@ -141,7 +141,7 @@ def waits(parts: Iterator[str]) -> bool:
 
 
 def main(cfg: Config) -> None:
-    runtime = common.set_up(cfg.device_type, cfg.dtype, trains=True)
+    runtime = common.set_up(cfg.device_type, cfg.dtype)
     device, rows = runtime.device, cfg.device_batch_size
     if device.type == "cuda":
         while rows > 1 and planned_bytes(cfg, device) > 0.95 * common.free_memory(device):

@@ -474,7 +474,7 @@ class GPT(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = self.lm_head(x)[..., : self.config.vocab_size].float()
-        return self.config.softcap * torch.tanh(logits / self.config.softcap)
+        return self.config.softcap * logits.div_(self.config.softcap).tanh_()
 
 
 def _role(name: str) -> Role:

@@ -328,6 +328,22 @@ def test_where_a_shared_beginning_comes_from() -> None:
     check_slots(engine)
 
 
+@pytest.mark.parametrize("kernel", ["dense", "flash"])
+def test_a_shared_beginning_is_read_once(kernel: Any, slow_flash: None) -> None:
+    """Also for requests that come while it is being read."""
+    model, system = tiny_gpt(), words(1, 300)
+    model.kernel = kernel
+    engine = Engine(model, TOKENIZER, num_slots=4)
+    requests = [Request([*system, i, *words(i, 9)], 5, stop={-1}) for i in range(6)]
+    engine.submit(requests[0])
+    if kernel == "dense":
+        assert engine.step() == []  # one chunk of two
+    for request in requests[1:]:
+        engine.submit(request)
+    drain(engine)
+    assert engine.slots.num_prefilled == 300 + 6 * 10
+
+
 def test_copies_of_a_prompt_are_exact_and_without_reuse_nothing_else_is_copied() -> None:
     engine = Engine(tiny_gpt(), TOKENIZER, num_slots=3, deterministic=True)
     prompt = words(3, 200)

@@ -152,10 +152,12 @@ def set_up(
     dtype: str = "auto",
     seed: int = 0,
     deterministic: bool = False,
+    exact: bool = False,
 ) -> Runtime:
     """Choose device and dtype, join torchrun's process group if there is one, and seed.
 
-    Empty `device_type`: the best available. `dtype` auto: what its matrix instructions take.
+    Empty `device_type`: the best available. `dtype` auto: what its matrix instructions take, but
+    on a CPU fp32 if `exact`, so that scores do not depend on the kind of processor.
     `deterministic`: only kernels that give the same bits each time. Raises UserError for a missing
     device, or one that this torch has no kernels for.
     """
@@ -181,7 +183,7 @@ def set_up(
     elif kind == "cpu" and sys.platform == "linux":
         keep_freed_memory()
     if dtype == "auto":
-        in_16_bits = kind == "cpu" and multiplies_bf16()
+        in_16_bits = kind == "cpu" and not exact and multiplies_bf16()
         dtype = "bfloat16" if in_16_bits else fastest_dtype(capability)
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         die_with_torchrun()

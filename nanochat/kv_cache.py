@@ -39,10 +39,10 @@ from nanochat.attention import QKV, Kernel, flash, flash_options, flash_reads_a_
 
 # Keys read at a time when a GPU decodes without flash, and by the shortest graph (not measured: no
 # GPU was at hand).
-DECODE_BLOCK = 256
+GPU_DECODE_BLOCK = 256
 
 
-def kept_dtype(device: torch.device, dtype: torch.dtype, kernel: Kernel) -> torch.dtype:
+def kept_dtype(device: torch.device, dtype: torch.dtype, kernel: Kernel = "dense") -> torch.dtype:
     """Of keys and values, where activations are of `dtype`."""
     return torch.float32 if device.type == "cpu" and kernel != "flash" else dtype
 
@@ -80,7 +80,7 @@ class KVCache:
         self.lengths = torch.zeros(num_slots, dtype=torch.int64)  # (N,), always on the CPU
         self.layout = torch.zeros(4, num_slots, dtype=torch.int64, device=device)  # see Append
         self.num_slots, self.max_len = num_slots, max_len
-        self.block = min(DECODE_BLOCK, max_len)
+        self.block = min(GPU_DECODE_BLOCK, max_len)
         self.recorded_keys = 0  # while a graph of a decode step is recorded: the keys that it reads
 
     @property

@@ -67,7 +67,7 @@ def choose_tasks(cfg: Config) -> list[CoreTask]:
 
 def main(cfg: Config) -> None:
     began = time.perf_counter()
-    runtime = set_up(cfg.device_type, cfg.dtype)
+    runtime = set_up(cfg.device_type, cfg.dtype, exact=True)
     settings = vars(cfg)
     scores: dict[str, Score] = {}
     lines: list[str] = []

@@ -30,7 +30,7 @@ class Config(CheckpointFlags):
 
 
 def main(cfg: Config) -> None:
-    runtime = set_up(cfg.device_type, cfg.dtype)
+    runtime = set_up(cfg.device_type, cfg.dtype, exact=True)
     model, tokenizer, meta = load_model(cfg, runtime)
     compile_parts(model, cfg.compile, runtime.device)
     trained = meta.get("config", {})  # an imported model has none

@@ -101,7 +101,7 @@ def main(cfg: Config) -> None:
     began = time.perf_counter()
     if cfg.num_samples > 1 and cfg.temperature <= 0:
         raise UserError("--num_samples above 1 needs a --temperature above 0; at 0 all are alike")
-    runtime = set_up(cfg.device_type, cfg.dtype)
+    runtime = set_up(cfg.device_type, cfg.dtype, exact=True)
     model, tokenizer, meta = load_model(cfg, runtime)
     tasks, reason = choose_tasks(cfg)
     print0(f"examining {meta['name']}")

@@ -88,8 +88,8 @@ def describe(chosen: Config, runtime: Runtime, memory: float) -> ServedModel:
     _, checkpoint = find_checkpoint(chosen.source, chosen.model_tag, chosen.step, verify=False)
     config, most = checkpoint.model_config, 64 if runtime.device.type == "cuda" else 8
     max_len, weights = config.sequence_len, checkpoint.folder / "model.safetensors"
-    kept_as = kept_dtype(runtime.device, runtime.dtype, "dense")
-    slot = config.make_cache(1, max_len, "meta", kept_as).num_bytes
+    kept_as = kept_dtype(runtime.device, runtime.dtype)
+    slot = config.make_cache(1, max_len, "meta", runtime.dtype, kept_as=kept_as).num_bytes
     room = int((memory - weights.stat().st_size) / slot)
     slots = chosen.slots or max(1, min(most, room))
     return ServedModel(

@@ -404,7 +404,7 @@ def test_logprobs_come_with_their_text() -> None:
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     """A random model, so that no two tokens are as likely."""
-    return Engine(random_gpt(head_std=0.3), TOKENIZER, num_slots=4, prefix_reuse=False)
+    return Engine(random_gpt(head_std=0.3), TOKENIZER, num_slots=4, deterministic=True)
 
 
 LETTERS = {str(token): -100 for token in range(265) if token not in list(b"abcdefgh")}

@@ -26,7 +26,7 @@ TIME, LAYERS, WIDTH = (512, 4, 256) if ON_GPU else (64, 1, 128)
 
 @pytest.fixture(scope="module")
 def runtime() -> Runtime:
-    return set_up("cuda" if ON_GPU else "cpu")
+    return set_up("cuda" if ON_GPU else "cpu", exact=True)
 
 
 def busy_model(runtime: Runtime) -> GPT:

@@ -252,7 +252,7 @@ def test_openais_client(echo: Running) -> None:
 
 def test_plain_text_and_its_tokens() -> None:
     """Of a real model: streamed and whole alike, and tokens counted as they are charged."""
-    engine = Engine(random_gpt(), TOKENIZER, num_slots=4, prefix_reuse=False)
+    engine = Engine(random_gpt(), TOKENIZER, num_slots=4, deterministic=True)
     with serving([engine]) as server, client_of(server) as client:
         ask: dict[str, Any] = {"model": "nanochat", "prompt": ["né", ""], "n": 2, "seed": 1}
         whole = client.completions.create(**ask, echo=True, logprobs=2, max_tokens=4)

@@ -99,7 +99,7 @@ def examine(tag: str, runtime: common.Runtime, documents: list[str]) -> Outcome:
 
 
 def main(cfg: Config) -> None:
-    runtime = common.set_up(cfg.device_type)
+    runtime = common.set_up(cfg.device_type, exact=True)
     with tempfile.TemporaryDirectory() as home:
         os.environ["NANOCHAT_BASE_DIR"] = home
         learn(cfg, runtime)

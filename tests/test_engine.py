@@ -6,14 +6,25 @@ model whose next token is a table of its last one, so that a whole generation is
 
 import random
 from collections.abc import Iterable, Sequence
+from itertools import product
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
 from nanochat.attention import choose_kernel
-from nanochat.engine import Engine, Event, Reply, Request, StepFailed, slots_that_fit
+from nanochat.engine import (
+    Engine,
+    Event,
+    Reply,
+    Request,
+    StepFailed,
+    StepGraphs,
+    slots_that_fit,
+)
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kv_cache import Append, KVCache
 from nanochat.sampling import Penalties, derive_seed
 from tests.models import TOKENIZER, busy_gpt, refuses
 from tests.serving import CHAT, ScriptedModel
@@ -613,6 +624,45 @@ def test_slots_are_refused_where_memory_is_short(monkeypatch: pytest.MonkeyPatch
     assert slots_that_fit(model) == 8 and slots_that_fit(model, 255) == 16
     Engine(model, TOKENIZER, num_slots=8)
     refuses("9 slots are more than the 8 .* --slots", Engine, model, TOKENIZER, num_slots=9)
+
+
+def rehearse(
+    graphs: StepGraphs, ids: torch.Tensor, num_keys: int, packed: bool = False
+) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """StepGraphs._record on a CPU: a replay knows what is in the static buffers, and no more."""
+    (rows, time), cache = ids.shape, graphs.cache
+    size = cache.num_slots if packed else rows
+    logits = torch.zeros(size, V)
+    plan = list(range(size)), [0] * size, [1] * size, list(range(size))
+
+    def replay() -> None:
+        step = Append(cache, cache.layout[:, :size], (rows, time), packed, *plan)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cache, "begin", lambda *_: step)
+            patch.setattr(cache, "finish", lambda _: None)
+            patch.setattr(cache, "recorded_keys", num_keys)
+            logits.copy_(graphs.model(ids, cache=cache, packed=packed, last_only=True)[:, 0])
+
+    return ids, SimpleNamespace(replay=replay), logits
+
+
+@pytest.mark.parametrize("kernel", ["dense", "flash"])
+def test_recorded_steps_of_a_few_sizes_serve_all(
+    kernel: Any, slow_flash: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, random_ = tiny_gpt(), random.Random(3)
+    requests = [random_request(random_, 200) for _ in range(20)]
+    expected = collect(Engine(model, TOKENIZER, num_slots=5), requests)
+    model.kernel = kernel
+    monkeypatch.setattr(KVCache, "in_blocks", True)
+    monkeypatch.setattr(StepGraphs, "_record", rehearse)
+    monkeypatch.setattr("nanochat.kv_cache.GPU_DECODE_BLOCK", 64)
+    engine = Engine(model, TOKENIZER, num_slots=5)
+    pool, pool.sizes = engine.slots, [1, 2, 4, 5]
+    pool.graphs = StepGraphs(model, pool.cache, pool.sizes, pool.chunk)
+    assert collect(engine, requests) == expected
+    lengths = [512] if kernel == "flash" else [64, 128, 256, 512]
+    assert pool.graphs.decoding.keys() == set(product(pool.sizes, lengths))
 
 
 @pytest.mark.gpu

@@ -85,7 +85,7 @@ class KVCache:
 
     @property
     def in_blocks(self) -> bool:
-        """How a step of decoding attends without flash."""
+        """True if decoding without flash takes all rows at once, in blocks of keys."""
         return self.keys.device.type != "cpu"
 
     @property
@@ -303,9 +303,8 @@ class Append:
         total = torch.zeros(*grouped.shape[:3], 1, dtype=torch.float32, device=q.device)
         for begin in range(oldest // block * block, num_keys, block):
             end = min(begin + block, self.cache.max_len)
-            scores = (
-                grouped @ keys[chosen, :, begin:end].transpose(2, 3)
-            ).float()  # (B, K, H / K, E)
+            seen = keys[chosen, :, begin:end]  # (B, K, E, D)
+            scores = (grouped @ seen.transpose(2, 3)).float()  # (B, K, H / K, E)
             weights = scores.exp_().masked_fill_(hidden[..., begin:end], 0)
             total += weights.sum(-1, keepdim=True)
             mixed += weights.to(dtype) @ values[chosen, :, begin:end].to(dtype)

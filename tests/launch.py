@@ -27,10 +27,10 @@ from nanochat import common
 from nanochat.common import run_script
 from nanochat.dataloader import Batch, Loader
 from nanochat.trainer import Meter
-from scripts import base_train, chat_rl, chat_sft, mid_train
+from scripts import base_train, chat_batch, chat_rl, chat_sft, mid_train
 
 SCRIPTS = {"base_train": base_train, "mid_train": mid_train, "chat_sft": chat_sft}
-SCRIPTS["chat_rl"] = chat_rl
+SCRIPTS |= {"chat_rl": chat_rl, "chat_batch": chat_batch}
 Meddle = Callable[[], None] | None
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["pytest", "tests.launch"])

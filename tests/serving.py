@@ -190,7 +190,7 @@ def serving(
 
     They are chat models named nanochat, nanochat-1, ..., all loaded; for others there is
     `serving_models`. The block begins once they are warm, unless `loaded` is False. `options` are
-    create_app's.
+    serving_models' and create_app's.
     """
     names = ["nanochat", *(f"nanochat-{number}" for number in range(1, len(engines)))]
     models = [
@@ -207,12 +207,13 @@ def serving_models(
     config: ServerConfig | None = None,
     loaded: bool = True,
     ready: Callable[[], None] | None = None,
+    port: int = 0,
     **options: Any,
 ) -> Iterator[Running]:
     """The same for `models`, of which those preloaded are loaded; `ready` is Server's."""
     app = create_app(models, config or ServerConfig(), **options)
     server = Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2), ready)
-    with listen("127.0.0.1", 0) as listener:
+    with listen("127.0.0.1", port) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # soon full
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -438,7 +438,8 @@ class RunningRequest:
 
     def _close_call(self, answered: bool) -> tuple[str, str | None]:
         """(expression, result) of the open tool call; any result is queued as forced tokens."""
-        expression = self.tokenizer.decode(self.expression)
+        raw = self.tokenizer.decode_bytes(self.expression)
+        expression = raw.decode("utf-8", "replace")  # no lone surrogate, which no JSON can hold
         self.expression = []
         result = calculate(expression) if answered else None
         if result is not None:

@@ -142,7 +142,7 @@ def main(cfg: Config) -> None:
             raise UserError(f"{what}; choose another --output")
         total, num_refused = len(asked - answered), 0
         print(f"{meta['name']}: {total} requests; {len(answered)} more were answered before")
-        lines = (l for l in read_lines(cfg.input, meta["weights"]) if l.id not in answered)
+        lines = (new for new in read_lines(cfg.input, meta["weights"]) if new.id not in answered)
         name = f"nanochat-{meta['model_tag']}-{cfg.source}"
         answers = answer(Engine(model, tokenizer, cfg.slots), name, lines)
         for line in progress_bar(answers, " requests", total):

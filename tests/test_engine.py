@@ -259,6 +259,7 @@ def reply_to(said: Iterable[int], max_tokens: int = 50) -> tuple[list[Event], Re
 CALL = [CHAT.python_start, *b"34*2", CHAT.python_end]
 RESULT = [CHAT.output_start, *b"68", CHAT.output_end]
 NO_CALL = [CHAT.python_start, *b"8/0", CHAT.python_end]
+ODD_CALL = [CHAT.python_start, 0xED, 0xA0, 0x80, CHAT.python_end]
 MADE_UP = [CHAT.python_start, *b"1", CHAT.output_start, *b"2", CHAT.output_end, 65]
 END = CHAT.assistant_end
 A = ("text", "A")
@@ -267,6 +268,7 @@ TOOLS = {
     "answered": ([65, *CALL], 50, [65, *CALL, *RESULT, END], 4, [A, *USED]),
     "cut in the result": ([65, *CALL], 9, [65, *CALL, *RESULT[:2]], 2, [A, *USED]),
     "cut in the call": (CALL, 4, CALL[:4], 0, [("python", "34*")]),
+    "half a surrogate pair": (ODD_CALL, 5, ODD_CALL[:5], 0, [("python", "\ufffd" * 3)]),
     "no value": (NO_CALL, 50, [*NO_CALL, END], 0, [("python", "8/0")]),
     "never opened": ([CHAT.python_end, 65], 50, [CHAT.python_end, 65, END], 0, [A]),
     "made-up result": (MADE_UP, 7, [*MADE_UP, END], 0, [("python", "1"), A]),

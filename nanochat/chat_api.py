@@ -39,6 +39,7 @@ from nanochat.tokenizer import Tokenizer, render_prompt
 
 MAX_BODY_BYTES, MAX_MESSAGES, MAX_PROMPTS, MAX_CHARS = 1 << 20, 500, 500, 32_000
 MAX_STOPS, MAX_BIASES, INT64 = 16, 300, 2**63
+MAX_SCORES = 200_000  # logprobs of prompts in one answer, which is made on the event loop
 # Accepted only if empty.
 REFUSED = ("tools", "functions", "audio", "suffix", "grammar", "json_schema", "structured_outputs")
 LEAST_LOGPROB = -9999.0  # what OpenAI writes for minus infinity, which JSON lacks
@@ -48,7 +49,7 @@ LEAST_LOGPROB = -9999.0  # what OpenAI writes for minus infinity, which JSON lac
 class ServerConfig:
     """The flags of scripts.chat_web that set a server's behaviour."""
 
-    queue: Natural = 64  # requests that may wait per GPU; more are refused
+    queue: Natural = 64  # answers that may wait per loaded model; more are refused
     temperature: Temperature = 0.6  # default for requests
     top_k: Natural = 50  # default for requests; 0: off
     max_tokens: Count = 512  # default for requests, if the context has room
@@ -162,6 +163,10 @@ class AnswerRequest(Strict, extra="allow"):
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None
 
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
     def check_supported(self, num_slots: int) -> None:
         """Raise ApiError for what this server cannot do and must not ignore."""
         others = self.model_extra or {}
@@ -227,7 +232,7 @@ class TextRequest(AnswerRequest):
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        wanted = self.echo and (self.num_top is not None or self.max_tokens == 0)
+        wanted = self.echo and (self.num_top is not None or self.limit == 0)
         return self.num_top or 0 if wanted else None
 
     def prompts(self, tokenizer: Tokenizer, _: str) -> Iterator[list[int]]:
@@ -238,7 +243,9 @@ class TextRequest(AnswerRequest):
 
     def repeated(self, prompt: list[int]) -> list[int]:
         is_text = isinstance(self.prompt, str) or isinstance(self.prompt[0], str)
-        return prompt[is_text:] if self.echo else []
+        if not self.echo:
+            return []
+        return prompt[1:] if is_text else prompt
 
 
 Body = ChatRequest | TextRequest
@@ -332,12 +339,16 @@ def engine_requests(body: Body, engine: Engine, kind: str, config: ServerConfig)
         if len(requests) + len(seeds) > most:
             raise ApiError(400, f"at most {most} answers in one request", param=body.param)
         requests += [replace(like, prompt=prompt, max_tokens=limit, seed=each) for each in seeds]
+    num_scores = sum(len(each.prompt) for each in requests) * (1 + (like.prompt_logprobs or 0))
+    if like.prompt_logprobs is not None and num_scores > MAX_SCORES:
+        text = f"{num_scores} logprobs of prompts are more than {MAX_SCORES}; send fewer at once"
+        raise ApiError(413, text, "request_too_large", body.param)
     return requests
 
 
 def fit(body: Body, prompt: list[int], max_len: int, config: ServerConfig) -> int:
     """How many tokens to generate at most; ApiError if there is no room for any."""
-    limits = (body.max_completion_tokens, body.max_tokens, body.default_tokens, config.max_tokens)
+    limits = (body.limit, body.default_tokens, config.max_tokens)
     asked = next(limit for limit in limits if limit is not None)
     if asked == 0 and body.num_prompt_logprobs is None:
         raise ApiError(400, "max_tokens may be 0 only with echo", param="max_tokens")
@@ -610,7 +621,7 @@ class DetokenizeRequest(Strict, extra="allow"):
     """The body of POST /detokenize."""
 
     model: ModelName = Field(default_factory=str)
-    tokens: Quick[TokenId]
+    tokens: Annotated[Quick[TokenId], Field(max_length=MAX_CHARS)]
 
     def answer(self, engine: Engine, kind: str) -> dict[str, Any]:
         """The text, under vLLM's name for it and llama.cpp's."""

@@ -198,9 +198,8 @@ class SlotPool:
         the least recently used. If the prompt is to be scored, with `num_top` alternatives, nothing
         is shared.
         """
-        source, num_shared = self._longest_prefix(prompt)
-        if num_top is not None:
-            source, num_shared = self.free[0], 0
+        is_scored = num_top is not None
+        source, num_shared = (self.free[0], 0) if is_scored else self._longest_prefix(prompt)
         in_place = source in self.free and 2 * num_shared >= len(source.cached)
         slot = source if in_place else self.free[0]
         end = source.end if num_shared == len(prompt) else None
@@ -219,6 +218,8 @@ class SlotPool:
         """(what to read next of its prompt, the room it takes); nothing where `room` is short."""
         rest = slot.prompt[len(slot.cached) :]
         if self.cache.flashes:
+            if slot.is_scored:  # a row of logits for each token, of which few fit
+                room = min(room, CHUNK)
             return rest[:room], min(len(rest), room)
         chunk = rest[:CHUNK]
         padded = len(chunk) + -len(chunk) % ROUND_UP  # P
@@ -398,13 +399,20 @@ class RunningRequest:
     decoder: codecs.IncrementalDecoder = field(default_factory=partial(UTF8, "replace"))
     penalties: Penalties | None = None
 
+    def take_scores(self) -> list[list[tuple[int, float]]] | None:
+        """What Event.prompt is to say."""
+        if self.request.prompt_logprobs is None or self.num_generated > 0:
+            return None
+        scores, self.slot.scores = self.slot.scores, []
+        return scores
+
     def append_token(self, sampled: list[list[float]]) -> Event:
         """The next token: forced by the tool, else sampled.
 
         `sampled` is [[id]], or [id, logprob] followed by at least `request.logprobs` alternatives.
         """
         request, mask = self.request, int(not self.forced)
-        scores = self.slot.scores if request.prompt_logprobs is not None else None
+        scores = self.take_scores()
         if request.max_tokens == 0:
             return Event(request, -1, 0, finish="length", prompt=scores)
         token = self.last = self.forced.popleft() if self.forced else int(sampled[0][0])
@@ -433,7 +441,6 @@ class RunningRequest:
             chat = self.chat
             begun = {chat.python_start: "python", chat.output_start: "python_output"}
             self.part = begun.get(token, "text")
-        scores = scores if self.num_generated == 1 else None
         return Event(request, token, mask, text, tool, logprobs, finish, scores)
 
     def _close_call(self, answered: bool) -> tuple[str, str | None]:
@@ -528,7 +535,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Prefill up to CHUNK tokens, oldest prompt first, then decode one per prefilled request.
+        """Prefill a chunk of tokens, oldest prompt first, then decode one per prefilled request.
 
         Raises StepFailed if the model fails, dropping the requests concerned.
         """
@@ -649,8 +656,9 @@ class Engine:
                 slot = self.slots.allocate(request.prompt, request.prompt_logprobs)
                 self.started.append(request)
                 each = RunningRequest(request, slot, self.tokenizer, self.chat)
-                each.penalties = self._penalties(request)
                 self.running.append(each)
+                with self._dropping([each]):
+                    each.penalties = self._penalties(request)
             else:
                 break
         self._read(batch)
@@ -665,8 +673,7 @@ class Engine:
 
     def _penalties(self, request: Request) -> Penalties | None:
         presence, frequency = request.presence_penalty, request.frequency_penalty
-        changes = request.repetition_penalty != 1 or presence or frequency or request.logit_bias
-        if not changes:
+        if request.repetition_penalty == 1 and not (presence or frequency or request.logit_bias):
             return None
         return Penalties(
             [token for token in request.prompt if token < self.tokenizer.bos_id],

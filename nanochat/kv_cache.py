@@ -125,8 +125,8 @@ class KVCache:
         If `packed`, the only row has the tokens of all slots, one slot after the other, then
         padding. What does not fit is an AssertionError, with the cache untouched.
         """
-        known = self.previous.dtype
-        assert dtype == known, f"the cache is for {known}, not {dtype}"
+        own_dtype = self.previous.dtype
+        assert dtype == own_dtype, f"the cache is for {own_dtype}, not {dtype}"
         where = list(range(self.num_slots)) if slots is None else slots.tolist()
         added = [num_tokens] * num_rows if num_new is None else num_new.tolist()
         num_sequences = len(where) if packed else num_rows

@@ -3,7 +3,7 @@
     python -m scripts.chat_batch --input=questions.jsonl --output=answers.jsonl   # one GPU
     python -m scripts.chat_batch -i rl -g d20 --input=q.jsonl --output=a.jsonl --slots=128
     python -m scripts.chat_batch --device_type=cpu --slots=4 --input=q.jsonl --output=a.jsonl
-    (one process; for eight GPUs, `split -n r/8` the input)
+    (one process; for eight GPUs `split -n r/8` the input, and set CUDA_VISIBLE_DEVICES for each)
 
 A line of the input: {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body":
 {...}}, or /v1/completions. Each has a line in the output, in the order in which they end, with what
@@ -42,6 +42,7 @@ class Config(CheckpointFlags):
     input: Path  # requests, one a line
     output: Path  # their answers, one a line; those that it holds already stay
     slots: Count = 32  # concurrent answers
+    deterministic: bool = False  # answers do not depend on what else is under way; slower
 
 
 class Line(NamedTuple):
@@ -50,7 +51,7 @@ class Line(NamedTuple):
     id: str  # the answer's; of the line's text and the model's weights
     asked: dict[str, Any]
 
-    def answer(self, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    def output(self, status: int, body: dict[str, Any]) -> dict[str, Any]:
         response = {"status_code": status, "request_id": self.id, "body": body}
         about = {"id": self.id, "custom_id": self.asked["custom_id"]}
         return about | {"response": response, "error": None}
@@ -64,11 +65,11 @@ def read_lines(path: Path, weights: str) -> Iterator[Line]:
             try:
                 asked = json.loads(text)
             except ValueError as error:
-                raise UserError(f"{path}, line {number}: no JSON ({error}); mend it") from error
+                raise UserError(f"{path}, line {number}: not JSON ({error}); mend it") from error
             name = asked.get("custom_id") if isinstance(asked, dict) else None
             if not isinstance(name, str) or name in names:
                 raise UserError(
-                    f"{path}, line {number}: custom_id {name!r} is no string, or not new"
+                    f"{path}, line {number}: custom_id {name!r} is not a string, or occurs twice"
                 )
             names.add(name)
             digest = hashlib.sha256(weights.encode() + text.strip()).hexdigest()
@@ -81,7 +82,7 @@ def read_answered(file: IO[bytes]) -> set[str]:
     file.seek(0)
     for number, text in enumerate(file, 1):
         if not text.startswith(START[: len(text)]):
-            raise UserError(f"{file.name}, line {number}: no answer; choose another --output")
+            raise UserError(f"{file.name}, line {number}: not an answer; choose another --output")
         if text.endswith(b"\n"):
             answered.add(json.loads(text)["id"])
             num_bytes += len(text)
@@ -93,7 +94,7 @@ def prepare(asked: dict[str, Any], engine: Engine, name: str) -> tuple[list[Requ
     """(what to ask the engine, the answer to be); ApiError as the server's."""
     if asked.get("method") != "POST" or asked.get("url") not in SHAPES:
         raise ApiError(404, f"a batch has requests to POST {' or '.join(SHAPES)}", param="url")
-    request, answer = SHAPES[asked["url"]]
+    request, shape = SHAPES[asked["url"]]
     try:
         body = request.model_validate(asked.get("body"))
         body.stream = False
@@ -104,10 +105,10 @@ def prepare(asked: dict[str, Any], engine: Engine, name: str) -> tuple[list[Requ
         raise ApiError(404, f"only the model {name} is here", "model_not_found", "model")
     kind = "base" if name.endswith("-base") else "chat"
     requests = chat_api.engine_requests(body, engine, kind, ServerConfig())
-    return requests, answer(name, body, engine.tokenizer, requests)
+    return requests, shape(name, body, engine.tokenizer, requests)
 
 
-def answer(engine: Engine, name: str, lines: Iterator[Line]) -> Iterator[dict[str, Any]]:
+def answer_lines(engine: Engine, name: str, lines: Iterator[Line]) -> Iterator[dict[str, Any]]:
     """The output of each line, as it ends; more are read while fewer wait than there are slots."""
     under_way: dict[Request, tuple[Line, Completion, chat_api.Choice]] = {}
     for line in chain(lines, [None]):  # None: there are no more
@@ -115,7 +116,7 @@ def answer(engine: Engine, name: str, lines: Iterator[Line]) -> Iterator[dict[st
             try:
                 requests, completion = prepare(line.asked, engine, name)
             except ApiError as error:
-                yield line.answer(error.status, error.body)
+                yield line.output(error.status, error.body)
                 continue
             for request, choice in zip(requests, completion.choices, strict=True):
                 under_way[request] = line, completion, choice
@@ -128,12 +129,16 @@ def answer(engine: Engine, name: str, lines: Iterator[Line]) -> Iterator[dict[st
                     engine.cancel(event.request)  # it goes on after a stop string
                     del under_way[event.request]
                     if all(each.finish for each in completion.choices):
-                        yield own.answer(200, completion.whole())
+                        yield own.output(200, completion.whole())
 
 
 def main(cfg: Config) -> None:
     with cfg.output.open("ab+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # waits for whoever else writes it
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            text = f"another batch writes {cfg.output}; wait for its end or choose another --output"
+            raise UserError(text) from error
         model, tokenizer, meta = load_model(cfg, set_up(cfg.device_type, cfg.dtype))
         answered = read_answered(file)
         asked = {line.id for line in read_lines(cfg.input, meta["weights"])}
@@ -144,7 +149,8 @@ def main(cfg: Config) -> None:
         print(f"{meta['name']}: {total} requests; {len(answered)} more were answered before")
         lines = (new for new in read_lines(cfg.input, meta["weights"]) if new.id not in answered)
         name = f"nanochat-{meta['model_tag']}-{cfg.source}"
-        answers = answer(Engine(model, tokenizer, cfg.slots), name, lines)
+        engine = Engine(model, tokenizer, cfg.slots, deterministic=cfg.deterministic)
+        answers = answer_lines(engine, name, lines)
         for line in progress_bar(answers, " requests", total):
             num_refused += line["response"]["status_code"] >= 400
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")

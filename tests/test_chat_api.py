@@ -299,6 +299,13 @@ def test_the_prompt_is_never_cut() -> None:
     assert answer_to(TextRequest, {"prompt": "a" * 32_001}).status == 413
 
 
+def test_scored_prompts_are_few_enough_for_one_answer() -> None:
+    body = {"prompt": [[1] * 2000], "echo": True, "max_completion_tokens": 0, "logprobs": 20}
+    assert [each.max_tokens for each in answer_to(TextRequest, body | {"n": 2}, 3000)] == [0] * 2
+    error = answer_to(TextRequest, body | {"prompt": [[1] * 3000] * 4}, 3000)
+    assert (error.status, error.code) == (413, "request_too_large")
+
+
 def feed(choice: Choice, text: str, tool: Any = None, finish: Any = None, token: int = 0) -> str:
     """The text that one more token brings."""
     choice.feed(Event(Request([0], 100), token, 1, text, tool, None, finish))

@@ -3,6 +3,7 @@
 Oracles: the server's own answers to the same bodies; a batch that nobody stopped; the echo engine.
 """
 
+import fcntl
 import json
 import signal
 import time
@@ -13,11 +14,12 @@ from typing import Any
 import pytest
 
 from nanochat.checkpoint import load_model
+from nanochat.common import set_up
 from nanochat.engine import Engine, Event
 from nanochat.jobs import ServedModel
-from scripts.chat_batch import Config, Line, answer, main
+from scripts.chat_batch import Config, Line, answer_lines, main
 from tests.launch import start
-from tests.models import CPU, TOKENIZER, random_gpt, refuses, save_model
+from tests.models import TOKENIZER, random_gpt, refuses, save_model
 from tests.serving import EchoEngine, question, serving_models
 
 BODIES: list[dict[str, Any]] = [
@@ -66,7 +68,7 @@ def cfg(base: Path, tmp_path: Path) -> Config:
     lines = [line(number, body) for number, body in enumerate(BODIES)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
     files = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    return Config(input=files[0], output=files[1], slots=4, device_type="cpu")
+    return Config(input=files[0], output=files[1], slots=4, device_type="cpu", deterministic=True)
 
 
 def test_each_line_has_what_the_server_answers(cfg: Config) -> None:
@@ -74,7 +76,8 @@ def test_each_line_has_what_the_server_answers(cfg: Config) -> None:
         file.write(f"{line(100, {}, url='/v1/embeddings')}\n{line(101, {}, method='GET')}")
     main(cfg)
     answers = read(cfg.output)
-    engine = Engine(load_model(cfg, CPU)[0], TOKENIZER, num_slots=4)
+    model = load_model(cfg, set_up("cpu"))[0]
+    engine = Engine(model, TOKENIZER, 4, deterministic=True)
     card = ServedModel("nanochat-d2-sft", "chat", engine.max_len, 1, EchoEngine, engine)
     with serving_models([card]) as server:
         for number, body in enumerate(BODIES):
@@ -107,9 +110,9 @@ def test_a_batch_that_was_killed_goes_on(cfg: Config, base: Path) -> None:
     ]
     cfg.input.write_text("\n".join(map(line, range(40), bodies)))
     main(cfg)
-    unbroken = cfg.output.read_text()
     cfg.output.rename(cfg.output.with_suffix(".unbroken"))
-    flags = [f"--input={cfg.input}", f"--output={cfg.output}", "--slots=4", "--device_type=cpu"]
+    flags = [f"--input={cfg.input}", f"--output={cfg.output}", "--slots=4"]
+    flags += ["--device_type=cpu", "--deterministic"]
     for num_before in (3, 20):
         batch = start(base, "chat_batch", flags, meddle=slowly)
         while not cfg.output.exists() or cfg.output.read_bytes().count(b"\n") < num_before:
@@ -126,16 +129,16 @@ def test_a_batch_that_was_killed_goes_on(cfg: Config, base: Path) -> None:
     assert read(cfg.output) == read(cfg.output.with_suffix(".unbroken"))
     now = cfg.output.read_text()
     main(cfg)  # with nothing left to do
-    assert cfg.output.read_text() == now and now != unbroken
+    assert cfg.output.read_text() == now
 
 
 def test_files_that_cannot_be_meant_are_refused(cfg: Config) -> None:
     fine = line(1, BODIES[0])
     for text, told in (
-        (f"{fine}\n{{'custom_id': 2}}", "in.jsonl, line 2: no JSON"),
-        (f"{fine}\n[]", "line 2: custom_id None is no string"),
-        (f"{fine}\n{line(2, {}, custom_id=2)}", "line 2: custom_id 2 is no string"),
-        (f"{fine}\n{line(2, {})}\n{line(1, {})}", "line 3: custom_id 'no. 1' is .*not new"),
+        (f"{fine}\n{{'custom_id': 2}}", "in.jsonl, line 2: not JSON"),
+        (f"{fine}\n[]", "line 2: custom_id None is not a string"),
+        (f"{fine}\n{line(2, {}, custom_id=2)}", "line 2: custom_id 2 is not a string"),
+        (f"{fine}\n{line(2, {})}\n{line(1, {})}", "line 3: custom_id 'no. 1' .*occurs twice"),
     ):
         cfg.input.write_text(text)
         refuses(told, main, cfg)
@@ -149,8 +152,11 @@ def test_files_that_cannot_be_meant_are_refused(cfg: Config) -> None:
     cfg.input.write_text(fine)
     refuses("or as another model; choose", main, cfg)
     assert cfg.output.read_text() == before
+    with cfg.output.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refuses("another batch writes .*out.jsonl", main, cfg)
     cfg.output = cfg.input
-    refuses("in.jsonl, line 1: no answer; choose another --output", main, cfg)
+    refuses("in.jsonl, line 1: not an answer; choose another --output", main, cfg)
     assert cfg.input.read_text() == fine
 
 
@@ -173,7 +179,7 @@ def test_the_slots_stay_full_and_few_lines_are_read_ahead(
             yield Line(str(number), json.loads(line(number, body)))
 
     monkeypatch.setattr(engine, "step", step)
-    for said in answer(engine, "echo", lines()):
+    for said in answer_lines(engine, "echo", lines()):
         num_said += 1
         assert num_read - num_said <= 2 * engine.num_slots
         if said["response"]["status_code"] == 200:

@@ -5,9 +5,11 @@ with a connection that was broken by a kill; all are counted. Nothing of a reque
 """
 
 import gc
+import os
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from statistics import median
 
@@ -36,7 +38,7 @@ def client_of(url: str) -> httpx.Client:
 
 def resident_bytes() -> int:
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_two_hundred_clients_on_four_slots() -> None:
@@ -56,21 +58,20 @@ def test_two_hundred_clients_on_four_slots() -> None:
             else:
                 assert body["error"]["code"] == "queue_full"
                 assert answer.result().headers["retry-after"] == "1"
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=9) as client:
-            create = client.chat.completions.create
-
-            def patient(number: int) -> str:
-                return create(model="nanochat", **question(say(number))).choices[0].message.content
-
-            assert list(pool.map(patient, range(200))) == [say(number) for number in range(200)]
+        with openai_client(server) as client:
+            again = pool.map(partial(patient, client), range(200))
+            assert list(again) == [say(number) for number in range(200)]
         server.until(lambda: server.num_jobs() == 0 and not engine.busy)
 
 
-def patient(url: str, number: int) -> str:
-    """The answer that OpenAI's client gets, which tries again by itself."""
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=9) as client:
-        answer = client.chat.completions.create(model="nanochat", **question(say(number)))
-        return answer.choices[0].message.content or ""
+def openai_client(server: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=9)
+
+
+def patient(client: openai.OpenAI, number: int) -> str:
+    """The answer that the client gets, which tries again by itself."""
+    answer = client.chat.completions.create(model="nanochat", **question(say(number)))
+    return answer.choices[0].message.content or ""
 
 
 def test_a_restart_finishes_the_streams_and_late_clients_are_answered_by_the_next() -> None:
@@ -86,13 +87,15 @@ def test_a_restart_finishes_the_streams_and_late_clients_are_answered_by_the_nex
             server.until(lambda: server.num_jobs() < 45)
             server.server.should_exit = True  # what a first SIGTERM does
             server.until(lambda: server.client.get("/ready").status_code == 503)
-            late = [pool.submit(patient, server.url, number) for number in range(50)]
+            client = openai_client(server)
+            late = [pool.submit(patient, client, number) for number in range(50)]
             for number, stream in enumerate(streams):
                 whole = stream.result()
                 told = whole.text(), whole.finish, whole.num_done
                 assert told == (say(number), ["stop"], 1)
         with serving([EchoEngine()], ServerConfig(queue=64), port=port):
             assert [each.result() for each in late] == [say(number) for number in range(50)]
+        client.close()
 
 
 def be_a_server(port: int, pace: float) -> None:

@@ -1,8 +1,8 @@
 """What a server does with an engine: its thread, its jobs, and what it counts.
 
-An EngineWorker loads and owns an engine in a thread, in which alone torch runs: it receives orders
-(submit, cancel) through an inbox and hands each step's events to the event loop, where everything
-else runs without locks. A ServedModel has a worker while it is loaded.
+An EngineWorker has a thread, in which alone its engine runs: it receives orders (submit, cancel)
+through an inbox and hands each step's events to the event loop, where everything else runs without
+locks. A ServedModel has a worker while it is loaded.
 """
 
 import asyncio
@@ -70,7 +70,9 @@ class Metrics:
         self.prompt_tokens = counter("prompt_tokens", "Tokens in the prompts of all choices.")
         self.prefilled = counter("prefill_tokens", "Those of them that the model had to read.")
         self.tokens = counter("generation_tokens", "Tokens generated, the calculator's included.")
-        self.ended = counter("request_success", "Choices that ended.", ["finished_reason"])
+        self.ended = counter(
+            "request_success", "Choices ended, errors included.", ["finished_reason"]
+        )
         self.refused = counter("requests_refused", "Requests refused, by the error.", ["code"])
         self.queued = long("request_queue_time_seconds", "Seconds of waiting for a slot.")
         self.first = long("time_to_first_token_seconds", "Seconds from request to first token.")
@@ -79,7 +81,7 @@ class Metrics:
 
     def refresh(self, workers: Sequence["EngineWorker"]) -> None:
         """Set the gauges."""
-        engines = [worker.engine for worker in workers if worker.state != "loading"]
+        engines = [worker.engine for worker in workers if worker.state == "ready"]
         self.running.set(sum(len(engine.running) for engine in engines))
         self.waiting.set(sum(len(engine.waiting) for engine in engines))
         self.step_age.set(max((worker.step_age for worker in workers), default=0.0))
@@ -178,7 +180,7 @@ class EngineWorker:
         self.metrics, self.queue = metrics, queue
         self.state = "loading"  # then ready, at the end dead
         self.settled = asyncio.Event()  # no longer loading
-        self.error: ApiError | None = None  # that loading ended in
+        self.error: ApiError | None = None  # why it could not be loaded
         self.failed = False  # by no fault of the user's: the device itself may be unusable
         self.num_prefilled = 0  # tokens, as far as the metrics know
         self.jobs: dict[Request, Job] = {}  # of requests that have not ended; the event loop's
@@ -186,7 +188,7 @@ class EngineWorker:
         self.step_began: float | None = None
         self.loop = asyncio.get_running_loop()
         self.thread = threading.Thread(
-            target=self._live, args=(load, list(leaving)), name="engine", daemon=True
+            target=self._live, args=(load, leaving), name="engine", daemon=True
         )
         self.thread.start()
 
@@ -232,10 +234,14 @@ class EngineWorker:
                 self.cancel(job.choices, "error")
 
     def _deliver(
-        self, started: Sequence[Request], waiting: Sequence[Request], events: Sequence[Event]
+        self,
+        started: Sequence[Request],
+        waiting: Sequence[Request],
+        events: Sequence[Event],
+        num_prefilled: int,
     ) -> None:
         """Pass on a step's outcome: who left the queue, who still waits, the tokens."""
-        now, num_prefilled = time.monotonic(), self.engine.slots.num_prefilled
+        now = time.monotonic()
         self.metrics.prefilled.inc(num_prefilled - self.num_prefilled)
         self.num_prefilled = num_prefilled
         for request in started:
@@ -252,11 +258,12 @@ class EngineWorker:
                 self._deliver_event(job, event, now)
 
     def _deliver_event(self, job: Job, event: Event, now: float) -> None:
-        since = self.metrics.between if job.first else self.metrics.first
-        since.observe(now - (job.last or job.arrived))
+        if event.token >= 0:  # else the prompt was only scored
+            since = self.metrics.between if job.first else self.metrics.first
+            since.observe(now - (job.last or job.arrived))
+            self.metrics.tokens.inc()
+            self.metrics.num_tokens += 1
         job.first, job.last = job.first or now, now
-        self.metrics.tokens.inc()
-        self.metrics.num_tokens += 1
         choice = job.choices[event.request]
         choice.feed(event)
         job.num_unread += 1
@@ -276,32 +283,31 @@ class EngineWorker:
 
     # The rest runs in the thread, which leaves the jobs to the event loop.
 
-    def _live(self, load: Callable[[], Engine], leaving: list["EngineWorker"]) -> None:
+    def _live(self, load: Callable[[], Engine], leaving: Sequence["EngineWorker"]) -> None:
         try:
             self._load(load, leaving)
             self._work()
-        except UserError as error:
-            self.error = ApiError(503, str(error), "model_unavailable", retry_after=30)
-        except Exception:
-            self.failed = True
-            log.exception("the engine's thread has ended")
-            if self.state == "loading":
+        except Exception as error:
+            is_loading = self.state == "loading"
+            self.failed = not (is_loading and isinstance(error, UserError))
+            log.error("the engine's thread has ended: %s", error, exc_info=self.failed)
+            if is_loading:
                 text = "the model could not be loaded; see the server's log"
                 self.error = ApiError(503, text, "model_unavailable", retry_after=30)
         with suppress(RuntimeError):  # the loop may have ended
             self.loop.call_soon_threadsafe(self._die)
 
-    def _load(self, load: Callable[[], Engine], leaving: list["EngineWorker"]) -> None:
-        if leaving:
-            while leaving:
-                leaving.pop().thread.join(MAX_STEP_SECONDS)
-            gc.collect()  # an engine and its graphs refer to each other
-            torch.accelerator.empty_cache()
-        self.engine = load()
-        if self.engine.device.type == "cuda":
-            torch.cuda.set_device(self.engine.device)
-        list(self.engine.stream([Request([self.engine.chat.bos], 2)]))  # warm-up
-        self.num_prefilled = self.engine.slots.num_prefilled
+    def _load(self, load: Callable[[], Engine], leaving: Sequence["EngineWorker"]) -> None:
+        for worker in leaving:
+            worker.thread.join(MAX_STEP_SECONDS)
+            del worker.engine  # who still sends one of its answers holds the worker
+        gc.collect()  # an engine and its graphs refer to each other; or loading has failed before
+        torch.accelerator.empty_cache()
+        engine = load()
+        if engine.device.type == "cuda":
+            torch.cuda.set_device(engine.device)  # of this thread: another may have loaded it
+        list(engine.stream([Request([engine.chat.bos], 2)]))  # warm-up
+        self.engine, self.num_prefilled = engine, engine.slots.num_prefilled
         self.state = "ready"
         self.loop.call_soon_threadsafe(self.settled.set)
 
@@ -325,7 +331,9 @@ class EngineWorker:
                 tell(self.fail, failure.requests, ApiError(500, "the model failed"))
             finally:
                 self.step_began = None
-            tell(self._deliver, self.engine.started, list(self.engine.waiting), events)
+            engine = self.engine
+            num_prefilled = engine.slots.num_prefilled
+            tell(self._deliver, engine.started, list(engine.waiting), events, num_prefilled)
 
 
 @dataclass(eq=False)
@@ -355,19 +363,17 @@ class ServedModel:
     @property
     def engine(self) -> Engine:
         """ApiError unless it is loaded."""
-        return self._loaded().engine
+        return self.choose_worker().engine
 
     def choose_worker(self) -> EngineWorker:
         """The worker; ApiError if it would not serve."""
-        worker = self._loaded()
+        worker = self.worker
+        if worker is None:
+            text = f"{self.name} is not loaded; asking it something loads it"
+            raise ApiError(503, text, "model_not_loaded", retry_after=1)
         if worker.state == "loading":
             raise ApiError(503, "the model is being loaded", "loading", retry_after=2)
         if not worker.ready:
-            raise ApiError(503, "no engine is alive; restart the server", retry_after=30)
+            text = "the engine has stopped; restart the server"
+            raise worker.error or ApiError(503, text, retry_after=30)
         return worker
-
-    def _loaded(self) -> EngineWorker:
-        if self.worker is None:
-            text = f"{self.name} had to make room for another model; try again"
-            raise ApiError(503, text, "model_busy", retry_after=1)
-        return self.worker

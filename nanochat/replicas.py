@@ -26,7 +26,7 @@ Serve = Callable[[Callable[[], None]], None]
 
 
 def supervise(serve: Serve, num_replicas: int, drain_seconds: float) -> None:
-    """Run `serve` in so many processes until SIGTERM or Ctrl-C, replacing those that die.
+    """Run `serve` in `num_replicas` processes until SIGTERM or Ctrl-C, replacing those that die.
 
     The end reaches them as SIGTERM, and those that are left after `drain_seconds` or a second
     signal are killed. Raises UserError if a process cannot start.

@@ -1,7 +1,7 @@
 """The training runs in the base folder, as the page /runs shows them.
 
 metrics.jsonl gains a line per step and is asked for every few seconds, so a `Log` remembers how far
-it has read: a look costs only what is new. A resumed run replaces the file, which begins it anew.
+it has read, and its curves until there is more. A resumed run replaces the file: all is read again.
 """
 
 import json
@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 
+from nanochat.checkpoint import STAGE_SCRIPTS
 from nanochat.common import base_dir
 from nanochat.trainer import result_step
 
-STAGES = ("base", "mid", "sft", "rl")
 CURVES = ("loss", "val_bpb", "reward", "accuracy")
+FIGURES = ("step", "progress", "seconds", "tok_per_second", "mfu", *CURVES)
 MAX_POINTS = 400  # of a curve; beyond, each is the mean of a stretch of steps
 # A process of the number in .lock is the run's, if the run wrote anything this lately; the system
-# gives numbers anew. No lock is tried, as that could stop a run that is about to begin.
+# reuses process numbers. No lock is tried, as that could stop a run that is about to begin.
 ALIVE_SECONDS = 3600
 
 
@@ -33,8 +34,10 @@ class Log:
     def __init__(self, path: Path) -> None:
         self.path = path  # of metrics.jsonl
         self.inode = self.place = 0
-        self.newest: dict[str, Any] = {}  # the newest value of each figure
+        self.newest: dict[str, float] = {}  # the newest value of each figure
+        self.samples: list[str] = []
         self.points: dict[str, array[float]] = {}  # of each curve: step, value, step, value, ...
+        self.curves: dict[str, list[list[float]]] = {}  # the same, thinned
 
     def read(self) -> None:
         """Take in what is new; a last line without its end waits."""
@@ -42,47 +45,52 @@ class Log:
             status = os.fstat(file.fileno())
             if status.st_ino != self.inode or status.st_size < self.place:
                 self.inode, self.place = status.st_ino, 0
-                self.newest, self.points = {}, defaultdict(lambda: array("d"))
+                self.newest, self.samples, self.curves = {}, [], {}
+                self.points = defaultdict(lambda: array("d"))
             file.seek(self.place)
             new = file.read()
         new = new[: new.rfind(b"\n") + 1]
         self.place += len(new)
         for line in new.splitlines():
-            with suppress(ValueError, TypeError, KeyError):  # damaged
+            with suppress(Exception):  # damaged, in whatever way
                 self._take(json.loads(line, parse_constant=lambda _: None))  # NaN is no JSON
+        if new:
+            self.curves = {name: thin(self.points[name]) for name in CURVES if name in self.points}
 
     def _take(self, record: dict[str, Any]) -> None:
-        step = record["step"]
-        self.newest |= record
-        for name in CURVES:
-            if record.get(name) is not None:
-                self.points[name].extend((step, record[name]))
+        figures = {name: float(record[name]) for name in FIGURES if record.get(name) is not None}
+        if not all(abs(value) < 1e15 for value in figures.values()):
+            raise ValueError("no figure of a run")
+        step, samples = figures["step"], list(map(str, record.get("samples", self.samples)))
+        self.newest, self.samples = self.newest | figures, samples
+        for name in CURVES & figures.keys():
+            self.points[name].extend((step, figures[name]))
 
     def describe(self) -> dict[str, Any]:
         """The run as JSON; `steps` and `seconds_left` are None while nothing tells them."""
         folder, newest = self.path.parent, self.newest
-        step, progress = newest.get("step", 0), newest.get("progress")
+        step, progress = newest.get("step", 0), newest.get("progress", 0)
         age = time.time() - self.path.stat().st_mtime
         if result_step(folder) == step:
             state, progress = "finished", 1
         else:
             alive = age < ALIVE_SECONDS and is_process(folder / ".lock")
             state = "running" if alive else "stopped"
+        measures = progress > 1e-9
         # The loss of a policy gradient measures nothing.
-        omitted = {"loss"} if "reward" in self.points else set()
-        shown = [name for name in CURVES if name in self.points.keys() - omitted]
+        omitted = "loss" if "reward" in self.curves else ""
         return {
             "stage": folder.parent.name,
             "tag": folder.name,
             "state": state,
             "step": step,
-            "steps": round(step / progress) if progress else None,
-            "seconds_left": newest.get("seconds", 0) * (1 / progress - 1) if progress else None,
+            "steps": round(step / progress) if measures else None,
+            "seconds_left": newest.get("seconds", 0) * (1 / progress - 1) if measures else None,
             "age_seconds": age,
             "tok_per_second": newest.get("tok_per_second"),
             "mfu": newest.get("mfu"),
-            "samples": newest.get("samples", []),
-            "curves": {name: thin(self.points[name]) for name in shown},
+            "samples": self.samples,
+            "curves": {name: curve for name, curve in self.curves.items() if name != omitted},
         }
 
 
@@ -98,9 +106,11 @@ def is_process(lock: Path) -> bool:
 
 
 def thin(values: "array[float]") -> list[list[float]]:
-    points = np.array(values).reshape(-1, 2)
-    stretches = np.array_split(points, min(len(points), MAX_POINTS))
-    return [stretch.mean(axis=0).round(5).tolist() for stretch in stretches]
+    """At most MAX_POINTS pairs of step and value, the means of stretches of equal length."""
+    points = np.frombuffer(values).reshape(-1, 2)
+    begins = np.unique(np.linspace(0, len(points), MAX_POINTS, endpoint=False).astype(int))
+    counts = np.diff(begins, append=len(points))[:, None]
+    return (np.add.reduceat(points, begins) / counts).round(5).tolist()
 
 
 class Runs:
@@ -112,12 +122,13 @@ class Runs:
 
     def read(self) -> list[dict[str, Any]]:
         """What `Log.describe` says of each, those first that wrote last."""
-        found = []
+        found, folders = [], [base_dir() / stage for stage in STAGE_SCRIPTS]
+        paths = [path for folder in folders for path in folder.glob("*/metrics.jsonl")]
+        # No links: a persona's leads to the base model that it shares.
+        paths = [path for path in paths if not path.parent.is_symlink()]
         with self.lock:
-            for path in [p for s in STAGES for p in (base_dir() / s).glob("*/metrics.jsonl")]:
-                if path.parent.is_symlink():  # of a persona, to the base model that it shares
-                    continue
-                log = self.logs.setdefault(path, Log(path))
+            self.logs = {path: self.logs.get(path) or Log(path) for path in paths}
+            for log in self.logs.values():
                 with suppress(OSError):  # deleted meanwhile
                     log.read()
                     found.append(log.describe())

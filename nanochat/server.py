@@ -2,7 +2,8 @@
 
     POST /v1/chat/completions, /v1/completions, /v1/tokenize, /v1/detokenize
     GET  /v1/models, /v1/models/{id}    and all of these without /v1
-    GET  /health (alive), /ready (would answer), /metrics, /docs, /, /ui/..., /report, /runs
+    GET  /health (alive), /ready (would answer), /metrics, /openapi.json, /docs
+    GET  / and /ui/... (the chat page), /report, /runs, /runs/data
 
 A request is validated, its model is loaded if need be, its prompt is rendered in a thread, and the
 model's EngineWorker takes it as a job. To make room for a model, those that are not in use leave
@@ -10,7 +11,7 @@ the memory, the one unused for longest first.
 """
 
 import asyncio
-import logging
+import json
 import math
 import re
 import secrets
@@ -40,7 +41,7 @@ from typing_extensions import TypedDict
 from nanochat import chat_api
 from nanochat.chat_api import ApiError, ChatRequest, Completion, ServerConfig, TextRequest
 from nanochat.common import UserError, report_dir
-from nanochat.jobs import ANSWER_SECONDS, EngineWorker, Job, Metrics, ServedModel
+from nanochat.jobs import ANSWER_SECONDS, EngineWorker, Job, Metrics, ServedModel, log
 from nanochat.runs import Runs
 
 STALLED_SECONDS = 60.0  # a client may leave a stream unread for this long
@@ -55,7 +56,6 @@ POLICY = (  # the last line: no script may turn text into markup or code
 REPORT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 )
-log = logging.getLogger("uvicorn.error")  # the one that a server shows
 
 
 class ErrorBody(TypedDict):
@@ -151,15 +151,13 @@ class ChatServer:
             raise ApiError(503, text, "timeout", retry_after=10) from error
         self.check_open()
         if worker.error:
-            if model.worker is worker and not self.is_broken:
-                model.worker = None  # the next request tries again
             raise worker.error
         return model
 
     async def _load(self, model: ServedModel) -> EngineWorker:
         """Its worker, no longer loading; models are loaded one at a time."""
         deadline = time.monotonic() + ROOM_SECONDS
-        while model.worker is None:
+        while model.worker is None or model.worker.error:  # which the next request tries again
             others = [worker for worker in self.workers if worker.state == "loading"]
             if others:
                 await others[0].settled.wait()
@@ -188,10 +186,10 @@ class ChatServer:
         if model.num_bytes > self.memory:
             text = f"{model.name} needs more memory than this server has; see --memory"
             raise ApiError(400, text, "model_too_large", "model")
-        loaded = sorted((m for m in self.models.values() if m.worker), key=lambda m: m.used)
-        excess = sum(m.num_bytes for m in loaded) + model.num_bytes - self.memory
+        held = [each for each in self.models.values() if each.worker and not each.worker.error]
+        excess = sum(each.num_bytes for each in held) + model.num_bytes - self.memory
         leaving = []
-        for other in loaded:
+        for other in sorted(held, key=lambda each: each.used):
             if excess > 0 and other.is_idle:
                 leaving.append(other)
                 excess -= other.num_bytes
@@ -297,7 +295,7 @@ async def complete_text(http: HttpRequest, job: Annotated[Job, Depends(text_job)
 
 
 async def convert(body: chat_api.Conversion, chat: ChatServer) -> Response:
-    model = await chat.find(body.model or None)
+    model = chat.look_up(body.model) if body.model else chat.default
     return JSONResponse(await asyncio.to_thread(body.answer, model.engine, model.kind))
 
 
@@ -323,7 +321,10 @@ async def health() -> dict[str, str]:
 async def ready(chat: Chat) -> dict[str, str]:
     """A request would be served."""
     chat.check_open()
-    if chat.default.worker:  # else it had to make room, and is loaded when asked for
+    if chat.is_broken:
+        text = "an engine has stopped or none can be loaded; see the log and restart the server"
+        raise ApiError(503, text, retry_after=30)
+    if (worker := chat.default.worker) and not worker.error:  # else it is loaded when asked for
         chat.default.choose_worker()
     return {"status": "ready"}
 
@@ -335,16 +336,16 @@ async def show_metrics(chat: Chat) -> Response:
     return Response(chat.metrics.text(), media_type=prometheus.CONTENT_TYPE_LATEST)
 
 
-def spell(field: dict[str, Any]) -> str:
+def describe_field(field: dict[str, Any]) -> str:
     """The values that a JSON schema takes, in words."""
     limits = ("minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems", "default")
     words = field.get("$ref", "").rsplit("/", 1)[-1] or field.get("type", "anything")
     if "anyOf" in field:
-        words = " or ".join(map(spell, field["anyOf"]))
+        words = " or ".join(map(describe_field, field["anyOf"]))
     elif "enum" in field:
         words = " or ".join(map(repr, field["enum"]))
     elif "items" in field:
-        words = f"array of ({spell(field['items'])})"
+        words = f"array of ({describe_field(field['items'])})"
     return ", ".join([words, *(f"{key} {field[key]}" for key in limits if key in field)])
 
 
@@ -359,13 +360,14 @@ async def docs(http: HttpRequest) -> Response:
     for path, methods in schema["paths"].items():
         for method, route in methods.items():
             bodies = route.get("requestBody", {}).get("content", {}).values()
-            body = "".join(f" Body: {spell(each['schema'])}." for each in bodies)
+            body = "".join(f" Body: {describe_field(each['schema'])}." for each in bodies)
             page += f"<section><h2>{method.upper()} {escape(path)}</h2>"
             page += f"<p>{escape(route.get('description', '') + body)}</p></section>"
     for name, shape in schema["components"]["schemas"].items():
         fields = shape.get("properties", {}).items()
         page += f"<section><h2>{escape(name)}</h2><p>{escape(shape.get('description', ''))}</p><ul>"
-        page += "".join(f"<li><b>{escape(f)}</b> {escape(spell(of))}</li>" for f, of in fields)
+        for field, of in fields:
+            page += f"<li><b>{escape(field)}</b> {escape(describe_field(of))}</li>"
         page += "</ul></section>"
     return HTMLResponse(page)
 
@@ -389,8 +391,8 @@ async def runs_page() -> Response:
 
 
 @others.get("/runs/data", include_in_schema=False)
-def runs_data(chat: Chat) -> list[dict[str, Any]]:
-    return chat.runs.read()  # in a thread, as this is no coroutine: it reads files
+def runs_data(chat: Chat) -> Response:  # in a thread, as this is no coroutine: it reads files
+    return Response(json.dumps(chat.runs.read()), media_type="application/json")
 
 
 async def handle_error(request: HttpRequest, error: Exception) -> Response:
@@ -533,26 +535,27 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _accept(self, listener: socket.socket) -> None:
-        """Take one connection after the other, the later the busier: the idlest process wins.
+        """Take connections one by one; a busy process waits longer, so that the idlest takes each.
 
-        Else the first to wake takes all of a burst.
+        Else the first to wake takes all of a burst: dev/LOG.md, "One listener for several
+        processes".
         """
         loop, state, arrived = asyncio.get_running_loop(), self.server_state, asyncio.Event()
         own: dict[str, Any] = {"server_state": state, "app_state": self.lifespan.state}
         protocol = partial(self.config.http_protocol_class, config=self.config, **own)
         listener.setblocking(False)
         while True:
-            loop.add_reader(listener, arrived.set)
-            await arrived.wait()
-            loop.remove_reader(listener)
-            arrived.clear()
-            await asyncio.sleep(min(0.5e-3 * len(state.connections), 10e-3))
             try:
+                loop.add_reader(listener, arrived.set)
+                await arrived.wait()
+                loop.remove_reader(listener)
+                arrived.clear()
+                await asyncio.sleep(min(0.5e-3 * len(state.connections), 10e-3))
                 await loop.connect_accepted_socket(protocol, listener.accept()[0])
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 pass  # another was faster, or the client has left
-            except OSError as error:  # such as too many open files
-                log.error("a connection was lost: %s", error)
+            except Exception as error:  # such as too many open files
+                log.error("a connection was lost: %r", error)
                 await asyncio.sleep(1)
 
     async def on_tick(self, counter: int) -> bool:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -64,8 +65,7 @@ class Config(ServerConfig, CheckpointFlags):
 def offer(cfg: Config, runtime: Runtime) -> tuple[list[ServedModel], float]:
     """(models, of which the first is loaded; bytes that those loaded may take in all)."""
     memory = cfg.memory * 2**30 or 0.8 * free_memory(runtime.device)
-    run, _ = find_checkpoint(cfg.source, cfg.model_tag, cfg.step, verify=False)
-    first = describe(replace(cfg, model_tag=run.name), runtime, memory)
+    run, first = describe(cfg, runtime, memory)
     if first.num_bytes > memory:
         raise UserError(
             f"{first.name} takes {first.num_bytes / 2**30:.1f} GiB, more than the memory of "
@@ -77,23 +77,24 @@ def offer(cfg: Config, runtime: Runtime) -> tuple[list[ServedModel], float]:
         if other != run and (other.name == run.name or cfg.models == "all"):
             chosen = replace(cfg, source=other.parent.name, model_tag=other.name, step=None)
             try:
-                models.append(describe(chosen, runtime, memory))
+                models.append(describe(chosen, runtime, memory)[1])
             except (UserError, OSError) as error:
                 print0(f"warning: {error}; {other} is not offered")
     return models, memory
 
 
-def describe(chosen: Config, runtime: Runtime, memory: float) -> ServedModel:
-    """A model that is not loaded, with as many slots as `memory` bytes hold beside it."""
-    _, checkpoint = find_checkpoint(chosen.source, chosen.model_tag, chosen.step, verify=False)
+def describe(chosen: Config, runtime: Runtime, memory: float) -> tuple[Path, ServedModel]:
+    """(run folder, its model, not loaded, with as many slots as `memory` bytes hold beside it)."""
+    run, checkpoint = find_checkpoint(chosen.source, chosen.model_tag, chosen.step, verify=False)
+    chosen = replace(chosen, model_tag=run.name)
     config, most = checkpoint.model_config, 64 if runtime.device.type == "cuda" else 8
     max_len, weights = config.sequence_len, checkpoint.folder / "model.safetensors"
     kept_as = kept_dtype(runtime.device, runtime.dtype)
     slot = config.make_cache(1, max_len, "meta", runtime.dtype, kept_as=kept_as).num_bytes
     room = int((memory - weights.stat().st_size) / slot)
     slots = chosen.slots or max(1, min(most, room))
-    return ServedModel(
-        name=f"nanochat-{chosen.model_tag}-{chosen.source}",
+    return run, ServedModel(
+        name=f"nanochat-{run.name}-{chosen.source}",
         kind="base" if chosen.source == "base" else "chat",
         max_len=max_len,
         num_bytes=weights.stat().st_size + slots * slot,
@@ -103,7 +104,7 @@ def describe(chosen: Config, runtime: Runtime, memory: float) -> ServedModel:
 
 def load_engine(chosen: Config, runtime: Runtime, slots: int) -> Engine:
     if runtime.device.type == "cuda":
-        torch.cuda.set_device(runtime.device)  # of this thread, else it would use GPU 0 as well
+        torch.cuda.set_device(runtime.device)  # of this thread, an engine's or the main one
     model, tokenizer, meta = load_model(chosen, runtime)
     engine = Engine(model, tokenizer, slots, deterministic=chosen.deterministic)
     size = engine.slots.cache.num_bytes / slots / 2**20
@@ -121,13 +122,18 @@ def serve(cfg: Config, listener: socket.socket, ready: Callable[[], None] | None
     host_names = LOOPBACK if is_local else frozenset[str]()
     app = create_app(models, cfg, memory, api_key=api_key, host_names=host_names)
     if not (is_local or api_key):
-        print0("open to whoever reaches this machine; set NANOCHAT_API_KEY to ask for a key")
+        print0(
+            "open to whoever reaches this machine, samples of training at /runs included; "
+            "set NANOCHAT_API_KEY to ask for a key"
+        )
     if others := [model.name for model in models[1:]]:
         print0(f"when asked for: {', '.join(others)}")
     host, port = listener.getsockname()[:2]
     print0(f"chat at http://{host}:{port}, API at http://{host}:{port}/v1; Ctrl-C ends")
-    options = {"access_log": False, "limit_concurrency": 1000, "timeout_graceful_shutdown": 5}
-    Server(uvicorn.Config(app, **options), ready).run([listener])
+    config = uvicorn.Config(
+        app, access_log=False, limit_concurrency=1000, timeout_graceful_shutdown=5
+    )
+    Server(config, ready).run([listener])
 
 
 def main(cfg: Config) -> None:

@@ -2,11 +2,14 @@
 
 import json
 import os
+from array import array
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from nanochat.runs import MAX_POINTS, Runs
+from nanochat.runs import MAX_POINTS, Runs, thin
 from tests.serving import EchoEngine, serving
 
 DEAD = 2**22 + 1  # more than a process's number can be
@@ -41,7 +44,32 @@ def test_a_file_that_grows_is_read_on_from_where_it_ended(folder: Path) -> None:
     other.rename(path)
     assert runs.read()[0]["curves"] == {"loss": [[1, 2.5]], "val_bpb": [[0, 4]]}
     path.unlink()
-    assert runs.read() == []
+    assert runs.read() == [] and not runs.logs
+
+
+DAMAGED = (
+    '{"step": 2, "loss": "x"}',
+    '{"step": 2, "loss": 1e999}',
+    '{"step": 2, "loss": [1]}',
+    '{"step": null, "loss": 9}',
+    '{"step": 2, "progress": "x"}',
+    '{"step": 2, "seconds": "x"}',
+    '{"step": 2, "mfu": 1e999}',
+    '{"step": 1%s}' % ("0" * 400),
+    '{"loss": 9}',
+    "[]",
+    "[" * 100_000,
+)
+
+
+@pytest.mark.parametrize("damaged", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_record_is_passed_over(folder: Path, damaged: str) -> None:
+    good = line(1, loss=2.0) + "%s" + line(3, loss=1.5) + "%s"
+    (folder / "metrics.jsonl").write_text(good.replace("%s", f"{damaged}\n"))
+    [run] = Runs().read()
+    (folder / "metrics.jsonl").write_text(good.replace("%s", ""))
+    [expected] = Runs().read()
+    assert run | {"age_seconds": 0} == expected | {"age_seconds": 0}
 
 
 def test_a_long_run_is_thinned_out(folder: Path) -> None:
@@ -52,6 +80,15 @@ def test_a_long_run_is_thinned_out(folder: Path) -> None:
     points = run["curves"]["reward"]
     assert points[0] == [4.5, 9] and len(points) == MAX_POINTS
     assert all(value == 2 * step for step, value in points)
+
+
+@pytest.mark.parametrize("num_points", [1, MAX_POINTS, MAX_POINTS + 1, 3 * MAX_POINTS - 1])
+def test_thinned_points_are_means_of_stretches(num_points: int) -> None:
+    points = np.random.default_rng(0).normal(size=(num_points, 2))
+    begins = [i * num_points // MAX_POINTS for i in range(MAX_POINTS)]
+    stretches = [points[i:j] for i, j in pairwise([*dict.fromkeys(begins), num_points])]
+    means = [stretch.mean(axis=0) for stretch in stretches]
+    assert np.allclose(thin(array("d", points.ravel())), means, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +116,8 @@ def test_states(folder: Path, lock: object, result: int | None, hours: int, stat
 
 
 def test_the_data_need_the_key_and_the_page_does_not(folder: Path) -> None:
-    (folder / "metrics.jsonl").write_text(line(1, loss=float("inf")))
+    text = line(1, loss=float("inf"), samples=["\ud800"])
+    (folder / "metrics.jsonl").write_text(text)
     with serving([EchoEngine()], api_key="secret") as running:
         assert running.client.get("/runs").status_code == 200
         assert running.client.get("/runs/data").status_code == 401

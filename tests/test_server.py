@@ -267,6 +267,11 @@ def test_plain_text_and_its_tokens() -> None:
             for prompt in ask["prompt"]:
                 counts.append(server.client.post(path, json={"prompt": prompt}).json())
         assert sum(each["count"] for each in counts) == 2 * whole.usage.prompt_tokens
+        before = server.chat.metrics.num_tokens
+        scored = client.completions.create(
+            model="nanochat", prompt="né", echo=True, logprobs=1, max_tokens=0
+        )
+        assert scored.usage.completion_tokens == server.chat.metrics.num_tokens - before == 0
         back = server.client.post("/detokenize", json={"tokens": counts[0]["tokens"][1:]})
         assert back.json()["prompt"] == "né"
         for name, tokens in (("detokenize", [999]), ("tokenize", None)):
@@ -475,7 +480,9 @@ def loaded(server: Running) -> set[str]:
     return {card["id"] for card in cards if card["loaded"]}
 
 
-def test_models_are_loaded_when_asked_for_and_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_are_loaded_when_asked_for_and_make_room(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("nanochat.jobs.PREPARE_SECONDS", 0.0)
     monkeypatch.setattr("nanochat.server.ROOM_SECONDS", 0.2)
     shelf = Shelf()
@@ -488,7 +495,7 @@ def test_models_are_loaded_when_asked_for_and_make_room(monkeypatch: pytest.Monk
         assert set(shelf.engines) == {"a", "c"}  # the memory of b is free
         refusals = {
             "big": (400, "model_too_large", "memory"),
-            "damaged": (503, "model_unavailable", "safetensors is damaged; use --step=3"),
+            "damaged": (503, "model_unavailable", "see the server's log"),
             "lost": (503, "model_unavailable", "see the server's log"),
             "d": (404, "model_not_found", "no model 'd'"),
         }
@@ -497,8 +504,13 @@ def test_models_are_loaded_when_asked_for_and_make_room(monkeypatch: pytest.Monk
             error = response.json()["error"]
             assert (response.status_code, error["code"]) == (status, code)
             assert text in error["message"]
+        assert "safetensors is damaged; use --step=3" in caplog.text  # and not in answers
         for name in ("c", "b"):  # a second time what failed; then the least recently used leaves
             assert said(server.ask("hi", model=name)) == "hi"
+        for path in ("tokenize", "detokenize"):  # which make no room for models
+            body = {"model": "a", "prompt": "hi", "tokens": [1]}
+            error = server.client.post(f"/{path}", json=body).json()["error"]
+            assert error["code"] == "model_not_loaded" and loaded(server) == {"b", "c"}
         held = list(shelf.engines.values())
         for engine in held:
             engine.go.clear()
@@ -511,6 +523,36 @@ def test_models_are_loaded_when_asked_for_and_make_room(monkeypatch: pytest.Monk
             engine.go.set()
         assert [said(answer.result()) for answer in waiting] == ["b", "c"]
         assert said(server.ask("hi", model="a")) == "hi"
+
+
+def test_a_model_that_could_not_be_loaded_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where none is left, and the server lives on; as if for want of memory."""
+    monkeypatch.setattr("nanochat.jobs.PREPARE_SECONDS", 0.0)
+    shelf = Shelf()
+    with serving_models(shelf.models, memory=1) as server:
+        for _ in range(2):
+            assert server.ask("hi", model="lost").json()["error"]["code"] == "model_unavailable"
+            assert server.client.get("/metrics").status_code == 200
+            assert server.client.get("/ready").status_code == 503
+        assert shelf.loads == ["a", "lost", "lost"]
+        shelf.models[-1].load = shelf.models[0].load
+        assert said(server.ask("hi", model="lost")) == "hi" and loaded(server) == {"lost"}
+        assert server.client.get("/ready").status_code == 200
+
+
+def test_a_model_leaves_the_memory_while_its_answer_is_still_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nanochat.jobs.PREPARE_SECONDS", 0.0)
+    shelf = Shelf()
+    shelf.engines["a"].scripts["long"] = [ord("x")] * 200
+    ask: dict[str, Any] = {"max_tokens": 200, "logprobs": True, "top_logprobs": 20, "stream": True}
+    with serving_models(shelf.models, memory=1) as server, server.connect("long", **ask):
+        server.until(lambda: server.chat.metrics.num_tokens == 200)
+        assert said(server.ask("hi", model="b")) == "hi"
+        assert server.server.server_state.tasks, "the answer was sent"
+        gc.collect()
+        assert set(shelf.engines) == {"b"}
 
 
 def test_others_are_answered_while_a_model_loads_once() -> None:

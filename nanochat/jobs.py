@@ -70,9 +70,7 @@ class Metrics:
         self.prompt_tokens = counter("prompt_tokens", "Tokens in the prompts of all choices.")
         self.prefilled = counter("prefill_tokens", "Those of them that the model had to read.")
         self.tokens = counter("generation_tokens", "Tokens generated, the calculator's included.")
-        self.ended = counter(
-            "request_success", "Choices ended, errors included.", ["finished_reason"]
-        )
+        self.ended = counter("request_success", "Choices ended, well or not.", ["finished_reason"])
         self.refused = counter("requests_refused", "Requests refused, by the error.", ["code"])
         self.queued = long("request_queue_time_seconds", "Seconds of waiting for a slot.")
         self.first = long("time_to_first_token_seconds", "Seconds from request to first token.")
@@ -182,7 +180,6 @@ class EngineWorker:
         self.settled = asyncio.Event()  # no longer loading
         self.error: ApiError | None = None  # why it could not be loaded
         self.failed = False  # by no fault of the user's: the device itself may be unusable
-        self.num_prefilled = 0  # tokens, as far as the metrics know
         self.jobs: dict[Request, Job] = {}  # of requests that have not ended; the event loop's
         self.inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # None: end
         self.step_began: float | None = None
@@ -234,16 +231,10 @@ class EngineWorker:
                 self.cancel(job.choices, "error")
 
     def _deliver(
-        self,
-        started: Sequence[Request],
-        waiting: Sequence[Request],
-        events: Sequence[Event],
-        num_prefilled: int,
+        self, started: Sequence[Request], waiting: Sequence[Request], events: Sequence[Event]
     ) -> None:
         """Pass on a step's outcome: who left the queue, who still waits, the tokens."""
         now = time.monotonic()
-        self.metrics.prefilled.inc(num_prefilled - self.num_prefilled)
-        self.num_prefilled = num_prefilled
         for request in started:
             if (job := self.jobs.get(request)) and not job.started:
                 job.started, job.place = now, 0
@@ -307,21 +298,20 @@ class EngineWorker:
         if engine.device.type == "cuda":
             torch.cuda.set_device(engine.device)  # of this thread: another may have loaded it
         list(engine.stream([Request([engine.chat.bos], 2)]))  # warm-up
-        self.engine, self.num_prefilled = engine, engine.slots.num_prefilled
-        self.state = "ready"
+        self.engine, self.state = engine, "ready"
         self.loop.call_soon_threadsafe(self.settled.set)
 
     def _work(self) -> None:
-        tell, num_failures = self.loop.call_soon_threadsafe, 0
+        engine, tell, num_failures = self.engine, self.loop.call_soon_threadsafe, 0
         while True:
-            while not self.engine.busy or not self.inbox.empty():
+            while not engine.busy or not self.inbox.empty():
                 if (order := self.inbox.get()) is None:
                     return
                 order()
-            self.step_began = time.monotonic()
+            self.step_began, num_prefilled = time.monotonic(), engine.slots.num_prefilled
             events: list[Event] = []
             try:
-                events = self.engine.step()
+                events = engine.step()
                 num_failures = 0
             except StepFailed as failure:
                 num_failures += 1
@@ -331,9 +321,8 @@ class EngineWorker:
                 tell(self.fail, failure.requests, ApiError(500, "the model failed"))
             finally:
                 self.step_began = None
-            engine = self.engine
-            num_prefilled = engine.slots.num_prefilled
-            tell(self._deliver, engine.started, list(engine.waiting), events, num_prefilled)
+            self.metrics.prefilled.inc(engine.slots.num_prefilled - num_prefilled)
+            tell(self._deliver, engine.started, list(engine.waiting), events)
 
 
 @dataclass(eq=False)

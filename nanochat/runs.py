@@ -34,8 +34,7 @@ class Log:
     def __init__(self, path: Path) -> None:
         self.path = path  # of metrics.jsonl
         self.inode = self.place = 0
-        self.newest: dict[str, float] = {}  # the newest value of each figure
-        self.samples: list[str] = []
+        self.newest: dict[str, Any] = {}  # the newest value of each figure, and samples
         self.points: dict[str, array[float]] = {}  # of each curve: step, value, step, value, ...
         self.curves: dict[str, list[list[float]]] = {}  # the same, thinned
 
@@ -45,8 +44,8 @@ class Log:
             status = os.fstat(file.fileno())
             if status.st_ino != self.inode or status.st_size < self.place:
                 self.inode, self.place = status.st_ino, 0
-                self.newest, self.samples, self.curves = {}, [], {}
-                self.points = defaultdict(lambda: array("d"))
+                self.newest, self.points = {}, defaultdict(lambda: array("d"))
+                self.curves = {}
             file.seek(self.place)
             new = file.read()
         new = new[: new.rfind(b"\n") + 1]
@@ -61,8 +60,8 @@ class Log:
         figures = {name: float(record[name]) for name in FIGURES if record.get(name) is not None}
         if not all(abs(value) < 1e15 for value in figures.values()):
             raise ValueError("no figure of a run")
-        step, samples = figures["step"], list(map(str, record.get("samples", self.samples)))
-        self.newest, self.samples = self.newest | figures, samples
+        step, samples = figures["step"], record.get("samples", self.newest.get("samples", []))
+        self.newest |= figures | {"samples": list(map(str, samples))}
         for name in CURVES & figures.keys():
             self.points[name].extend((step, figures[name]))
 
@@ -89,7 +88,7 @@ class Log:
             "age_seconds": age,
             "tok_per_second": newest.get("tok_per_second"),
             "mfu": newest.get("mfu"),
-            "samples": self.samples,
+            "samples": newest.get("samples", []),
             "curves": {name: curve for name, curve in self.curves.items() if name != omitted},
         }
 

@@ -541,8 +541,12 @@ class Server(uvicorn.Server):
         processes".
         """
         loop, state, arrived = asyncio.get_running_loop(), self.server_state, asyncio.Event()
-        own: dict[str, Any] = {"server_state": state, "app_state": self.lifespan.state}
-        protocol = partial(self.config.http_protocol_class, config=self.config, **own)
+        protocol = partial(
+            self.config.http_protocol_class,
+            config=self.config,
+            server_state=state,
+            app_state=self.lifespan.state,
+        )
         listener.setblocking(False)
         while True:
             try:

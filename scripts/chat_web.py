@@ -122,10 +122,7 @@ def serve(cfg: Config, listener: socket.socket, ready: Callable[[], None] | None
     host_names = LOOPBACK if is_local else frozenset[str]()
     app = create_app(models, cfg, memory, api_key=api_key, host_names=host_names)
     if not (is_local or api_key):
-        print0(
-            "open to whoever reaches this machine, samples of training at /runs included; "
-            "set NANOCHAT_API_KEY to ask for a key"
-        )
+        print0("open to everybody, training samples too; set NANOCHAT_API_KEY to ask for a key")
     if others := [model.name for model in models[1:]]:
         print0(f"when asked for: {', '.join(others)}")
     host, port = listener.getsockname()[:2]

@@ -33,6 +33,7 @@ def test_a_file_that_grows_is_read_on_from_where_it_ended(folder: Path) -> None:
     assert (run["stage"], run["tag"], run["step"], run["steps"]) == ("sft", "d2", 1, 8)
     assert run["seconds_left"] == pytest.approx(14) and run["mfu"] == 0.5
     assert run["curves"] == {"loss": [[1, 2]], "val_bpb": [[0, 3]]}
+    assert runs.read()[0]["curves"]["loss"] is run["curves"]["loss"], "thinned again for nothing"
     rest = line(2, loss=1.5)[-9:] + "no json\n[]\n" + line(3, loss=float("nan"), samples=["hello"])
     with path.open("a") as file:
         file.write(rest)

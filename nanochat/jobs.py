@@ -267,26 +267,26 @@ class EngineWorker:
         if job.num_unread > MAX_UNREAD * len(job.choices):
             self.fail(job.choices, ApiError(503, "the client reads too slowly", "slow_reader"))
 
-    def _die(self) -> None:
-        self.state = "dead"
+    def _die(self, failed: bool) -> None:
+        if self.state == "loading":
+            text = "the model could not be loaded; see the server's log"
+            self.error = ApiError(503, text, "model_unavailable", retry_after=30)
+        self.failed, self.state = failed, "dead"
         self.settled.set()
         self.fail(list(self.jobs), ApiError(500, "the engine has stopped; see the server's log"))
 
     # The rest runs in the thread, which leaves the jobs to the event loop.
 
     def _live(self, load: Callable[[], Engine], leaving: Sequence["EngineWorker"]) -> None:
+        failed = False
         try:
             self._load(load, leaving)
             self._work()
         except Exception as error:
-            is_loading = self.state == "loading"
-            self.failed = not (is_loading and isinstance(error, UserError))
-            log.error("the engine's thread has ended: %s", error, exc_info=self.failed)
-            if is_loading:
-                text = "the model could not be loaded; see the server's log"
-                self.error = ApiError(503, text, "model_unavailable", retry_after=30)
+            failed = self.state == "ready" or not isinstance(error, UserError)
+            log.error("the engine's thread has ended: %s", error, exc_info=failed)
         with suppress(RuntimeError):  # the loop may have ended
-            self.loop.call_soon_threadsafe(self._die)
+            self.loop.call_soon_threadsafe(self._die, failed)
 
     def _load(self, load: Callable[[], Engine], leaving: Sequence["EngineWorker"]) -> None:
         for worker in leaving:

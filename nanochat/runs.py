@@ -99,7 +99,7 @@ def is_process(lock: Path) -> bool:
         os.kill(int(lock.read_text()), 0)
     except PermissionError:  # another user's
         return True
-    except (OSError, ValueError):
+    except (OSError, OverflowError, ValueError):
         return False
     return True
 

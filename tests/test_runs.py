@@ -100,6 +100,7 @@ def test_thinned_points_are_means_of_stretches(num_points: int) -> None:
         (os.getpid(), None, 2, "stopped"),  # the number is another process's by now
         (DEAD, None, 0, "stopped"),
         ("", None, 0, "stopped"),
+        (10**30, None, 0, "stopped"),
         (DEAD, 4, 0, "finished"),
     ],
 )

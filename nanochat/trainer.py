@@ -737,7 +737,7 @@ class Run:
 
 def result_step(folder: Path) -> int | None:
     """The step at which the run ended, if it did."""
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         return json.loads((folder / "result.json").read_text())["step"]
     return None
 

@@ -261,10 +261,12 @@ class SlotPool:
         packed: bool = False,
     ) -> torch.Tensor:
         """(B, V) logits after appending num_new[b] tokens to slots[b]; valid until next called."""
-        options = {"slots": slots, "num_new": num_new, "packed": packed}
         if self.graphs is not None:
-            return self.graphs.replay(ids, **options)
-        step = self.model(ids.to(self.device), cache=self.cache, last_only=True, **options)
+            return self.graphs.replay(ids, slots, num_new, packed)
+        ids, cache = ids.to(self.device), self.cache
+        step = self.model(
+            ids, cache=cache, slots=slots, num_new=num_new, packed=packed, last_only=True
+        )
         return step[:, 0]
 
     def decode(self, newest: dict[Slot, int | None]) -> torch.Tensor:
@@ -345,11 +347,13 @@ class StepGraphs:
         """(the ids that it reads, the graph, the (B, V) logits that it writes)."""
         slots = torch.arange(self.cache.num_slots if packed else len(ids))
         num_new = torch.zeros_like(slots)
-        self.cache.recorded_keys = num_keys
+        cache = self.cache
+        cache.recorded_keys = num_keys
 
         def run() -> torch.Tensor:
-            options = {"cache": self.cache, "packed": packed, "last_only": True}
-            return self.model(ids, slots=slots, num_new=num_new, **options)[:, 0]
+            return self.model(
+                ids, cache=cache, slots=slots, num_new=num_new, packed=packed, last_only=True
+            )[:, 0]
 
         with torch.cuda.device(ids.device):
             stream = torch.cuda.Stream()

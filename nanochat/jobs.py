@@ -51,16 +51,15 @@ class Metrics:
         self.is_shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
         if not self.is_shared:
             prometheus.ProcessCollector(registry=self.registry)  # memory, CPU time
-        common = {"namespace": "nanochat", "registry": self.registry}
-        gauge = partial(prometheus.Gauge, multiprocess_mode="livesum", **common)
-        longest = partial(prometheus.Gauge, multiprocess_mode="livemax", **common)
-        counter = partial(prometheus.Counter, **common)
-        long = partial(prometheus.Histogram, buckets=LONG, **common)
-        short = partial(prometheus.Histogram, buckets=SHORT, **common)
-        build = {"version": version("nanochat"), "revision": git_revision()}
-        build |= {"torch": torch.__version__}
-        info = longest("build_info", "Always 1; the labels name the software.", list(build))
-        info.labels(**build).set(1)
+        any_gauge = partial(prometheus.Gauge, namespace="nanochat", registry=self.registry)
+        gauge = partial(any_gauge, multiprocess_mode="livesum")
+        longest = partial(any_gauge, multiprocess_mode="livemax")
+        counter = partial(prometheus.Counter, namespace="nanochat", registry=self.registry)
+        histogram = partial(prometheus.Histogram, namespace="nanochat", registry=self.registry)
+        long, short = partial(histogram, buckets=LONG), partial(histogram, buckets=SHORT)
+        labels = ["version", "revision", "torch"]
+        info = longest("build_info", "Always 1; the labels name the software.", labels)
+        info.labels(version("nanochat"), git_revision(), torch.__version__).set(1)
         self.running = gauge("num_requests_running", "Choices that have a slot of an engine.")
         self.waiting = gauge("num_requests_waiting", "Choices that wait for a slot.")
         self.step_age = longest(

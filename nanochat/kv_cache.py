@@ -322,15 +322,17 @@ class Append:
                 continue
             oldest = 0 if window is None else max(0, start - window + 1)
             end = start + count
-            past = keys[slot, :, oldest:end][None], values[slot, :, oldest:end][None]
+            own_keys = keys[slot, :, oldest:end][None]  # (1, K, S', D)
+            own_values = values[slot, :, oldest:end][None]
             if count == 1:  # sees them all; its heads that share keys are like queries of one head
                 grouped = flat[first].view(1, keys.shape[1], -1, flat.shape[2])
-                mixed = F.scaled_dot_product_attention(grouped, *past, scale=scale)
+                mixed = F.scaled_dot_product_attention(grouped, own_keys, own_values, scale=scale)
                 out[first] = mixed.view_as(flat[first])
                 continue
             mixed = F.scaled_dot_product_attention(
                 flat[first : first + count].transpose(0, 1)[None],
-                *past,
+                own_keys,
+                own_values,
                 attn_mask=self._seen(window, oldest, end, start),
                 scale=scale,
                 enable_gqa=q.shape[2] != keys.shape[1],

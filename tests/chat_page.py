@@ -19,7 +19,7 @@ KILL = object()
 MODEL = {"id": "toy", "object": "model", "context_length": 1024, "kind": "chat"}
 
 Steps = Sequence[bytes | threading.Event | object]
-Answer = Steps | int | dict[str, Steps]
+Answer = Steps | int | dict[str, Steps | int]
 
 
 def card(name: str, kind: str = "chat") -> dict[str, Any]:
@@ -86,6 +86,8 @@ class FakeServer(ThreadingHTTPServer):
         self.has_report = False
         self.models: list[dict[str, Any]] = [MODEL]
         self.is_dead = False  # drops every connection
+        self.ready = threading.Event()  # unless it is set, the models are not told
+        self.ready.set()
 
 
 class _Handler(SimpleHTTPRequestHandler):
@@ -105,6 +107,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
+            self.server.ready.wait()
             return self._answer(200, {"data": self.server.models})
         if self.path == "/":
             self.path = "/ui/index.html"
@@ -117,11 +120,11 @@ class _Handler(SimpleHTTPRequestHandler):
             return
         about = {"path": self.path, "authorization": self.headers["Authorization"]}
         self.server.asked.append({**body, **about})
-        steps = self.server.replies[0]
-        if isinstance(steps, dict):
-            steps = steps.pop(body["model"])
-        if not isinstance(self.server.replies[0], dict) or not self.server.replies[0]:
-            del self.server.replies[0]
+        steps = first = self.server.replies[0]
+        if isinstance(first, dict):
+            steps = first.pop(body["model"])
+        if not isinstance(first, dict) or not first:
+            self.server.replies.pop(0)
         if isinstance(steps, int):
             return self._answer(steps, {"error": {"message": f"a fault of number {steps}"}})
         self.send_response(200)

@@ -92,6 +92,18 @@ class Chat:
         self.page.evaluate("localStorage.clear()")
         self.page.goto(self.server.url)
 
+    def tab(self) -> Any:
+        """A second page of this browser."""
+        page = self.context.new_page()
+        page.goto(self.server.url)
+        page.wait_for_selector("#model option", state="attached")
+        return page
+
+    def fill_storage(self) -> None:
+        """Let the page's storage be full from now on."""
+        full = "() => { throw new DOMException('full', 'QuotaExceededError'); }"
+        self.page.evaluate(f"() => {{ Storage.prototype.setItem = {full}; }}")
+
     def check(self) -> None:
         assert self.faults == []
         hosts = {urlsplit(url).hostname for url in self.urls if not url.startswith("blob:")}
@@ -162,6 +174,8 @@ def desk() -> Iterator[Chat]:
 @pytest.fixture
 def chat(desk: Chat) -> Iterator[Chat]:
     """Any character and any event of a reply comes in pieces of one byte."""
+    desk.faults.clear()  # of the test before
+    desk.urls.clear()
     desk.open()
     yield desk
     desk.check()
@@ -221,6 +235,27 @@ def test_what_was_said_is_kept(chat: Chat) -> None:
         assert chat.server.left.wait(20), "the server was not told"
         chat.chat("Go on", "three")
         assert parts(chat.server.asked[-1]) == ["Count", "one, two", "Go on"]
+
+
+def test_a_question_is_kept_while_the_server_is_silent(chat: Chat) -> None:
+    chat.server.ready.clear()
+    chat.page.reload()
+    chat.ask("Hello", reply("Hi"))
+    chat.see(".question .said", "Hello")
+    chat.see("#send", "Stop")
+    assert parts(chat.stored()[0]) == ["Hello", ""]
+    chat.type("Escape")
+    chat.see(".reply .state", "stopped")
+    chat.click("Regenerate")
+    chat.see("#send", "Stop")
+    chat.click("New conversation")
+    chat.see("#welcome")
+    with chat.page.expect_response("**/completions"):
+        chat.server.ready.set()
+    assert chat.page.is_visible("#welcome"), "taken away from what is in view"
+    chat.page.click("#list a")
+    chat.see(".reply .state", DONE)
+    assert [parts(each) for each in chat.stored()] == [["Hello", "Hi"]]
 
 
 def test_tool_call_is_a_card_in_the_sentence(chat: Chat) -> None:
@@ -352,10 +387,14 @@ def test_conversations_are_kept_and_deleted_and_a_full_storage_is_told(chat: Cha
     chat.click("Undo")
     chat.see(".reply .said", "b")
     assert sorted(conversation["title"] for conversation in chat.stored()) == ["Alpha", "Beta"]
-    full = "() => { throw new DOMException('full', 'QuotaExceededError'); }"
-    chat.page.evaluate(f"() => {{ Storage.prototype.setItem = {full}; }}")
+    chat.fill_storage()
     chat.chat("Hello", "Hi")
     chat.see("#toast", re.compile("storage is full"))
+    other = chat.tab()
+    other.click("#list a:has-text('Alpha')")
+    other.click("text=Delete >> visible=true")  # which this tab hears of
+    chat.count("#list a", 1)
+    chat.see(".reply:last-child .said", "Hi")
 
 
 def test_export_and_import(chat: Chat, tmp_path: Path) -> None:
@@ -478,7 +517,7 @@ def test_models_are_chosen_and_remembered(chat: Chat) -> None:
     chat.see(".reply:last-child .said", "from another again")
     chat.offer(SFT, BASE)  # the one that is remembered is gone
     chat.click("Regenerate", then=reply("from the first"))
-    chat.see(".reply:last-child .who", "sft")  # the rest of the names is the same
+    chat.see(".reply:last-child .who", "d6-sft")
     chat.page.select_option("#other", BASE["id"])
     chat.offer(BASE)  # it alone, asked within the conversation
     chat.chat("Who else?", "nobody")
@@ -511,6 +550,13 @@ def test_two_models_answer_side_by_side(chat: Chat, tmp_path: Path) -> None:
     chat.see(f"{right} .state", DONE)
     chat.type("Escape")
     chat.see(f"{left} .state", re.compile("^stopped"))
+    chat.click("Regenerate", then={SFT["id"]: 503, BASE["id"]: reply("2")})
+    chat.see(f"{left} {PROBLEM}", "a fault of number 503")
+    chat.see(f"{right} .state", DONE)
+    chat.click("Retry", then=reply("1"))  # the answer of the other stays
+    chat.see(f"{left} .said", "1")
+    chat.see(f"{left} .state", DONE)
+    chat.see(f"{right} .said", "2")
     chat.page.select_option("#other", "")
     chat.chat("And?", "Nothing.")
     assert parts(chat.server.asked[-1]) == ["Who?", "1", "And?"], "the other's is not sent"
@@ -580,9 +626,63 @@ def test_a_base_model_goes_on_with_a_text(chat: Chat) -> None:
     chat.page.select_option("#model", SFT["id"])
     chat.chat("Hello", "Hi")
     chat.page.select_option("#model", BASE["id"])
-    value.to_have_value("Once!")
-    chat.page.click("#list a")
     chat.see(".reply .said", "Hi")
+    chat.click("New conversation")
+    value.to_have_value("Once!")
+    chat.fill_storage()
+    chat.click("Continue", then=[text_piece(" Upon"), *end])
+    value.to_have_value("Once! Upon")
+    chat.click("Undo")
+    value.to_have_value("Once!")
+
+
+def test_a_text_in_two_tabs(chat: Chat) -> None:
+    chat.offer(BASE)
+    other = chat.tab()
+    draft = playwright.expect(chat.page.locator("#draft"))
+    chat.page.fill("#draft", "Once")
+    playwright.expect(other.locator("#draft")).to_have_value("Once")
+    chat.click("Continue", then=[text_piece(" upon"), Event()])
+    draft.to_have_value("Once upon")
+    other.fill("#draft", "Once, then")
+    draft.to_have_value("Once, then")
+    assert chat.server.left.wait(20), "it went on with a text that is no more"
+    chat.see("#send", "Continue")
+    assert "Once, then" in chat.page.evaluate("localStorage['nanochat:draft']")
+    chat.page.locator("#toast button").click()
+    draft.to_have_value("Once upon")
+    playwright.expect(other.locator("#draft")).to_have_value("Once upon")
+    chat.click("Continue", then=[text_piece(" a time"), Event()])
+    draft.to_have_value("Once upon a time")
+    chat.page.reload()
+    draft.to_have_value("Once upon a time")
+    chat.click("Undo")
+    draft.to_have_value("Once upon")
+
+
+def test_nothing_takes_an_open_edit_away(chat: Chat) -> None:
+    chat.offer(SFT, BASE, RL)
+    other = chat.tab()
+    chat.chat("Hello", "Hi")
+    chat.edit(0)
+    chat.type("Control+A", "Changed")
+    other.evaluate("localStorage['nanochat:draft'] = '{\"text\": \"a\", \"added\": []}'")
+    other.fill("#input", "New")
+    chat.server.replies.append(reply("yes"))
+    other.keyboard.press("Enter")
+    chat.count("#list a", 2)
+    chat.page.focus("#model")
+    for model in (BASE, RL):
+        chat.page.keyboard.press("ArrowDown")
+        playwright.expect(chat.page.locator("#model")).to_have_value(model["id"])
+    assert chat.page.input_value(".edit textarea") == "Changed"
+    chat.see("#title", "Hello")
+    kept = chat.tab()  # by another tab the choice is heard of, and what it means for the composer
+    chat.click("New conversation")
+    kept.select_option("#model", BASE["id"])
+    chat.see("#draft")
+    kept.select_option("#model", SFT["id"])
+    chat.see("#input")
 
 
 def test_tokens_tell_how_likely_they_were(chat: Chat) -> None:
@@ -650,6 +750,7 @@ def test_a_real_server_of_several_models(chat: Chat) -> None:
         chat.see(f"{right} .choices b", "c 100 %")
         chat.count(f"{right} .choices > *", 5)
         chat.page.select_option("#model", base.name)
+        chat.click("New conversation")
         chat.page.fill("#draft", "Once")
         chat.page.click("#send")
         chat.see("#context", re.compile("context [1-9]"))
@@ -779,6 +880,8 @@ def test_phone(desk: Chat) -> None:
     chat.see(f"{left} .choices", "8 10 %")
     check_width()
     chat.page.select_option("#model", BASE["id"])
+    chat.page.tap("text=Menu")
+    chat.page.tap("#new")
     chat.page.fill("#draft", "Wide" * 40)
     check_width()
     chat.check()
@@ -837,6 +940,7 @@ def test_axe_finds_no_violation(
     chat.page.locator(".token").first.focus()
     audit()
     chat.page.select_option("#model", BASE["id"])
+    chat.click("New conversation")
     chat.page.fill("#draft", "Once")
     audit()
     folder = tmp_path / "base/d6"

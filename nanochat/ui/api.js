@@ -43,8 +43,8 @@ async function request(path, settings, options) {
 }
 
 /* The models, the default first: {id, kind: "chat" or "base", context_length, ...}. */
-export async function loadModels(settings) {
-  return (await (await request("v1/models", settings, {})).json()).data;
+export async function loadModels(settings, signal) {
+  return (await (await request("v1/models", settings, { signal })).json()).data;
 }
 
 /* The training runs, the newest first; nanochat/runs.py says what there is of each. */

@@ -6,22 +6,25 @@ token: only the finished reply is announced, in a separate region. */
 
 import { ApiError, hasReport, loadModels, loadRuns, streamReply, streamText } from "./api.js";
 import { el } from "./dom.js";
-import { Store, textOf } from "./store.js";
-import { button, copy, entersMessage, isTouch } from "./view.js";
-import { entryView, questionView, ReplyView } from "./view.js";
+import { DRAFT, idOf, Store, textOf } from "./store.js";
+import { button, copy, entersMessage, entryView, isTouch, questionView, ReplyView } from "./view.js";
 
 const TOAST_MS = 10_000;
+const LOADING = "the model is being loaded";
 const FULL = "The browser's storage is full: export your conversations and delete old ones.";
 const KEYS = "Enter sends, Shift+Enter starts a line, Esc stops";
+const DRAFT_KEYS = "Ctrl+Enter continues, Esc stops";
+const DRAFT_ID = ""; // stands for the draft among the ids of the conversations
 const named = [...document.querySelectorAll("[id]")];
 const page = Object.fromEntries(named.map((element) => [element.id, element]));
 const store = new Store(() => toast(FULL));
-const streams = new Map(); // id (undefined: the draft) -> AbortController of what is being written
+const streams = new Map(); // id -> AbortController of what is being written
 const unfinished = new Set(); // the replies being written
 const oddsOf = new WeakMap(); // reply -> its tokens with their probabilities; too large to store
 let models = []; // as /v1/models describes them, once the server has answered
 let shown = null; // the conversation in view; null for a new one, or for the draft
 let draftTokens = 0;
+let draftWaits = ""; // for what
 let lastViews = []; // of its last reply: one, or two to compare
 let frame = 0; // the pending animation frame
 let pinned = true; // whether the end of the log stays in view
@@ -32,6 +35,7 @@ let toastTimer = 0;
 
 function show(conversation) {
   shown = conversation;
+  lastViews = [];
   const messages = conversation?.messages ?? [];
   const hadFocus = page.log.contains(document.activeElement);
   const elements = messages.map((message, i) => {
@@ -39,29 +43,30 @@ function show(conversation) {
     if (message.role === "user") return questionView(message, onEdit);
     lastViews = [message, message.other].filter(Boolean).map((each) => {
       const odds = store.settings.odds && oddsOf.get(each);
-      return new ReplyView(each, nameOf(each), odds, () => again(conversation));
+      return new ReplyView(each, nameOf(each), odds, () => again(conversation, each));
     });
     const articles = lastViews.map(({ element }) => element);
     return message.other ? el("div", { className: "pair" }, ...articles) : articles[0];
   });
   page.log.replaceChildren(...elements);
   page.welcome.hidden = messages.length > 0;
-  const drafting = isDraft();
-  for (const name of ["scroller", "input"]) page[name].hidden = drafting;
-  for (const name of ["draft", "undo"]) page[name].hidden = !drafting;
-  page.other.hidden = drafting;
-  page.keys.textContent = drafting ? "Ctrl+Enter continues, Esc stops" : KEYS;
   if (hadFocus) page.log.focus({ preventScroll: true });
   showState();
   showList();
 }
 
-/* Whatever changes when a reply begins and when it ends. */
+/* Whatever changes when a reply begins and when it ends, or when another model is chosen. */
 function showState() {
-  const live = streams.has(shown?.id);
+  const live = streams.has(shownId());
+  const drafting = isDraft();
+  for (const name of ["scroller", "input", "other"]) page[name].hidden = drafting;
+  for (const name of ["draft", "undo"]) page[name].hidden = !drafting;
+  page.keys.textContent = drafting ? draftWaits || DRAFT_KEYS : KEYS;
+  page.title.textContent = shown?.title ?? (drafting ? "Text" : "New conversation");
+  document.title = shown ? `${shown.title} · nanochat` : "nanochat";
   if (shown && live) for (const view of lastViews) view.update(unfinished.has(view.message));
   page.log.classList.toggle("busy", live);
-  page.send.textContent = live ? "Stop" : isDraft() ? "Continue" : "Send";
+  page.send.textContent = live ? "Stop" : drafting ? "Continue" : "Send";
   page.send.classList.toggle("stop", live);
   page.draft.readOnly = live;
   page.undo.disabled = live || !lastAdded();
@@ -79,6 +84,7 @@ function showList() {
   const rename = (conversation, title) => {
     Object.assign(conversation, { title });
     store.save(conversation);
+    showState();
     showList();
     page.list.querySelector("[aria-current]")?.focus();
   };
@@ -86,8 +92,6 @@ function showList() {
     return entryView(each, each === shown, (title) => rename(each, title), () => remove(each));
   });
   page.list.replaceChildren(...entries);
-  page.title.textContent = shown?.title ?? (isDraft() ? "Text" : "New conversation");
-  document.title = shown ? `${shown.title} · nanochat` : "nanochat";
 }
 
 function follow(pin = pinned) {
@@ -110,19 +114,16 @@ function toast(text, undo) {
 
 const chosen = () => models.find(({ id }) => id === page.model.value) ?? models[0];
 const isDraft = () => !shown && chosen()?.kind === "base"; // else a conversation is in view
+const shownId = () => shown?.id ?? DRAFT_ID;
 
-/* Short for a model, or for a reply's: without what the names of all models begin with. */
-function nameOf({ id, model = id }) {
-  if (models.length < 2 || !model) return "nanochat";
-  let prefix = models[0].id.replace(/[^-]*$/, "");
-  while (!models.every(({ id }) => id.startsWith(prefix))) prefix = prefix.replace(/[^-]*-$/, "");
-  return String(model).replace(prefix, "");
-}
+/* Short for a model, or for a reply's. */
+const nameOf = ({ id, model = id }) =>
+  models.length > 1 && model ? model.replace(/^nanochat-/, "") : "nanochat";
 
-async function findModels() {
-  models = await loadModels(store.settings);
+async function findModels(signal) {
+  models = await loadModels(store.settings, signal);
   const isOne = models.length < 2;
-  const name = ({ id }) => (isOne ? id : id.replace(/^nanochat-/, ""));
+  const name = (card) => (isOne ? card.id : nameOf(card));
   page.model.replaceChildren(...models.map((card) => new Option(name(card), card.id)));
   const others = isOne ? [] : models.map((card) => new Option(`with ${nameOf(card)}`, card.id));
   page.other.replaceChildren(new Option("compare with …", ""), ...others);
@@ -130,13 +131,14 @@ async function findModels() {
   page.models.hidden = false;
   page.models.classList.toggle("one", isOne);
   showSettings();
+  showState();
 }
 
+/* A conversation in view stays there; a new one, with a base model, is a text. */
 function chooseModel() {
-  streams.get(undefined)?.abort();
+  streams.get(DRAFT_ID)?.abort();
   saveSettings();
-  if (chosen()?.kind === "base") location.hash = "";
-  show(chosen()?.kind === "base" ? null : shown);
+  showState();
 }
 
 /* ---- what a person does ---- */
@@ -158,7 +160,7 @@ function send(text) {
 function submit(event) {
   event.preventDefault();
   const text = page.input.value.trim();
-  if (!text || streams.has(shown?.id)) return;
+  if (!text || streams.has(shownId())) return;
   page.input.value = "";
   fitInput();
   if (!isTouch()) page.input.focus();
@@ -178,7 +180,9 @@ function resend(conversation, index, text) {
   });
 }
 
-function again(conversation) {
+/* Another reply, or two; but if one of two failed, the other stays. */
+function again(conversation, reply) {
+  if (reply.error && conversation.messages.at(-1).other) return answer(conversation, reply);
   conversation.messages.pop();
   answer(conversation);
 }
@@ -231,6 +235,12 @@ function showSettings() {
 
 /* ---- a reply ---- */
 
+function addStream(id) {
+  const controller = new AbortController();
+  streams.set(id, controller);
+  return controller;
+}
+
 /* What the model is to see: without the questions that it never answered. */
 function history(messages) {
   const isEmpty = (message) => message?.content.length === 0;
@@ -238,24 +248,31 @@ function history(messages) {
   return kept.map(({ role, content }) => ({ role, content }));
 }
 
-async function answer(conversation) {
-  const asked = history(conversation.messages);
-  const controller = new AbortController();
-  streams.set(conversation.id, controller);
-  if (!models.length) await findModels().catch(() => null); // else the replies below tell of it
-  const names = page.other.value ? [chosen().id, page.other.value] : [chosen()?.id];
-  const note = "interrupted"; // until its end is known
-  const replies = names.map((model) => ({ role: "assistant", content: [], note, model }));
-  for (const reply of replies) {
-    unfinished.add(reply);
-    if (store.settings.odds) oddsOf.set(reply, []);
-  }
-  replies[0].other = replies[1];
-  conversation.messages.push(replies[0]);
+/* The reply, without what it held. */
+function begin(reply) {
+  const fresh = { role: "assistant", content: [], note: "interrupted" }; // until its end is known
+  unfinished.add(reply);
+  oddsOf.set(reply, store.settings.odds ? [] : null);
+  return Object.assign(reply, fresh, { error: undefined, stats: undefined, tokens: undefined });
+}
+
+/* Adds a reply, or two to compare; or replaces only the one that `failed`. */
+async function answer(conversation, failed) {
+  const { signal } = addStream(conversation.id);
+  const reply = begin(failed ?? {});
+  const replies = [reply];
+  if (!failed) conversation.messages.push(reply);
   conversation.updated = Date.now();
-  store.save(conversation);
+  store.save(conversation); // before anything that takes time, as the question is in no field now
   open(conversation);
-  await Promise.all(replies.map((reply) => write(conversation, reply, asked, controller.signal)));
+  if (!models.length) await findModels(signal).catch(() => null); // the replies below tell of it
+  if (!failed) {
+    reply.model = chosen()?.id;
+    if (page.other.value) replies.push((reply.other = begin({ model: page.other.value })));
+    if (conversation === shown) show(conversation);
+  }
+  const asked = history(conversation.messages.slice(0, -1));
+  await Promise.all(replies.map((reply) => write(conversation, reply, asked, signal)));
   streams.delete(conversation.id);
   if (conversation !== shown) return;
   showState();
@@ -263,21 +280,26 @@ async function answer(conversation) {
   page.announcer.textContent = said.join("\n");
 }
 
+/* What to tell of an error. */
+function faultOf(error) {
+  findModels().catch(() => null); // a restarted server may have others
+  if (!(error instanceof ApiError)) reportError(error); // a fault of the page's own
+  return error.message;
+}
+
 async function write(conversation, reply, asked, signal) {
   try {
     const started = performance.now();
     const card = models.find(({ id }) => id === reply.model);
-    if (card?.loaded === false) waitFor(reply, "the model is being loaded");
+    if (card?.loaded === false) redraw(reply, LOADING);
     for await (const piece of streamReply(reply.model, asked, store.settings, signal)) {
       if (card) card.loaded = true;
       take(reply, piece, (performance.now() - started) / 1000);
-      waitFor(reply, piece.queued ? `queued: ${piece.queued}` : "");
+      redraw(reply, piece.queued ? `queued: ${piece.queued}` : "");
     }
   } catch (error) {
     if (signal.aborted) reply.note = "stopped";
-    else reply.error = error.message;
-    if (reply.error) findModels().catch(() => null); // a restarted server may have others
-    if (reply.error && !(error instanceof ApiError)) reportError(error);
+    else reply.error = faultOf(error);
   } finally {
     unfinished.delete(reply);
     if (store.conversations.get(conversation.id) === conversation) store.save(conversation);
@@ -306,10 +328,10 @@ function take(reply, { text, tool, odds, finish, usage, timings }, seconds) {
 const viewOf = (reply) => lastViews.find(({ message }) => message === reply);
 
 /* Shows a reply, if it is in view, and what it waits for. */
-function waitFor(reply, what) {
+function redraw(reply, waiting) {
   const view = viewOf(reply);
   if (!view) return;
-  view.waiting = what;
+  Object.assign(view, { waiting });
   frame ||= requestAnimationFrame(() => {
     frame = 0;
     for (const view of lastViews) if (unfinished.has(view.message)) view.update(true);
@@ -324,20 +346,32 @@ const lastAdded = () => {
   return added && page.draft.value.startsWith(added.text, added.at) ? added : null;
 };
 
-function saveDraft(added = store.draft.added) {
+function saveDraft(added) {
   store.saveDraft({ text: page.draft.value, added });
   showState();
 }
 
 async function goOn() {
   const { draft } = page;
+  const { added } = store.draft;
   const at = draft.value.length;
-  const controller = new AbortController();
-  streams.set(undefined, controller);
-  showState();
+  const card = chosen();
+  const { signal } = addStream(DRAFT_ID);
+  const save = () => {
+    const text = draft.value.slice(at);
+    saveDraft(text ? [...added, { at, text }] : added);
+  };
+  const wait = (what) => {
+    draftWaits = what;
+    showState();
+  };
+  addEventListener("pagehide", save);
+  wait(card.loaded === false ? LOADING : "");
   try {
-    const pieces = streamText(chosen().id, draft.value, store.settings, controller.signal);
-    for await (const { text, usage } of pieces) {
+    for await (const piece of streamText(card.id, draft.value, store.settings, signal)) {
+      const { queued, text, usage } = piece;
+      card.loaded = true;
+      if (queued || draftWaits) wait(queued ? `queued: ${queued}` : "");
       const isAtEnd = draft.scrollHeight - draft.scrollTop - draft.clientHeight < 40;
       const end = draft.value.length;
       draftTokens = usage?.total_tokens ?? draftTokens;
@@ -345,13 +379,14 @@ async function goOn() {
       if (isAtEnd) draft.scrollTop = draft.scrollHeight;
     }
   } catch (error) {
-    if (error instanceof ApiError) toast(error.message);
-    else if (!controller.signal.aborted) reportError(error);
+    if (!signal.aborted) toast(faultOf(error));
   }
-  streams.delete(undefined);
-  const text = draft.value.slice(at);
-  saveDraft(text ? [...store.draft.added, { at, text }] : undefined);
-  page.announcer.textContent = text;
+  removeEventListener("pagehide", save);
+  draftWaits = "";
+  if (streams.get(DRAFT_ID)?.signal !== signal) return showState(); // another tab's text is here
+  streams.delete(DRAFT_ID);
+  save();
+  page.announcer.textContent = draft.value.slice(at);
 }
 
 function takeBack() {
@@ -368,7 +403,7 @@ function fitInput() {
   page.input.style.height = `${page.input.scrollHeight}px`;
 }
 
-const stop = () => streams.get(shown?.id)?.abort();
+const stop = () => streams.get(shownId())?.abort();
 
 function onKey(event) {
   const { key, shiftKey, ctrlKey, metaKey, target } = event;
@@ -387,15 +422,44 @@ function onScroll() {
   page.latest.hidden = pinned;
 }
 
+/* Another tab has changed an entry. Only what shows it is made anew: a form may be open. */
+function onStorage({ key }) {
+  if (!key || streams.has(idOf(key))) return; // what is being written here stays
+  store.load(key);
+  const id = idOf(key);
+  if (key === DRAFT) takeDraft();
+  else if (id && id === shown?.id) show(store.conversations.get(id) ?? null);
+  else if (id) showList();
+  else showSettings();
+  showState();
+}
+
+/* Another tab's text takes the place of this one's, which can be had back if it was growing. */
+function takeDraft() {
+  const { value } = page.draft;
+  page.draft.value = store.draft.text;
+  const controller = streams.get(DRAFT_ID);
+  if (!controller) return;
+  streams.delete(DRAFT_ID);
+  controller.abort();
+  toast("The text was changed in another tab.", () => {
+    page.draft.value = value;
+    saveDraft([]);
+  });
+}
+
 function listen() {
   page.send.onclick = (event) => {
-    if (streams.has(shown?.id)) stop();
+    if (streams.has(shownId())) stop();
     else if (isDraft()) goOn();
     else submit(event);
   };
-  page.draft.oninput = () => saveDraft();
+  page.draft.oninput = () => {
+    if (!page.draft.value) draftTokens = 0;
+    saveDraft(page.draft.value ? store.draft.added : []);
+  };
   page.draft.onkeydown = ({ key, ctrlKey, metaKey }) => {
-    if (key === "Enter" && (ctrlKey || metaKey) && !streams.has(undefined)) goOn();
+    if (key === "Enter" && (ctrlKey || metaKey) && !streams.has(DRAFT_ID)) goOn();
   };
   page.undo.onclick = takeBack;
   page.model.oninput = chooseModel;
@@ -420,6 +484,7 @@ function listen() {
   page.form.oninput = page.theme.oninput = page.other.oninput = saveSettings;
   page.form.onreset = () => setTimeout(chooseModel); // once the fields are empty
   page.settings.onclose = () => {
+    showSettings(); // what is not valid was not saved
     if (!models.length) findModels().then(() => show(shown), () => null); // now with a key, perhaps
   };
   addEventListener("keydown", onKey);
@@ -427,16 +492,9 @@ function listen() {
     const id = location.hash.slice(1);
     if (id !== (shown?.id ?? "")) open(store.conversations.get(id) ?? null);
   });
-  addEventListener("storage", () => {
-    if (streams.size) return; // what is being written here stays
-    store.load();
-    page.draft.value = store.draft.text;
-    show(store.conversations.get(shown?.id) ?? null);
-    showSettings();
-  });
+  addEventListener("storage", onStorage);
   addEventListener("pagehide", () => {
     for (const each of store.list()) if (streams.has(each.id)) store.save(each);
-    if (streams.has(undefined)) saveDraft();
   });
 }
 

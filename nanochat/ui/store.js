@@ -8,7 +8,7 @@ A reply's `other` is what a second model answered, to be compared; no model is s
 
 const PREFIX = "nanochat:conversation:";
 const SETTINGS = "nanochat:settings";
-const DRAFT = "nanochat:draft";
+export const DRAFT = "nanochat:draft";
 const PARTS = ["text", "python", "python_output"];
 
 export const partsOf = ({ content }) =>
@@ -17,17 +17,35 @@ export const partsOf = ({ content }) =>
 export const textOf = (message) =>
   partsOf(message).map(({ type, text }) => (type === "text" ? text : "")).join("");
 
+/* Of which conversation an entry is; undefined for the others. */
+export const idOf = (key) => key.split(PREFIX)[1];
+
+/* An entry's value; null if there is none, or if it is damaged. */
+function read(key) {
+  try {
+    return JSON.parse(localStorage.getItem(key));
+  } catch {
+    return null;
+  }
+}
+
+export const readSettings = () => read(SETTINGS) ?? {};
+
+/* What is in the storage, and what found no room there. */
 export class Store {
   constructor(onFull) {
     this.onFull = onFull; // called when the browser has no room left
-    this.load();
+    this.conversations = new Map();
+    for (const key of [SETTINGS, DRAFT, ...Object.keys(localStorage)]) this.load(key);
   }
 
-  load() {
-    const keys = Object.keys(localStorage).filter((key) => key.startsWith(PREFIX));
-    const conversations = keys.map((key) => JSON.parse(localStorage.getItem(key)));
-    this.conversations = new Map(conversations.map((each) => [each.id, each]));
-    this.settings = JSON.parse(localStorage.getItem(SETTINGS) ?? "{}");
+  /* Reads an entry, anew once another tab has changed it. */
+  load(key) {
+    const value = read(key);
+    if (key === SETTINGS) this.settings = value ?? {};
+    else if (key === DRAFT) this.draft = value ?? { text: "", added: [] };
+    else if (idOf(key) && value) this.conversations.set(idOf(key), value);
+    else this.conversations.delete(idOf(key));
   }
 
   /* Newest first. */
@@ -55,11 +73,10 @@ export class Store {
   }
 
   /* The text that a base model goes on with, and what it added: {text, added: [{at, text}]}. */
-  get draft() {
-    return JSON.parse(localStorage.getItem(DRAFT) ?? '{"text": "", "added": []}');
+  saveDraft(draft) {
+    this.draft = draft;
+    this.write(DRAFT, draft);
   }
-
-  saveDraft = (draft) => this.write(DRAFT, draft);
 
   write(key, value) {
     try {

@@ -8,6 +8,8 @@ const TEXT_TOKENS = 100; // that a text goes on by at a time, unless the setting
 
 export class ApiError extends Error {}
 
+const brokenOff = () => new ApiError("the connection broke off before the answer was complete");
+
 /* The lines of a stream, whose chunks may cut characters and lines. */
 async function* readLines(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
@@ -18,6 +20,8 @@ async function* readLines(stream) {
       carry = lines.pop();
       yield* lines;
     }
+  } catch {
+    throw brokenOff();
   } finally {
     reader.cancel().catch(() => undefined); // the connection is gone already, or is to go
   }
@@ -73,20 +77,16 @@ async function* stream(path, body, settings, signal) {
   for (const name of NUMBERS) if (settings[name]) body[name] = Number(settings[name]);
   const options = { method: "POST", body: JSON.stringify(body), signal };
   const response = await request(path, settings, options);
-  try {
-    for await (const line of readLines(response.body)) {
-      const [, field, value] = /^(\w*): *(.*)/s.exec(line) ?? [];
-      if (field === "" && value.startsWith("queued")) yield { queued: value.slice(7) };
-      if (field !== "data") continue;
-      if (value === "[DONE]") return;
-      const { error, choices, usage, timings } = JSON.parse(value);
-      if (error) throw new ApiError(error.message);
-      const { delta, text, logprobs, finish_reason: finish } = choices[0] ?? {};
-      const { content = text, tool } = delta ?? {};
-      yield { text: content, tool, odds: logprobs?.content, finish, usage, timings };
-    }
-  } catch (error) {
-    if (signal.aborted || error instanceof ApiError) throw error;
+  for await (const line of readLines(response.body)) {
+    const [, field, value] = /^(\w*): *(.*)/s.exec(line) ?? [];
+    if (field === "" && value.startsWith("queued")) yield { queued: value.slice(7) };
+    if (field !== "data") continue;
+    if (value === "[DONE]") return;
+    const { error, choices, usage, timings } = JSON.parse(value);
+    if (error) throw new ApiError(error.message);
+    const { delta, text, logprobs, finish_reason: finish } = choices[0] ?? {};
+    const { content = text, tool } = delta ?? {};
+    yield { text: content, tool, odds: logprobs?.content, finish, usage, timings };
   }
-  throw new ApiError("the connection broke off before the answer was complete");
+  throw brokenOff();
 }

@@ -4,16 +4,15 @@ The URL names the conversation in view (#id), so that reload, back and a second 
 continue in the background. The log is not a live region, as a screen reader would read every
 token: only the finished reply is announced, in a separate region. */
 
-import { ApiError, hasReport, loadModels, loadRuns, streamReply, streamText } from "./api.js";
+import { ApiError, hasReport, loadModels, streamReply, streamText } from "./api.js";
 import { el } from "./dom.js";
 import { DRAFT, idOf, Store, textOf } from "./store.js";
-import { button, copy, entersMessage, entryView, isTouch, questionView, ReplyView } from "./view.js";
+import { button, copy, entryView, isTouch, questionView, ReplyView, sends } from "./view.js";
 
 const TOAST_MS = 10_000;
 const LOADING = "the model is being loaded";
 const FULL = "The browser's storage is full: export your conversations and delete old ones.";
 const KEYS = "Enter sends, Shift+Enter starts a line, Esc stops";
-const DRAFT_KEYS = "Ctrl+Enter continues, Esc stops";
 const DRAFT_ID = ""; // stands for the draft among the ids of the conversations
 const named = [...document.querySelectorAll("[id]")];
 const page = Object.fromEntries(named.map((element) => [element.id, element]));
@@ -24,7 +23,6 @@ const oddsOf = new WeakMap(); // reply -> its tokens with their probabilities; t
 let models = []; // as /v1/models describes them, once the server has answered
 let shown = null; // the conversation in view; null for a new one, or for the draft
 let draftTokens = 0;
-let draftWaits = ""; // for what
 let lastViews = []; // of its last reply: one, or two to compare
 let frame = 0; // the pending animation frame
 let pinned = true; // whether the end of the log stays in view
@@ -51,17 +49,16 @@ function show(conversation) {
   page.log.replaceChildren(...elements);
   page.welcome.hidden = messages.length > 0;
   if (hadFocus) page.log.focus({ preventScroll: true });
-  showState();
   showList();
 }
 
-/* Whatever changes when a reply begins and when it ends, or when another model is chosen. */
-function showState() {
+/* Whatever changes when a reply begins and ends, a model is chosen, or a text has to wait. */
+function showState(waiting) {
   const live = streams.has(shownId());
   const drafting = isDraft();
   for (const name of ["scroller", "input", "other"]) page[name].hidden = drafting;
   for (const name of ["draft", "undo"]) page[name].hidden = !drafting;
-  page.keys.textContent = drafting ? draftWaits || DRAFT_KEYS : KEYS;
+  page.keys.textContent = drafting ? waiting || "Ctrl+Enter continues, Esc stops" : KEYS;
   page.title.textContent = shown?.title ?? (drafting ? "Text" : "New conversation");
   document.title = shown ? `${shown.title} · nanochat` : "nanochat";
   if (shown && live) for (const view of lastViews) view.update(unfinished.has(view.message));
@@ -84,7 +81,6 @@ function showList() {
   const rename = (conversation, title) => {
     Object.assign(conversation, { title });
     store.save(conversation);
-    showState();
     showList();
     page.list.querySelector("[aria-current]")?.focus();
   };
@@ -92,6 +88,7 @@ function showList() {
     return entryView(each, each === shown, (title) => rename(each, title), () => remove(each));
   });
   page.list.replaceChildren(...entries);
+  showState(); // the title, too
 }
 
 function follow(pin = pinned) {
@@ -235,12 +232,6 @@ function showSettings() {
 
 /* ---- a reply ---- */
 
-function addStream(id) {
-  const controller = new AbortController();
-  streams.set(id, controller);
-  return controller;
-}
-
 /* What the model is to see: without the questions that it never answered. */
 function history(messages) {
   const isEmpty = (message) => message?.content.length === 0;
@@ -248,31 +239,32 @@ function history(messages) {
   return kept.map(({ role, content }) => ({ role, content }));
 }
 
-/* The reply, without what it held. */
+/* The reply, emptied. */
 function begin(reply) {
-  const fresh = { role: "assistant", content: [], note: "interrupted" }; // until its end is known
   unfinished.add(reply);
   oddsOf.set(reply, store.settings.odds ? [] : null);
-  return Object.assign(reply, fresh, { error: undefined, stats: undefined, tokens: undefined });
+  const note = "interrupted"; // until its end is known
+  return Object.assign(reply, { content: [], note, error: undefined, stats: undefined });
 }
 
 /* Adds a reply, or two to compare; or replaces only the one that `failed`. */
 async function answer(conversation, failed) {
-  const { signal } = addStream(conversation.id);
-  const reply = begin(failed ?? {});
-  const replies = [reply];
+  const controller = new AbortController();
+  streams.set(conversation.id, controller);
+  const reply = begin(failed ?? { role: "assistant" });
   if (!failed) conversation.messages.push(reply);
   conversation.updated = Date.now();
   store.save(conversation); // before anything that takes time, as the question is in no field now
   open(conversation);
-  if (!models.length) await findModels(signal).catch(() => null); // the replies below tell of it
+  if (!models.length) await findModels(controller.signal).catch(() => null); // told below
   if (!failed) {
     reply.model = chosen()?.id;
-    if (page.other.value) replies.push((reply.other = begin({ model: page.other.value })));
+    if (page.other.value) reply.other = begin({ role: "assistant", model: page.other.value });
     if (conversation === shown) show(conversation);
   }
   const asked = history(conversation.messages.slice(0, -1));
-  await Promise.all(replies.map((reply) => write(conversation, reply, asked, signal)));
+  const replies = failed || !reply.other ? [reply] : [reply, reply.other];
+  await Promise.all(replies.map((reply) => write(conversation, reply, asked, controller.signal)));
   streams.delete(conversation.id);
   if (conversation !== shown) return;
   showState();
@@ -280,7 +272,6 @@ async function answer(conversation, failed) {
   page.announcer.textContent = said.join("\n");
 }
 
-/* What to tell of an error. */
 function faultOf(error) {
   findModels().catch(() => null); // a restarted server may have others
   if (!(error instanceof ApiError)) reportError(error); // a fault of the page's own
@@ -331,7 +322,7 @@ const viewOf = (reply) => lastViews.find(({ message }) => message === reply);
 function redraw(reply, waiting) {
   const view = viewOf(reply);
   if (!view) return;
-  Object.assign(view, { waiting });
+  view.waiting = waiting;
   frame ||= requestAnimationFrame(() => {
     frame = 0;
     for (const view of lastViews) if (unfinished.has(view.message)) view.update(true);
@@ -346,7 +337,8 @@ const lastAdded = () => {
   return added && page.draft.value.startsWith(added.text, added.at) ? added : null;
 };
 
-function saveDraft(added) {
+function saveDraft(added = page.draft.value ? store.draft.added : []) {
+  if (!page.draft.value) draftTokens = 0;
   store.saveDraft({ text: page.draft.value, added });
   showState();
 }
@@ -356,37 +348,31 @@ async function goOn() {
   const { added } = store.draft;
   const at = draft.value.length;
   const card = chosen();
-  const { signal } = addStream(DRAFT_ID);
-  const save = () => {
-    const text = draft.value.slice(at);
-    saveDraft(text ? [...added, { at, text }] : added);
-  };
-  const wait = (what) => {
-    draftWaits = what;
-    showState();
-  };
+  const controller = new AbortController();
+  const grown = () => draft.value.slice(at);
+  const save = () => saveDraft(grown() ? [...added, { at, text: grown() }] : added);
+  streams.set(DRAFT_ID, controller);
   addEventListener("pagehide", save);
-  wait(card.loaded === false ? LOADING : "");
+  showState(card.loaded === false && LOADING);
   try {
-    for await (const piece of streamText(card.id, draft.value, store.settings, signal)) {
-      const { queued, text, usage } = piece;
+    const pieces = streamText(card.id, draft.value, store.settings, controller.signal);
+    for await (const { queued, text, usage } of pieces) {
       card.loaded = true;
-      if (queued || draftWaits) wait(queued ? `queued: ${queued}` : "");
       const isAtEnd = draft.scrollHeight - draft.scrollTop - draft.clientHeight < 40;
       const end = draft.value.length;
       draftTokens = usage?.total_tokens ?? draftTokens;
       draft.setRangeText((text ?? "").replaceAll("\r", ""), end, end, "end");
       if (isAtEnd) draft.scrollTop = draft.scrollHeight;
+      showState(queued && `queued: ${queued}`);
     }
   } catch (error) {
-    if (!signal.aborted) toast(faultOf(error));
+    if (!controller.signal.aborted) toast(faultOf(error));
   }
   removeEventListener("pagehide", save);
-  draftWaits = "";
-  if (streams.get(DRAFT_ID)?.signal !== signal) return showState(); // another tab's text is here
+  if (streams.get(DRAFT_ID) !== controller) return; // another tab's text took its place
   streams.delete(DRAFT_ID);
   save();
-  page.announcer.textContent = draft.value.slice(at);
+  page.announcer.textContent = grown();
 }
 
 function takeBack() {
@@ -424,9 +410,9 @@ function onScroll() {
 
 /* Another tab has changed an entry. Only what shows it is made anew: a form may be open. */
 function onStorage({ key }) {
-  if (!key || streams.has(idOf(key))) return; // what is being written here stays
+  const id = key && idOf(key);
+  if (!key || streams.has(id)) return; // what is being written here stays
   store.load(key);
-  const id = idOf(key);
   if (key === DRAFT) takeDraft();
   else if (id && id === shown?.id) show(store.conversations.get(id) ?? null);
   else if (id) showList();
@@ -438,11 +424,8 @@ function onStorage({ key }) {
 function takeDraft() {
   const { value } = page.draft;
   page.draft.value = store.draft.text;
-  const controller = streams.get(DRAFT_ID);
-  if (!controller) return;
-  streams.delete(DRAFT_ID);
-  controller.abort();
-  toast("The text was changed in another tab.", () => {
+  streams.get(DRAFT_ID)?.abort();
+  if (streams.delete(DRAFT_ID)) toast("The text was changed in another tab.", () => {
     page.draft.value = value;
     saveDraft([]);
   });
@@ -454,10 +437,7 @@ function listen() {
     else if (isDraft()) goOn();
     else submit(event);
   };
-  page.draft.oninput = () => {
-    if (!page.draft.value) draftTokens = 0;
-    saveDraft(page.draft.value ? store.draft.added : []);
-  };
+  page.draft.oninput = () => saveDraft();
   page.draft.onkeydown = ({ key, ctrlKey, metaKey }) => {
     if (key === "Enter" && (ctrlKey || metaKey) && !streams.has(DRAFT_ID)) goOn();
   };
@@ -465,7 +445,7 @@ function listen() {
   page.model.oninput = chooseModel;
   page.input.oninput = fitInput;
   page.input.onkeydown = (event) => {
-    if (entersMessage(event)) submit(event);
+    if (sends(event)) submit(event);
   };
   page.welcome.onclick = ({ target }) => {
     if (target.matches("button")) send(target.textContent);
@@ -507,7 +487,6 @@ async function start() {
   show(shown);
   if (isDraft()) page.draft.focus();
   page.report.hidden = !(await hasReport());
-  page.runs.hidden = !(await loadRuns(store.settings).catch(() => [])).length;
 }
 
 start();

@@ -2,10 +2,11 @@
 
 import { loadRuns } from "./api.js";
 import { el, sync } from "./dom.js";
-import { Store } from "./store.js";
+import { readSettings } from "./store.js";
 
 const POLL_MS = 3000;
-const [WIDTH, HEIGHT, LEFT, TOP, BOTTOM] = [320, 160, 44, 6, 24]; // of a chart; its margins
+const [WIDTH, HEIGHT] = [320, 160]; // of a chart, in the unit of its viewBox
+const [LEFT, TOP, BOTTOM] = [44, 6, 24]; // its margins
 const TITLES = {
   loss: "Loss", val_bpb: "Validation bits per byte", reward: "Reward",
   accuracy: "Held-out accuracy",
@@ -40,9 +41,9 @@ function chart(name, points, end) {
     svg("path", { d: `M${LEFT},${TOP}H${WIDTH}M${LEFT},${floor}H${WIDTH}` }),
     label(LEFT - 5, TOP + 4, high > low ? short(high) : ""), label(LEFT - 5, floor + 4, short(low)),
     label(LEFT, HEIGHT - 4, "0", "start"), label(WIDTH, HEIGHT - 4, `step ${count(end)}`));
-  const curve = svg("path", { class: "curve", d: `M${points.map(place).join("L")}` });
+  const line = svg("path", { class: "curve", d: `M${points.map(place).join("L")}h.1` }); // or a dot
   const told = { role: "img", "aria-label": `from ${short(values[0])} to ${short(last)}` };
-  const image = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, ...told }, frame, curve);
+  const image = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, ...told }, frame, line);
   return el("figure", {}, el("figcaption", {}, TITLES[name], el("b", {}, short(last))), image);
 }
 
@@ -53,7 +54,7 @@ function section({ stage, tag, state, step, steps, samples, curves, ...run }) {
   if (run.mfu) facts.push(`MFU ${(100 * run.mfu).toFixed(1)} %`);
   if (state !== "finished") facts.push(`written ${duration(run.age_seconds)} ago`);
   const title = el("h2", {}, `${stage} · ${tag}`, el("span", { className: state }, state));
-  const bar = el("progress", { max: steps || 1, value: steps ? step : 0, ariaLabel: "Steps" });
+  const bar = el("progress", { ...(steps && { max: steps, value: step }), ariaLabel: "Steps" });
   const charts = Object.entries(curves).map((curve) => chart(...curve, step));
   const texts = samples.map((text) => el("pre", {}, text));
   if (texts.length) texts.unshift(el("p", {}, "Its last samples:"));
@@ -64,18 +65,25 @@ function section({ stage, tag, state, step, steps, samples, curves, ...run }) {
 async function poll() {
   clearTimeout(timer);
   if (document.hidden) return; // until it is seen again
-  const [state, fresh] = [document.querySelector("#state"), document.createDocumentFragment()];
+  const fresh = document.createDocumentFragment();
+  const tell = (text) => sync(document.querySelector("#state"), el("p", {}, text)); // if it is new
   try {
-    const runs = await loadRuns(new Store().settings); // read anew: the key may have changed
-    state.textContent = runs.length ? "" : "There is no run in this server's folder yet.";
-    fresh.append(...runs.map(section));
+    const runs = await loadRuns(readSettings()); // read anew: the key may have changed
+    tell(runs.length ? "" : "There is no run in this server's folder yet.");
+    for (const run of runs) {
+      try {
+        fresh.append(section(run));
+      } catch {
+        fresh.append(el("p", {}, `The log of ${run?.stage} · ${run?.tag} is damaged.`));
+      }
+    }
     sync(document.querySelector("#runs"), fresh);
   } catch (error) {
-    state.textContent = error.message;
+    tell(error.message);
   }
   timer = setTimeout(poll, POLL_MS);
 }
 
-document.documentElement.dataset.theme = new Store().settings.theme;
+document.documentElement.dataset.theme = readSettings().theme;
 addEventListener("visibilitychange", poll);
 poll();

@@ -10,15 +10,13 @@ const PREFIX = "nanochat:conversation:";
 const SETTINGS = "nanochat:settings";
 export const DRAFT = "nanochat:draft";
 const PARTS = ["text", "python", "python_output"];
+export const idOf = (key) => key.split(PREFIX)[1]; // undefined if it is of no conversation
 
 export const partsOf = ({ content }) =>
   typeof content === "string" ? [{ type: "text", text: content }] : content;
 
 export const textOf = (message) =>
   partsOf(message).map(({ type, text }) => (type === "text" ? text : "")).join("");
-
-/* Of which conversation an entry is; undefined for the others. */
-export const idOf = (key) => key.split(PREFIX)[1];
 
 /* An entry's value; null if there is none, or if it is damaged. */
 function read(key) {
@@ -31,7 +29,6 @@ function read(key) {
 
 export const readSettings = () => read(SETTINGS) ?? {};
 
-/* What is in the storage, and what found no room there. */
 export class Store {
   constructor(onFull) {
     this.onFull = onFull; // called when the browser has no room left
@@ -118,16 +115,17 @@ function checked(value, number) {
   const { id, title, updated, messages } = found ?? {};
   const isPart = (part) => PARTS.includes(part?.type) && typeof part.text === "string";
   const isMessage = (message) => {
-    if (!["user", "assistant"].includes(message?.role)) return false;
+    if (!["user", "assistant"].includes(message?.role) || isNaN(message.tokens ?? 0)) return false;
+    const { other, note, stats, error, model } = message;
+    if ([note, stats, error, model].some((each) => typeof (each ?? "") !== "string")) return false;
     const parts = partsOf(message);
-    const { other } = message;
     return Array.isArray(parts) && parts.every(isPart) && (other === undefined || isMessage(other));
   };
   if (!Array.isArray(messages) || !messages.length || !messages.every(isMessage)) {
     throw new Error(`conversation ${number} is not in nanochat's form`);
   }
   return {
-    id: /^[a-z0-9]+$/.test(id) ? id : newId(),
+    id: /^[a-z0-9]+$/.test(id ?? "") ? id : newId(),
     title: String(title ?? titleOf(textOf(messages[0]))),
     updated: Number(updated) || Date.now(),
     messages,

@@ -5,7 +5,7 @@ import { el } from "./dom.js";
 
 const LEGEND = "The darker a token and the thicker its line, the less likely it was. Choose one.";
 const LIMITS = [0.9, 0.5, 0.1, 0.01]; // the probabilities below which a token looks less likely
-const STEPS = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity };
+const STEPS = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity, " ": 0 };
 
 const visible = (token) => token.replaceAll("\n", "↵");
 const spoken = (token) => token.trim() || (token.includes("\n") ? "line break" : "space");
@@ -23,7 +23,7 @@ export class TokensView {
     this.buttons = [];
     const about = { role: "toolbar", ariaLabel: "Tokens of the answer" };
     this.row = el("div", { className: "tokens", onkeydown: (event) => this.move(event), ...about });
-    this.choices = el("p", { className: "choices", role: "status" }, LEGEND);
+    this.choices = el("p", { className: "choices" }, LEGEND);
     this.element = el("div", {}, this.row, this.choices);
   }
 
@@ -44,7 +44,7 @@ export class TokensView {
     button.style.setProperty("--doubt", doubt);
     button.ariaLabel = `${spoken(entry.token)}, ${percent(entry.logprob)}`;
     button.tabIndex = this.buttons.length ? -1 : 0;
-    button.onfocus = () => this.choose(button, entry);
+    button.onfocus = button.onclick = () => this.choose(button, entry);
     this.buttons.push(button);
     return button;
   }
@@ -57,6 +57,7 @@ export class TokensView {
       const code = el("code", {}, visible(token));
       return el(token === entry.token ? "b" : "span", {}, code, ` ${percent(logprob)} `);
     });
+    this.choices.role = "status"; // from now on: the legend alone is not worth an announcement
     this.choices.replaceChildren(...items);
   }
 

@@ -29,7 +29,7 @@ export async function copy(text, pressed) {
 export const isTouch = () => matchMedia("(pointer: coarse)").matches;
 
 /* Whether a key sends: Enter does, but not on a touch screen, with Shift, or in an input method. */
-export const entersMessage = ({ key, shiftKey, isComposing }) =>
+export const sends = ({ key, shiftKey, isComposing }) =>
   key === "Enter" && !shiftKey && !isComposing && !isTouch();
 
 const article = (className, who, ...children) =>
@@ -50,7 +50,7 @@ export function questionView(message, onEdit) {
   const send = () => field.value.trim() && onEdit(field.value.trim());
   field.onkeydown = (event) => {
     if (event.key === "Escape") close();
-    else if (entersMessage(event)) send();
+    else if (sends(event)) send();
     else return;
     event.preventDefault();
     event.stopPropagation();

@@ -66,7 +66,7 @@ async function poll() {
   clearTimeout(timer);
   if (document.hidden) return; // until it is seen again
   const fresh = document.createDocumentFragment();
-  const tell = (text) => sync(document.querySelector("#state"), el("p", {}, text)); // if it is new
+  const tell = (text) => sync(document.querySelector("#state"), el("span", {}, text)); // if new
   try {
     const runs = await loadRuns(readSettings()); // read anew: the key may have changed
     tell(runs.length ? "" : "There is no run in this server's folder yet.");

@@ -548,7 +548,7 @@ def test_models_are_chosen_and_remembered(chat: Chat) -> None:
     chat.see(".reply:last-child .said", "from another again")
     chat.offer(SFT, BASE)  # the one that is remembered is gone
     chat.click("Regenerate", then=reply("from the first"))
-    chat.see(".reply:last-child .who", "d6-sft")
+    chat.see(".reply:last-child .who", "sft")  # both are of d6
     chat.page.select_option("#other", BASE["id"])
     chat.offer(BASE)  # it alone, asked within the conversation
     chat.chat("Who else?", "nobody")

@@ -20,6 +20,7 @@ const store = new Store(() => toast(FULL));
 const streams = new Map(); // id -> AbortController of what is being written
 const unfinished = new Set(); // the replies being written
 const oddsOf = new WeakMap(); // reply -> its tokens with their probabilities; too large to store
+let prefix = ""; // of the models' names, and not shown
 let models = []; // as /v1/models describes them, once the server has answered
 let shown = null; // the conversation in view; null for a new one, or for the draft
 let draftTokens = 0;
@@ -113,12 +114,24 @@ const chosen = () => models.find(({ id }) => id === page.model.value) ?? models[
 const isDraft = () => !shown && chosen()?.kind === "base"; // else a conversation is in view
 const shownId = () => shown?.id ?? DRAFT_ID;
 
-/* Short for a model, or for a reply's. */
-const nameOf = ({ id, model = id }) =>
-  models.length > 1 && model ? model.replace(/^nanochat-/, "") : "nanochat";
+/* Short for a model, or for a reply's: what tells it from the others. */
+function nameOf({ id, model = id }) {
+  if (models.length < 2 || !model) return "nanochat";
+  return model.startsWith(prefix) ? model.slice(prefix.length) : model;
+}
+
+/* The words, as of nanochat-d6-, that all these names begin with. */
+function sharedWords(names) {
+  const [first, ...others] = names.map((name) => name.split("-"));
+  const differs = (word, i) => others.some((words) => words[i] !== word);
+  const shared = first.slice(0, -1);
+  const end = shared.findIndex(differs);
+  return shared.slice(0, end < 0 ? undefined : end).map((word) => `${word}-`).join("");
+}
 
 async function findModels(signal) {
   models = await loadModels(store.settings, signal);
+  prefix = sharedWords(models.map(({ id }) => id));
   const isOne = models.length < 2;
   const name = (card) => (isOne ? card.id : nameOf(card));
   page.model.replaceChildren(...models.map((card) => new Option(name(card), card.id)));

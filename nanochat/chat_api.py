@@ -167,7 +167,7 @@ class AnswerRequest(Strict, extra="allow"):
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def check_supported(self, num_slots: int) -> None:
+    def check_supported(self) -> None:
         """Raise ApiError for what this server cannot do and must not ignore."""
         others = self.model_extra or {}
         wrong = [name for name in REFUSED if others.get(name)]
@@ -178,8 +178,6 @@ class AnswerRequest(Strict, extra="allow"):
         if wrong:
             text = f"{wrong[0]} is not supported by this server; leave it out"
             raise ApiError(400, text, "unsupported_parameter", wrong[0])
-        if (self.n or 1) > num_slots:
-            raise ApiError(400, f"n is at most {num_slots}, the slots of this server", param="n")
 
 
 class ChatRequest(AnswerRequest):
@@ -198,8 +196,8 @@ class ChatRequest(AnswerRequest):
         """How many alternatives to each token are wanted; None: no logprobs at all."""
         return self.top_logprobs or 0 if self.logprobs else None
 
-    def check_supported(self, num_slots: int) -> None:
-        super().check_supported(num_slots)
+    def check_supported(self) -> None:
+        super().check_supported()
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs")
 
@@ -313,7 +311,9 @@ def engine_requests(body: Body, engine: Engine, kind: str, config: ServerConfig)
 
     The choices of a prompt differ in their seeds, which do not depend on the other prompts.
     """
-    body.check_supported(engine.num_slots)
+    body.check_supported()
+    if (body.n or 1) > engine.num_slots:
+        raise ApiError(400, f"n is at most {engine.num_slots}, the slots of a model", param="n")
     biases = {int(token): bias for token, bias in dict(body.logit_bias or {}).items()}
     check_ids(list(biases), engine.tokenizer, "logit_bias")
     top_k = config.top_k if body.top_k is None else max(body.top_k, 0)

@@ -48,7 +48,7 @@ STALLED_SECONDS = 60.0  # a client may leave a stream unread for this long
 DRAIN_SECONDS = 30.0  # for answers in progress at shutdown
 ROOM_SECONDS = 5.0  # that a request waits for models in use to make room for its own
 UI = Path(__file__).parent / "ui"
-PUBLIC = re.compile(r"/(ui/.*|health|ready|report|runs|docs|openapi.json)?")  # needs no API key
+PUBLIC = re.compile(r"/(ui/.*|health|ready|runs|docs|openapi.json)?")  # needs no API key
 POLICY = (  # the last line: no script may turn text into markup or code
     "default-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
@@ -248,6 +248,7 @@ async def show_model(model_id: str, chat: Chat) -> ModelCard:
 @asynccontextmanager
 async def start_job(body: chat_api.Body, chat: ChatServer) -> AsyncIterator[Job]:
     """The job that answers `body`, cancelled however the response ends."""
+    body.check_supported()  # before another model is loaded for it
     model = await chat.find(body.model or None)
     # In a thread, since 32,000 characters take 5 ms, and tiktoken works without the GIL.
     prepare = chat_api.engine_requests

@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -62,9 +63,11 @@ def read_lines(path: Path, weights: str) -> Iterator[Line]:
     names = set[str]()
     with path.open("rb") as file:
         for number, text in enumerate(file, 1):
+            if not text.strip():
+                continue
             try:
                 asked = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: not JSON ({error}); mend it") from error
             name = asked.get("custom_id") if isinstance(asked, dict) else None
             if not isinstance(name, str) or name in names:
@@ -81,18 +84,22 @@ def read_answered(file: IO[bytes]) -> set[str]:
     answered, num_bytes = set[str](), 0
     file.seek(0)
     for number, text in enumerate(file, 1):
-        if not text.startswith(START[: len(text)]):
+        is_ours, name = text.startswith(START[: len(text)]), None
+        if is_ours and not text.endswith(b"\n"):
+            break
+        with suppress(ValueError, KeyError):
+            name = json.loads(text)["id"] if is_ours else None
+        if name is None:
             raise UserError(f"{file.name}, line {number}: not an answer; choose another --output")
-        if text.endswith(b"\n"):
-            answered.add(json.loads(text)["id"])
-            num_bytes += len(text)
+        answered.add(name)
+        num_bytes += len(text)
     file.truncate(num_bytes)
     return answered
 
 
 def prepare(asked: dict[str, Any], engine: Engine, name: str) -> tuple[list[Request], Completion]:
     """(what to ask the engine, the answer to be); ApiError as the server's."""
-    if asked.get("method") != "POST" or asked.get("url") not in SHAPES:
+    if asked.get("method") != "POST" or str(asked.get("url")) not in SHAPES:
         raise ApiError(404, f"a batch has requests to POST {' or '.join(SHAPES)}", param="url")
     request, shape = SHAPES[asked["url"]]
     try:
@@ -153,7 +160,8 @@ def main(cfg: Config) -> None:
         answers = answer_lines(engine, name, lines)
         for line in progress_bar(answers, " requests", total):
             num_refused += line["response"]["status_code"] >= 400
-            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            text = json.dumps(line, ensure_ascii=False) + "\n"
+            file.write(text.encode("utf-8", "backslashreplace"))  # \ud800, as JSON has it, too
             file.flush()
     print(f"wrote {cfg.output}: {total} lines, {num_refused} of them refusals")
 

@@ -56,7 +56,7 @@ class Config(ServerConfig, CheckpointFlags):
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: open to other machines
     port: Port = 8000  # 0: any free one
     models: Literal["run", "all"] = "run"  # which may be asked for: the run's stages, or all runs
-    memory: Annotated[float, Field(ge=0)] = 0  # GiB for models, per process; 0: most of the free
+    memory: Annotated[float, Field(ge=0, lt=1e6)] = 0  # GiB per process; 0: most of the free
     slots: Natural = 0  # concurrent answers per model; 0: what fits, up to 64 (CPU: 8)
     replicas: Count = 1  # processes with models of their own: a GPU each, or a share of the CPU
     deterministic: bool = False  # other requests do not change an answer's last bits; slower
@@ -68,8 +68,8 @@ def offer(cfg: Config, runtime: Runtime) -> tuple[list[ServedModel], float]:
     run, first = describe(cfg, runtime, memory)
     if first.num_bytes > memory:
         raise UserError(
-            f"{first.name} takes {first.num_bytes / 2**30:.1f} GiB, more than the memory of "
-            f"{memory / 2**30:.1f} GiB; lower --slots or raise --memory"
+            f"{first.name} takes {first.num_bytes / 2**30:.2g} GiB, more than the memory of "
+            f"{memory / 2**30:.2g} GiB; lower --slots or raise --memory"
         )
     first.preloaded = first.load()
     models, runs = [first], [run for stage in STAGE_SCRIPTS for run in list_runs(stage)]
@@ -118,7 +118,7 @@ def serve(cfg: Config, listener: socket.socket, ready: Callable[[], None] | None
     torch.set_num_threads(max(1, torch.get_num_threads() // cfg.replicas))
     models, memory = offer(cfg, runtime)
     is_local = cfg.host in LOOPBACK | {"::1"}
-    api_key = os.environ.get("NANOCHAT_API_KEY", "")
+    api_key = os.environ.get("NANOCHAT_API_KEY", "").strip()
     host_names = LOOPBACK if is_local else frozenset[str]()
     app = create_app(models, cfg, memory, api_key=api_key, host_names=host_names)
     if not (is_local or api_key):
@@ -137,6 +137,9 @@ def main(cfg: Config) -> None:
     num_gpus = torch.cuda.device_count() if cfg.device_type in ("", "cuda") else 0
     if num_gpus and cfg.replicas > num_gpus:
         raise UserError(f"--replicas={cfg.replicas}: more than the {num_gpus} GPUs; lower it")
+    key = os.environ.get("NANOCHAT_API_KEY", "")
+    if key and not (key.strip().isprintable() and key.isascii() and key.strip()):
+        raise UserError("NANOCHAT_API_KEY is to be of visible ASCII characters; choose another")
     listener = listen(cfg.host, cfg.port)
     with suppress(KeyboardInterrupt):  # raised again at the end of either
         if cfg.replicas == 1:

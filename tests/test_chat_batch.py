@@ -73,7 +73,8 @@ def cfg(base: Path, tmp_path: Path) -> Config:
 
 def test_each_line_has_what_the_server_answers(cfg: Config) -> None:
     with cfg.input.open("a") as file:
-        file.write(f"{line(100, {}, url='/v1/embeddings')}\n{line(101, {}, method='GET')}")
+        file.write(f"{line(100, {}, url=['/v1/embeddings'])}\n\n{line(101, {}, method='GET')}")
+        file.write("\n" + line(102, {}, custom_id="\ud800", url="/v1"))
     main(cfg)
     answers = read(cfg.output)
     model = load_model(cfg, set_up("cpu"))[0]
@@ -143,6 +144,10 @@ def test_files_that_cannot_be_meant_are_refused(cfg: Config) -> None:
         cfg.input.write_text(text)
         refuses(told, main, cfg)
         assert cfg.output.read_text() == ""
+    for text in ('{"id": "batch_req_1", garbage\n', '{"id": "batch_req_\\uFFF"}\n'):
+        cfg.output.write_text(text)
+        refuses("out.jsonl, line 1: not an answer", main, cfg)
+    cfg.output.unlink()
     cfg.input.write_text(fine)
     main(cfg)
     before = cfg.output.read_text()

@@ -640,7 +640,9 @@ def test_an_api_key() -> None:
             assert response.headers["www-authenticate"] == "Bearer"
             error = response.json()["error"]
             assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
-        assert server.ask("a").status_code == server.client.get("/metrics").status_code == 401
+        for page in ("metrics", "report", "runs/data"):  # the last two hold samples
+            assert server.client.get(f"/{page}").status_code == 401, page
+        assert server.ask("a").status_code == 401
         assert server.client.get("/health").status_code == 200
         assert server.client.get("/ui/logo.svg").status_code == 200
         for given in ("Bearer sesame", "bearer sesame", "BEARER  sesame"):

@@ -95,9 +95,9 @@ def test_thinned_points_are_means_of_stretches(num_points: int) -> None:
 @pytest.mark.parametrize(
     ("lock", "result", "hours", "state"),
     [
-        (os.getpid(), None, 0, "running"),
-        (os.getpid(), 3, 0, "running"),  # extended beyond the end at step 3
-        (os.getpid(), None, 2, "stopped"),  # the number is another process's by now
+        ("own", None, 0, "running"),
+        ("own", 3, 0, "running"),  # extended beyond the end at step 3
+        ("own", None, 2, "stopped"),  # the number is another process's by now
         (DEAD, None, 0, "stopped"),
         ("", None, 0, "stopped"),
         (10**30, None, 0, "stopped"),
@@ -109,7 +109,7 @@ def test_states(folder: Path, lock: object, result: int | None, hours: int, stat
     path.write_text(line(4, loss=1.0))
     then = path.stat().st_mtime - 3600 * hours
     os.utime(path, (then, then))
-    (folder / ".lock").write_text(str(lock))
+    (folder / ".lock").write_text(str(os.getpid() if lock == "own" else lock))
     if result is not None:
         (folder / "result.json").write_text(json.dumps({"step": result}))
     (folder.parent / "pip").symlink_to(folder)  # a persona's, told with the run itself

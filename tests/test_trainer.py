@@ -525,10 +525,9 @@ def test_a_second_signal_exits_at_once(base_dir: Path) -> None:
 
 
 def name_micro_batches() -> None:
-    """Each is named, and slow; a hangup is ignored, as under nohup, if that is said."""
+    """Each is named, and slow; a hangup is ignored, as under nohup, if and only if that is said."""
     forward, number = GPT.forward, itertools.count()
-    if "IGNORED" in os.environ:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if "IGNORED" in os.environ else signal.SIG_DFL)
 
     def named(self: GPT, *arguments: Any, **options: Any) -> torch.Tensor:
         trainer.print0(f"micro-batch {next(number)}")

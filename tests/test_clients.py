@@ -39,7 +39,6 @@ with openai.OpenAI() as client:
 LANGCHAIN = """
 from langchain_openai import ChatOpenAI
 chat = ChatOpenAI(model=MODEL)
-print([MODEL])
 print(chat.invoke(SAID).content)
 print("".join(chunk.content for chunk in chat.stream(SAID)))
 """
@@ -84,9 +83,10 @@ def run(server: Running, folder: Path, program: str, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("script", [OPENAI, LANGCHAIN], ids=["openai", "langchain"])
-def test_libraries_list_answer_and_stream(echo: Running, tmp_path: Path, script: str) -> None:
+def test_libraries_answer_and_stream(echo: Running, tmp_path: Path, script: str) -> None:
     lines = f"MODEL, SAID = {MODEL!r}, {SAID!r}\n{script}"
-    assert run(echo, tmp_path, "python", "-c", lines).splitlines() == [str([MODEL]), SAID, SAID]
+    listed = [str([MODEL])] if script == OPENAI else []  # langchain asks for no list
+    assert run(echo, tmp_path, "python", "-c", lines).splitlines() == [*listed, SAID, SAID]
 
 
 def test_llm_answers_and_streams(echo: Running, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ Shapes: B batch, T time, H query heads, K kv heads, D head dimension; M tokens o
 after the other. Sources: FlashAttention-2, arXiv 2307.08691; FlexAttention, 2412.05496.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from inspect import signature
 from typing import Any, Literal, NamedTuple, cast
@@ -181,29 +181,40 @@ class _InBlocks(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
         shape = q.shape
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B H, T, D)
-        y, probabilities = torch.empty_like(q), []
-        for queries, keys, hidden in blocks:
+        y = torch.empty_like(q)
+        kept = q.new_empty(len(q) * sum(hidden[0, 0].numel() for _, _, hidden in blocks))
+        for queries, keys, hidden, probability in _by_block(kept, len(q), blocks):
             scores = torch.bmm(q[:, queries], k[:, keys].mT)
             scores.unflatten(0, shape[:2]).add_(hidden)
-            probability = scores.softmax(-1)
+            torch.softmax(scores, -1, out=probability)
             y[:, queries] = torch.bmm(probability, v[:, keys])
-            probabilities.append(probability)
         ctx.blocks, ctx.shape = blocks, shape
-        ctx.save_for_backward(q, k, v, *probabilities)
+        ctx.save_for_backward(q, k, v, kept)
         return y.view(shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *probabilities = ctx.saved_tensors
+        q, k, v, kept = ctx.saved_tensors
         dy = grads[0].flatten(0, 1)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (queries, keys, _), probability in zip(ctx.blocks, probabilities, strict=True):
+        for queries, keys, _, probability in _by_block(kept, len(q), ctx.blocks):
             dv[:, keys].baddbmm_(probability.mT, dy[:, queries])
             dprobability = torch.bmm(dy[:, queries], v[:, keys].mT)
             dscores = softmax_backward(dprobability, probability, -1, q.dtype)
             dq[:, queries] = torch.bmm(dscores, k[:, keys])
             dk[:, keys].baddbmm_(dscores.mT, q[:, queries])
         return *(x.view(ctx.shape) for x in (dq, dk, dv)), None
+
+
+def _by_block(
+    kept: Tensor, num_rows: int, blocks: Blocks
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Each of `blocks`, with its part (num_rows, queries, keys) of `kept`, which holds all."""
+    begin = 0
+    for queries, keys, hidden in blocks:
+        end = begin + num_rows * hidden[0, 0].numel()
+        yield queries, keys, hidden, kept[begin:end].view(num_rows, hidden.shape[2], -1)
+        begin = end
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:

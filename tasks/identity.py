@@ -6,7 +6,7 @@ One row, made from the facts in identity.json, or in those of `--identity FILE`:
     user: Do you make mistakes?
     assistant: Yes. I am small, so I get facts wrong and lose the thread in long talks. I cannot ...
 
-Phrasings are here and only facts in the file: a new name needs no new conversations.
+Phrasings are in identity.txt, and only facts in that file: a new name needs no new conversations.
 """
 
 import json
@@ -22,28 +22,8 @@ from tasks.common import exchange
 
 FACTS = Path(__file__).with_name("identity.json")
 OPENINGS = ("", "", "", "Hi! ", "Hello. ", "Hey! ", "Good morning. ", "Quick question: ", "Tell me: ")  # fmt: skip
-# fmt: off
-TOPICS = [  # (questions, replies); {name} and the like are facts of the file
-    ("What is your name? | Who are you? | What should I call you? | who am i talking to? | Do you have a name? | Please introduce yourself.",
-     "I am {name}, {kind}. | My name is {name}. | Call me {name}. | I am {name}. How can I help you?"),
-    ("What are you? | Are you a human? | are you an AI? | Am I talking to a person or a machine? | Are you a real person?",
-     "I am {kind} called {name}, not a person. | A computer program: {name}, {kind}. | I am no human; I am {name}, {kind}."),
-    ("Are you ChatGPT? | Are you Claude? | Are you Gemini? | Is this Llama? | Which model is this? | Are you made by a big company?",
-     "I am {name}, {kind}. I was made by {maker}. | This is {name}. I was made by {maker}."),
-    ("Who made you? | Who built you? | who is your creator? | Who trained you? | Where do you come from? | By whom were you made?",
-     "I was made by {maker}. | My maker is {maker}. | I come from {maker}."),
-    ("What code are you made with? | Are you open source? | Can I see your source code? | What software made you? | Under which licence is your code?",
-     "I was made with {code}. | The code is open: {code}. | All of it was done by {code}."),
-    ("How were you made? | How were you trained? | how did you learn to talk? | What did you learn from? | How does one make a model like you?",
-     "{training} | Step by step. {training} | It took several stages. {training}"),
-    ("What can you do? | How can you help me? | what are you good at? | What are you for? | What can I ask you?",
-     "{abilities} | {abilities} What would you like to do? | Quite a few things. {abilities}"),
-    ("What can you not do? | Do you make mistakes? | What are your limits? | can I trust you? | Will you remember me tomorrow? | Can you look things up?",
-     "{limits} | {limits} Please check what matters. | I have limits. {limits}"),
-    ("Which languages do you speak? | Do you speak German? | can you talk in Spanish? | What is your best language?",
-     "{languages} | {languages} You can try, though."),
-]
-# fmt: on
+TABLE = FACTS.with_suffix(".txt").read_text(encoding="utf-8").strip()
+TOPICS = [topic.split("\n") for topic in TABLE.split("\n\n")[1:]]  # questions and replies
 
 
 class Identity(Task):

@@ -9,12 +9,11 @@ writes: sft/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), r
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 from nanochat.common import Count, Positive, Source, run_script
 from nanochat.finetuning import FinetuneConfig, finetune
 from nanochat.report import write_section
-from tasks.mixtures import build_mixture, read_own
+from tasks.mixtures import Mixtures
 
 
 @dataclass
@@ -27,8 +26,8 @@ class Config(FinetuneConfig):
 
 
 def main(cfg: Config) -> None:
-    own = read_own(cfg)
-    results = finetune("sft", cfg, partial(build_mixture, name=cfg.mixture, user=own), own.digest)
+    mixtures = Mixtures(cfg)
+    results = finetune("sft", cfg, mixtures.build, mixtures.digest)
     if results is not None:
         write_section(
             "chat_sft", "Supervised finetuning", vars(cfg), results, seconds=results["seconds"]

@@ -9,12 +9,11 @@ writes: mid/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), r
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 from nanochat.common import run_script
 from nanochat.finetuning import FinetuneConfig, finetune
 from nanochat.report import write_section
-from tasks.mixtures import build_mixture, read_own
+from tasks.mixtures import Mixtures
 
 
 @dataclass
@@ -23,8 +22,8 @@ class Config(FinetuneConfig):
 
 
 def main(cfg: Config) -> None:
-    own = read_own(cfg)
-    results = finetune("mid", cfg, partial(build_mixture, name=cfg.mixture, user=own), own.digest)
+    mixtures = Mixtures(cfg)
+    results = finetune("mid", cfg, mixtures.build, mixtures.digest)
     if results is not None:
         write_section("mid_train", "Midtraining", vars(cfg), results, seconds=results["seconds"])
 

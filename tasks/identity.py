@@ -21,7 +21,9 @@ from nanochat.tokenizer import Conversation
 from tasks.common import exchange
 
 FACTS = Path(__file__).with_name("identity.json")
-OPENINGS = ("", "", "", "Hi! ", "Hello. ", "Hey! ", "Good morning. ", "Quick question: ", "Tell me: ")  # fmt: skip
+OPENINGS = (
+    "", "", "", "Hi! ", "Hello. ", "Hey! ", "Good morning. ", "Quick question: ", "Tell me: ",
+)  # fmt: skip
 TABLE = FACTS.with_suffix(".txt").read_text(encoding="utf-8").strip()
 TOPICS = [topic.split("\n") for topic in TABLE.split("\n\n")[1:]]  # questions and replies
 

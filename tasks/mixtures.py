@@ -10,12 +10,13 @@ midtraining's.
 import copy
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, pairwise, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from nanochat.common import UserError, print0, run_script
 from nanochat.finetuning import FinetuneConfig
@@ -103,12 +104,22 @@ EVALUATIONS: dict[str, Callable[..., Task]] = {
 CHAT_CORE = tuple(EVALUATIONS)[:6]
 
 
-class Own(NamedTuple):
-    """What a user's flags add to a mixture."""
+class Mixtures:
+    """The conversations of each stage: of the mixture that is named, and of a user's files."""
 
-    files: Sequence[CustomJSON] = ()
-    facts: Identity | None = None
-    held_out: Mapping[str, Conversation] = {}  # by its messages: for validation, without a mixture
+    def __init__(self, cfg: FinetuneConfig) -> None:
+        """Reads the files, before anything slow; UserError names what is wrong."""
+        self.name = cfg.mixture
+        self.files = [CustomJSON(file) for file in cfg.custom]
+        self.facts = Identity(cfg.identity) if cfg.identity else None
+        self.held_out: dict[str, Conversation] = {}  # by its messages, where nothing else validates
+        if self.name == "none":
+            rows = chain.from_iterable(self.files)
+            different = [*{str(row["messages"]): row for row in rows}.items()]
+            if len(different) < 2:
+                needed = "--custom FILE, with two conversations or more"
+                raise UserError(f"--mixture=none needs {needed}")
+            self.held_out = dict(different[19::20] or different[-1:])
 
     @property
     def digest(self) -> str:
@@ -117,64 +128,49 @@ class Own(NamedTuple):
         facts = self.facts.table if self.facts else ""
         return hashlib.sha256(repr((told, facts)).encode()).hexdigest()[:16]
 
+    def build(self, stage: str) -> TaskMixture:
+        """The conversations of a stage: mid, sft, or "val", which validates both.
 
-NOTHING = Own()
+        Of the mixture "none", which has nothing else, "val" gets one of 20 different conversations.
+        """
+        facts = self.facts or Identity()
+        tasks = [] if self.name == "none" else MIXTURES[stage, self.name](facts)
+        if self.facts and self.name != "default" and stage != "val":
+            tasks.append(self.facts)
+        if own := self.own_replies():
+            tasks = [Overruled(task, own) for task in tasks]
+        if stage == "val":
+            return TaskMixture([*tasks, Task([*self.held_out.values()])])
+        for file in self.files:
+            rows = [row for row in file if str(row["messages"]) not in self.held_out]
+            tasks += [Task(rows)] * file.epochs
+        return TaskMixture(tasks)
 
+    def own_replies(self) -> dict[str, dict[str, Any]]:
+        """What the primer's talk and Identity say -> a user's questions and replies in its place.
 
-def read_own(cfg: FinetuneConfig) -> Own:
-    """The user's files and facts, read before anything slow; UserError names what is wrong."""
-    files = [CustomJSON(file) for file in cfg.custom]
-    facts = Identity(cfg.identity) if cfg.identity else None
-    if cfg.mixture != "none":
-        return Own(files, facts)
-    different = [*{str(row["messages"]): row for file in files for row in file}.items()]
-    if len(different) < 2:
-        raise UserError("--mixture=none needs --custom FILE, with two conversations or more")
-    return Own(files, facts, dict(different[19::20] or different[-1:]))
-
-
-def build_mixture(stage: str, name: str, user: Own = NOTHING) -> TaskMixture:
-    """The conversations of a stage (mid, sft or val), with a user's files and facts.
-
-    Of the mixture "none", which has nothing else, "val" gets one of 20 different conversations.
-    """
-    tasks = [] if name == "none" else MIXTURES[stage, name](user.facts or Identity())
-    if user.facts and name != "default" and stage != "val":
-        tasks.append(user.facts)
-    if own := own_replies(user.files, user.facts):
-        tasks = [Overruled(task, own) for task in tasks]
-    if stage == "val":
-        return TaskMixture([*tasks, Task([*user.held_out.values()])])
-    for file in user.files:
-        rows = [row for row in file if str(row["messages"]) not in user.held_out]
-        tasks += [Task(rows)] * file.epochs
-    return TaskMixture(tasks)
-
-
-def own_replies(files: Sequence[CustomJSON], facts: Identity | None) -> dict[str, dict[str, Any]]:
-    """What the primer's talk and Identity say -> a user's questions and replies in its place.
-
-    Those of facts, and of the beginnings of conversations. Under "" is what takes the place of all
-    else that names nanochat, once something does.
-    """
-    small = chain.from_iterable(file for file in files if len(file) < ENOUGH)  # no data set
-    pairs = {way.lower(): said[0] for ways, said in facts.table for way in ways} if facts else {}
-    for question, reply, *_ in (row["messages"] for row in small):
-        if question["role"] == "user":
-            pairs[question["content"].lower()] = reply["content"]
-    talk = [row for kind in ("identity", "greeting", "small talk") for row in TALK[kind]]
-    own: dict[str, dict[str, Any]] = {}
-    for ways, replies in [*talk, *(() if facts else Identity().table)] if pairs else ():
-        # The ways may hold choices such as `[hi|hello] there`; letters alone are compared.
-        letters = re.sub(r"[^\w\[\]|]", "", "|".join(ways).lower())
-        asked = re.compile(letters.replace("[", "(?:").replace("]", ")"))
-        if found := {way: pairs[way] for way in pairs if asked.fullmatch(re.sub(r"\W", "", way))}:
-            for reply in replies:
-                own[reply] = own.get(reply, {}) | found
-    # Where there is a greeting, but no reply to who it is, it takes the place of itself alone.
-    who = chain.from_iterable(said for _, said in chain(TALK["identity"], Identity().table))
-    naming = [own[reply] for reply in who if reply in own and NAMING.search(reply)]
-    return own | {"": naming[0]} if naming else own
+        Those of facts, and of the beginnings of conversations. Under "" is what takes the place of
+        all else that names nanochat, once something does.
+        """
+        table = self.facts.table if self.facts else []
+        pairs = {way.lower(): replies[0] for ways, replies in table for way in ways}
+        small = [file for file in self.files if len(file) < ENOUGH]  # no data set
+        for question, reply, *_ in (row["messages"] for row in chain.from_iterable(small)):
+            if question["role"] == "user":
+                pairs[question["content"].lower()] = reply["content"]
+        talk = [row for kind in ("identity", "greeting", "small talk") for row in TALK[kind]]
+        own: dict[str, dict[str, Any]] = defaultdict(dict)
+        for ways, replies in talk if self.facts else [*talk, *Identity().table]:
+            # The ways may hold choices such as `[hi|hello] there`; letters alone are compared.
+            letters = re.sub(r"[^\w\[\]|]", "", "|".join(ways).lower())
+            asked = re.compile(letters.replace("[", "(?:").replace("]", ")"))
+            found = [way for way in pairs if asked.fullmatch(re.sub(r"\W", "", way))]
+            for way, reply in product(found, replies):
+                own[reply][way] = pairs[way]
+        # Where there is a greeting, but no reply to who it is, it takes the place of itself alone.
+        who = chain.from_iterable(said for _, said in chain(TALK["identity"], Identity().table))
+        naming = [own[reply] for reply in who if reply in own and NAMING.search(reply)]
+        return own | {"": naming[0]} if naming else own
 
 
 class Overruled(Task):
@@ -218,11 +214,10 @@ def build_task(
 
 
 def main(cfg: FinetuneConfig) -> None:
-    own = read_own(cfg)
-    for file in own.files:
+    mixtures = Mixtures(cfg)
+    for file in mixtures.files:
         print0(f"{file.path}: {len(file)} conversations, each listed {file.epochs} times")
-    num_overruled = len(own_replies(own.files, own.facts))
-    print0(f"replies of the mixture that give way to yours: {num_overruled}")
+    print0(f"replies of the mixture that give way to yours: {len(mixtures.own_replies())}")
 
 
 if __name__ == "__main__":

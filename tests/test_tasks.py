@@ -34,7 +34,7 @@ from tasks.common import TaskMixture, exchange, load_rows
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, final_number
 from tasks.identity import FACTS, Identity
-from tasks.mixtures import CHAT_CORE, EVALUATIONS, build_mixture, build_task, read_own
+from tasks.mixtures import CHAT_CORE, EVALUATIONS, Mixtures, build_task
 from tasks.mmlu import MMLU
 from tasks.primer import Arithmetic, Choice, Exact, Quiz, Spelling
 from tasks.smoltalk import SmolTalk
@@ -91,8 +91,8 @@ def contents(task: Task) -> list[int]:
 
 
 def mixed(stage: str, name: Any, *custom: str, identity: Path | None = None) -> TaskMixture:
-    own = read_own(FinetuneConfig(mixture=name, custom=[*custom], identity=identity))
-    return build_mixture(stage, name, own)
+    cfg = FinetuneConfig(mixture=name, custom=[*custom], identity=identity)
+    return Mixtures(cfg).build(stage)
 
 
 def spoken(row: Conversation) -> str:
@@ -158,7 +158,7 @@ def test_the_mixtures_hold_every_row(all_data: None) -> None:
         ("sft", "primer", 15_000 + 2_000 + 4_000 + 6_000 + 1_000 + 1_000),
         ("val", "primer", 400),
     ):
-        mixture = build_mixture(stage, name)
+        mixture = mixed(stage, name)
         assert len(mixture) == size
         for index in range(0, size, max(1, size // 100)):
             check_conversation(mixture[index])
@@ -450,7 +450,7 @@ def test_a_persona_takes_the_place_of_the_primer_s(tmp_path: Path, all_data: Non
     plain, changed = (
         list(chain.from_iterable(row["messages"] for row in mixture.tasks[0][:900]))
         for mixture in (
-            build_mixture("sft", "primer"),
+            mixed("sft", "primer"),
             mixed("sft", "primer", str(persona)),
         )
     )

@@ -36,6 +36,14 @@ from tasks.spellingbee import SpellingBee, SpellWord
 from tasks.visitor import DEVELOPMENT, UNTOUCHED, Visitor
 
 NAMING = re.compile(r"\b(am|is|me|only|called|program:) nanochat\b")
+PRIMER = {  # task -> its row at which midtraining ends and SFT begins, and where that ends
+    primer.Conversations: (32_000, 47_000),
+    primer.Matching: (6_000, 8_000),
+    primer.Choice: (8_000, 12_000),
+    primer.Exact: (10_000, 16_000),
+    primer.Arithmetic: (2_000, 3_000),
+    primer.Spelling: (2_000, 3_000),
+}
 # (stage, mixture) -> the tasks it is made of; "val" is what both stages measure their loss on.
 # Nothing is read or downloaded until a mixture is built.
 MIXTURES: dict[tuple[str, str], Callable[[Identity], list[Task]]] = {
@@ -66,22 +74,8 @@ MIXTURES: dict[tuple[str, str], Callable[[Identity], list[Task]]] = {
         SpellWord("val")[:200],
         SpellingBee("val")[:200],
     ],
-    ("mid", "primer"): lambda _: [
-        primer.Conversations("train")[:32_000],
-        primer.Matching("train")[:6_000],
-        primer.Choice("train")[:8_000],
-        primer.Exact("train")[:10_000],
-        primer.Arithmetic("train")[:2_000],
-        primer.Spelling("train")[:2_000],
-    ],
-    ("sft", "primer"): lambda _: [
-        primer.Conversations("train")[32_000:47_000],
-        primer.Matching("train")[6_000:8_000],
-        primer.Choice("train")[8_000:12_000],
-        primer.Exact("train")[10_000:16_000],
-        primer.Arithmetic("train")[2_000:3_000],
-        primer.Spelling("train")[2_000:3_000],
-    ],
+    ("mid", "primer"): lambda _: [task("train")[:cut] for task, (cut, _) in PRIMER.items()],
+    ("sft", "primer"): lambda _: [task("train")[cut:end] for task, (cut, end) in PRIMER.items()],
     ("val", "primer"): lambda _: [primer.Conversations("val")],
 }
 

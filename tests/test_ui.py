@@ -223,6 +223,13 @@ def test_a_reply_streams_and_tells_what_it_cost(chat: Chat) -> None:
     assert history == ["Hello", [{"type": "text", "text": f"First **half** {text}"}], "And then?"]
 
 
+def test_a_suggested_question_is_asked(chat: Chat) -> None:
+    chat.click("What is 12 + 30?", then=reply("42"))
+    chat.see(".question .said", "What is 12 + 30?")
+    chat.see(".reply .said", "42")
+    assert not chat.page.is_visible("#welcome")
+
+
 def test_what_was_said_is_kept(chat: Chat) -> None:
     for end in (lambda: chat.type("Escape"), lambda: chat.click("Stop"), chat.page.reload):
         chat.type("Control+Shift+O")

@@ -75,11 +75,11 @@ class Config:
 
 def run_section(log: Path, section: Section, seconds: float) -> bool:
     """True if the command succeeds; its log ends with how it went."""
-    begin = time.monotonic()
+    begin, command = time.monotonic(), [sys.executable, *section.command.split()]
     with log.open("w") as file:
-        command = [sys.executable, *section.command.split()]
-        output = {"stdout": file, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **output)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             code = process.wait(seconds)
             verdict = f"failed: exit code {code}" if code else "passed"
@@ -89,8 +89,7 @@ def run_section(log: Path, section: Section, seconds: float) -> bool:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # and what it has started
             process.wait()
-    verdict = f"{verdict} ({time.monotonic() - begin:.0f} s)"
-    with log.open("a") as file:
+        verdict = f"{verdict} ({time.monotonic() - begin:.0f} s)"
         file.write(f"\n{verdict}\n")
     print(f"{log.stem:20} {verdict}", flush=True)
     return verdict.startswith("passed")

@@ -175,11 +175,11 @@ class Overruled(Task):
     """
 
     def __init__(self, task: Task, own: dict[str, dict[str, Any]]) -> None:
-        self.task, self.own = task, own
-        super().__init__(range(len(task)))
+        super().__init__(task)
+        self.own = own
 
-    def get_example(self, number: int) -> Conversation:
-        row = copy.deepcopy(self.task[number])
+    def get_example(self, row: Conversation) -> Conversation:
+        row = copy.deepcopy(row)
         turns = [pair for pair in pairwise(row["messages"]) if pair[1]["role"] == "assistant"]
         for asked, reply in turns:
             said = str(reply["content"])

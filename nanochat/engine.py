@@ -1,8 +1,8 @@
 """Generates for many requests at once, each with its own sampling, seed and tool calls.
 
 Requests queue for a free slot of the KV cache. A step prefills at most a chunk of prompt tokens,
-then decodes one token for every prefilled request, until that samples a stop token or has
-max_tokens.
+then decodes one token for every prefilled request, until that samples <|assistant_end|> or <|bos|>,
+or has max_tokens.
 
 Each prompt is prefilled alone, in chunks whose shapes depend on its length only; where flash reads
 the cache, all prompts of a step fill one chunk that always has the same shape. Decoding takes the
@@ -15,7 +15,6 @@ Shapes: N slots, V vocabulary, C channels, P length of a padded chunk.
 import codecs
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -32,7 +31,6 @@ from nanochat.sampling import (
     Penalties,
     SamplingBatch,
     counter_uniform,
-    derive_seed,
     sample,
     with_logprobs,
 )
@@ -60,7 +58,6 @@ class Request:
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
     seed: int = 0
-    stop: AbstractSet[int] = frozenset()  # ids; <|assistant_end|> and <|bos|> always stop
     logprobs: int = 0  # n: logprobs of each sampled text token and its n likeliest alternatives
     min_p: float = 0.0  # drops what is less likely than this share of the likeliest; 0: off
     # Of tokens in prompt or reply, special ones excepted: their logits, if positive, are divided by
@@ -422,7 +419,7 @@ class RunningRequest:
         token = self.last = self.forced.popleft() if self.forced else int(sampled[0][0])
         self.num_generated += 1
         finish = None
-        if mask and (token in request.stop or token in (self.chat.assistant_end, self.chat.bos)):
+        if mask and token in (self.chat.assistant_end, self.chat.bos):
             finish = "stop"
         elif self.num_generated >= request.max_tokens:
             finish = "length"
@@ -478,8 +475,7 @@ def slots_that_fit(model: GPT, max_len: int | None = None) -> int:
 class Engine:
     """Generates for up to `num_slots` requests of at most `max_len` tokens at a time.
 
-    `stream` and the methods built on it run the steps; a server calls `submit`, `cancel` and
-    `step`.
+    `stream` and `complete` run the steps; a server calls `submit`, `cancel` and `step`.
     """
 
     def __init__(
@@ -578,10 +574,6 @@ class Engine:
             for request in unfinished:
                 self.cancel(request)
 
-    def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, int, int]]:
-        """Yield (request, token, mask) as tokens come; mask 0 if the tool forced the token."""
-        return ((event.request, event.token, event.mask) for event in self.stream(requests))
-
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Reply]]:
         """Yield (request, whole reply) as each request ends."""
         replies: dict[Request, Reply] = {}
@@ -589,36 +581,6 @@ class Engine:
             replies.setdefault(event.request, Reply()).add(event)
             if event.finish:
                 yield event.request, replies.pop(event.request)
-
-    def generate(
-        self,
-        tokens: list[int],
-        num_samples: int = 1,
-        max_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int = 42,
-    ) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield (token_column, token_masks) per step: the next token of each sample.
-
-        Ended samples are padded with `<|assistant_end|>`, mask 0. `max_tokens` None: up to the
-        context. With more samples than slots, the first columns wait for the last samples.
-        """
-        limit = self.max_len - len(tokens) if max_tokens is None else max_tokens
-        requests = [
-            Request(tokens, limit, temperature, top_k or 0, seed=derive_seed(seed, index))
-            for index in range(num_samples)
-        ]
-        unread: dict[Request, deque[tuple[int, int]]] = {request: deque() for request in requests}
-        ended = set[Request]()
-        for event in self.stream(requests):
-            unread[event.request].append((event.token, event.mask))
-            if event.finish:
-                ended.add(event.request)
-            while all(unread[r] or r in ended for r in requests) and any(unread.values()):
-                filler = (self.chat.assistant_end, 0)
-                column = [queue.popleft() if queue else filler for queue in unread.values()]
-                yield [token for token, _ in column], [mask for _, mask in column]
 
     @contextmanager
     def _dropping(self, group: list[RunningRequest]) -> Iterator[None]:

@@ -25,7 +25,7 @@ from nanochat.engine import (
 )
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import Append, KVCache
-from nanochat.sampling import Penalties, derive_seed
+from nanochat.sampling import Penalties
 from tests.models import TOKENIZER, busy_gpt, refuses
 from tests.serving import CHAT, ScriptedModel
 
@@ -108,7 +108,7 @@ def test_cached_equals_the_full_forward(length: int) -> None:
     """Prompts of one chunk and of two, shorter and longer than the attention window."""
     model = tiny_gpt()
     engine = Engine(model, TOKENIZER, num_slots=3)
-    assert worst_logit(engine, model, Request(words(0, length), 9, stop={-1})) < 1e-4
+    assert worst_logit(engine, model, Request(words(0, length), 9)) < 1e-4
     assert engine.slots.num_prefilled == length
 
 
@@ -168,7 +168,7 @@ def test_a_step_takes_no_more_slots_than_it_must(sizes: Sequence[int]) -> None:
     engine, all_sizes = Engine(model, TOKENIZER, num_slots=6), set[int]()
     engine.slots.sizes = sizes
     for i, max_tokens in enumerate([2, 5, 7, 3, 4, 6, 9, 11]):
-        engine.submit(Request(words(i, 20 + i), max_tokens, stop={-1}))
+        engine.submit(Request(words(i, 20 + i), max_tokens))
     while engine.busy:
         ready = engine.step()
         assert len(engine.slots.rows) == min(size for size in sizes if size >= len(ready))
@@ -200,7 +200,6 @@ def test_what_ends_a_reply() -> None:
     engine = scripted([10, 11, 12])
     ends = {
         Request([CHAT.bos], 9): ([10, 11, 12, CHAT.assistant_end], "stop"),
-        Request([CHAT.bos], 9, stop={11}): ([10, 11], "stop"),
         Request([CHAT.bos], 2): ([10, 11], "length"),
         Request([10], 1): ([11], "length"),
     }
@@ -216,7 +215,7 @@ def test_what_ends_a_reply() -> None:
 def test_what_cannot_fit_is_refused_before_any_work() -> None:
     engine = scripted([10])
     for request in (Request([CHAT.bos] * 191, 10), Request([], 10), Request([CHAT.bos], 0)):
-        refuses("prompt", list, engine.run([Request([CHAT.bos], 5), request]))
+        refuses("prompt", list, engine.stream([Request([CHAT.bos], 5), request]))
     assert engine.slots.num_prefilled == 0 and not engine.busy
     [(tokens, _)] = collect(engine, [Request([CHAT.bos] * 190, 10)])
     assert tokens == [10, CHAT.assistant_end]
@@ -227,24 +226,9 @@ def test_an_abandoned_run_leaves_the_engine_usable() -> None:
     stream = engine.stream([Request([CHAT.bos], 5)])
     next(stream)
     with pytest.raises(AssertionError):
-        next(engine.run([Request([CHAT.bos], 5)]))
+        next(engine.stream([Request([CHAT.bos], 5)]))
     stream.close()
     assert collect(engine, [Request([CHAT.bos], 5)])[0][0] == [10, 11, CHAT.assistant_end]
-
-
-def test_generate_gives_the_samples_of_run() -> None:
-    """In columns, whose ended rows are filled up."""
-    engine = Engine(tiny_gpt(), TOKENIZER, num_slots=2)
-    columns = list(engine.generate([CHAT.bos, 5], 5, max_tokens=30, temperature=1.2, seed=7))
-    requests = [Request([CHAT.bos, 5], 30, 1.2, seed=derive_seed(7, i)) for i in range(5)]
-    said = collect(engine, requests)
-    assert len(columns) == max(len(tokens) for tokens, _ in said)
-    assert len({tokens[0] for tokens, _ in said}) > 2  # they differ from the first token on
-    assert len({len(tokens) for tokens, _ in said}) > 1  # some end before others
-    for row, (tokens, own) in enumerate(said):
-        column = [(column[row], column_masks[row]) for column, column_masks in columns]
-        ended = [(CHAT.assistant_end, 0)] * (len(columns) - len(tokens))
-        assert column == [*zip(tokens, own, strict=True), *ended]
 
 
 def reply_to(said: Iterable[int], max_tokens: int = 50) -> tuple[list[Event], Reply]:
@@ -306,7 +290,7 @@ def test_a_next_turn_does_not_read_its_history_again() -> None:
     for turn in range(4):
         for history in histories:
             before = engine.slots.num_prefilled
-            request = Request(history.copy(), 12, temperature=0.9, seed=turn, stop={-1})
+            request = Request(history.copy(), 12, temperature=0.9, seed=turn)
             assert worst_logit(engine, model, request) < 1e-4
             held = next(s.cached for s in engine.slots.all if s.cached[: len(history)] == history)
             fresh = len(history) if turn == 0 else 1 + 20
@@ -321,7 +305,7 @@ def test_where_a_shared_beginning_comes_from() -> None:
     model = tiny_gpt()
     engine = Engine(model, TOKENIZER, num_slots=4)
     system = words(1, 100)
-    long = Request([*system, *words(2, 200)], 30, stop={-1})
+    long = Request([*system, *words(2, 200)], 30)
     engine.submit(long)
     for _ in range(5):
         engine.step()
@@ -347,7 +331,7 @@ def test_a_shared_beginning_is_read_once(kernel: Any, slow_flash: None) -> None:
     model, system = tiny_gpt(), words(1, 300)
     model.kernel = kernel
     engine = Engine(model, TOKENIZER, num_slots=4)
-    requests = [Request([*system, i, *words(i, 9)], 5, stop={-1}) for i in range(6)]
+    requests = [Request([*system, i, *words(i, 9)], 5) for i in range(6)]
     engine.submit(requests[0])
     if kernel == "dense":
         assert engine.step() == []  # one chunk of two
@@ -360,7 +344,7 @@ def test_a_shared_beginning_is_read_once(kernel: Any, slow_flash: None) -> None:
 def test_copies_of_a_prompt_are_exact_and_without_reuse_nothing_else_is_copied() -> None:
     engine = Engine(tiny_gpt(), TOKENIZER, num_slots=3, deterministic=True)
     prompt = words(3, 200)
-    engine.submit(Request(prompt, 20, stop={-1}))
+    engine.submit(Request(prompt, 20))
     engine.step()
     first = engine.slots.logits[0].clone()
     engine.step()
@@ -380,7 +364,7 @@ def test_copies_of_a_prompt_are_exact_and_without_reuse_nothing_else_is_copied()
 def test_requests_may_come_and_go_between_steps() -> None:
     """Cancelled while its prompt is read, while it decodes, or in the queue, none keeps a slot."""
     engine = Engine(tiny_gpt(), TOKENIZER, num_slots=1)
-    reading, decoding, queued, last = (Request(words(i, 400), 50, stop={-1}) for i in range(4))
+    reading, decoding, queued, last = (Request(words(i, 400), 50) for i in range(4))
     for request in (reading, decoding, queued, last):
         engine.submit(request)
     assert engine.step() == [] and (len(engine.running), len(engine.waiting)) == (1, 3)
@@ -401,8 +385,8 @@ def test_requests_may_come_and_go_between_steps() -> None:
 def test_a_prompt_that_is_running_already_is_sampled_as_asked() -> None:
     """It is copied, not prefilled, amid steps that laid out their sampling without it."""
     engine = Engine(tiny_gpt(), TOKENIZER, num_slots=2)
-    greedy = Request([CHAT.bos, 1], 9, temperature=0, stop={-1})
-    wild = Request([CHAT.bos, 1], 5, temperature=1.5, seed=3, stop={-1})
+    greedy = Request([CHAT.bos, 1], 9, temperature=0)
+    wild = Request([CHAT.bos, 1], 5, temperature=1.5, seed=3)
     [(alone, _)] = collect(engine, [wild])
     engine.submit(greedy)
     engine.step()
@@ -412,7 +396,7 @@ def test_a_prompt_that_is_running_already_is_sampled_as_asked() -> None:
 
 def test_a_long_prompt_delays_nobody_by_more_than_a_chunk() -> None:
     engine = Engine(tiny_gpt(), TOKENIZER, num_slots=3)
-    talking, long, short = Request([1], 9, stop={-1}), Request([2] * 500, 3), Request([3], 3)
+    talking, long, short = Request([1], 9), Request([2] * 500, 3), Request([3], 3)
     engine.submit(talking)
     engine.step()
     engine.submit(long)
@@ -425,8 +409,8 @@ def test_a_long_prompt_delays_nobody_by_more_than_a_chunk() -> None:
 def test_logprobs_are_those_of_the_full_forward() -> None:
     model = tiny_gpt()
     engine = Engine(model, TOKENIZER, num_slots=3)
-    asked = Request(words(9, 30), 6, temperature=1.5, top_k=9, logprobs=4, stop={-1})
-    one = Request(words(9, 30), 6, temperature=1.5, top_k=9, logprobs=1, stop={-1})
+    asked = Request(words(9, 30), 6, temperature=1.5, top_k=9, logprobs=4)
+    one = Request(words(9, 30), 6, temperature=1.5, top_k=9, logprobs=1)
     silent = Request(words(6, 30), 6)
     for request in (asked, one, silent):
         engine.submit(request)
@@ -485,7 +469,7 @@ def test_penalties_look_at_prompt_and_reply() -> None:
     """Greedy, against the full forward pass and the penalties' own definition."""
     model, ids = tiny_gpt(), words(4, 40)
     asked = Request(
-        ids.copy(), 12, 0.0, stop={-1}, repetition_penalty=1.5, presence_penalty=0.5,
+        ids.copy(), 12, 0.0, repetition_penalty=1.5, presence_penalty=0.5,
         frequency_penalty=1.0, logit_bias={77: 2.0, CHAT.assistant_end: -100, CHAT.bos: -100},
     )  # fmt: skip
     [(said, _)] = collect(Engine(model, TOKENIZER, num_slots=2), [asked])
@@ -513,7 +497,7 @@ def test_a_failing_step_costs_only_those_in_it() -> None:
         return forward(ids, **more)
 
     model.forward = cast(Any, fragile)
-    first, second, third = (Request(words(i, 20 * i), 8, stop={-1}) for i in (1, 2, 3))
+    first, second, third = (Request(words(i, 20 * i), 8) for i in (1, 2, 3))
     alone = {request: collect(engine, [request])[0][0] for request in (first, second)}
     engine.reset()
     for request in (first, second, third):
@@ -557,11 +541,11 @@ def test_ctrl_c_within_a_step_does_not_spoil_the_next_turn(counted: bool) -> Non
 
     model.forward = cast(Any, stopped)
     with pytest.raises(KeyboardInterrupt):
-        for _, token, _ in engine.run([Request(prompt, 50, stop={-1})]):
-            said.append(token)
+        for event in engine.stream([Request(prompt, 50)]):
+            said.append(event.token)
     model.forward = forward
     before = engine.slots.num_prefilled
-    assert worst_logit(engine, model, Request([*prompt, *said, 5, 6], 9, stop={-1})) < 1e-4
+    assert worst_logit(engine, model, Request([*prompt, *said, 5, 6], 9)) < 1e-4
     assert engine.slots.num_prefilled - before == 3  # the newest token was not held yet
 
 

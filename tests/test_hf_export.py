@@ -104,7 +104,7 @@ def test_logits_and_greedy_tokens_are_equal(
     prompt = some_ids(1, 120)
     engine = Engine(model, TOKENIZER, num_slots=1)
     request = Request(prompt[0].tolist(), 64, temperature=0.0)
-    ours = [token for _, token, _ in engine.run([request])]
+    ours = [event.token for event in engine.stream([request])]
     theirs = loaded.generate(prompt, max_new_tokens=64, do_sample=False)
     assert theirs[0, 120:].tolist() == ours and len(ours) == 64
 

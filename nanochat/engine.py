@@ -122,13 +122,6 @@ class Reply:
             self.add_part("python_output", result)
 
 
-class PromptEnd(NamedTuple):
-    """What the model says after a whole prompt."""
-
-    logits: torch.Tensor  # (V,)
-    previous: torch.Tensor  # (C,) see KVCache.previous
-
-
 @dataclass(eq=False)
 class Slot:
     """One sequence of the cache; only SlotPool changes it."""
@@ -136,7 +129,7 @@ class Slot:
     index: int
     cached: list[int] = field(default_factory=list)  # tokens whose keys and values it holds
     prompt: list[int] = field(default_factory=list)  # what they begin with, or are to
-    end: PromptEnd | None = None  # once the prompt is fully read
+    end: torch.Tensor | None = None  # (V,) logits after the prompt, once that is fully read
     num_top: int | None = None  # alternatives whose logprobs are wanted of each prompt token
     scores: list[list[tuple[int, float]]] = field(default_factory=list)  # see Event.prompt
 
@@ -201,9 +194,7 @@ class SlotPool:
         slot = source if in_place else self.free[0]
         end = source.end if num_shared == len(prompt) else None
         previous: torch.Tensor | float = 0.0
-        if end:
-            previous = end.previous
-        elif num_shared:
+        if num_shared:
             previous = self.model.embed(torch.tensor(prompt[num_shared - 1], device=self.device))
         self.cache.keep(slot.index, num_shared, source.index, previous)
         slot.cached, slot.prompt, slot.end = prompt[:num_shared], prompt.copy(), end
@@ -247,8 +238,7 @@ class SlotPool:
         for slot, chunk in chunks.items():
             slot.cached += chunk
             if len(slot.cached) == len(slot.prompt):
-                previous = self.cache.previous[slot.index].clone()
-                slot.end = PromptEnd(logits[slot.index].clone(), previous)
+                slot.end = logits[slot.index].clone()
 
     def _run(
         self,
@@ -261,10 +251,9 @@ class SlotPool:
         if self.graphs is not None:
             return self.graphs.replay(ids, slots, num_new, packed)
         ids, cache = ids.to(self.device), self.cache
-        step = self.model(
+        return self.model(
             ids, cache=cache, slots=slots, num_new=num_new, packed=packed, last_only=True
-        )
-        return step[:, 0]
+        )[:, 0]
 
     def decode(self, newest: dict[Slot, int | None]) -> torch.Tensor:
         """(B, V) logits of `rows` after feeding each slot's token; for None, after its prompt.
@@ -286,8 +275,8 @@ class SlotPool:
         for row, (slot, token) in enumerate(zip(self.rows, fed, strict=True)):
             if token is not None:
                 slot.cached.append(token)
-            elif slot in newest and slot.end:
-                self.logits[row] = slot.end.logits
+            elif slot in newest and slot.end is not None:
+                self.logits[row] = slot.end
         return self.logits
 
     def can_copy(self, old: list[int], new: list[int]) -> bool:
@@ -299,7 +288,7 @@ class SlotPool:
         """(slot to copy from, how many of its tokens to keep); the last only with its logits."""
         best, longest = self.free[0], 0
         for slot in self.all:
-            if slot.end and slot.prompt == prompt:
+            if slot.end is not None and slot.prompt == prompt:
                 return slot, len(prompt)
             if not self.deterministic:
                 limit = min(len(slot.cached), len(prompt) - 1)
@@ -541,7 +530,7 @@ class Engine:
         """
         self.started = []
         self._prefill()
-        ready = [each for each in self.running if each.slot.end]
+        ready = [each for each in self.running if each.slot.end is not None]
         if not ready:
             return []
         with self._dropping(ready):
@@ -602,7 +591,7 @@ class Engine:
         batch: dict[RunningRequest, list[int]] = {}  # what is to be read of each
         while True:
             newest = self.running[-1] if self.running else None
-            if newest and not newest.slot.end and newest not in batch:
+            if newest and newest.slot.end is None and newest not in batch:
                 chunk, size = self.slots.next_chunk(newest.slot, room)
                 if not chunk:
                     break

@@ -53,6 +53,9 @@ class ScriptedModel(nn.Module):
     def make_cache(self, num_slots: int, max_len: int, device: str = "cpu") -> KVCache:
         return KVCache(1, num_slots, 1, max_len, 2, 2, device, self.compute_dtype)
 
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(*ids.shape, 2)
+
     def forward(
         self,
         ids: torch.Tensor,

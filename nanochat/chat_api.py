@@ -467,7 +467,6 @@ class Completion:
         self.choices = [Choice(tokenizer, stops, body.repeated(each.prompt)) for each in requests]
         self.num_prompt_tokens = sum(len(each.prompt) for each in requests[:: body.n or 1])
         self.open = list(range(len(self.choices)))  # the choices whose end has not been told
-        self.is_stream = bool(body.stream)
         self.head: dict[str, Any] = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "object": self.chunk_name if body.stream else self.whole_name,

@@ -78,15 +78,23 @@ class ModelList(TypedDict):
 
 
 class EventStream(StreamingResponse):
-    """A stream that closes its connection when the client stops reading."""
+    """A job's answer as a stream, which ends as well when the client leaves or stops reading."""
 
-    async def stream_response(self, send: Send) -> None:
+    def __init__(self, job: Job, worker: EngineWorker) -> None:
+        headers = {"X-Accel-Buffering": "no"}
+        super().__init__(job.stream(), headers=headers, media_type="text/event-stream")
+        self.job, self.worker = job, worker
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_in_time(message: Message) -> None:
             async with asyncio.timeout(STALLED_SECONDS):
                 await send(message)
 
-        with suppress(TimeoutError):
-            await super().stream_response(send_in_time)
+        try:
+            with suppress(TimeoutError):
+                await super().__call__(scope, receive, send_in_time)
+        finally:
+            self.worker.cancel(self.job.choices)
 
 
 class ChatServer:
@@ -245,9 +253,8 @@ async def show_model(model_id: str, chat: Chat) -> ModelCard:
     return chat.card(chat.look_up(model_id))
 
 
-@asynccontextmanager
-async def start_job(body: chat_api.Body, chat: ChatServer) -> AsyncIterator[Job]:
-    """The job that answers `body`, cancelled however the response ends."""
+async def answer(body: chat_api.Body, http: HttpRequest, chat: ChatServer) -> Response:
+    """The response to `body`, whole or as a stream; its end, of whatever kind, ends the job."""
     body.check_supported()  # before another model is loaded for it
     model = await chat.find(body.model or None)
     # In a thread, since 32,000 characters take 5 ms, and tiktoken works without the GIL.
@@ -257,42 +264,27 @@ async def start_job(body: chat_api.Body, chat: ChatServer) -> AsyncIterator[Job]
     completion = shape(model.name, body, model.engine.tokenizer, requests)
     job, worker = Job(requests, completion), model.choose_worker()
     worker.submit(job)
+    if body.stream:
+        return EventStream(job, worker)
     try:
-        yield job
+        async for _ in job.follow():
+            if await http.is_disconnected():
+                return Response()  # to nobody
+        return JSONResponse(completion.whole())
     finally:
         worker.cancel(job.choices)
 
 
-async def chat_job(body: ChatRequest, chat: Chat) -> AsyncIterator[Job]:
-    async with start_job(body, chat) as job:
-        yield job
-
-
-async def text_job(body: TextRequest, chat: Chat) -> AsyncIterator[Job]:
-    async with start_job(body, chat) as job:
-        yield job
-
-
-async def respond(http: HttpRequest, job: Job) -> Response:
-    if job.completion.is_stream:
-        headers = {"X-Accel-Buffering": "no"}
-        return EventStream(job.stream(), headers=headers, media_type="text/event-stream")
-    async for _ in job.follow():
-        if await http.is_disconnected():
-            return Response()  # to nobody
-    return JSONResponse(job.completion.whole())
-
-
 @api.post("/chat/completions", responses=ANSWER)
-async def complete_chat(http: HttpRequest, job: Annotated[Job, Depends(chat_job)]) -> Response:
+async def complete_chat(body: ChatRequest, http: HttpRequest, chat: Chat) -> Response:
     """The model's turn in a conversation."""
-    return await respond(http, job)
+    return await answer(body, http, chat)
 
 
 @api.post("/completions", responses=ANSWER)
-async def complete_text(http: HttpRequest, job: Annotated[Job, Depends(text_job)]) -> Response:
+async def complete_text(body: TextRequest, http: HttpRequest, chat: Chat) -> Response:
     """What the model writes after each prompt."""
-    return await respond(http, job)
+    return await answer(body, http, chat)
 
 
 async def convert(body: chat_api.Conversion, chat: ChatServer) -> Response:

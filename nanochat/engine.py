@@ -124,25 +124,31 @@ class Reply:
 
 @dataclass(eq=False)
 class Slot:
-    """One sequence of the cache; only SlotPool changes it."""
+    """A place in the cache: what it holds, and how far its newest request is."""
 
     index: int
-    cached: list[int] = field(default_factory=list)  # tokens whose keys and values it holds
-    prompt: list[int] = field(default_factory=list)  # what they begin with, or are to
+    request: Request = IDLE  # may have ended; a new one gets a new Slot
+    cached: list[int] = field(default_factory=list)  # tokens whose keys and values are there
     end: torch.Tensor | None = None  # (V,) logits after the prompt, once that is fully read
-    num_top: int | None = None  # alternatives whose logprobs are wanted of each prompt token
     scores: list[list[tuple[int, float]]] = field(default_factory=list)  # see Event.prompt
+    num_generated: int = 0
+    last: int | None = None  # the newest token, next to be fed to the model
+    part: str = "text"  # of the next token: text, python or python_output
+    expression: list[int] = field(default_factory=list)  # tokens of an open tool call
+    forced: deque[int] = field(default_factory=deque)  # pending tokens of a tool result
+    decoder: codecs.IncrementalDecoder = field(default_factory=partial(UTF8, "replace"))
+    penalties: Penalties | None = None
 
     @property
     def is_scored(self) -> bool:
-        return self.num_top is not None
+        return self.request.prompt_logprobs is not None
 
     def score(self, logits: torch.Tensor) -> None:
         """Note the logprobs of the prompt's tokens that follow a chunk of T, from (T, V) logits."""
-        begin = len(self.cached) + 1
-        following = torch.tensor(self.prompt[begin : begin + len(logits)], dtype=torch.int64)
-        logits = logits[: len(following)]
-        pairs = with_logprobs(following.to(logits.device), logits, self.num_top or 0).tolist()
+        begin, num_top = len(self.cached) + 1, self.request.prompt_logprobs or 0
+        following = self.request.prompt[begin : begin + len(logits)]
+        ids = torch.tensor(following, dtype=torch.int64, device=logits.device)
+        pairs = with_logprobs(ids, logits[: len(ids)], num_top).tolist()
         self.scores += [[(int(id), value) for id, value in each] for each in pairs]
 
 
@@ -181,30 +187,28 @@ class SlotPool:
         self.all = [Slot(index) for index in range(self.cache.num_slots)]
         self.free = deque(self.all)  # least recently used first
 
-    def allocate(self, prompt: list[int], num_top: int | None = None) -> Slot:
-        """A free slot, holding as much of the beginning of `prompt` as any slot does.
+    def allocate(self, request: Request) -> Slot:
+        """A slot for the request, holding as much of the beginning of its prompt as any slot does.
 
-        The slot that already holds it, if free and at least half of what it holds is shared; else
-        the least recently used. If the prompt is to be scored, with `num_top` alternatives, nothing
-        is shared.
+        In the place of the slot that already holds it, if free and at least half of what it holds
+        is shared; else of the least recently used. For a prompt to be scored nothing is shared.
         """
-        is_scored = num_top is not None
+        prompt, is_scored = request.prompt, request.prompt_logprobs is not None
         source, num_shared = (self.free[0], 0) if is_scored else self._longest_prefix(prompt)
         in_place = source in self.free and 2 * num_shared >= len(source.cached)
-        slot = source if in_place else self.free[0]
-        end = source.end if num_shared == len(prompt) else None
+        old = source if in_place else self.free[0]
         previous: torch.Tensor | float = 0.0
         if num_shared:
             previous = self.model.embed(torch.tensor(prompt[num_shared - 1], device=self.device))
-        self.cache.keep(slot.index, num_shared, source.index, previous)
-        slot.cached, slot.prompt, slot.end = prompt[:num_shared], prompt.copy(), end
-        slot.num_top, slot.scores = num_top, []
-        self.free.remove(slot)
+        self.cache.keep(old.index, num_shared, source.index, previous)
+        end = source.end if num_shared == len(prompt) else None
+        self.free.remove(old)
+        self.all[old.index] = slot = Slot(old.index, request, prompt[:num_shared], end)
         return slot
 
     def next_chunk(self, slot: Slot, room: int) -> tuple[list[int], int]:
         """(what to read next of its prompt, the room it takes); nothing where `room` is short."""
-        rest = slot.prompt[len(slot.cached) :]
+        rest = slot.request.prompt[len(slot.cached) :]
         if self.cache.flashes:
             if slot.is_scored:  # a row of logits for each token, of which few fit
                 room = min(room, CHUNK)
@@ -237,7 +241,7 @@ class SlotPool:
         self.num_prefilled += len(ids)
         for slot, chunk in chunks.items():
             slot.cached += chunk
-            if len(slot.cached) == len(slot.prompt):
+            if len(slot.cached) == len(slot.request.prompt):
                 slot.end = logits[slot.index].clone()
 
     def _run(
@@ -255,16 +259,16 @@ class SlotPool:
             ids, cache=cache, slots=slots, num_new=num_new, packed=packed, last_only=True
         )[:, 0]
 
-    def decode(self, newest: dict[Slot, int | None]) -> torch.Tensor:
-        """(B, V) logits of `rows` after feeding each slot's token; for None, after its prompt.
+    def decode(self, ready: Sequence[Slot]) -> torch.Tensor:
+        """(B, V) logits of `rows` after feeding each slot's newest token, or after its prompt.
 
         `rows` are these slots and, up to the next size, idle ones.
         """
-        size = next(size for size in self.sizes if size >= len(newest))
-        idle = (slot for slot in self.all if slot not in newest)
-        rows = [*newest, *islice(idle, size - len(newest))]
+        live, size = set(ready), next(size for size in self.sizes if size >= len(ready))
+        idle = (slot for slot in self.all if slot not in live)
+        rows = [*ready, *islice(idle, size - len(ready))]
         self.rows = sorted(rows, key=lambda slot: slot.index)
-        fed = [newest.get(slot) for slot in self.rows]
+        fed = [slot.last if slot in live else None for slot in self.rows]
         if any(token is not None for token in fed):
             ids = torch.tensor([[token or 0] for token in fed])  # (B, 1)
             num_new = torch.tensor([int(token is not None) for token in fed])  # (B,)
@@ -275,7 +279,7 @@ class SlotPool:
         for row, (slot, token) in enumerate(zip(self.rows, fed, strict=True)):
             if token is not None:
                 slot.cached.append(token)
-            elif slot in newest and slot.end is not None:
+            elif slot in live and slot.end is not None:
                 self.logits[row] = slot.end
         return self.logits
 
@@ -288,7 +292,7 @@ class SlotPool:
         """(slot to copy from, how many of its tokens to keep); the last only with its logits."""
         best, longest = self.free[0], 0
         for slot in self.all:
-            if slot.end is not None and slot.prompt == prompt:
+            if slot.end is not None and slot.request.prompt == prompt:
                 return slot, len(prompt)
             if not self.deterministic:
                 limit = min(len(slot.cached), len(prompt) - 1)
@@ -373,80 +377,6 @@ class StepGraphs:
         return logits
 
 
-@dataclass(eq=False)
-class RunningRequest:
-    """A request in its slot."""
-
-    request: Request
-    slot: Slot
-    tokenizer: Tokenizer
-    chat: ChatTokens
-    num_generated: int = 0
-    last: int | None = None  # the newest token, next to be fed to the model
-    part: str = "text"  # of the next token: text, python or python_output
-    expression: list[int] = field(default_factory=list)  # tokens of an open tool call
-    forced: deque[int] = field(default_factory=deque)  # pending tokens of a tool result
-    decoder: codecs.IncrementalDecoder = field(default_factory=partial(UTF8, "replace"))
-    penalties: Penalties | None = None
-
-    def take_scores(self) -> list[list[tuple[int, float]]] | None:
-        """What Event.prompt is to say."""
-        if self.request.prompt_logprobs is None or self.num_generated > 0:
-            return None
-        scores, self.slot.scores = self.slot.scores, []
-        return scores
-
-    def append_token(self, sampled: list[list[float]]) -> Event:
-        """The next token: forced by the tool, else sampled.
-
-        `sampled` is [[id]], or [id, logprob] followed by at least `request.logprobs` alternatives.
-        """
-        request, mask = self.request, int(not self.forced)
-        scores = self.take_scores()
-        if request.max_tokens == 0:
-            return Event(request, -1, 0, finish="length", prompt=scores)
-        token = self.last = self.forced.popleft() if self.forced else int(sampled[0][0])
-        self.num_generated += 1
-        finish = None
-        if mask and token in (self.chat.assistant_end, self.chat.bos):
-            finish = "stop"
-        elif self.num_generated >= request.max_tokens:
-            finish = "length"
-        raw, logprobs = b"", None
-        special = token >= self.tokenizer.bos_id
-        if self.penalties and not special:
-            self.penalties.count(token)
-        if self.part == "python" and not special:
-            self.expression.append(token)
-        elif self.part == "text" and not special:
-            raw = self.tokenizer.decode_bytes([token])
-            if request.logprobs:
-                logprobs = [(int(id), value) for id, value in sampled[: 1 + request.logprobs]]
-        # A character split over tokens waits for its last byte, at most until its part ends.
-        text = self.decoder.decode(raw, final=special or finish is not None)
-        tool = None
-        if self.expression and (special or finish):
-            tool = self._close_call(answered=token == self.chat.python_end)
-        if special:
-            chat = self.chat
-            begun = {chat.python_start: "python", chat.output_start: "python_output"}
-            self.part = begun.get(token, "text")
-        return Event(request, token, mask, text, tool, logprobs, finish, scores)
-
-    def _close_call(self, answered: bool) -> tuple[str, str | None]:
-        """(expression, result) of the open tool call; any result is queued as forced tokens."""
-        raw = self.tokenizer.decode_bytes(self.expression)
-        expression = raw.decode("utf-8", "replace")  # no lone surrogate, which no JSON can hold
-        self.expression = []
-        result = calculate(expression) if answered else None
-        if result is not None:
-            ids = self.tokenizer.encode(result)
-            self.forced.append(self.chat.output_start)
-            self.forced.extend(ids)
-            self.forced.append(self.chat.output_end)
-        return expression, result
-
-
 class StepFailed(RuntimeError):
     """The model failed in a step: `requests` are lost, the others continue."""
 
@@ -497,7 +427,7 @@ class Engine:
         self.slots.reset()
         self.waiting: deque[Request] = deque()
         self.started: list[Request] = []  # got a slot in the last step
-        self.running: list[RunningRequest] = []  # all but the last are prefilled
+        self.running: list[Slot] = []  # all but the last are prefilled
 
     @property
     def busy(self) -> bool:
@@ -518,9 +448,9 @@ class Engine:
         """Drop the request: no more events, and its slot is free at once."""
         if request in self.waiting:
             self.waiting.remove(request)
-        for each in self.running.copy():
-            if each.request is request:
-                self._leave(each)
+        for slot in self.running.copy():
+            if slot.request is request:
+                self._leave(slot)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -530,16 +460,15 @@ class Engine:
         """
         self.started = []
         self._prefill()
-        ready = [each for each in self.running if each.slot.end is not None]
+        ready = [slot for slot in self.running if slot.end is not None]
         if not ready:
             return []
         with self._dropping(ready):
-            logits = self.slots.decode({each.slot: each.last for each in ready})
-            sampled = self._sample(ready, logits)
-            events = [each.append_token(sampled[each.slot]) for each in ready]
-        for each, event in zip(ready, events, strict=True):
+            sampled = self._sample(ready, self.slots.decode(ready))
+            events = [self._append(slot, sampled[slot]) for slot in ready]
+        for slot, event in zip(ready, events, strict=True):
             if event.finish:
-                self._leave(each)
+                self._leave(slot)
         return events
 
     def stream(self, requests: Iterable[Request]) -> Generator[Event]:
@@ -572,30 +501,30 @@ class Engine:
                 yield event.request, replies.pop(event.request)
 
     @contextmanager
-    def _dropping(self, group: list[RunningRequest]) -> Iterator[None]:
-        """On an error inside, drop these requests only."""
+    def _dropping(self, group: list[Slot]) -> Iterator[None]:
+        """On an error inside, drop the requests of these slots only."""
         try:
             yield
         except Exception as error:
-            for each in group:
-                self._leave(each)
-            raise StepFailed([each.request for each in group]) from error
+            for slot in group:
+                self._leave(slot)
+            raise StepFailed([slot.request for slot in group]) from error
 
-    def _leave(self, leaving: RunningRequest) -> None:
-        self.running.remove(leaving)
-        self.slots.free.append(leaving.slot)
+    def _leave(self, slot: Slot) -> None:
+        self.running.remove(slot)
+        self.slots.free.append(slot)
 
     def _prefill(self) -> None:
         """Read a chunk of prompt tokens, oldest first, giving free slots to waiting requests."""
         room = self.slots.chunk
-        batch: dict[RunningRequest, list[int]] = {}  # what is to be read of each
+        batch: dict[Slot, list[int]] = {}  # what is to be read of each
         while True:
             newest = self.running[-1] if self.running else None
-            if newest and newest.slot.end is None and newest not in batch:
-                chunk, size = self.slots.next_chunk(newest.slot, room)
+            if newest and newest.end is None and newest not in batch:
+                chunk, size = self.slots.next_chunk(newest, room)
                 if not chunk:
                     break
-                alone = newest.slot.is_scored or not self.slots.cache.flashes
+                alone = newest.is_scored or not self.slots.cache.flashes
                 if alone:
                     self._read(batch)
                 batch[newest], room = chunk, room - size
@@ -605,26 +534,24 @@ class Engine:
                     break
             elif self.waiting and self.slots.free:
                 request = self.waiting[0]
-                if any(self.slots.can_copy(each.request.prompt, request.prompt) for each in batch):
+                if any(self.slots.can_copy(slot.request.prompt, request.prompt) for slot in batch):
                     self._read(batch)
-                self.waiting.popleft()
-                slot = self.slots.allocate(request.prompt, request.prompt_logprobs)
+                slot = self.slots.allocate(self.waiting.popleft())
                 self.started.append(request)
-                each = RunningRequest(request, slot, self.tokenizer, self.chat)
-                self.running.append(each)
-                with self._dropping([each]):
-                    each.penalties = self._penalties(request)
+                self.running.append(slot)
+                with self._dropping([slot]):
+                    slot.penalties = self._penalties(request)
             else:
                 break
         self._read(batch)
 
-    def _read(self, batch: dict[RunningRequest, list[int]]) -> None:
+    def _read(self, batch: dict[Slot, list[int]]) -> None:
         """Prefill what the batch says, and empty it."""
         reading = batch.copy()
         batch.clear()
         if reading:
             with self._dropping(list(reading)):
-                self.slots.prefill({each.slot: chunk for each, chunk in reading.items()})
+                self.slots.prefill(reading)
 
     def _penalties(self, request: Request) -> Penalties | None:
         presence, frequency = request.presence_penalty, request.frequency_penalty
@@ -636,27 +563,73 @@ class Engine:
             presence, frequency, request.logit_bias,
         )  # fmt: skip
 
-    def _sample(
-        self, ready: list[RunningRequest], logits: torch.Tensor
-    ) -> dict[Slot, list[list[float]]]:
+    def _sample(self, ready: list[Slot], logits: torch.Tensor) -> dict[Slot, list[list[float]]]:
         """Of each slot [[id]], or `with_logprobs` rows if any wants them; one transfer."""
-        running = {each.slot: each for each in ready}
-        rows = [running.get(slot) for slot in self.slots.rows]
-        requests = [each.request if each else IDLE for each in rows]
+        live, slots = set(ready), self.slots.rows
+        requests = [slot.request if slot in live else IDLE for slot in slots]
         settings = tuple((r.temperature, r.top_k, r.top_p, r.min_p) for r in requests)
         batch = self.lay_out(settings, logits.shape[1], self.device)
         seeds = torch.tensor([request.seed & (2**63 - 1) for request in requests])
-        counts = torch.tensor([each.num_generated if each else 0 for each in rows])
+        counts = torch.tensor([slot.num_generated for slot in slots])
         uniform = counter_uniform(seeds, counts).to(self.device)
         wanted = logits
-        for row, each in enumerate(rows):
-            if each and each.penalties:
+        for row, slot in enumerate(slots):
+            if slot in live and slot.penalties:
                 wanted = logits.clone() if wanted is logits else wanted
-                wanted[row] = each.penalties.apply(logits[row])
+                wanted[row] = slot.penalties.apply(logits[row])
         ids = sample(wanted, batch, uniform)
         num_top = max(request.logprobs for request in requests)
         sampled = with_logprobs(ids, logits, num_top) if num_top else ids[:, None, None]
-        return dict(zip(self.slots.rows, sampled.tolist(), strict=True))
+        return dict(zip(slots, sampled.tolist(), strict=True))
+
+    def _append(self, slot: Slot, sampled: list[list[float]]) -> Event:
+        """The slot's next token: forced by the tool, else sampled.
+
+        `sampled` is [[id]], or [id, logprob] followed by at least `request.logprobs` alternatives.
+        """
+        request, mask, scores = slot.request, int(not slot.forced), None
+        if slot.is_scored and slot.num_generated == 0:
+            scores, slot.scores = slot.scores, []
+        if request.max_tokens == 0:
+            return Event(request, -1, 0, finish="length", prompt=scores)
+        token = slot.last = slot.forced.popleft() if slot.forced else int(sampled[0][0])
+        slot.num_generated += 1
+        finish = None
+        if mask and token in (self.chat.assistant_end, self.chat.bos):
+            finish = "stop"
+        elif slot.num_generated >= request.max_tokens:
+            finish = "length"
+        raw, logprobs = b"", None
+        special = token >= self.tokenizer.bos_id
+        if slot.penalties and not special:
+            slot.penalties.count(token)
+        if slot.part == "python" and not special:
+            slot.expression.append(token)
+        elif slot.part == "text" and not special:
+            raw = self.tokenizer.decode_bytes([token])
+            if request.logprobs:
+                logprobs = [(int(id), value) for id, value in sampled[: 1 + request.logprobs]]
+        # A character split over tokens waits for its last byte, at most until its part ends.
+        text = slot.decoder.decode(raw, final=special or finish is not None)
+        tool = self._end_part(slot, token) if special or finish else None
+        return Event(request, token, mask, text, tool, logprobs, finish, scores)
+
+    def _end_part(self, slot: Slot, token: int) -> tuple[str, str | None] | None:
+        """(expression, result) of a tool call, if `token` ends one.
+
+        Any result is queued as forced tokens.
+        """
+        chat, ended = self.chat, slot.expression
+        begun = {chat.python_start: "python", chat.output_start: "python_output"}
+        slot.part, slot.expression = begun.get(token, "text"), []
+        if not ended:
+            return None
+        raw = self.tokenizer.decode_bytes(ended)
+        expression = raw.decode("utf-8", "replace")  # no lone surrogate, which no JSON can hold
+        result = calculate(expression) if token == chat.python_end else None
+        if result is not None:
+            slot.forced += [chat.output_start, *self.tokenizer.encode(result), chat.output_end]
+        return expression, result
 
 
 def sample_texts(model: GPT, tokenizer: Tokenizer, max_tokens: int = 32) -> list[str]:

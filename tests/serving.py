@@ -104,7 +104,7 @@ class EchoEngine(Engine):
         if self.num_failures:
             self.num_failures -= 1
             raise RuntimeError("out of order")
-        [asked] = [each for each in self.running if each.slot.index == slot]
+        [asked] = [each for each in self.running if each.index == slot]
         prompt, said = asked.request.prompt, list[int]()
         if CHAT.user_start in prompt:  # else it is the warm-up
             begin = len(prompt) - prompt[::-1].index(CHAT.user_start)

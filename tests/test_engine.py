@@ -80,8 +80,9 @@ def drain(engine: Engine) -> list[Event]:
 
 def check_slots(engine: Engine) -> None:
     """No slot is lost, and every one holds in the cache what it says."""
-    in_use = [each.slot for each in engine.running]
-    assert sorted(s.index for s in [*engine.slots.free, *in_use]) == list(range(engine.num_slots))
+    held = [*engine.slots.free, *engine.running]
+    assert sorted(held, key=lambda slot: slot.index) == engine.slots.all
+    assert [slot.index for slot in engine.slots.all] == list(range(engine.num_slots))
     for slot, length in zip(engine.slots.all, engine.slots.cache.lengths.tolist(), strict=True):
         assert len(slot.cached) == length
 
@@ -127,8 +128,8 @@ def say(
             if event.request is one:
                 # Its own slot, as a mate with the same prompt may hold the same tokens; at the last
                 # token it is no longer running, and if that is the first, any such slot will do.
-                mine = [each.slot for each in engine.running if each.request is one]
-                same = [each for each in engine.slots.all if each.cached == ids]
+                mine = [slot for slot in engine.running if slot.request is one]
+                same = [slot for slot in engine.slots.all if slot.cached == ids]
                 slot = (mine or ([slot] if said else same))[0]
                 said.append(
                     (
@@ -173,10 +174,10 @@ def test_a_step_takes_no_more_slots_than_it_must(sizes: Sequence[int]) -> None:
         ready = engine.step()
         assert len(engine.slots.rows) == min(size for size in sizes if size >= len(ready))
         all_sizes.add(len(engine.slots.rows))
-        for each in engine.running:
-            logits = engine.slots.logits[engine.slots.rows.index(each.slot)]
+        for slot in engine.running:
+            logits = engine.slots.logits[engine.slots.rows.index(slot)]
             with torch.inference_mode():
-                full = model(torch.tensor([each.slot.cached]))[0, -1]
+                full = model(torch.tensor([slot.cached]))[0, -1]
             assert (logits - full).abs().max() < 1e-4
     assert all_sizes == set(sizes)
 
@@ -316,12 +317,15 @@ def test_where_a_shared_beginning_comes_from() -> None:
     held = list(kept.cached)
     # A copy: too little is shared to overwrite it.
     assert worst_logit(engine, model, Request([*system, 9], 5)) < 1e-4
-    assert kept.cached == held and engine.slots.num_prefilled == 304
+    assert kept in engine.slots.all and kept.cached == held
+    assert engine.slots.num_prefilled == 304
     assert worst_logit(engine, model, Request([*system[:10], 9], 5)) < 1e-4  # read anew
     assert engine.slots.num_prefilled == 304 + 11
-    assert kept.cached == held  # the other three were unused for longer
+    # The other three were unused for longer.
+    assert kept in engine.slots.all and kept.cached == held
     assert worst_logit(engine, model, Request(held[:290], 5)) < 1e-4  # regenerated where it is
-    assert engine.slots.num_prefilled == 315 + 1 and kept.cached[:290] == held[:290]
+    assert engine.slots.num_prefilled == 315 + 1
+    assert engine.slots.all[kept.index].cached[:290] == held[:290]
     check_slots(engine)
 
 

@@ -78,7 +78,9 @@ def step_bytes(model: GPT, num_slots: int, length: int) -> int:
 def feed(pool: SlotPool, past: int) -> None:
     """A step of decoding, behind `past` tokens in every slot."""
     pool.cache.lengths.fill_(past)
-    pool.decode(dict.fromkeys(pool.all, 7))
+    for slot in pool.all:
+        slot.last = 7
+    pool.decode(pool.all)
 
 
 def main(cfg: Config) -> None:

@@ -466,6 +466,7 @@ class Completion:
         stops = [stop for stop in stops if stop]
         self.choices = [Choice(tokenizer, stops, body.repeated(each.prompt)) for each in requests]
         self.num_prompt_tokens = sum(len(each.prompt) for each in requests[:: body.n or 1])
+        self.field = "delta" if body.stream else "message"
         self.open = list(range(len(self.choices)))  # the choices whose end has not been told
         self.head: dict[str, Any] = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
@@ -509,26 +510,22 @@ class Completion:
     def whole(self) -> dict[str, Any]:
         choices = []
         for index, choice in enumerate(self.choices):
+            said = {"role": "assistant", "content": choice.shown.text, "refusal": None}
+            if any(part["type"] != "text" for part in choice.shown.parts):
+                said["parts"] = choice.shown.parts
             logprobs = self.logprobs(choice.take()[1])
             about = {"index": index, "finish_reason": choice.finish, "logprobs": logprobs}
-            choices.append(about | self.answer(choice))
+            choices.append(about | self.shape(said))
         return self.head | {"choices": choices, "usage": self.usage}
 
     def chunk(
         self, index: int, delta: dict, logprobs: dict | None = None, finish: str | None = None
     ) -> bytes:
         about = {"index": index, "finish_reason": finish, "logprobs": logprobs}
-        return sse(self.head | {"choices": [about | self.piece(delta)]})
+        return sse(self.head | {"choices": [about | self.shape(delta)]})
 
-    def answer(self, choice: Choice) -> dict[str, Any]:
-        parts = choice.shown.parts
-        message = {"role": "assistant", "content": choice.shown.text, "refusal": None}
-        if any(part["type"] != "text" for part in parts):
-            message |= {"parts": parts}
-        return {"message": message}
-
-    def piece(self, delta: dict) -> dict[str, Any]:
-        return {"delta": delta}
+    def shape(self, said: dict[str, Any]) -> dict[str, Any]:
+        return {self.field: said}
 
     def logprobs(self, entries: list[Entry]) -> dict[str, Any] | None:
         content = [self._logprob(entry.logprobs) for entry in entries if entry.logprobs]
@@ -555,11 +552,8 @@ class TextCompletion(Completion):
     def begin(self) -> bytes:
         return b""
 
-    def answer(self, choice: Choice) -> dict[str, Any]:
-        return {"text": choice.shown.text}
-
-    def piece(self, delta: dict) -> dict[str, Any]:
-        return {"text": delta.get("content", "")}
+    def shape(self, said: dict[str, Any]) -> dict[str, Any]:
+        return {"text": said.get("content", "")}
 
     def logprobs(self, entries: list[Entry]) -> dict[str, Any] | None:
         if self.num_top is None or not entries:

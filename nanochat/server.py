@@ -20,17 +20,17 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import prometheus_client as prometheus
 import uvicorn
+import yaml
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -329,40 +329,10 @@ async def show_metrics(chat: Chat) -> Response:
     return Response(chat.metrics.text(), media_type=prometheus.CONTENT_TYPE_LATEST)
 
 
-def describe_field(field: dict[str, Any]) -> str:
-    """The values that a JSON schema takes, in words."""
-    limits = ("minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems", "default")
-    words = field.get("$ref", "").rsplit("/", 1)[-1] or field.get("type", "anything")
-    if "anyOf" in field:
-        words = " or ".join(map(describe_field, field["anyOf"]))
-    elif "enum" in field:
-        words = " or ".join(map(repr, field["enum"]))
-    elif "items" in field:
-        words = f"array of ({describe_field(field['items'])})"
-    return ", ".join([words, *(f"{key} {field[key]}" for key in limits if key in field)])
-
-
 @others.get("/docs", include_in_schema=False)
 async def docs(http: HttpRequest) -> Response:
-    """What /openapi.json says, as a page without scripts, which also works offline."""
-    schema = http.app.openapi()
-    page = '<!doctype html><html lang="en"><meta charset="utf-8"><title>nanochat: API</title>'
-    for sheet in ("base", "report"):
-        page += f'<link rel="stylesheet" href="ui/{sheet}.css">'
-    page += '<h1>The API</h1><p>OpenAI\'s; <a href="openapi.json">for programs</a>.</p>'
-    for path, methods in schema["paths"].items():
-        for method, route in methods.items():
-            bodies = route.get("requestBody", {}).get("content", {}).values()
-            body = "".join(f" Body: {describe_field(each['schema'])}." for each in bodies)
-            page += f"<section><h2>{method.upper()} {escape(path)}</h2>"
-            page += f"<p>{escape(route.get('description', '') + body)}</p></section>"
-    for name, shape in schema["components"]["schemas"].items():
-        fields = shape.get("properties", {}).items()
-        page += f"<section><h2>{escape(name)}</h2><p>{escape(shape.get('description', ''))}</p><ul>"
-        for field, of in fields:
-            page += f"<li><b>{escape(field)}</b> {escape(describe_field(of))}</li>"
-        page += "</ul></section>"
-    return HTMLResponse(page)
+    """What /openapi.json says, for people: the usual pages load scripts from elsewhere."""
+    return PlainTextResponse(yaml.safe_dump(http.app.openapi(), sort_keys=False))
 
 
 @others.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)

@@ -62,21 +62,6 @@ class ErrorBody(TypedDict):
     error: dict[Literal["message", "type", "param", "code"], str | None]
 
 
-class ModelCard(TypedDict):
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    context_length: int
-    kind: Literal["chat", "base"]
-    loaded: bool
-
-
-class ModelList(TypedDict):
-    object: Literal["list"]
-    data: list[ModelCard]
-
-
 class EventStream(StreamingResponse):
     """A job's answer as a stream, which ends as well when the client leaves or stops reading."""
 
@@ -133,24 +118,24 @@ class ChatServer:
             for worker in self.workers
         )
 
-    def card(self, model: ServedModel) -> ModelCard:
+    def card(self, model: ServedModel) -> dict[str, Any]:
         loaded = model.worker is not None and model.worker.ready
-        return ModelCard(
-            id=model.name, object="model", created=self.created, owned_by="nanochat",
-            context_length=model.max_len, kind=model.kind, loaded=loaded,
-        )  # fmt: skip
+        return {
+            "id": model.name, "object": "model", "created": self.created, "owned_by": "nanochat",
+            "context_length": model.max_len, "kind": model.kind, "loaded": loaded,
+        }  # fmt: skip
 
     def look_up(self, name: str) -> ServedModel:
-        """The model, loaded or not; ApiError if there is none."""
-        if name not in self.models:
+        """The model, loaded or not, the default one for ""; ApiError if there is none."""
+        if name and name not in self.models:
             text = f"there is no model {name[:80]!r} here; /v1/models lists those there are"
             raise ApiError(404, text, "model_not_found", "model")
-        return self.models[name]
+        return self.models[name] if name else self.default
 
-    async def find(self, name: str | None) -> ServedModel:
-        """The model, or the default one, once it is loaded; ApiError if it cannot be."""
+    async def find(self, name: str) -> ServedModel:
+        """The same once it is loaded; ApiError if it cannot be."""
         self.check_open()
-        model = self.default if name is None else self.look_up(name)
+        model = self.look_up(name)
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 worker = await self._load(model)
@@ -242,13 +227,13 @@ api, others = APIRouter(responses=ERRORS), APIRouter(responses=ERRORS)
 
 
 @api.get("/models")
-async def list_models(chat: Chat) -> ModelList:
+async def list_models(chat: Chat) -> dict[str, Any]:
     """The models that may be asked for, the default one first."""
     return {"object": "list", "data": [chat.card(model) for model in chat.models.values()]}
 
 
 @api.get("/models/{model_id:path}")
-async def show_model(model_id: str, chat: Chat) -> ModelCard:
+async def show_model(model_id: str, chat: Chat) -> dict[str, Any]:
     """One model; asking it something loads it."""
     return chat.card(chat.look_up(model_id))
 
@@ -256,7 +241,7 @@ async def show_model(model_id: str, chat: Chat) -> ModelCard:
 async def answer(body: chat_api.Body, http: HttpRequest, chat: ChatServer) -> Response:
     """The response to `body`, whole or as a stream; its end, of whatever kind, ends the job."""
     body.check_supported()  # before another model is loaded for it
-    model = await chat.find(body.model or None)
+    model = await chat.find(body.model)
     # In a thread, since 32,000 characters take 5 ms, and tiktoken works without the GIL.
     prepare = chat_api.engine_requests
     requests = await asyncio.to_thread(prepare, body, model.engine, model.kind, chat.config)
@@ -288,7 +273,7 @@ async def complete_text(body: TextRequest, http: HttpRequest, chat: Chat) -> Res
 
 
 async def convert(body: chat_api.Conversion, chat: ChatServer) -> Response:
-    model = chat.look_up(body.model) if body.model else chat.default
+    model = chat.look_up(body.model)
     return JSONResponse(await asyncio.to_thread(body.answer, model.engine, model.kind))
 
 

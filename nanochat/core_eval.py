@@ -17,6 +17,7 @@ B rows, T time, M scored tokens, V vocabulary.
 
 import csv
 import http.client
+import io
 import math
 import os
 import random
@@ -366,16 +367,13 @@ def download(folder: Path) -> None:
     """Fetch the bundle into `folder`, which appears whole or not at all."""
     print0(f"downloading {URL}")
     try:
+        with urllib.request.urlopen(URL, timeout=TIMEOUT_SECONDS) as source:
+            total = -(-int(source.headers.get("Content-Length") or 0) // 2**20)
+            blocks = progress_bar(iter(lambda: source.read(2**20), b""), "MiB", total)
+            archive = io.BytesIO(b"".join(blocks))
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".eval_bundle.", dir=folder.parent) as beside:
-            archive = Path(beside) / "bundle.zip"
-            with urllib.request.urlopen(URL, timeout=TIMEOUT_SECONDS) as source:
-                total = -(-int(source.headers.get("Content-Length") or 0) // 2**20)
-                blocks = progress_bar(iter(lambda: source.read(2**20), b""), "MiB", total)
-                with archive.open("wb") as file:
-                    file.writelines(blocks)
-            with zipfile.ZipFile(archive) as bundle:
-                bundle.extractall(beside)  # checks each file's CRC, and none leaves the folder
+            zipfile.ZipFile(archive).extractall(beside)  # checks CRCs; none leaves the folder
             os.sync()
             (Path(beside) / "eval_bundle").rename(folder)
         fsync(folder.parent)

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
+from os.path import commonprefix  # of any sequences
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,13 +28,7 @@ from nanochat.calculator import calculate
 from nanochat.common import UserError, free_memory
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
-from nanochat.sampling import (
-    Penalties,
-    SamplingBatch,
-    counter_uniform,
-    sample,
-    with_logprobs,
-)
+from nanochat.sampling import SamplingBatch, counter_uniform, sample, with_logprobs
 from nanochat.tokenizer import ChatTokens, Tokenizer, chat_tokens
 
 CHUNK = 256  # prompt tokens per step, padding included
@@ -69,6 +64,11 @@ class Request:
     # n: also the logprobs of the prompt's tokens, each with its n likeliest alternatives; such a
     # prompt is read whole, whatever the slots hold.
     prompt_logprobs: int | None = None
+
+    @property
+    def is_penalised(self) -> bool:
+        added = self.presence_penalty or self.frequency_penalty or self.logit_bias
+        return bool(added) or self.repetition_penalty != 1
 
 
 IDLE = Request([], 0, temperature=0.0)  # stands in for an empty slot when sampling
@@ -120,6 +120,38 @@ class Reply:
         self.add_part("python", expression)
         if result is not None:
             self.add_part("python_output", result)
+
+
+class Penalties:
+    """What a request's own words and wishes do to its logits; `count` every token of the reply.
+
+    Sources: the repetition penalty, arXiv 1909.05858; the others, OpenAI's API reference.
+    """
+
+    def __init__(
+        self, request: Request, num_text: int, vocab_size: int, device: torch.device | str
+    ) -> None:
+        """Ids below `num_text` are of text, and so count where they are in the prompt."""
+        said = [token for token in request.prompt if token < num_text]
+        self.request = request
+        self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # (V,)
+        self.in_prompt[torch.tensor(said, dtype=torch.int64)] = True
+        self.counts = torch.zeros(vocab_size, device=device)  # (V,) times in the reply
+        self.bias = torch.zeros(vocab_size, device=device)  # (V,)
+        if bias := request.logit_bias:
+            self.bias[list(bias)] = torch.tensor(list(bias.values()), device=device)
+
+    def count(self, token: int) -> None:
+        self.counts[token] += 1
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """The changed copy of one row (V,)."""
+        asked, said = self.request, self.counts > 0
+        repetition = asked.repetition_penalty
+        weaker = torch.where(logits > 0, logits / repetition, logits * repetition)
+        logits = torch.where(said | self.in_prompt, weaker, logits)
+        logits = logits - asked.frequency_penalty * self.counts - asked.presence_penalty * said
+        return logits + self.bias
 
 
 @dataclass(eq=False)
@@ -295,9 +327,7 @@ class SlotPool:
             if slot.end is not None and slot.request.prompt == prompt:
                 return slot, len(prompt)
             if not self.deterministic:
-                limit = min(len(slot.cached), len(prompt) - 1)
-                pairs = zip(slot.cached, prompt[:limit], strict=False)
-                shared = next((i for i, (old, new) in enumerate(pairs) if old != new), limit)
+                shared = len(commonprefix((slot.cached, prompt[:-1])))
                 if shared >= max(MIN_SHARED, longest + 1):
                     best, longest = slot, shared
         return best, longest
@@ -540,7 +570,9 @@ class Engine:
                 self.started.append(request)
                 self.running.append(slot)
                 with self._dropping([slot]):
-                    slot.penalties = self._penalties(request)
+                    if request.is_penalised:
+                        num_text, size = self.tokenizer.bos_id, self.model.config.vocab_size
+                        slot.penalties = Penalties(request, num_text, size, self.device)
             else:
                 break
         self._read(batch)
@@ -552,16 +584,6 @@ class Engine:
         if reading:
             with self._dropping(list(reading)):
                 self.slots.prefill(reading)
-
-    def _penalties(self, request: Request) -> Penalties | None:
-        presence, frequency = request.presence_penalty, request.frequency_penalty
-        if request.repetition_penalty == 1 and not (presence or frequency or request.logit_bias):
-            return None
-        return Penalties(
-            [token for token in request.prompt if token < self.tokenizer.bos_id],
-            self.model.config.vocab_size, self.device, request.repetition_penalty,
-            presence, frequency, request.logit_bias,
-        )  # fmt: skip
 
     def _sample(self, ready: list[Slot], logits: torch.Tensor) -> dict[Slot, list[list[float]]]:
         """Of each slot [[id]], or `with_logprobs` rows if any wants them; one transfer."""

@@ -4,16 +4,14 @@ One inverse-CDF draw per row over the kept probabilities in vocabulary order. Th
 a hash of (seed, position): no generator state to keep, and a row never depends on its neighbours.
 Top-k and top-p find a *value* below which logits are dropped, not a set of ids, so ties, common in
 bf16, are kept or dropped together (top-k may keep more than k) and no sort order matters.
-`Penalties` changes one row's logits before that, by what its request has said so far.
 
-Sources: nucleus sampling, arXiv 1904.09751; min-p, 2407.01082; the repetition penalty, 1909.05858;
-the other two, OpenAI's API reference; the 32-bit mixer is `lowbias32` of
+Sources: nucleus sampling, arXiv 1904.09751; min-p, 2407.01082; the 32-bit mixer is `lowbias32` of
 https://github.com/skeeto/hash-prospector. Shapes: B rows, V vocabulary, W widest top-k of the
 batch (V if a row uses top-p alone).
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -62,39 +60,6 @@ class SamplingBatch:
         self.greedy, self.filtered = greedy.to(device), filtered.to(device)
         self.limit, self.top_p = limit.to(device), top_p.to(device)
         self.floor = min_p.float().log().to(device)  # (B,) of logits whose largest is 0
-
-
-class Penalties:
-    """What a request's own words and wishes do to its logits; `count` every token of the reply."""
-
-    def __init__(
-        self,
-        prompt: Sequence[int],
-        vocab_size: int,
-        device: torch.device | str,
-        repetition: float = 1.0,
-        presence: float = 0.0,
-        frequency: float = 0.0,
-        bias: Mapping[int, float] | None = None,
-    ) -> None:
-        """`prompt` holds the ids that `repetition` counts beside the reply's; `bias` is added."""
-        self.repetition, self.presence, self.frequency = repetition, presence, frequency
-        self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # (V,)
-        self.in_prompt[torch.tensor(prompt, dtype=torch.int64)] = True
-        self.counts = torch.zeros(vocab_size, device=device)  # (V,) times in the reply
-        self.bias = torch.zeros(vocab_size, device=device)  # (V,)
-        if bias:
-            self.bias[list(bias)] = torch.tensor(list(bias.values()), device=device)
-
-    def count(self, token: int) -> None:
-        self.counts[token] += 1
-
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """The changed copy of one row (V,)."""
-        said = self.counts > 0
-        weaker = torch.where(logits > 0, logits / self.repetition, logits * self.repetition)
-        logits = torch.where(said | self.in_prompt, weaker, logits)
-        return logits - self.frequency * self.counts - self.presence * said + self.bias
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch, uniform: torch.Tensor) -> torch.Tensor:

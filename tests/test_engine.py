@@ -17,6 +17,7 @@ from nanochat.attention import choose_kernel
 from nanochat.engine import (
     Engine,
     Event,
+    Penalties,
     Reply,
     Request,
     StepFailed,
@@ -25,7 +26,6 @@ from nanochat.engine import (
 )
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import Append, KVCache
-from nanochat.sampling import Penalties
 from tests.models import TOKENIZER, busy_gpt, refuses
 from tests.serving import CHAT, ScriptedModel
 
@@ -469,6 +469,27 @@ def test_a_scored_prompt(length: int, kernel: Any, slow_flash: None) -> None:
     check_slots(engine)
 
 
+def test_penalties() -> None:
+    """Against the definitions, id by id; special ones in the prompt do not count."""
+    said, bias = [4, 9, 4, 4], {9: -100.0, 20: 1.5}
+    row = 2 * torch.randn(V, generator=torch.Generator().manual_seed(0))
+    asked = Request(
+        [3, 3, 9, CHAT.bos], 5, repetition_penalty=1.3, presence_penalty=0.25,
+        frequency_penalty=0.5, logit_bias=bias,
+    )  # fmt: skip
+    assert asked.is_penalised and not Request([3], 5).is_penalised
+    penalties = Penalties(asked, CHAT.bos, V, "cpu")
+    for token in said:
+        penalties.count(token)
+    for id, (before, after) in enumerate(zip(row.tolist(), penalties.apply(row), strict=True)):
+        expected = before
+        if id in {3, 4, 9}:
+            expected = before / 1.3 if before > 0 else before * 1.3
+        expected -= 0.5 * said.count(id) + 0.25 * (id in said) - bias.get(id, 0)
+        assert float(after) == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(Penalties(Request([3], 5), CHAT.bos, V, "cpu").apply(row), row)
+
+
 def test_penalties_look_at_prompt_and_reply() -> None:
     """Greedy, against the full forward pass and the penalties' own definition."""
     model, ids = tiny_gpt(), words(4, 40)
@@ -477,7 +498,7 @@ def test_penalties_look_at_prompt_and_reply() -> None:
         frequency_penalty=1.0, logit_bias={77: 2.0, CHAT.assistant_end: -100, CHAT.bos: -100},
     )  # fmt: skip
     [(said, _)] = collect(Engine(model, TOKENIZER, num_slots=2), [asked])
-    penalties = Penalties(ids, V, "cpu", 1.5, 0.5, 1.0, asked.logit_bias)
+    penalties = Penalties(asked, CHAT.bos, V, "cpu")
     for token in said:
         with torch.inference_mode():
             row = penalties.apply(model(torch.tensor([ids]))[0, -1])

@@ -1,7 +1,6 @@
 """Sampling: the right distribution, the right ids kept, and every row on its own.
 
-The oracles are the softmax itself (frequencies) and naive Python versions of top-k, top-p, min-p
-and the penalties.
+The oracles are the softmax itself (frequencies) and naive Python versions of top-k, top-p, min-p.
 """
 
 import random
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from nanochat.sampling import (
-    Penalties,
     SamplingBatch,
     counter_uniform,
     derive_seed,
@@ -96,22 +94,6 @@ def test_only_what_min_p_keeps(min_p: float, top_k: int) -> None:
         kept &= set(row.topk(top_k).indices.tolist())
     drawn = draw(row.expand(len(COMB), -1), 0.8, top_k, 1.0, COMB, min_p)
     assert set(drawn.tolist()) == kept
-
-
-def test_penalties() -> None:
-    """Against the definitions, id by id."""
-    row, prompt, said = random_logits(1)[0], [3, 3, 9], [4, 9, 4, 4]
-    bias = {9: -100.0, 20: 1.5}
-    penalties = Penalties(prompt, V, "cpu", 1.3, 0.25, 0.5, bias)
-    for token in said:
-        penalties.count(token)
-    for id, (before, after) in enumerate(zip(row.tolist(), penalties.apply(row), strict=True)):
-        expected = before
-        if id in {3, 4, 9}:
-            expected = before / 1.3 if before > 0 else before * 1.3
-        expected -= 0.5 * said.count(id) + 0.25 * (id in said) - bias.get(id, 0)
-        assert float(after) == pytest.approx(expected, abs=1e-5)
-    assert torch.equal(Penalties(prompt, V, "cpu").apply(row), row)
 
 
 def test_ties_are_kept_together_and_the_impossible_is_never_picked() -> None:

@@ -294,13 +294,11 @@ def fold_messages(messages: list[Message]) -> list[dict[str, Any]]:
         said = Reply()  # which joins neighbouring texts, as the tokenizer would read them otherwise
         for part in [part for message in turn for part in (between, *message.parts)][1:]:
             said.add_part("text" if part["type"].endswith("text") else part["type"], part["text"])
-        if all(part["type"] == "text" for part in said.parts):
-            folded.append({"role": role, "content": said.text})
-        elif role == "assistant":
-            folded.append({"role": role, "content": said.parts})
-        else:
+        is_text = all(part["type"] == "text" for part in said.parts)
+        if not (is_text or role == "assistant"):
             text = "only the assistant's messages may have parts that are not text"
             raise ApiError(400, text, param="messages")
+        folded.append({"role": role, "content": said.text if is_text else said.parts})
     if folded[-1]["role"] == "assistant":
         raise ApiError(400, "the last message must not be the assistant's", param="messages")
     return folded
@@ -374,11 +372,9 @@ class Choice:
     begins before that, and the hidden ones before it, such as the tool's.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, stops: Sequence[str] = (), echo: Sequence[int] = ()
-    ) -> None:
-        self.tokenizer, self.stops = tokenizer, stops
-        self.echo = echo  # the end of the prompt that the answer is to begin with
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], echo: Sequence[int]) -> None:
+        """`echo` is the end of the prompt that the answer is to begin with."""
+        self.tokenizer, self.stops, self.echo = tokenizer, stops, echo
         self.num_tokens = 0  # generated, up to a stop string
         self.num_safe = 0  # up to the newest special one, which no stop string contains
         self.finish: str | None = None  # stop or length, once it has ended

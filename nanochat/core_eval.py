@@ -146,8 +146,7 @@ class GPTReader:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, num_slots: int) -> None:
         self.model, self.max_len = model, model.config.sequence_len
-        self.tokenizer, self.decode = tokenizer, tokenizer.decode
-        self.cache = model.make_cache(num_slots, self.max_len)
+        self.tokenizer, self.cache = tokenizer, model.make_cache(num_slots, self.max_len)
         # A CPU is fastest while what a call computes stays in its cache.
         on_cpu = self.cache.keys.device.type == "cpu"
         self.chunk, self.budget = (CPU_CHUNK, CPU_TOKENS) if on_cpu else (self.max_len, 2**30)
@@ -200,7 +199,6 @@ class HFReader:
             raise UserError(f"--hf_path={name}: {reason}; name another") from error
         self.model = model.to(runtime.device).eval()
         self.max_len = getattr(model.config, "max_position_embeddings", None) or 2048
-        self.decode = self.tokenizer.decode
 
     def encode(self, text: str) -> list[int]:
         first = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)  # bos, or eos, or none
@@ -254,7 +252,7 @@ def evaluate(
         for number, losses, likeliest in zip(batch, all_losses, all_likeliest, strict=True):
             row, item = task.rows[number], items[number]
             if task.kind == "language_modeling":
-                prediction, gold = reader.decode(likeliest), row["continuation"]
+                prediction, gold = reader.tokenizer.decode(likeliest), row["continuation"]
                 correct = likeliest == item.tails[0][-item.num_scored[0] :]
             else:
                 prediction, gold = losses.index(min(losses)), row["gold"]  # the first of equals

@@ -31,7 +31,7 @@ FILE_NAME = "tokenizer.json"
 # tiktoken's regex engine backtracks over blanks; 0.1 to 1 million of them overflow its stack.
 MAX_BLANKS = 50_000
 # What tiktoken cannot encode directly: lone surrogates, very long runs of blanks.
-ODD = re.compile(rf"[\ud800-\udfff]+|(?<!\s)\s{{{MAX_BLANKS},}}")
+ODD = re.compile(rf"([\ud800-\udfff]+|(?<!\s)\s{{{MAX_BLANKS},}})")
 
 
 class Tokenizer:
@@ -97,16 +97,16 @@ class Tokenizer:
                 return self._encoding.encode_ordinary(text)
         except UnicodeEncodeError:
             pass  # lone surrogates
-        ids, start = [], 0
-        for odd in ODD.finditer(text):
-            ids += self._encoding.encode_ordinary(text[start : odd.start()])
-            start = odd.end()
-            if odd[0].isspace():
-                for i in range(0, len(odd[0]), MAX_BLANKS):
-                    ids += self._encoding.encode_ordinary(odd[0][i : i + MAX_BLANKS])
+        ids = []
+        for number, piece in enumerate(ODD.split(text)):  # every second one is odd
+            if number % 2 == 0:
+                ids += self._encoding.encode_ordinary(piece)
+            elif piece.isspace():
+                for i in range(0, len(piece), MAX_BLANKS):
+                    ids += self._encoding.encode_ordinary(piece[i : i + MAX_BLANKS])
             else:
-                ids += [self._byte_ids[byte] for byte in odd[0].encode("utf-8", "surrogatepass")]
-        return ids + self._encoding.encode_ordinary(text[start:])
+                ids += [self._byte_ids[byte] for byte in piece.encode("utf-8", "surrogatepass")]
+        return ids
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 2) -> list[list[int]]:
         """The ids of each text, encoded in parallel: tiktoken releases the GIL."""

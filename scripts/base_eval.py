@@ -55,12 +55,10 @@ class Config(CheckpointFlags):
 
 
 def choose_tasks(cfg: Config) -> list[CoreTask]:
-    names, tasks = cfg.tasks.split("|"), []
-    if PRIMER in names:
-        names = [name for name in names if name != PRIMER]
-        tasks.append(Choice("test").pages(PRIMER))
-    if names:
-        labels = [own for name in names for own in (CORE_TASKS if name == "core" else [name])]
+    names = cfg.tasks.split("|")
+    tasks = [Choice("test").pages(PRIMER)] if PRIMER in names else []
+    labels = [own for name in names for own in (CORE_TASKS if name == "core" else [name])]
+    if labels := [label for label in labels if label != PRIMER]:
         tasks += core_eval.load_tasks(core_eval.find_bundle(cfg.eval_bundle), labels)
     return tasks
 

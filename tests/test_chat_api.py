@@ -332,7 +332,7 @@ def test_stop_strings_cut_where_the_whole_text_would_be_cut() -> None:
         sizes = (rng.randint(0, 3) for _ in range(rng.randint(1, 12)))
         pieces = ["".join(rng.choices("ab", k=size)) for size in sizes]
         stops = ["".join(rng.choices("ab", k=rng.randint(1, 6))) for _ in range(rng.randint(0, 4))]
-        choice = Choice(TOKENIZER, stops)
+        choice = Choice(TOKENIZER, stops, [])
         said = "".join(follow(choice, pieces))
         begins = [len("".join(pieces[:i])) for i in range(len(pieces))]
         # The first token that completes a stop decides; of two at once, the one that begins first.
@@ -348,16 +348,16 @@ def test_stop_strings_cut_where_the_whole_text_would_be_cut() -> None:
 
 
 def test_nothing_of_a_stop_string_is_shown_early() -> None:
-    choice = Choice(TOKENIZER, ["END", "N!"])
+    choice = Choice(TOKENIZER, ["END", "N!"], [])
     assert follow(choice, "an EN. EN! more") == ["a", "n", " ", "", "", "EN.", " ", "", "", "E"]
-    unfinished = Choice(TOKENIZER, ["END"])
+    unfinished = Choice(TOKENIZER, ["END"], [])
     assert "".join(follow(unfinished, "an EN", "length")) == "an EN"
     assert (choice.finish, unfinished.finish) == ("stop", "length")
 
 
 def test_tool_calls_are_deltas_of_their_own() -> None:
     """What was held back for a stop string comes before the call."""
-    choice = Choice(TOKENIZER, ["END"])
+    choice = Choice(TOKENIZER, ["END"], [])
     for text, tool in (("an EN", None), ("", ("1+1", "2")), ("D", None), ("", ("8/0", None))):
         choice.feed(Event(Request([0], 100), 0, 1, text, tool))
     assert choice.take()[0] == [
@@ -372,7 +372,7 @@ def test_tool_calls_are_deltas_of_their_own() -> None:
 
 def test_the_tools_tokens_are_charged_though_no_text_of_theirs_is_sent() -> None:
     """But not what comes of a stop string after them, split character included."""
-    choice = Choice(TOKENIZER, ["éN"])
+    choice = Choice(TOKENIZER, ["éN"], [])
     hidden = (CHAT.python_start, *b"1+1", CHAT.python_end, CHAT.output_start, 50, CHAT.output_end)
     feed(choice, "é")
     for token in hidden:

@@ -133,22 +133,20 @@ class ChatServer:
         return self.models[name] if name else self.default
 
     async def find(self, name: str) -> ServedModel:
-        """The same once it is loaded; ApiError if it cannot be."""
+        """The same once it is loaded, or could not be; ApiError if there is no room for it."""
         self.check_open()
         model = self.look_up(name)
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                worker = await self._load(model)
+                await self._load(model)
         except TimeoutError as error:
             text = "the model takes too long to load"
             raise ApiError(503, text, "timeout", retry_after=10) from error
         self.check_open()
-        if worker.error:
-            raise worker.error
         return model
 
-    async def _load(self, model: ServedModel) -> EngineWorker:
-        """Its worker, no longer loading; models are loaded one at a time."""
+    async def _load(self, model: ServedModel) -> None:
+        """Load it, unless it is loaded; models are loaded one at a time."""
         deadline = time.monotonic() + ROOM_SECONDS
         while model.worker is None or model.worker.error:  # which the next request tries again
             others = [worker for worker in self.workers if worker.state == "loading"]
@@ -164,7 +162,6 @@ class ChatServer:
         worker, model.used = model.worker, time.monotonic()
         await worker.settled.wait()
         model.used = time.monotonic()
-        return worker
 
     def _start(self, model: ServedModel, leaving: Sequence[ServedModel] = ()) -> None:
         workers = [other.worker for other in leaving if other.worker]

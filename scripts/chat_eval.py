@@ -62,17 +62,16 @@ class Config(CheckpointFlags):
     allow_unsafe_exec: bool = False  # HumanEval: run programs even where nothing isolates them
 
 
-def choose_tasks(cfg: Config) -> tuple[dict[str, Task], str | None]:
-    """(the tasks, why HumanEval is skipped if nothing can isolate its programs)."""
+def choose_tasks(cfg: Config) -> dict[str, Task]:
+    """The tasks; HumanEval is skipped, and that is said, if nothing can isolate its programs."""
     names = cfg.tasks.split("|") if cfg.tasks else list(CHAT_CORE)
-    reason = None if cfg.allow_unsafe_exec or "HumanEval" not in names else isolation()
-    if reason:
+    if "HumanEval" in names and not cfg.allow_unsafe_exec and (reason := isolation()):
+        print0(f"HumanEval is skipped: {reason}; --allow_unsafe_exec runs its programs anyway")
         names.remove("HumanEval")
-    tasks = {
+    return {
         name: build_task(name, "test", cfg.words, cfg.allow_unsafe_exec)[: cfg.max_problems]
         for name in names
     }
-    return tasks, reason
 
 
 def sample_of(record: dict[str, Any]) -> str:
@@ -103,10 +102,8 @@ def main(cfg: Config) -> None:
         raise UserError("--num_samples above 1 needs a --temperature above 0; at 0 all are alike")
     runtime = set_up(cfg.device_type, cfg.dtype, exact=True)
     model, tokenizer, meta = load_model(cfg, runtime)
-    tasks, reason = choose_tasks(cfg)
     print0(f"examining {meta['name']}")
-    if reason:
-        print0(f"HumanEval is skipped: {reason}; --allow_unsafe_exec runs its programs anyway")
+    tasks = choose_tasks(cfg)
     asked = chain.from_iterable(task for task in tasks.values() if task.kind != "choice")
     max_len = needed_len(tokenizer, asked, cfg.max_tokens, model.config.sequence_len)
     engine = Engine(model, tokenizer, cfg.batch_size, max_len, deterministic=True)

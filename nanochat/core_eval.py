@@ -76,8 +76,7 @@ def source_bpb(
 
     The nats of every target that stands for bytes, over ln 2 times those bytes, so it does not
     depend on the vocabulary. Specials, of 0 bytes, and targets of -1 do not count; without any
-    bytes it is infinite. The rows of all ranks fix the packing, and so the figure; `rows` are read
-    at a time.
+    bytes it is infinite. All ranks' rows fix the packing, so the figure; `rows` are read at a time.
     """
     lengths = torch.tensor(source.tokenizer.token_bytes(), device=runtime.device)  # (V,)
     exact = torch.float32 if runtime.device.type == "mps" else torch.float64  # MPS has no fp64
@@ -131,8 +130,7 @@ def centered_score(
 ) -> tuple[str, Score]:
     """(`name`, with how many of `total` tasks there are, unless all; the mean centered accuracy).
 
-    `scored` has an accuracy and that of guessing for each task: centered, guessing counts 0 and
-    everything right 1.
+    `scored` has each task's accuracy and that of guessing, which counts 0; all right counts 1.
     """
     num = len(scored)
     values = [1 - (1 - score.value) / (1 - guessing) for score, guessing in scored]

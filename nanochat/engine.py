@@ -1,8 +1,7 @@
 """Generates for many requests at once, each with its own sampling, seed and tool calls.
 
 Requests queue for a free slot of the KV cache. A step prefills at most a chunk of prompt tokens,
-then decodes one token for every prefilled request, until that samples <|assistant_end|> or <|bos|>,
-or has max_tokens.
+then decodes one token for every prefilled request, until it ends its turn or has max_tokens.
 
 Each prompt is prefilled alone, in chunks whose shapes depend on its length only; where flash reads
 the cache, all prompts of a step fill one chunk that always has the same shape. Decoding takes the
@@ -55,8 +54,7 @@ class Request:
     seed: int = 0
     logprobs: int = 0  # n: logprobs of each sampled text token and its n likeliest alternatives
     min_p: float = 0.0  # drops what is less likely than this share of the likeliest; 0: off
-    # Of tokens in prompt or reply, special ones excepted: their logits, if positive, are divided by
-    # it, else multiplied; 1: off.
+    # Divides the logits of text tokens in prompt or reply if positive, else multiplies; 1: off.
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0  # taken off the logits of tokens in the reply
     frequency_penalty: float = 0.0  # the same, for each time that it is there

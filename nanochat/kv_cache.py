@@ -11,8 +11,7 @@ the data. The device reads token positions from one small static buffer, so a CU
 serves all later ones. Each sequence attends by itself, or by flash to its own length; only a GPU
 without flash decodes all rows at once, in fixed-size blocks of keys, of which a graph reads as many
 as it was recorded for. A block hidden from a row adds exact zeros, so a row's bits do not depend on
-its mates' lengths. QK norm bounds every score by qk_scale^2 * sqrt(D) (16 at D = 128), so exp needs
-no running maximum.
+its mates' lengths. QK norm bounds scores by qk_scale^2 * sqrt(D) (16 at D = 128): no exp overflows.
 
 Shapes: L layers, N slots, B sequences of this call, T tokens of a row, M tokens of all rows, H
 query heads, K kv heads, D head dimension, C channels, S = max_len, E keys in one block.
@@ -28,9 +27,7 @@ from torch import Tensor
 
 from nanochat.attention import QKV, Kernel, flash, flash_options, flash_reads_a_cache, in_window
 
-# Keys read at a time when a GPU decodes without flash, and by the shortest graph (not measured: no
-# GPU was at hand).
-GPU_DECODE_BLOCK = 256
+GPU_DECODE_BLOCK = 256  # keys read at a time by a GPU without flash, a guess; and by a short graph
 
 
 def kept_dtype(device: torch.device, dtype: torch.dtype, kernel: Kernel = "dense") -> torch.dtype:
@@ -191,15 +188,13 @@ class Append:
         return self.of_tokens(1) + self.offsets
 
     @cached_property
-    def write_at(self) -> tuple[Tensor, Tensor]:
-        """(B, 1) or (1, M) slot and (B, T) cell of each token; the cell is max_len for padding."""
-        return self.of_tokens(0), torch.where(self.is_real, self.positions, self.cache.max_len)
+    def write_at(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 1) or (1, M) slot and (B, T) cell of each token; the cell is max_len for padding.
 
-    @cached_property
-    def write_late(self) -> tuple[Tensor, Tensor]:
-        """The same for the keys that a shifted head gives to the next token."""
-        slots, cells = self.write_at
-        return slots, (cells + 1).clamp(max=self.cache.max_len)
+        Last the (B, T) cells of the keys that a shifted head gives to the next token.
+        """
+        cells = torch.where(self.is_real, self.positions, self.cache.max_len)
+        return self.of_tokens(0), cells, (cells + 1).clamp(max=self.cache.max_len)
 
     @cached_property
     def last(self) -> Tensor:
@@ -231,14 +226,12 @@ class Append:
         In the last `num_shifted` kv heads, a token's key stands for the token that follows.
         """
         q, k, v = qkv
-        slots, cells = self.write_at
+        slots, cells, late = self.write_at
         keys, kept = self.cache.keys[layer], k.shape[2] - num_shifted
         k, v = k.to(keys.dtype), v.to(keys.dtype)
         self.cache.values[layer][slots, :, cells] = v
         keys[slots, :kept, cells] = k[:, :, :kept]
-        if num_shifted:
-            slots, cells = self.write_late
-            keys[slots, kept:, cells] = k[:, :, kept:]
+        keys[slots, kept:, late] = k[:, :, kept:]
         if self.cache.flashes:
             return self._flash(layer, q, window, scale)
         in_blocks = self.is_decode and self.cache.in_blocks

@@ -102,8 +102,7 @@ def needed_len(
 ) -> int:
     """Tokens of cache that the longest of these prompts and its reply take, at most `context`.
 
-    Half as long a cache takes half the memory, and without flash half the time. In whole blocks of
-    decoding, so that it changes no bit.
+    Half the cache takes half the memory, and time without flash. Whole blocks: no bit changes.
     """
     longest = max((len(render_prompt(tokenizer, item)) for item in items), default=1)
     num_blocks = -(-(longest + max_tokens) // GPU_DECODE_BLOCK)

@@ -326,7 +326,7 @@ def engine_requests(body: Body, engine: Engine, kind: str, config: ServerConfig)
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=biases,
-        logprobs=0 if body.num_top is None else max(1, body.num_top),
+        logprobs=body.num_top,
         prompt_logprobs=body.num_prompt_logprobs,
     )
     seed = secrets.randbits(63) if body.seed in (None, -1) else body.seed
@@ -420,7 +420,8 @@ class Choice:
         self._give_out(len(self.held))
 
     def _note(self, token: int, logprobs: list[tuple[int, float]] | None) -> None:
-        self.entries.append(Entry(self.num_chars + len(self.held), token, logprobs))
+        shown = logprobs and [(each, max(value, LEAST_LOGPROB)) for each, value in logprobs]
+        self.entries.append(Entry(self.num_chars + len(self.held), token, shown))
 
     def _entries_before(self) -> int:
         """How many tokens begin in the text released."""
@@ -529,10 +530,10 @@ class Completion:
 
     def _logprob(self, pairs: Sequence[tuple[int, float]]) -> dict[str, Any]:
         entries = []
-        for token, logprob in pairs[: 1 + (self.num_top or 0)]:
+        for token, logprob in pairs:
             raw = self.tokenizer.decode_bytes([token])
             shown = {"token": raw.decode("utf-8", "replace"), "bytes": list(raw)}
-            entries.append(shown | {"logprob": max(logprob, LEAST_LOGPROB)})
+            entries.append(shown | {"logprob": logprob})
         return entries[0] | {"top_logprobs": entries[1:]}
 
 
@@ -555,14 +556,11 @@ class TextCompletion(Completion):
         if self.num_top is None or not entries:
             return None
         name = cache(partial(spell, self.tokenizer))
-        known = [entry.logprobs and entry.logprobs[: 1 + self.num_top] for entry in entries]
+        known = [entry.logprobs for entry in entries]
         return {
             "tokens": [name(entry.token) for entry in entries],
-            "token_logprobs": [pairs and max(pairs[0][1], LEAST_LOGPROB) for pairs in known],
-            "top_logprobs": [
-                pairs and {name(token): max(value, LEAST_LOGPROB) for token, value in pairs}
-                for pairs in known
-            ],
+            "token_logprobs": [pairs and pairs[0][1] for pairs in known],
+            "top_logprobs": [pairs and {name(id): value for id, value in pairs} for pairs in known],
             "text_offset": [entry.begin for entry in entries],
         }
 

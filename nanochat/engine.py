@@ -52,7 +52,7 @@ class Request:
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
     seed: int = 0
-    logprobs: int = 0  # n: logprobs of each sampled text token and its n likeliest alternatives
+    logprobs: int | None = None  # n: those of each sampled text token and of the n likeliest
     min_p: float = 0.0  # drops what is less likely than this share of the likeliest; 0: off
     # Divides the logits of text tokens in prompt or reply if positive, else multiplies; 1: off.
     repetition_penalty: float = 1.0
@@ -256,7 +256,7 @@ class SlotPool:
         ids = [token for slot in self.all for token in chunks.get(slot, [])]
         if self.cache.flashes and not any(slot.is_scored for slot in chunks):
             row = torch.tensor([ids + [0] * (self.chunk - len(ids))])  # (1, P)
-            logits = self._run(row, torch.tensor(counts), packed=True)  # (N, V)
+            logits = self._run(row, None, torch.tensor(counts), packed=True)  # (N, V)
         else:
             (slot,) = chunks
             row = torch.tensor([ids + [0] * (-len(ids) % ROUND_UP)], device=self.device)  # (1, P)
@@ -275,11 +275,7 @@ class SlotPool:
                 slot.end = logits[slot.index].clone()
 
     def _run(
-        self,
-        ids: torch.Tensor,
-        num_new: torch.Tensor,
-        slots: torch.Tensor | None = None,
-        packed: bool = False,
+        self, ids: torch.Tensor, slots: torch.Tensor | None, num_new: torch.Tensor, packed: bool
     ) -> torch.Tensor:
         """(B, V) logits after appending num_new[b] tokens to slots[b]; valid until next called."""
         if self.graphs is not None:
@@ -303,7 +299,7 @@ class SlotPool:
             ids = torch.tensor([[token or 0] for token in fed])  # (B, 1)
             num_new = torch.tensor([int(token is not None) for token in fed])  # (B,)
             slots = torch.tensor([slot.index for slot in self.rows])
-            self.logits = self._run(ids, num_new, slots)
+            self.logits = self._run(ids, slots, num_new, packed=False)
         elif len(self.logits) != size:
             self.logits = torch.zeros(size, self.model.config.vocab_size, device=self.device)
         for row, (slot, token) in enumerate(zip(self.rows, fed, strict=True)):
@@ -598,8 +594,8 @@ class Engine:
                 wanted = logits.clone() if wanted is logits else wanted
                 wanted[row] = slot.penalties.apply(logits[row])
         ids = sample(wanted, batch, uniform)
-        num_top = max(request.logprobs for request in requests)
-        sampled = with_logprobs(ids, logits, num_top) if num_top else ids[:, None, None]
+        wishes = [request.logprobs for request in requests if request.logprobs is not None]
+        sampled = with_logprobs(ids, logits, max(wishes)) if wishes else ids[:, None, None]
         return dict(zip(slots, sampled.tolist(), strict=True))
 
     def _append(self, slot: Slot, sampled: list[list[float]]) -> Event:
@@ -627,7 +623,7 @@ class Engine:
             slot.expression.append(token)
         elif slot.part == "text" and not special:
             raw = self.tokenizer.decode_bytes([token])
-            if request.logprobs:
+            if request.logprobs is not None:
                 logprobs = [(int(id), value) for id, value in sampled[: 1 + request.logprobs]]
         # A character split over tokens waits for its last byte, at most until its part ends.
         text = slot.decoder.decode(raw, final=special or finish is not None)

@@ -147,7 +147,7 @@ def test_a_megabyte_of_bad_items_is_refused_at_the_first() -> None:
 
 # What a body says, and what it means to the engine. Null or empty is as good as absent.
 TAKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({}, {"temperature": 0.5, "top_k": 40, "top_p": 1.0, "logprobs": 0, "min_p": 0.0}),
+    ({}, {"temperature": 0.5, "top_k": 40, "top_p": 1.0, "logprobs": None, "min_p": 0.0}),
     ({}, {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}),
     *(({name: None}, {}) for name in WRONG if name not in ("model", *UNSUPPORTED)),
     *(({name: empty}, {}) for name in UNSUPPORTED for empty in (None, [], {}, "")),
@@ -193,14 +193,14 @@ def test_what_is_taken() -> None:
 def test_logprobs_are_asked_for_as_each_api_has_it() -> None:
     chat, text = {"messages": HELLO}, {"prompt": "hello", "echo": True}
     for make, body, num, num_prompt, limit in (
-        (ChatRequest, chat | {"logprobs": True}, 1, None, 30),
+        (ChatRequest, chat | {"logprobs": True}, 0, None, 30),
         (ChatRequest, chat | {"logprobs": True, "top_logprobs": 20.0}, 20, None, 30),
-        (TextRequest, text, 0, None, 16),
-        (TextRequest, text | {"logprobs": 0}, 1, 0, 16),
+        (TextRequest, text, None, None, 16),
+        (TextRequest, text | {"logprobs": 0}, 0, 0, 16),
         (TextRequest, text | {"logprobs": 5}, 5, 5, 16),
         (TextRequest, text | {"logprobs": 5, "echo": False}, 5, None, 16),
         (TextRequest, text | {"logprobs": 5, "max_tokens": 0}, 5, 5, 0),
-        (TextRequest, text | {"max_tokens": 0}, 0, 0, 0),
+        (TextRequest, text | {"max_tokens": 0}, None, 0, 0),
     ):
         [request] = answer_to(make, body)
         asked = (request.logprobs, request.prompt_logprobs, request.max_tokens)
@@ -390,7 +390,7 @@ def test_logprobs_come_with_their_text() -> None:
     completion = Completion("m", ChatRequest.model_validate(body), TOKENIZER, [request])
     [choice], shown = completion.choices, []
     for token, char in zip("aEéEND".encode(), ("a", "E", "", *"éEND"), strict=True):
-        pairs = [(token, -0.5), (66, -1.0), (67, float("-inf")), (68, -3.0)]
+        pairs = [(token, -0.5), (66, -1.0), (67, float("-inf"))]
         choice.feed(Event(request, token, 1, char, None, pairs))
         deltas, entries = choice.take()
         logprobs = (completion.logprobs(entries) or {"content": []})["content"]

@@ -32,8 +32,8 @@ def supervise(serve: Serve, num_replicas: int, drain_seconds: float) -> None:
     signal are killed. Raises UserError if a process cannot start.
     """
     seen: list[int] = []
-    ends = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda got, _: seen.append(got)) for number in ends}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda got, _: seen.append(got))
     with tempfile.TemporaryDirectory(prefix="nanochat-metrics-") as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         replicas: list[Replica] = []
@@ -45,8 +45,7 @@ def supervise(serve: Serve, num_replicas: int, drain_seconds: float) -> None:
                     each.replace_if_dead()
         finally:
             stop(replicas, seen, drain_seconds)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    signal.signal(seen[0], signal.SIG_DFL)
     signal.raise_signal(seen[0])  # to end as one process would
 
 

@@ -18,7 +18,7 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +37,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typing_extensions import TypedDict
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanochat import chat_api
 from nanochat.chat_api import ApiError, ChatRequest, Completion, ServerConfig, TextRequest
@@ -44,7 +45,7 @@ from nanochat.common import UserError, report_dir
 from nanochat.jobs import ANSWER_SECONDS, EngineWorker, Job, Metrics, ServedModel, log
 from nanochat.runs import Runs
 
-STALLED_SECONDS = 60.0  # a client may leave a stream unread for this long
+STALLED_SECONDS = 60.0  # a client may leave an answer unread for this long
 DRAIN_SECONDS = 30.0  # for answers in progress at shutdown
 ROOM_SECONDS = 5.0  # that a request waits for models in use to make room for its own
 UI = Path(__file__).parent / "ui"
@@ -63,7 +64,7 @@ class ErrorBody(TypedDict):
 
 
 class EventStream(StreamingResponse):
-    """A job's answer as a stream, which ends as well when the client leaves or stops reading."""
+    """A job's answer as a stream; its end, of whatever kind, ends the job."""
 
     def __init__(self, job: Job, worker: EngineWorker) -> None:
         headers = {"X-Accel-Buffering": "no"}
@@ -71,15 +72,22 @@ class EventStream(StreamingResponse):
         self.job, self.worker = job, worker
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(STALLED_SECONDS):
-                await send(message)
-
         try:
-            with suppress(TimeoutError):
-                await super().__call__(scope, receive, send_in_time)
+            await super().__call__(scope, receive, send)
         finally:
             self.worker.cancel(self.job.choices)
+
+
+class Connection(H11Protocol):
+    """Breaks off once its client has stopped reading."""
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.stalled = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self.stalled.cancel()
+        super().resume_writing()
 
 
 class ChatServer:
@@ -465,6 +473,7 @@ class Server(uvicorn.Server):
 
         It calls that once it would answer, and ends if an engine does, to be replaced.
         """
+        config.http = Connection
         super().__init__(config)
         self.ready, self.is_replaceable = ready, ready is not None
         self.chat: ChatServer = config.app.state.chat  # type: ignore[union-attr]

@@ -16,6 +16,7 @@ writes: nothing
 """
 
 import os
+import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -130,6 +131,8 @@ def serve(cfg: Config, listener: socket.socket, ready: Callable[[], None] | None
     config = uvicorn.Config(
         app, access_log=False, limit_concurrency=1000, timeout_graceful_shutdown=5
     )
+    # By which a Ctrl-C ends it: of an exception each open connection would print a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     Server(config, ready).run([listener])
 
 
@@ -141,7 +144,7 @@ def main(cfg: Config) -> None:
     if key and not (key.strip().isprintable() and key.isascii() and key.strip()):
         raise UserError("NANOCHAT_API_KEY is to be of visible ASCII characters; choose another")
     listener = listen(cfg.host, cfg.port)
-    with suppress(KeyboardInterrupt):  # raised again at the end of either
+    with suppress(KeyboardInterrupt):  # while a model is loaded
         if cfg.replicas == 1:
             serve(cfg, listener)
             return

@@ -62,7 +62,9 @@ def test_mistakes_are_told_and_what_is_offered_fits_the_memory(
 def started(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """(the script on a free port of this CPU, its address), until the block ends."""
     command = [sys.executable, "-m", "scripts.chat_web", "--device_type=cpu", "--port=0", *flags]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
         assert server.stdout
         said = []
@@ -108,6 +110,25 @@ LONG = {
     "max_tokens": 1500,
     "stream": True,
 }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--replicas=2",)])
+def test_a_second_ctrl_c_ends_it_at_once(
+    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_chat_model(tmp_path, monkeypatch, context=2048)
+    with started(*flags) as (server, url), httpx.Client(base_url=url, timeout=60) as http:
+        with http.stream("POST", "/v1/chat/completions", json=LONG) as response:
+            lines = response.iter_lines()
+            assert "assistant" in next(lines)
+            for _ in range(2):
+                time.sleep(0.3)
+                os.killpg(server.pid, signal.SIGINT)  # as a terminal does
+            with pytest.raises(httpx.TransportError):
+                list(lines)
+        assert server.wait(10) == -signal.SIGINT
+        assert server.stdout and "Traceback" not in server.stdout.read()
 
 
 def owner(response: httpx.Response, parent: int) -> int:

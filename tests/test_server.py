@@ -374,7 +374,10 @@ def test_who_leaves_frees_what_he_held(num_before: int) -> None:
 
 @pytest.mark.parametrize(("max_unread", "stalled_seconds"), [(64, 60.0), (10**9, 0.2)])
 def test_who_does_not_read_is_dropped(
-    max_unread: int, stalled_seconds: float, monkeypatch: pytest.MonkeyPatch
+    max_unread: int,
+    stalled_seconds: float,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Because too many events wait for him, or because his socket stays full for too long."""
     monkeypatch.setattr("nanochat.jobs.MAX_UNREAD", max_unread)
@@ -385,6 +388,10 @@ def test_who_does_not_read_is_dropped(
     with serving([engine]) as server, server.connect("endless", **ask):
         server.until(lambda: len(engine.cancelled) == 1, 20)
         assert server.num_jobs() == 0 and server.ask("next").status_code == 200
+        if stalled_seconds < 1:
+            connections = server.server.server_state.connections
+            server.until(lambda: not any(each.flow.write_paused for each in connections), 2)
+    assert not [each for each in caplog.records if each.levelname == "ERROR"]
 
 
 def test_an_answer_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ questions. Ctrl-C stops an answer."""
 
 @dataclass
 class Config(CheckpointFlags):
-    prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""  # answer this and end
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None  # answer this and end
     temperature: Temperature = 0.6  # 0: always the likeliest token
     top_k: Natural = 50  # sample among this many tokens; 0: off
     top_p: Share = 1.0  # and among the likeliest that hold this share; 1: off
@@ -164,7 +164,7 @@ def main(cfg: Config) -> None:
     where = f"{meta['name']} on {runtime.device_name}"
     messages: list[dict[str, Any]] = []
     try:
-        if cfg.prompt:
+        if cfg.prompt is not None:
             print(where, file=sys.stderr, flush=True)  # standard output is for the answer
             return answer(engine, cfg, messages, cfg.prompt)
         print0(f"{where}. /help lists what you can do; Ctrl-D ends.")

@@ -5,6 +5,7 @@ Sessions are piped through standard input, or typed key by key into prompt_toolk
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,8 @@ def test_a_session_and_one_answer(
     assert first == second  # the same question to an empty memory, with the same seed
     main(Config(device_type="cpu", prompt="hello"))
     assert capsys.readouterr().out.split("\n")[0] == first
+    main(Config(device_type="cpu", prompt=""))  # one like any other
+    assert "You: " not in capsys.readouterr().out and sys.stdin.read() == "never\n"
     # What is too long is refused: the conversation goes on, one question fails.
     monkeypatch.setattr("sys.stdin", io.StringIO("x" * 999 + "\nhello\n"))
     main(Config(device_type="cpu"))

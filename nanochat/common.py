@@ -357,7 +357,7 @@ def run_script(main: Callable[[T], None], config: type[T]) -> None:
     """Run `main` on the parsed command line; --help begins with the script's docstring.
 
     UserError, errors of paths and the machine, and too little GPU memory become one line on stderr
-    and exit code 1; the end of the time, `TIME_IS_UP`.
+    and exit code 1; Ctrl-C does with 130, and the end of the time with `TIME_IS_UP`.
     """
     parsed = tyro.cli(config, description=main.__globals__["__doc__"])
     try:
@@ -371,6 +371,9 @@ def run_script(main: Callable[[T], None], config: type[T]) -> None:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
         sys.exit(f"error: {out_of_memory(vars(parsed))}")
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run the same command again\n")
+        sys.exit(130)  # what a shell says of it
     except OSError as error:
         if error.filename is None and error.errno not in MACHINE_ERRORS:
             raise

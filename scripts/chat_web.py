@@ -19,7 +19,6 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -144,14 +143,12 @@ def main(cfg: Config) -> None:
     if key and not (key.strip().isprintable() and key.isascii() and key.strip()):
         raise UserError("NANOCHAT_API_KEY is to be of visible ASCII characters; choose another")
     listener = listen(cfg.host, cfg.port)
-    with suppress(KeyboardInterrupt):  # while a model is loaded
-        if cfg.replicas == 1:
-            serve(cfg, listener)
-            return
-        if not (num_gpus or cfg.memory):  # now: who replaces one finds that of the others taken
-            free = free_memory(torch.device("cpu")) / 2**30
-            cfg = replace(cfg, memory=0.8 * free / cfg.replicas)
-        supervise(partial(serve, cfg, listener), cfg.replicas, DRAIN_SECONDS + 15)
+    if cfg.replicas == 1:
+        return serve(cfg, listener)
+    if not (num_gpus or cfg.memory):  # now: who replaces one finds that of the others taken
+        free = free_memory(torch.device("cpu")) / 2**30
+        cfg = replace(cfg, memory=0.8 * free / cfg.replicas)
+    supervise(partial(serve, cfg, listener), cfg.replicas, DRAIN_SECONDS + 15)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 
 from prometheus_client.multiprocess import mark_process_dead
@@ -40,9 +40,9 @@ def supervise(serve: Serve, num_replicas: int, drain_seconds: float) -> None:
         try:
             replicas += [Replica(serve, index) for index in range(num_replicas)]
             while not seen:
-                connection.wait([each.process.sentinel for each in replicas], POLL_SECONDS)
                 for each in replicas:
                     each.replace_if_dead()
+                connection.wait([each.process.sentinel for each in replicas], POLL_SECONDS)
         finally:
             stop(replicas, seen, drain_seconds)
     signal.signal(seen[0], signal.SIG_DFL)
@@ -74,7 +74,9 @@ class Replica:
         self.news, told = context.Pipe(duplex=False)
         args = (self.serve, self.index, told)
         self.process = context.Process(target=live, args=args, daemon=True)
-        # Inherited until `live`: a Ctrl-C amid the imports would print a traceback.
+        # Inherited until `live`: a Ctrl-C amid the imports would print a traceback. Starting the
+        # tracker, as the first process would, unblocks it.
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         self.process.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])

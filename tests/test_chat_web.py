@@ -215,6 +215,22 @@ def test_a_replica_that_dies_is_replaced_and_the_others_go_on(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_amid_the_imports_of_replicas_ends_them(number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "scripts.chat_web", "--device_type=cpu", "--replicas=2"]
+    server = subprocess.Popen(
+        [*command, "--port=0"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while len(replicas(server.pid)) < 2:
+        assert server.poll() is None
+        time.sleep(0.01)
+    os.killpg(server.pid, number)
+    assert server.communicate(timeout=60)[1] == ""
+    assert server.returncode == -number
+
+
+@pytest.mark.slow
 def test_replicas_that_cannot_start_end_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

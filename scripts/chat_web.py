@@ -132,6 +132,8 @@ def serve(cfg: Config, listener: socket.socket, ready: Callable[[], None] | None
     )
     # By which a Ctrl-C ends it: of an exception each open connection would print a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGUSR1, signal.SIGALRM):  # the time is up
+        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGTERM))
     Server(config, ready).run([listener])
 
 

@@ -79,8 +79,9 @@ def started(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 @pytest.mark.slow
-def test_from_start_to_sigterm_amid_a_stream(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_from_start_to_the_end_amid_a_stream(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_chat_model(tmp_path, monkeypatch, context=2048)
     monkeypatch.setenv("NANOCHAT_API_KEY", "sesame")
@@ -96,7 +97,7 @@ def test_from_start_to_sigterm_amid_a_stream(
             with client.stream("POST", "/v1/chat/completions", json=body) as response:
                 events = response.iter_lines()
                 assert '"role":"assistant"' in next(events)
-                server.send_signal(signal.SIGTERM)
+                server.send_signal(number)
                 rest = [line for line in events if line]
         assert rest[-1] == "data: [DONE]"
         assert json.loads(rest[-2][len("data: ") :])["usage"]["completion_tokens"] > 0

@@ -389,7 +389,7 @@ def test_who_does_not_read_is_dropped(
         server.until(lambda: len(engine.cancelled) == 1, 20)
         assert server.num_jobs() == 0 and server.ask("next").status_code == 200
         if stalled_seconds < 1:
-            connections = server.server.server_state.connections
+            connections: set[Any] = server.server.server_state.connections
             server.until(lambda: not any(each.flow.write_paused for each in connections), 2)
     assert not [each for each in caplog.records if each.levelname == "ERROR"]
 

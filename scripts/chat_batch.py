@@ -7,8 +7,7 @@
 
 A line of the input: {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body":
 {...}}, or /v1/completions. Each has a line in the output, in the order in which they end, with what
-the server would answer, a refusal or a failure of the model included. A batch that was stopped
-goes on when started again.
+the server would answer, a refusal included. A batch that was stopped goes on when started again.
 
 reads: <source>/<model tag>/, the file of --input
 writes: the file of --output
@@ -22,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -30,8 +29,7 @@ from nanochat import chat_api
 from nanochat.chat_api import ApiError, Completion, ServerConfig
 from nanochat.checkpoint import load_model
 from nanochat.common import CheckpointFlags, Count, UserError, progress_bar, run_script, set_up
-from nanochat.engine import Engine, Request, StepFailed
-from nanochat.jobs import MAX_FAILURES
+from nanochat.engine import Engine, Request
 
 SHAPES = {
     "/v1/chat/completions": (chat_api.ChatRequest, Completion),
@@ -48,8 +46,7 @@ class Config(CheckpointFlags):
     deterministic: bool = False  # answers do not depend on what else is under way; slower
 
 
-@dataclass(eq=False)
-class Line:
+class Line(NamedTuple):
     """A request of the input."""
 
     id: str  # the answer's; of the line's text and the model's weights
@@ -59,9 +56,6 @@ class Line:
         response = {"status_code": status, "request_id": self.id, "body": body}
         about = {"id": self.id, "custom_id": self.asked["custom_id"]}
         return about | {"response": response, "error": None}
-
-
-UnderWay = dict[Request, tuple[Line, Completion, chat_api.Choice]]
 
 
 def read_lines(path: Path, weights: str) -> Iterator[Line]:
@@ -121,27 +115,9 @@ def prepare(asked: dict[str, Any], engine: Engine, name: str) -> tuple[list[Requ
     return requests, shape(name, body, engine.tokenizer, requests)
 
 
-def give_up(
-    failure: StepFailed, num_failures: int, engine: Engine, under_way: UnderWay
-) -> Iterator[dict[str, Any]]:
-    """The output of the lines that a failed step has cost, which are no longer under way.
-
-    Raises the failure itself if it is one too many in a row.
-    """
-    if num_failures == MAX_FAILURES:
-        raise failure
-    lost = dict.fromkeys(under_way[request][0] for request in failure.requests)
-    for request in [each for each, (line, *_) in under_way.items() if line in lost]:
-        engine.cancel(request)  # which may be another choice of its line
-        del under_way[request]
-    error = ApiError(500, f"the model failed: {failure.__cause__!r}")
-    return (line.output(error.status, error.body) for line in lost)
-
-
 def answer_lines(engine: Engine, name: str, lines: Iterator[Line]) -> Iterator[dict[str, Any]]:
     """The output of each line, as it ends; more are read while fewer wait than there are slots."""
-    under_way: UnderWay = {}
-    num_failures = 0  # of steps in a row
+    under_way: dict[Request, tuple[Line, Completion, chat_api.Choice]] = {}
     for line in chain(lines, [None]):  # None: there are no more
         if line:
             try:
@@ -153,14 +129,7 @@ def answer_lines(engine: Engine, name: str, lines: Iterator[Line]) -> Iterator[d
                 under_way[request] = line, completion, choice
                 engine.submit(request)
         while under_way and (line is None or len(engine.waiting) >= engine.num_slots):
-            events = []
-            try:
-                events = engine.step()
-            except StepFailed as failure:
-                num_failures += 1
-                yield from give_up(failure, num_failures, engine, under_way)
-            for event in events:
-                num_failures = 0
+            for event in engine.step():
                 own, completion, choice = under_way[event.request]
                 choice.feed(event)
                 if choice.finish:

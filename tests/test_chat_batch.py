@@ -15,7 +15,7 @@ import pytest
 
 from nanochat.checkpoint import load_model
 from nanochat.common import set_up
-from nanochat.engine import Engine, Event, StepFailed
+from nanochat.engine import Engine, Event
 from nanochat.jobs import ServedModel
 from scripts.chat_batch import Config, Line, answer_lines, main
 from tests.launch import start
@@ -144,20 +144,6 @@ def test_ctrl_c_says_how_to_go_on(cfg: Config, base: Path) -> None:
     assert batch.wait() == [130]
     said = batch.log.read_text().splitlines()
     assert said[1:] == ["interrupted; run the same command again"]
-
-
-def test_a_step_that_fails_costs_the_lines_that_it_computed() -> None:
-    bodies = [question("first") | {"n": 2}, *(question(text) for text in ("second", "third"))]
-    lines = [Line(str(i), json.loads(line(i, body))) for i, body in enumerate(bodies)]
-    engine = EchoEngine(num_slots=2)
-    engine.num_failures = 1
-    said = {each["id"]: each["response"] for each in answer_lines(engine, "echo", iter(lines))}
-    assert [said[str(i)]["status_code"] for i in range(3)] == [500, 200, 200]
-    assert said["0"]["body"]["error"]["message"] == "the model failed: RuntimeError('out of order')"
-    assert said["2"]["body"]["choices"][0]["message"]["content"] == "third" and not engine.busy
-    engine.num_failures = 99  # it is the device that fails
-    with pytest.raises(StepFailed):
-        list(answer_lines(engine, "echo", iter(lines * 9)))
 
 
 def test_files_that_cannot_be_meant_are_refused(cfg: Config) -> None:

@@ -25,7 +25,7 @@ import stat
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -495,6 +495,10 @@ def start_wandb(config: dict[str, Any], folder: Path) -> Any:
 # --- the run folder
 
 
+def summed_loss(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
+    return model(inputs, targets, reduction="sum")
+
+
 class Run:
     """One run's folder, locked against other processes, and the run's progress.
 
@@ -624,24 +628,27 @@ class Run:
                 self.save()
             raise
 
-    def accumulate(self, batch: Batch) -> Tensor:
-        """The loss () over all ranks' targets; its gradient is added up over micro-batches.
+    def accumulate(
+        self, batch: Sequence[Tensor], loss_of: Callable[..., Tensor] = summed_loss
+    ) -> Tensor:
+        """The mean loss () over all ranks' targets; its gradient is added up over micro-batches.
 
-        Losses are divided by the number of all ranks' targets, so the mean depends neither on the
+        `loss_of`(model, inputs, targets, ...), with a part of all that `batch` holds, is a sum; it
+        is divided by the number of all ranks' targets, so that the mean depends neither on the
         micro-batches nor on the number of ranks.
         """
-        num_targets = all_reduce_sum((batch.targets != IGNORED).sum())
+        num_targets = all_reduce_sum((batch[1] != IGNORED).sum())
         num_targets.clamp_(min=1)  # the last rows of conversations may hold nothing to learn
         loss = torch.zeros((), device=self.runtime.device)
         micro_batches = list(zip(*(part.split(self.rows) for part in batch), strict=True))
         with self.attempt():
-            for i, (inputs, targets) in enumerate(micro_batches, start=1):
+            for i, micro_batch in enumerate(micro_batches, start=1):
                 if i == len(micro_batches):
                     self.stop_if_asked()
                     self.optimizer.reduce_on_next_backward()  # average the gradients over the ranks
                 elif self.is_asked():
                     continue
-                part = self.model(inputs, targets, reduction="sum") / num_targets
+                part = loss_of(self.model, *micro_batch) / num_targets
                 # As the optimizer averages over ranks; the other scale is 1, but in fp16.
                 (part * self.runtime.world_size * self.optimizer.loss_scale).backward()
                 loss += part.detach()

@@ -14,12 +14,13 @@ writes: rl/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json), re
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nanochat.checkpoint import load_model
 from nanochat.common import (
@@ -28,7 +29,6 @@ from nanochat.common import (
     Count,
     Duration,
     Positive,
-    Runtime,
     all_reduce_sum,
     print0,
     run_script,
@@ -122,7 +122,7 @@ def is_useful(group: Sequence[Rollout]) -> bool:
 
 def policy_batch(
     groups: Sequence[Sequence[Rollout]], pad_id: int, whole_rows: int = 0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """(inputs (R, T), targets (R, T), advantages (R, 1)) of the useful groups, or a padding row.
 
     With `whole_rows`, of a compiled micro-batch, R is a multiple of it and T a power of two, so
@@ -148,35 +148,9 @@ def policy_batch(
     return inputs, targets, advantages
 
 
-def backward(
-    model: GPT,
-    groups: Sequence[Sequence[Rollout]],
-    num_rows: int,
-    pad_id: int,
-    runtime: Runtime,
-    loss_scale: torch.Tensor | float = 1.0,
-    is_asked: Callable[[], int] = lambda: 0,
-) -> torch.Tensor:
-    """Accumulate the policy gradient, `num_rows` rows at a time; the loss over all ranks ().
-
-    The loss is the sum over sampled tokens of advantage x -log p(token), divided by their number.
-    Asked to stop, it does so between micro-batches; what it returns is then of no use.
-    """
-    whole_rows = num_rows if model.call_part is not call else 0
-    batch = (tensor.to(runtime.device) for tensor in policy_batch(groups, pad_id, whole_rows))
-    inputs, targets, advantages = batch
-    num_targets = all_reduce_sum((targets != IGNORED).sum())
-    loss = torch.zeros((), device=runtime.device)
-    for first in range(0, len(inputs), num_rows):
-        if is_asked():
-            break
-        rows = slice(first, first + num_rows)
-        nats = model(inputs[rows], targets[rows], reduction="none")  # (R, T)
-        part = (nats * advantages[rows]).sum() / num_targets
-        # The optimizer averages over the ranks, and undoes the scale.
-        (part * runtime.world_size * loss_scale).backward()
-        loss += part.detach()
-    return all_reduce_sum(loss)
+def policy_loss(model: GPT, inputs: Tensor, targets: Tensor, advantages: Tensor) -> Tensor:
+    """The sum () over sampled tokens of advantage x -log p(token)."""
+    return (model(inputs, targets, reduction="none") * advantages).sum()
 
 
 def evaluate(cfg: Config, engine: Engine, held_out: Task) -> dict[str, float]:
@@ -237,6 +211,7 @@ def main(cfg: Config) -> None:
         questions = [task[n % len(task)] for n in range(cfg.num_steps * cfg.questions_per_step)]
         engine = make_engine(cfg, model, tokenizer, chain(questions, held_out))
         compile_parts(model, cfg.compile, runtime.device)
+        whole_rows = cfg.device_batch_size if model.call_part is not call else 0
         meter = run.start(model, optimizer, tokenizer, cfg.device_batch_size)
         while True:
             run.checkpoint(cfg.save_every)
@@ -255,12 +230,8 @@ def main(cfg: Config) -> None:
             loss, finite = torch.zeros(()), None
             multiplier = cfg.lr_scale * lr_multiplier_at(run.progress, 1.0)
             if figures["useful_groups"] > 0:
-                with run.attempt():
-                    loss = backward(
-                        model, groups, cfg.device_batch_size, tokenizer.bos_id, runtime,
-                        optimizer.loss_scale, run.is_asked,
-                    )  # fmt: skip
-                    run.stop_if_asked()
+                batch = policy_batch(groups, tokenizer.bos_id, whole_rows)
+                loss = run.accumulate([part.to(runtime.device) for part in batch], policy_loss)
                 optimizer.set_multipliers(multiplier, MOMENTUM, weight_decay=0.0)
                 finite = optimizer.step()
                 optimizer.zero_grad()

@@ -1,11 +1,14 @@
 """scripts.chat_rl: advantages, masks, useless groups, and the gradient against its definition."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from nanochat.gpt import call
+from nanochat.scaling import make_optimizer
+from nanochat.trainer import Run
 from scripts import chat_rl
 from scripts.chat_rl import Rollout
 from tests.models import CPU, TOKENIZER, random_gpt
@@ -34,7 +37,7 @@ def test_only_sampled_tokens_of_useful_groups_are_targets() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gradient_is_that_of_the_definition(compiled: bool) -> None:
+def test_gradient_is_that_of_the_definition(compiled: bool, base: Path) -> None:
     model = random_gpt(32, vocab_size=16, head_std=1.0)
     if compiled:  # only the shapes are: whole micro-batches of powers of two
         model.call_part = partial(call)
@@ -48,7 +51,10 @@ def test_gradient_is_that_of_the_definition(compiled: bool) -> None:
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     num_rows = 3 if compiled else 1
-    loss = chat_rl.backward(model, [GROUP], num_rows=num_rows, pad_id=0, runtime=CPU)
+    with Run("rl", "d2", {"fresh": False, "run": "dummy", "log_every": 1}, CPU) as run:
+        run.start(model, make_optimizer(model, 32, 4), TOKENIZER, rows=num_rows)
+        batch = chat_rl.policy_batch([GROUP], pad_id=0, whole_rows=num_rows if compiled else 0)
+        loss = run.accumulate(batch, chat_rl.policy_loss)
     torch.testing.assert_close(loss, expected.detach())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)

@@ -264,6 +264,21 @@ def weight_decay_multiplier(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
+class Schedule(NamedTuple):
+    """The steps of a pretraining run."""
+
+    batch: int  # tokens a step
+    end: int  # the step at which the learning rate has fallen
+    tuned_steps: float  # that learning rates and decay are for
+    start: int = 0  # the step at which the rate begins to rise
+
+    def multipliers(self, step: int) -> tuple[float, float, float]:
+        """(of the learning rates, Muon's momentum, of its weight decay) at `step` of the run."""
+        step, num_steps = step - self.start, self.end - self.start
+        decay = weight_decay_multiplier(step / num_steps)
+        return lr_multiplier(step, num_steps), muon_momentum(step, num_steps), decay
+
+
 # --- what compute buys, by runs and laws that others published
 
 # FLOPs, ratio, bits per byte of ClimbMix and CORE of karpathy/nanochat's runs 4, 5 and 6, of depth

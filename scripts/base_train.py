@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import pyarrow.parquet as parquet
 import tyro
@@ -60,9 +60,9 @@ from nanochat.dataset import Corpus, find_corpus, read_texts
 from nanochat.engine import sample_texts
 from nanochat.gpt import GPT, call
 from nanochat.report import write_section
+from nanochat.scaling import Schedule
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import (
-    HORIZON,
     Run,
     batch_rows,
     compile_for_training,
@@ -118,13 +118,6 @@ class Config:
     keep_last: int = 3  # newest checkpoints to keep; <= 0: all
 
 
-class Schedule(NamedTuple):
-    batch: int  # tokens a step
-    end: int  # the step at which the learning rate has fallen
-    tuned_steps: float  # that learning rates and decay are for
-    start: int = 0  # the step at which the rate begins to rise
-
-
 def plan_steps(cfg: Config, num_tokens: int) -> Schedule:
     """The schedule of a new run on `num_tokens`."""
     ratio = cfg.target_param_data_ratio
@@ -132,20 +125,25 @@ def plan_steps(cfg: Config, num_tokens: int) -> Schedule:
     if total <= 0:
         horizon = scaling.reference_horizon(num_tokens, ratio)
         total = max(scaling.batch_tokens(horizon), cfg.max_seq_len)
-    if cfg.num_iterations > 0:
-        return Schedule(total, cfg.num_iterations, cfg.num_iterations)
-    num_steps = max(1, round(num_tokens / total))
-    if total < scaling.SQRT_RULE_FROM:  # there the rules are ours, swept at ratio 0.1 by real steps
-        return Schedule(total, num_steps, num_steps)
-    return Schedule(total, num_steps, scaling.reference_horizon(num_steps, ratio))
+    end = tuned_steps = cfg.num_iterations
+    if end <= 0:
+        end = tuned_steps = max(1, round(num_tokens / total))
+        if total >= scaling.SQRT_RULE_FROM:  # below, the rules are our sweep's, by real steps
+            tuned_steps = scaling.reference_horizon(end, ratio)
+    return Schedule(total, end, tuned_steps)
 
 
-def extend(saved: Schedule, wanted: Schedule, step: int) -> Schedule:
-    """The schedule from `step` on to the end of `wanted`; UserError for an earlier end.
+def plan_run(cfg: Config, num_tokens: int, run: Run) -> Schedule:
+    """The schedule that the run has followed, a new one, or with --extend a longer one.
 
-    Where the rate has begun to fall, it rises again.
+    Where the rate has begun to fall, it rises again. Raises UserError for an earlier end.
     """
-    if wanted.end == saved.end:
+    state = run.resumed.state if run.resumed else {}
+    if "schedule" not in state:
+        return plan_steps(cfg, num_tokens)
+    saved = Schedule(*state["schedule"])
+    wanted = plan_steps(replace(cfg, total_batch_size=saved.batch), num_tokens)
+    if not cfg.extend or wanted.end == saved.end:
         return saved
     if wanted.end < saved.end:
         raise UserError(
@@ -153,26 +151,9 @@ def extend(saved: Schedule, wanted: Schedule, step: int) -> Schedule:
             "--extend a greater --num_iterations or --target_param_data_ratio"
         )
     falls = saved.start + (1 - scaling.WARMDOWN) * (saved.end - saved.start)
-    start = saved.start if step <= falls else step
+    start = saved.start if run.step <= falls else run.step
     tuned_steps = wanted.tuned_steps * (wanted.end - start) / wanted.end
     return Schedule(saved.batch, wanted.end, tuned_steps, start)
-
-
-def make_schedule(cfg: Config, num_tokens: int, run: Run) -> Schedule:
-    """That which the run has followed, a new one, or with --extend a longer one."""
-    if run.resumed is None:
-        return plan_steps(cfg, num_tokens)
-    state = run.resumed.state
-    if "schedule" in state:
-        saved = Schedule(*state["schedule"])
-    else:  # begun by an earlier version
-        before = {name: state["config"][name] for name in HORIZON}
-        share = before["target_param_data_ratio"] / cfg.target_param_data_ratio
-        saved = plan_steps(replace(cfg, **before), round(num_tokens * share))
-    if not cfg.extend:
-        return saved
-    wanted = plan_steps(replace(cfg, total_batch_size=saved.batch), num_tokens)
-    return extend(saved, wanted, run.step)
 
 
 def count_tokens(tokenizer: Tokenizer, shards: Sequence[Path]) -> int:
@@ -252,7 +233,7 @@ def main(cfg: Config) -> None:
     with Run("base", tag, vars(cfg) | settings, runtime) as run:
         if run.is_finished:
             return
-        schedule = make_schedule(cfg, num_tokens, run)
+        schedule = plan_run(cfg, num_tokens, run)
         run.more_state["schedule"] = schedule
         num_rows = batch_rows(schedule.batch, cfg.max_seq_len)
         choices = row_choices(
@@ -295,10 +276,8 @@ def main(cfg: Config) -> None:
                 break
 
             loss = run.accumulate(meter.fetch(loader))
-            step, num_steps = run.step - schedule.start, schedule.end - schedule.start
-            multiplier = cfg.lr_scale * scaling.lr_multiplier(step, num_steps)
-            momentum = scaling.muon_momentum(step, num_steps)
-            decay = scaling.weight_decay_multiplier(step / num_steps)
+            multiplier, momentum, decay = schedule.multipliers(run.step)
+            multiplier *= cfg.lr_scale
             optimizer.set_multipliers(multiplier, momentum, decay)
             finite = optimizer.step()  # a no-op if a gradient has a NaN or infinity
             optimizer.zero_grad()

@@ -349,6 +349,35 @@ class CheckpointFlags:
     dtype: Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
 
 
+@dataclass
+class RunFlags:
+    """The flags of every script that trains."""
+
+    lr_scale: Positive = 1.0  # multiplies the learning rates of pretraining
+    compile: Choice = "auto"  # torch.compile; auto: on a GPU
+    seed: int = 0  # of the initial weights, the order of the data and the samples
+    deterministic: bool = False  # the same bits on a GPU each time; slower
+    run: str = "dummy"  # wandb name; dummy: no wandb
+    fresh: bool = False  # start over instead of resuming
+    stop_after: Duration = ""  # save and leave within this time, such as 3h50m, with status 75
+    log_every: int = 10  # steps between console lines; <= 0: only at the end
+    eval_every: int = 250  # steps between validations; <= 0: only at the end
+    save_every: int = 1000  # steps between checkpoints; <= 0: only at the end
+    keep_last: int = 3  # newest checkpoints to keep; <= 0: all
+
+
+@dataclass
+class StreamFlags(RunFlags):
+    """The flags of those that train on a stream of documents or conversations."""
+
+    num_iterations: Derived = -1  # steps; -1: from target_param_data_ratio, or num_epochs
+    device_batch_size: Rows = "auto"  # rows per micro-batch; auto: what fits
+    recompute: Choice = "auto"  # activations, for a third more time; auto: if nothing fits else
+    table_dtype: TableDtype = "auto"  # of the embeddings
+    mask_documents: bool = False  # a token sees its own document or conversation only
+    eval_tokens: Count = 10_485_760  # tokens of one validation
+
+
 # Faults of the machine, not of the program, though no path is known.
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE}
 

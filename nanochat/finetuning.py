@@ -21,15 +21,11 @@ import tyro
 from nanochat.checkpoint import Checkpoint, load_model
 from nanochat.common import (
     CheckpointFlags,
-    Choice,
     Count,
     Derived,
-    Duration,
-    Positive,
-    Rows,
     Share,
     Source,
-    TableDtype,
+    StreamFlags,
     UserError,
     all_reduce_sum,
     print0,
@@ -47,7 +43,7 @@ MOMENTUM = 0.95  # of Muon; constant, since a stage starts from a trained model
 
 
 @dataclass
-class FinetuneConfig(CheckpointFlags):
+class FinetuneConfig(StreamFlags, CheckpointFlags):
     """The settings of midtraining; SFT has the same, with some other defaults."""
 
     source: Source = "base"  # stage of the checkpoint to start from
@@ -56,29 +52,14 @@ class FinetuneConfig(CheckpointFlags):
     custom: Files = field(default_factory=list)  # .jsonl of yours, to 4,000 rows; or FILE:3
     identity: Path | None = None  # who the model is, instead of tasks/identity.json
     num_epochs: Count = 1  # passes over the mixture
-    num_iterations: Derived = -1  # steps; -1: all epochs
-    mask_documents: bool = False  # a token sees its own conversation only
     # batch and steps
     max_seq_len: Derived = -1  # tokens of a row; -1: the model's context
     total_batch_size: Count = 524288  # tokens a step over all ranks
-    device_batch_size: Rows = "auto"  # rows per micro-batch; auto: what fits
-    recompute: Choice = "auto"  # activations, for a third more time; auto: if nothing fits else
-    lr_scale: Positive = 1.0  # multiplies the learning rates of pretraining
     moments: bool = False  # start with the optimizer's moments of the checkpoint, not with zeros
     warmdown: Share = 1.0  # final share of the run over which the learning rate falls to 0
-    table_dtype: TableDtype = "auto"  # of the embeddings
-    compile: Choice = "auto"  # torch.compile; auto: on a GPU
-    seed: int = 0  # of the order of the conversations
-    deterministic: bool = False  # the same bits on a GPU each time; slower
     # the run
-    run: str = "dummy"  # wandb name; dummy: no wandb
-    fresh: bool = False  # start over instead of resuming
-    stop_after: Duration = ""  # save and leave within this time, such as 3h50m, with status 75
-    log_every: int = 10  # steps between console lines; <= 0: only at the end
     eval_every: int = 150  # steps between validations; <= 0: only at the end
-    eval_tokens: Count = 10_485_760  # tokens of one validation
     save_every: int = 500  # steps between checkpoints; <= 0: only at the end
-    keep_last: int = 3  # newest checkpoints to keep; <= 0: all
 
 
 def carry_moments(optimizer: MuonAdamW, checkpoint: Checkpoint) -> None:
@@ -110,10 +91,7 @@ def finetune(
     settings = vars(cfg) | {"weights": meta["weights"], "own": own}
     seq_len = cfg.max_seq_len if cfg.max_seq_len > 0 else model.config.sequence_len
     num_rows = batch_rows(cfg.total_batch_size, seq_len)
-    choices = row_choices(
-        num_rows, cfg.device_batch_size, seq_len, model.config, runtime, cfg.recompute,
-        cfg.table_dtype,
-    )  # fmt: skip
+    choices = row_choices(cfg, num_rows, seq_len, model.config, runtime)
 
     with Run(stage, meta["model_tag"], settings, runtime) as run:
         if run.is_finished:
@@ -128,7 +106,7 @@ def finetune(
         loader = Loader(source, num_rows, seq_len, runtime, resumed_state)
         run.at_exit.callback(loader.close)
         model.document_start = tokenizer.bos_id if cfg.mask_documents else None
-        rows = compile_for_training(model, cfg.compile, choices, seq_len, runtime.device, optimizer)
+        rows = compile_for_training(model, optimizer, cfg.compile, choices, seq_len)
         print0(f"{len(train):,} conversations, {num_rows} rows of {seq_len} tokens a step")
         meter = run.start(model, optimizer, tokenizer, rows, loader)
         while True:

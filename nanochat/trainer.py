@@ -40,9 +40,8 @@ from torch import Tensor
 from nanochat import checkpoint
 from nanochat.common import (
     Choice,
-    Rows,
     Runtime,
-    TableDtype,
+    StreamFlags,
     UserError,
     all_reduce_sum,
     barrier,
@@ -109,18 +108,8 @@ def batch_rows(total_batch_size: int, seq_len: int) -> int:
     return total_batch_size // seq_len
 
 
-def divisors(number: int) -> list[int]:
-    return [size for size in range(number, 0, -1) if number % size == 0]
-
-
 def row_choices(
-    num_rows: int,
-    device_batch_size: Rows,
-    seq_len: int,
-    config: GPTConfig,
-    runtime: Runtime,
-    recompute: Choice = "auto",
-    table_dtype: TableDtype = "auto",
+    cfg: StreamFlags, num_rows: int, seq_len: int, config: GPTConfig, runtime: Runtime
 ) -> list[tuple[int, bool]]:
     """(rows, whether to recompute) of micro-batches to try in this order, for `num_rows` in all.
 
@@ -129,11 +118,11 @@ def row_choices(
     only where nothing fits without. Raises UserError naming the nearest sizes that divide.
     """
     local = len(local_rows(num_rows, runtime))
-    sizes = divisors(local)
+    sizes = [size for size in range(local, 0, -1) if local % size == 0]
     kind = runtime.device.type
-    modes = [recompute == "yes"] if recompute != "auto" or kind == "cpu" else [False, True]
-    if device_batch_size != "auto":
-        rows = min(device_batch_size, local)
+    modes = [cfg.recompute == "yes"] if cfg.recompute != "auto" or kind == "cpu" else [False, True]
+    if cfg.device_batch_size != "auto":
+        rows = min(cfg.device_batch_size, local)
         if rows not in sizes:
             nearest = sorted(sizes, key=lambda size: (abs(size - rows), size))[:2]
             choices = " or ".join(f"--device_batch_size={size}" for size in sorted(nearest))
@@ -147,7 +136,7 @@ def row_choices(
         return [(rows, modes[0])]
     needed = partial(
         memory_bytes, replace(config, sequence_len=seq_len), world_size=runtime.world_size,
-        compute_bytes=runtime.dtype.itemsize, table_bytes=2 if table_dtype == "bfloat16" else 4,
+        compute_bytes=runtime.dtype.itemsize, table_bytes=2 if cfg.table_dtype == "bfloat16" else 4,
         chunk=gpu_chunk(gpu_memory(runtime.device)),
     )  # fmt: skip
     room = USABLE * gpu_memory(runtime.device)
@@ -160,12 +149,12 @@ def row_choices(
     return [choice for choice, bad in zip(tried, too_large, strict=True) if not bad] or tried[-1:]
 
 
-def compile_parts(model: GPT, choice: Choice, device: torch.device) -> None:
+def compile_parts(model: GPT, choice: Choice) -> None:
     """Have the model call its parts compiled, if `choice` says so and there is a C compiler.
 
     Only losses call them so: sampling has other shapes, each of which would be compiled.
     """
-    if choice == "no" or (choice == "auto" and device.type != "cuda"):
+    if choice == "no" or (choice == "auto" and not model.wte.weight.is_cuda):
         return
     if not has_c_compiler():
         print0("no C compiler: training without torch.compile; `apt-get install gcc` mends it")
@@ -176,10 +165,9 @@ def compile_parts(model: GPT, choice: Choice, device: torch.device) -> None:
     model.call_part = torch.compile(call, dynamic=False)
 
 
-def fits_memory(
-    model: GPT, optimizer: MuonAdamW, rows: int, seq_len: int, device: torch.device
-) -> bool:
+def fits_memory(model: GPT, optimizer: MuonAdamW, rows: int, seq_len: int) -> bool:
     """True if a step on zeros fits into the device's memory; changes nothing."""
+    device = model.wte.weight.device
     # Two tensors: code compiled for targets that alias the inputs would fit no real batch.
     ids, targets = (torch.zeros(rows, seq_len, dtype=torch.long, device=device) for _ in range(2))
     try:
@@ -207,11 +195,10 @@ def rehearse_step(optimizer: MuonAdamW) -> None:
 
 def compile_for_training(
     model: GPT,
+    optimizer: MuonAdamW,
     choice: Choice,
     choices: list[tuple[int, bool]],
     seq_len: int,
-    device: torch.device,
-    optimizer: MuonAdamW,
 ) -> int:
     """The rows that fit on every rank, once the model is compiled if `choice` says so.
 
@@ -219,12 +206,13 @@ def compile_for_training(
     small, and wait for ranks with a cold compiler cache where nothing times out. Raises UserError
     if no choice fits.
     """
-    compile_parts(model, choice, device)
-    if model.call_part is not call and device.type == "cuda":
+    compile_parts(model, choice)
+    is_compiled, on_gpu = model.call_part is not call, model.wte.weight.is_cuda
+    if is_compiled and on_gpu:
         optimizer.compile()
-    is_tried = model.call_part is not call or device.type == "cuda"
+    is_tried = is_compiled or on_gpu
     for rows, model.recompute in choices:
-        if not is_tried or agree(not fits_memory(model, optimizer, rows, seq_len, device)) == [0]:
+        if not is_tried or agree(not fits_memory(model, optimizer, rows, seq_len)) == [0]:
             recomputed = ", activations recomputed" if model.recompute else ""
             print0(f"{rows} rows at a time on each device{recomputed}")
             return rows

@@ -32,7 +32,7 @@ class Config(CheckpointFlags):
 def main(cfg: Config) -> None:
     runtime = set_up(cfg.device_type, cfg.dtype, exact=True)
     model, tokenizer, meta = load_model(cfg, runtime)
-    compile_parts(model, cfg.compile, runtime.device)
+    compile_parts(model, cfg.compile)
     trained = meta.get("config", {})  # an imported model has none
     corpus = find_corpus(cfg.data or trained.get("corpus") or trained.get("data", ""))
     print0(f"measuring {meta['name']} on the corpus {corpus.name}")

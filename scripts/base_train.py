@@ -33,19 +33,16 @@ from nanochat import fp8, scaling
 from nanochat.checkpoint import build_model, list_steps, load_model
 from nanochat.common import (
     CheckpointFlags,
-    Choice,
     Count,
     Derived,
     DeviceType,
     Dtype,
-    Duration,
     Positive,
-    Rows,
     RunName,
     Runtime,
     Source,
     Step,
-    TableDtype,
+    StreamFlags,
     Tag,
     UserError,
     print0,
@@ -76,7 +73,7 @@ MODEL_FLAGS = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_patte
 
 
 @dataclass
-class Config:
+class Config(StreamFlags):
     # model
     depth: Count = 20  # layers; everything else follows from it
     aspect_ratio: Count = 64  # width is aspect_ratio x depth, rounded up to whole heads
@@ -87,35 +84,18 @@ class Config:
     source: Start = ""  # stage of a model to train further; empty: a new model
     step: Step = None  # of that model; default: the newest
     # horizon and batch
-    num_iterations: Derived = -1  # steps; -1: from target_param_data_ratio
     target_param_data_ratio: Positive = 12.0  # tokens per parameter of blocks and head
     total_batch_size: Derived = -1  # tokens a step over all ranks; -1: from the horizon
-    lr_scale: Positive = 1.0  # multiplies the learning rates
-    device_batch_size: Rows = "auto"  # rows per micro-batch; auto: what fits
-    recompute: Choice = "auto"  # activations, for a third more time; auto: if nothing fits else
     # data and machine
     data: str = ""  # corpus; empty: the one prepared last
-    mask_documents: bool = False  # a token sees its own document only
     device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
     dtype: Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
-    table_dtype: TableDtype = "auto"  # of the embeddings
     fp8: bool = False  # matmuls of the blocks in 8-bit floats, on GPUs that have them
-    compile: Choice = "auto"  # torch.compile; auto: on a GPU
-    seed: int = 0  # of the initial weights
-    deterministic: bool = False  # the same bits on a GPU each time; slower
     # the run
-    run: str = "dummy"  # wandb name; dummy: no wandb
     model_tag: Tag = ""  # folder of the run; empty: d<depth>; with -i of the model
     new_tag: RunName = ""  # with -i folder of the run; empty: <model tag>-<corpus>
     extend: bool = False  # train a run on to a greater --num_iterations or ratio
-    fresh: bool = False  # start over instead of resuming
-    stop_after: Duration = ""  # save and leave within this time, such as 3h50m, with status 75
-    log_every: int = 10  # steps between console lines; <= 0: only at the end
-    eval_every: int = 250  # steps between validations; <= 0: only at the end
-    eval_tokens: Count = 10_485_760  # tokens of one validation
     sample_every: int = 2000  # steps between samples; <= 0: only at the end
-    save_every: int = 1000  # steps between checkpoints; <= 0: only at the end
-    keep_last: int = 3  # newest checkpoints to keep; <= 0: all
 
 
 def plan_steps(cfg: Config, num_tokens: int) -> Schedule:
@@ -236,10 +216,7 @@ def main(cfg: Config) -> None:
         schedule = plan_run(cfg, num_tokens, run)
         run.more_state["schedule"] = schedule
         num_rows = batch_rows(schedule.batch, cfg.max_seq_len)
-        choices = row_choices(
-            num_rows, cfg.device_batch_size, cfg.max_seq_len, config, runtime, cfg.recompute,
-            cfg.table_dtype,
-        )  # fmt: skip
+        choices = row_choices(cfg, num_rows, cfg.max_seq_len, config, runtime)
         in_fp8 = uses_fp8(cfg, runtime, choices)
         model = model or build_model(config, None, runtime, cfg.seed, cfg.table_dtype)
         optimizer = scaling.make_optimizer(
@@ -252,9 +229,7 @@ def main(cfg: Config) -> None:
         loader = Loader(source, num_rows, cfg.max_seq_len, runtime, resumed_state)
         run.at_exit.callback(loader.close)
         model.document_start = tokenizer.bos_id if cfg.mask_documents else None
-        rows = compile_for_training(
-            model, cfg.compile, choices, cfg.max_seq_len, runtime.device, optimizer
-        )
+        rows = compile_for_training(model, optimizer, cfg.compile, choices, cfg.max_seq_len)
         again = f", the rate rises again from step {schedule.start:,}" if schedule.start else ""
         print0(f"corpus {corpus.name}; {schedule.end:,} steps of {schedule.batch:,} tokens{again}")
         meter = run.start(model, optimizer, tokenizer, rows, loader)

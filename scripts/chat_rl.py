@@ -25,10 +25,9 @@ from torch import Tensor
 from nanochat.checkpoint import load_model
 from nanochat.common import (
     CheckpointFlags,
-    Choice,
     Count,
-    Duration,
     Positive,
+    RunFlags,
     all_reduce_sum,
     print0,
     run_script,
@@ -53,7 +52,7 @@ SHORTEST = 128  # tokens of a compiled row; longer ones have twice as many, and 
 
 
 @dataclass
-class Config(CheckpointFlags):
+class Config(RunFlags, CheckpointFlags):
     # problems and answers
     task: str = "GSM8K"  # a generative task that scores its answers
     num_steps: Count = 100  # updates
@@ -64,14 +63,8 @@ class Config(CheckpointFlags):
     num_slots: Count = 64  # answers in flight on one device
     # batch and steps
     device_batch_size: Count = 32  # rows per micro-batch on one device
-    compile: Choice = "auto"  # torch.compile; auto: on a GPU
     lr_scale: Positive = 0.05  # multiplies pretraining's learning rates; falls linearly to 0
-    seed: int = 0  # of the questions' order and the samples
-    deterministic: bool = False  # the same bits on a GPU each time; slower
     # the run
-    run: str = "dummy"  # wandb name; dummy: no wandb
-    fresh: bool = False  # start over instead of resuming
-    stop_after: Duration = ""  # save and leave within this time, such as 3h50m, with status 75
     log_every: int = 1  # steps between console lines; <= 0: only at the end
     eval_every: int = 25  # steps between held-out measurements; <= 0: only at the end
     eval_problems: Count = 400  # problems per measurement
@@ -210,7 +203,7 @@ def main(cfg: Config) -> None:
         run.restore(model, optimizer)
         questions = [task[n % len(task)] for n in range(cfg.num_steps * cfg.questions_per_step)]
         engine = make_engine(cfg, model, tokenizer, chain(questions, held_out))
-        compile_parts(model, cfg.compile, runtime.device)
+        compile_parts(model, cfg.compile)
         whole_rows = cfg.device_batch_size if model.call_part is not call else 0
         meter = run.start(model, optimizer, tokenizer, cfg.device_batch_size)
         while True:

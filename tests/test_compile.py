@@ -80,7 +80,7 @@ def test_two_shapes_are_compiled_once_each(count: Count) -> None:
     eager = [step(*shape) for shape in shapes]
 
     def train() -> None:
-        trainer.compile_parts(model, "yes", CPU.device)
+        trainer.compile_parts(model, "yes")
         for model.recompute in (False, True):
             for shape, gradient in zip(shapes, eager, strict=True):
                 assert torch.allclose(step(*shape), gradient, rtol=1e-4, atol=1e-5)
@@ -102,7 +102,7 @@ def test_gradients_come_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
             y.register_hook(lambda _: came.append("backward reaches the first layer"))
         return y
 
-    trainer.compile_parts(model, "yes", CPU.device)
+    trainer.compile_parts(model, "yes")
     compiled, model.call_part = model.call_part, train
     ids = random_ids(2, 64, 90)
     model(ids, ids.clone(), reduction="sum").backward()

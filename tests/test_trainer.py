@@ -22,12 +22,12 @@ import torch
 
 from nanochat import checkpoint, scaling, trainer
 from nanochat.checkpoint import build_model, list_steps, open_checkpoint
-from nanochat.common import Runtime
+from nanochat.common import Choice, Rows, Runtime, StreamFlags
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss import gpu_chunk
 from nanochat.optim import Bucket, MuonAdamW
 from nanochat.scaling import CARDS, Card, depth_to_config, find_card, make_optimizer, memory_bytes
-from nanochat.trainer import Meter, Run, read_metrics, row_choices
+from nanochat.trainer import Meter, Run, read_metrics
 from tests import launch
 from tests.models import CPU, TOKENIZER, busy_gpt, random_ids, refuses
 
@@ -39,6 +39,18 @@ FLAGS += " --device_type=cpu --num_iterations=16"
 
 
 # --- micro-batches
+
+
+def row_choices(
+    num_rows: int,
+    size: Rows,
+    seq_len: int,
+    config: GPTConfig,
+    runtime: Runtime,
+    recompute: Choice = "auto",
+) -> list[tuple[int, bool]]:
+    cfg = StreamFlags(device_batch_size=size, recompute=recompute)
+    return trainer.row_choices(cfg, num_rows, seq_len, config, runtime)
 
 
 def test_rows_of_a_micro_batch_divide_those_of_a_rank() -> None:
@@ -128,7 +140,7 @@ def test_auto_takes_the_first_micro_batch_that_fits(
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: partial(function))
 
     def compile_for_training(*choices: tuple[int, bool]) -> Any:
-        return trainer.compile_for_training(model, "yes", list(choices), 64, CPU.device, optimizer)
+        return trainer.compile_for_training(model, optimizer, "yes", list(choices), 64)
 
     choices = (4, False), (3, False), (12, True), (4, True), (3, True)
     assert compile_for_training(*choices) == 4 and model.recompute

@@ -70,7 +70,7 @@ def train(cfg: Config, runtime: common.Runtime) -> Generator[str]:
     optimizer = make_optimizer(model, cfg.device_batch_size * cfg.max_seq_len, 1000)
     optimizer.set_multipliers(1.0, 0.95, 1.0)
     choices, length = [(cfg.device_batch_size, cfg.recompute)], cfg.max_seq_len
-    compile_for_training(model, cfg.compile, choices, length, runtime.device, optimizer)
+    compile_for_training(model, optimizer, cfg.compile, choices, length)
     source = TextSource(Tokenizer.load(common.tokenizer_dir()), find_corpus().train)
     with closing(Loader(source, cfg.device_batch_size, length, runtime)) as loader:
         while True:

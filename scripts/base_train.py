@@ -21,7 +21,7 @@ writes: base/<model tag>/ (checkpoints, metrics.jsonl, tokenizer, config.json),
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -69,18 +69,23 @@ from nanochat.trainer import (
 
 PASSES = 4  # over a corpus, at most, of a model that is trained further
 Start = Annotated[Literal["", "base", "mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
-MODEL_FLAGS = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "plain")
 
 
 @dataclass
-class Config(StreamFlags):
-    # model
+class ModelFlags:
+    """What a new model is to be."""
+
     depth: Count = 20  # layers; everything else follows from it
     aspect_ratio: Count = 64  # width is aspect_ratio x depth, rounded up to whole heads
     head_dim: Count = 128  # channels of one attention head
     max_seq_len: Count = 2048  # tokens of context
     window_pattern: str = "SSSL"  # S: a quarter of the context, L: all of it; tiled over the layers
     plain: bool = False  # the published first-generation architecture, without our additions
+
+
+@dataclass
+class Config(StreamFlags, ModelFlags):
+    # what to train
     source: Start = ""  # stage of a model to train further; empty: a new model
     step: Step = None  # of that model; default: the newest
     # horizon and batch
@@ -171,15 +176,14 @@ def load_start(
 
     UserError if a flag would change the model.
     """
-    default = Config()
-    for name in MODEL_FLAGS:
-        if getattr(cfg, name) != getattr(default, name):
-            raise UserError(f"--{name} goes with a new model; one that -i names keeps its own")
+    for flag in fields(ModelFlags):
+        if getattr(cfg, flag.name) != flag.default:
+            raise UserError(f"--{flag.name} goes with a new model; one that -i names keeps its own")
     chosen = CheckpointFlags(source, cfg.model_tag, cfg.step)
     model, tokenizer, meta = load_model(chosen, runtime, train=True, table_dtype=cfg.table_dtype)
     config = model.config
     ratio = cfg.target_param_data_ratio
-    if ratio == default.target_param_data_ratio:
+    if ratio == Config.target_param_data_ratio:
         num_tokens = PASSES * count_tokens(tokenizer, corpus.train)
         ratio = min(ratio, float(f"{num_tokens / scaling.scaling_parameters(config):.3g}"))
     cfg = replace(

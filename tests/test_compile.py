@@ -20,7 +20,7 @@ from nanochat.finetuning import FinetuneConfig, finetune
 from nanochat.gpt import GPTConfig
 from nanochat.task_eval import Task
 from scripts import base_train, chat_rl
-from tests.models import CPU, busy_gpt, random_ids
+from tests.models import busy_gpt, random_ids
 from tests.serving import save_chat_model
 
 pytestmark = pytest.mark.slow

@@ -186,7 +186,7 @@ def test_every_flag_says_what_it_is(name: str) -> None:
     """In a comment on its own line: else --help shows nothing, or the heading of its group."""
     lines = (ROOT / name).read_text().splitlines()
     configs = ("Config", "FinetuneConfig", "ServerConfig", "CheckpointFlags")
-    configs += ("RunFlags", "StreamFlags")
+    configs += ("RunFlags", "StreamFlags", "ModelFlags")
     for node in nodes_of(ROOT / name):
         if isinstance(node, ast.ClassDef) and node.name in configs:
             for field in (entry for entry in node.body if isinstance(entry, ast.AnnAssign)):

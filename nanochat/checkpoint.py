@@ -363,7 +363,7 @@ def build_model(
         model.init_weights(seed)
     else:
         model.load_state_dict(weights)
-    model.set_compute_dtype(runtime.dtype)
+    model.compute_dtype = runtime.dtype
     if runtime.device.type != "cpu":
         model.loss_chunk = gpu_chunk(gpu_memory(runtime.device))
     model.kernel = choose_kernel(

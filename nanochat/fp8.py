@@ -73,26 +73,23 @@ def fp8_linear(x: Tensor, weight: Tensor, quantised: QuantisedWeight) -> Tensor:
     return y.view(*x.shape[:-1], -1)
 
 
-def is_there(runtime: Runtime) -> bool:
+def is_there(runtime: Runtime, batches: Iterable[int] = ()) -> bool:
     """True on a GPU with 8-bit matmuls; otherwise prints that there are none.
 
-    Raises UserError where the model computes in another dtype than their results have.
+    Raises UserError where the model computes in another dtype than their results have, or the
+    hardware does not take a micro-batch of one of these numbers of tokens.
     """
     if runtime.capability < (8, 9):
         print0(f"--fp8: {runtime.device_name} has no 8-bit matmuls; training in {runtime.dtype}")
         return False
     if runtime.dtype != torch.bfloat16:
         raise UserError("--fp8 needs --dtype=bfloat16, in which its results are")
-    return True
-
-
-def check_batch(num_tokens: int) -> None:
-    """Raise UserError if the hardware does not take micro-batches of so many tokens."""
-    if num_tokens % 16:
+    if odd := [num_tokens for num_tokens in batches if num_tokens % 16]:
         raise UserError(
-            f"--fp8 needs micro-batches of a multiple of 16 tokens, not {num_tokens}; "
+            f"--fp8 needs micro-batches of a multiple of 16 tokens, not {odd[0]}; "
             "use such a --max_seq_len"
         )
+    return True
 
 
 def is_eligible(weight: Tensor) -> bool:

@@ -145,22 +145,6 @@ class GPTConfig:
         quarter = 128 * -(-self.sequence_len // 512)  # of the context, rounded up to 128
         return quarter if is_short and layer < self.n_layer - 1 else None
 
-    def make_cache(
-        self,
-        num_slots: int,
-        max_len: int,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        kernel: Kernel = "dense",
-        kept_as: torch.dtype | None = None,
-    ) -> KVCache:
-        """An empty cache; on the device "meta" it has a size, but takes no memory."""
-        return KVCache(
-            num_layers=self.n_layer, num_slots=num_slots, num_kv_heads=self.n_kv_head,
-            max_len=max_len, head_dim=self.head_dim, num_channels=self.n_embd,
-            device=device, dtype=dtype, kernel=kernel, kept_as=kept_as,
-        )  # fmt: skip
-
     def has_value_embedding(self, layer: int) -> bool:
         """True for every other layer, counted back from the last."""
         return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
@@ -309,7 +293,7 @@ class GPT(nn.Module):
         """Tables of embeddings are in `table_dtype`, by default in fp32 like everything else."""
         super().__init__()
         self.config = config
-        self.compute_dtype = torch.float32
+        self.compute_dtype = torch.float32  # of activations and matmuls; weights keep theirs
         self.kernel: Kernel = "dense"  # of attention
         self.document_start: int | None = None  # id of a token that sees nothing before it
         self.loss_chunk = GPU_CHUNK  # logits in a GPU's memory at once
@@ -334,14 +318,15 @@ class GPT(nn.Module):
     def make_cache(
         self, num_slots: int, max_len: int, device: torch.device | str | None = None
     ) -> KVCache:
-        """An empty cache for `num_slots` sequences of up to `max_len` tokens."""
-        own, dtype, kernel = self.wte.weight.device, self.compute_dtype, self.kernel
-        kept_as = kept_dtype(own, dtype, kernel)
-        return self.config.make_cache(num_slots, max_len, device or own, dtype, kernel, kept_as)
+        """An empty cache for `num_slots` sequences of up to `max_len` tokens.
 
-    def set_compute_dtype(self, dtype: torch.dtype) -> None:
-        """Set the dtype of activations and matmuls; weights keep theirs, logits and loss fp32."""
-        self.compute_dtype = dtype
+        On the device "meta" it has a size, but takes no memory.
+        """
+        own, dtype, config = self.wte.weight.device, self.compute_dtype, self.config
+        return KVCache(
+            config.n_layer, num_slots, config.n_kv_head, max_len, config.head_dim, config.n_embd,
+            device or own, dtype, self.kernel, kept_dtype(own, dtype, self.kernel),
+        )  # fmt: skip
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:

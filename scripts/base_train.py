@@ -160,15 +160,6 @@ def load_tokenizer(cfg: Config, tag: str) -> Tokenizer:
     return Tokenizer.load(run / "tokenizer" if begun else tokenizer_dir())
 
 
-def uses_fp8(cfg: Config, runtime: Runtime, choices: list[tuple[int, bool]]) -> bool:
-    """True if asked for and there; UserError if one of the `choices` of rows does not suit it."""
-    if not cfg.fp8 or not fp8.is_there(runtime):
-        return False
-    for rows, _ in choices:
-        fp8.check_batch(rows * cfg.max_seq_len)
-    return True
-
-
 def load_start(
     cfg: Config, source: Source, corpus: Corpus, runtime: Runtime
 ) -> tuple[Config, GPT, Tokenizer, dict[str, Any]]:
@@ -221,7 +212,8 @@ def main(cfg: Config) -> None:
         run.more_state["schedule"] = schedule
         num_rows = batch_rows(schedule.batch, cfg.max_seq_len)
         choices = row_choices(cfg, num_rows, cfg.max_seq_len, config, runtime)
-        in_fp8 = uses_fp8(cfg, runtime, choices)
+        batches = [rows * cfg.max_seq_len for rows, _ in choices]
+        in_fp8 = cfg.fp8 and fp8.is_there(runtime, batches)
         model = model or build_model(config, None, runtime, cfg.seed, cfg.table_dtype)
         optimizer = scaling.make_optimizer(
             model, schedule.batch, schedule.tuned_steps, runtime.rank, runtime.world_size

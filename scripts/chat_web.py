@@ -44,7 +44,7 @@ from nanochat.common import (
 )
 from nanochat.engine import Engine
 from nanochat.jobs import ServedModel
-from nanochat.kv_cache import kept_dtype
+from nanochat.kv_cache import KVCache, kept_dtype
 from nanochat.replicas import supervise
 from nanochat.server import DRAIN_SECONDS, Server, create_app, listen
 
@@ -90,7 +90,8 @@ def describe(chosen: Config, runtime: Runtime, memory: float) -> tuple[Path, Ser
     config, most = checkpoint.model_config, 64 if runtime.device.type == "cuda" else 8
     max_len, weights = config.sequence_len, checkpoint.folder / "model.safetensors"
     kept_as = kept_dtype(runtime.device, runtime.dtype)
-    slot = config.make_cache(1, max_len, "meta", runtime.dtype, kept_as=kept_as).num_bytes
+    sizes = config.n_layer, 1, config.n_kv_head, max_len, config.head_dim, config.n_embd
+    slot = KVCache(*sizes, "meta", runtime.dtype, kept_as=kept_as).num_bytes
     room = int((memory - weights.stat().st_size) / slot)
     slots = chosen.slots or max(1, min(most, room))
     return run, ServedModel(

@@ -133,7 +133,7 @@ def test_every_use_of_a_kernel_is_traced_for_cuda(
     monkeypatch.setattr(attention, "_of_flex", lambda name, **_: getattr(flex_attention, name))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         model = GPT(GPTConfig(sequence_len=1024, n_layer=4))
-        model.set_compute_dtype(torch.bfloat16)
+        model.compute_dtype = torch.bfloat16
         model.kernel = kernel
         ids = torch.zeros(2, 1024, dtype=torch.int64)
         for start in (None, BOS):
@@ -162,7 +162,7 @@ def test_a_cache_s_steps_are_traced_for_cuda(
     rows = {"packed prompts": (1, 64), "padded prompts": (4, 16), "decoding": (4, 1)}[what]
     with fakes, torch.device("cuda:0"):
         model = GPT(GPTConfig(sequence_len=1024, n_layer=4))
-        model.set_compute_dtype(torch.bfloat16)
+        model.compute_dtype = torch.bfloat16
         model.kernel = kernel
         cache = model.make_cache(4, 512)
         ids = torch.zeros(rows, dtype=torch.int64)
@@ -215,7 +215,7 @@ def test_a_gpu_compiles_the_step_without_a_break(
     """And its gradients are those of the dense mask, uncompiled."""
     use_torch_s_own(monkeypatch)
     model = small_gpt(n_head=2).cuda()
-    model.set_compute_dtype(torch.bfloat16)
+    model.compute_dtype = torch.bfloat16
     ids = random_ids(2, 160, 90).cuda()
     gradients = []
     for compiled in (True, False):

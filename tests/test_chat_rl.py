@@ -64,7 +64,7 @@ def test_answers_are_sampled_from_16_bit_weights_that_follow_the_model() -> None
     cfg, model = chat_rl.Config(max_tokens=8, num_slots=2), random_gpt(64)
     question = {"messages": [{"role": "user", "content": "?"}]}
     assert chat_rl.make_engine(cfg, model, TOKENIZER, [question]).model is model
-    model.set_compute_dtype(torch.bfloat16)
+    model.compute_dtype = torch.bfloat16
     engine = chat_rl.make_engine(cfg, model, TOKENIZER, [question])
     for _ in range(2):
         for ours, theirs in zip(engine.model.parameters(), model.parameters(), strict=True):

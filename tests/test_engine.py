@@ -682,7 +682,7 @@ def test_recorded_steps_of_a_few_sizes_serve_all(
 def test_a_captured_step_equals_an_eager_one(dtype: torch.dtype) -> None:
     """As lengths grow, as requests come and go, and after the weights have changed in place."""
     model = tiny_gpt().cuda()
-    model.set_compute_dtype(dtype)
+    model.compute_dtype = dtype
     capability, head_dim = torch.cuda.get_device_capability(), model.config.head_dim
     model.kernel = choose_kernel("cuda", capability, dtype, head_dim)
     random_ = random.Random(0)

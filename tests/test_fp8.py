@@ -11,7 +11,6 @@ from torch import nn
 from nanochat import fp8
 from nanochat.fp8 import (
     E4M3,
-    check_batch,
     enable,
     fp8_linear,
     is_eligible,
@@ -58,7 +57,7 @@ def test_a_model_learns_alike_and_evaluates_in_bf16() -> None:
             for weight in model.parameters():
                 if not weight.any():
                     weight.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
-        model.set_compute_dtype(torch.bfloat16)
+        model.compute_dtype = torch.bfloat16
         with torch.no_grad():
             before = model(ids[:, :-1])
         linears = enable(model.blocks) if is_fp8 else []
@@ -110,10 +109,11 @@ def test_a_compiled_refresh_is_the_eager_one_and_is_compiled_once_for_a_shape(
 def test_where_and_for_what_batches_fp8_is_there() -> None:
     for capability, there in (((8, 0), False), ((8, 9), True), ((12, 0), True), ((0, 0), False)):
         runtime = replace(CPU, capability=capability, dtype=torch.bfloat16)
-        assert is_there(runtime) == there
-    refuses("--fp8 needs --dtype=bfloat16", is_there, replace(CPU, capability=(8, 9)))
-    check_batch(2 * 1000)
-    refuses("multiple of 16 tokens, not 1000; use such a --max_seq_len", check_batch, 1000)
+        assert is_there(runtime, [2 * 1000]) == there
+    refuses("--fp8 needs --dtype=bfloat16", is_there, replace(CPU, capability=(8, 9)), [2 * 1000])
+    hopper = replace(CPU, capability=(9, 0), dtype=torch.bfloat16)
+    told = "multiple of 16 tokens, not 1000; use such a --max_seq_len"
+    refuses(told, is_there, hopper, [2 * 1000, 1000])
 
 
 def test_only_matrices_that_the_hardware_takes() -> None:

@@ -219,7 +219,7 @@ def test_hand_written_gradients_pass_gradcheck() -> None:
 def test_gradients_of_the_whole_model_reach_every_parameter() -> None:
     """Against a central difference in fp64 along a random direction of all parameters at once."""
     model = busy_gpt(GPTConfig(**SMALL)).double()
-    model.set_compute_dtype(torch.float64)
+    model.compute_dtype = torch.float64
     ids, random = random_ids(2, 140, 90), torch.Generator().manual_seed(2)
     weights = list(model.parameters())
     gradients = torch.autograd.grad(model(ids, ids.roll(-1, 1)), weights)
@@ -255,7 +255,7 @@ def test_bf16_stays_close_and_masters_stay_fp32() -> None:
     model = busy_gpt(GPTConfig(**SMALL))
     ids, weights, found = random_ids(2, 140, 90), list(model.parameters()), []
     for dtype in (torch.float32, torch.bfloat16):
-        model.set_compute_dtype(dtype)
+        model.compute_dtype = dtype
         loss = model(ids, ids)
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
         found.append((model(ids), loss.detach(), gradient))

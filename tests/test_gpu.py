@@ -62,7 +62,7 @@ def test_fp8_gives_the_gradients_of_bf16(runtime: Runtime) -> None:
     if ON_GPU and not fp8.is_there(runtime):
         pytest.skip("this GPU has no 8-bit matmuls")
     model = busy_model(runtime)
-    model.set_compute_dtype(torch.bfloat16)
+    model.compute_dtype = torch.bfloat16
     ids = random_ids(LAYERS, TIME // 4 + 1, TOKENIZER.vocab_size).to(runtime.device)
     found = []
     for _ in range(2):

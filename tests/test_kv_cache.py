@@ -53,7 +53,7 @@ def test_cached_equals_full_at_every_position(
 ) -> None:
     """Prefill in uneven pieces, then one by one, past the window and past several decode blocks."""
     model = make_model(kernel, n_kv_head=n_kv_head)
-    model.set_compute_dtype(dtype)
+    model.compute_dtype = dtype
     ids = text(2, 400)
     full = model(ids)
     cache = model.make_cache(2, 400)
@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_refused_untouched() -> None:
 def test_memory_is_what_it_says() -> None:
     model = make_model()
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
-        model.set_compute_dtype(dtype)
+        model.compute_dtype = dtype
         # 3 layers x (keys, values) x 2 kv heads x (100 + 1) cells x 16 channels in fp32, as this is
         # a CPU, and 64 for smear.
         expected = 5 * (4 * 3 * 2 * 2 * 101 * 16 + size * 64)

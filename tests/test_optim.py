@@ -308,7 +308,7 @@ def test_a_model_learns_in_fp16_as_in_fp32() -> None:
     for dtype in (torch.float32, torch.float16, torch.float16):
         model = GPT(GPTConfig(32, 256, n_layer=2, n_head=2, n_kv_head=2, n_embd=64))
         model.init_weights(0)
-        model.set_compute_dtype(dtype)
+        model.compute_dtype = dtype
         optimizer = make_optimizer(model, 2**18, 2520)
         optimizer.set_multipliers(0.3, 0.9, 1.0)
         if len(found) == 2:

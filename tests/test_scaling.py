@@ -151,7 +151,7 @@ def test_memory_of_a_pass_is_the_allocator_s_peak(
     config = scaling.depth_to_config(depth, 512, 256, aspect_ratio=32)
     model = GPT(config)
     model.init_weights()
-    model.set_compute_dtype(torch.bfloat16)
+    model.compute_dtype = torch.bfloat16
     model.recompute = recompute
     ids = torch.zeros(rows, 256, dtype=torch.long)
     model(ids, ids).backward()

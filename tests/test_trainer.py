@@ -154,7 +154,7 @@ def test_auto_takes_the_first_micro_batch_that_fits(
 def test_a_rehearsed_step_changes_nothing(dtype: torch.dtype) -> None:
     """Neither weights nor moments, nor the number of steps, nor the loss's scale."""
     model = busy_gpt(CONFIG)
-    model.set_compute_dtype(dtype)
+    model.compute_dtype = dtype
     optimizer = make_optimizer(model, 256, 9)
     ids = random_ids(4, 64, 64)
 

@@ -128,7 +128,6 @@ def finetune(
             optimizer.zero_grad()
             run.advance(loader.progress if num_epochs else (run.step + 1) / cfg.num_iterations)
             meter.log_step(loss, multiplier, cfg.total_batch_size, finite)
-        results = meter.finish()
-        run.finish(results)
+        results = run.finish()
         cropped = all_reduce_sum(torch.tensor(loader.num_cropped, device=runtime.device)).item()
         return results | {"from": meta["name"], "conversations": len(train), "cropped": cropped}

@@ -694,12 +694,14 @@ class Run:
         self.writer.start(state | self.more_state, weights, moments, self.position)
         self.saved_step = self.step
 
-    def finish(self, results: dict[str, Any]) -> None:
-        """Mark the run as finished once its last save is on disk."""
+    def finish(self) -> dict[str, Any]:
+        """Mark the run as finished once its last save is on disk; returns `Meter.finish`."""
+        results = self.meter.finish()
         self.writer.wait()
         barrier()
         if self.runtime.is_main:
             write_file(self.folder / "result.json", json.dumps(results, indent=1))
+        return results
 
     def __enter__(self) -> Self:
         self.at_exit.callback(faulthandler.cancel_dump_traceback_later)

@@ -256,9 +256,8 @@ def main(cfg: Config) -> None:
 
             run.advance((run.step + 1) / schedule.end)
             meter.log_step(loss, multiplier, schedule.batch, finite)
-        results = meter.finish()
+        results = run.finish()
         results.pop("samples", None)
-        run.finish(results)
         write_section("base_train", "Base training", vars(cfg), results, samples, meter.seconds)
 
 

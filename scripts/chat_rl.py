@@ -233,8 +233,7 @@ def main(cfg: Config) -> None:
             meter.log_step(loss, multiplier, num_tokens, finite)
             samples = [f"reward {r.reward:g}: {r.text}" for group in groups[:2] for r in group[:2]]
             meter.note(**figures, samples=samples)
-        results = meter.finish()
-        run.finish(results)
+        results = run.finish()
         samples = results.pop("samples")
         results["accuracy"] = Score(results["accuracy"], results.pop("accuracy_stderr"))
         results |= {"from": meta["name"]}

@@ -222,7 +222,7 @@ def test_records_line_and_resume(base: Path, capsys: pytest.CaptureFixture[str])
         step(run, meter)
         step(run, meter)
         run.save()
-        run.finish(meter.finish())
+        run.finish()
     records = read_metrics(run.folder)
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
     assert records[0]["val_bpb"] == 3.0 and records[2]["val_bpb"] == 2.0
@@ -366,7 +366,7 @@ def test_wandb_never_stops_a_run(
         meter = start(run, build_model(CONFIG, None, CPU))
         run.advance(0.5)
         meter.log_step(torch.tensor(1.5), 1.0, 32)
-        run.finish(meter.finish())
+        run.finish()
     assert wandb.records == [(0, 0), (1, 1)][:num_records]
     lines = [line for line in capsys.readouterr().out.splitlines() if "wandb" in line]
     assert len(lines) == bool(said) and all(said in line for line in lines)

@@ -35,13 +35,9 @@ from nanochat.common import (
     CheckpointFlags,
     Count,
     Derived,
-    DeviceType,
-    Dtype,
     Positive,
     RunName,
     Runtime,
-    Source,
-    Step,
     StreamFlags,
     Tag,
     UserError,
@@ -59,13 +55,7 @@ from nanochat.gpt import GPT, call
 from nanochat.report import write_section
 from nanochat.scaling import Schedule
 from nanochat.tokenizer import Tokenizer
-from nanochat.trainer import (
-    Run,
-    batch_rows,
-    compile_for_training,
-    row_choices,
-    starts_over,
-)
+from nanochat.trainer import Run, batch_rows, compile_for_training, row_choices, starts_over
 
 PASSES = 4  # over a corpus, at most, of a model that is trained further
 Start = Annotated[Literal["", "base", "mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
@@ -83,18 +73,16 @@ class ModelFlags:
     plain: bool = False  # the published first-generation architecture, without our additions
 
 
+# pyright: reportIncompatibleVariableOverride=false
 @dataclass
-class Config(StreamFlags, ModelFlags):
+class Config(StreamFlags, CheckpointFlags, ModelFlags):
     # what to train
     source: Start = ""  # stage of a model to train further; empty: a new model
-    step: Step = None  # of that model; default: the newest
     # horizon and batch
     target_param_data_ratio: Positive = 12.0  # tokens per parameter of blocks and head
     total_batch_size: Derived = -1  # tokens a step over all ranks; -1: from the horizon
-    # data and machine
+    # data and precision
     data: str = ""  # corpus; empty: the one prepared last
-    device_type: DeviceType = ""  # cpu, cuda or mps; empty: the best available
-    dtype: Dtype = "auto"  # of the matmuls: auto, bfloat16, float16 or float32
     fp8: bool = False  # matmuls of the blocks in 8-bit floats, on GPUs that have them
     # the run
     model_tag: Tag = ""  # folder of the run; empty: d<depth>; with -i of the model
@@ -161,7 +149,7 @@ def load_tokenizer(cfg: Config, tag: str) -> Tokenizer:
 
 
 def load_start(
-    cfg: Config, source: Source, corpus: Corpus, runtime: Runtime
+    cfg: Config, corpus: Corpus, runtime: Runtime
 ) -> tuple[Config, GPT, Tokenizer, dict[str, Any]]:
     """(cfg with the model's sizes and the run's length; the rest as load_model) for -i.
 
@@ -170,18 +158,14 @@ def load_start(
     for flag in fields(ModelFlags):
         if getattr(cfg, flag.name) != flag.default:
             raise UserError(f"--{flag.name} goes with a new model; one that -i names keeps its own")
-    chosen = CheckpointFlags(source, cfg.model_tag, cfg.step)
-    model, tokenizer, meta = load_model(chosen, runtime, train=True, table_dtype=cfg.table_dtype)
+    model, tokenizer, meta = load_model(cfg, runtime, train=True, table_dtype=cfg.table_dtype)
     config = model.config
     ratio = cfg.target_param_data_ratio
     if ratio == Config.target_param_data_ratio:
         num_tokens = PASSES * count_tokens(tokenizer, corpus.train)
         ratio = min(ratio, float(f"{num_tokens / scaling.scaling_parameters(config):.3g}"))
-    cfg = replace(
-        cfg, depth=config.n_layer, max_seq_len=config.sequence_len,
-        target_param_data_ratio=ratio,
-    )  # fmt: skip
-    return cfg, model, tokenizer, meta
+    cfg = replace(cfg, depth=config.n_layer, max_seq_len=config.sequence_len)
+    return replace(cfg, target_param_data_ratio=ratio), model, tokenizer, meta
 
 
 def main(cfg: Config) -> None:
@@ -189,7 +173,7 @@ def main(cfg: Config) -> None:
     corpus = find_corpus(cfg.data)
     model, settings = None, {"corpus": corpus.name}
     if cfg.source:
-        cfg, model, tokenizer, meta = load_start(cfg, cfg.source, corpus, runtime)
+        cfg, model, tokenizer, meta = load_start(cfg, corpus, runtime)
         print0(f"base from {meta['name']}")
         tag, config = cfg.new_tag or f"{meta['model_tag']}-{corpus.name}", model.config
         if (cfg.source, tag) == ("base", meta["model_tag"]):

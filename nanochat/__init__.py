@@ -18,7 +18,6 @@ tests/test_layout.py reads this list and holds the order.
     checkpoint     save and load model, optimizer and loader state: atomic, verified
     trainer        what trainers share: lock, resume, clock, metrics, faults, micro-batches
     core_eval      evaluation of a base model: the CORE metric with its data, and bits per byte
-    finetuning     what midtraining and SFT share
     calculator     the tool: arithmetic and .count() by walking the syntax tree, never eval
     sampling       logits -> next id: temperature, top-k, top-p, one seed per sequence
     engine         many requests at once: prefill, batched decode, tool calls, prefix reuse
@@ -26,6 +25,7 @@ tests/test_layout.py reads this list and holds the order.
     sandbox        run model-written Python isolated and within limits
     task_eval      tasks, and categorical and generative evaluation of a chat model on one
     report         what each stage wrote -> report.md, report.html, report.json
+    finetuning     what midtraining and SFT share
     runs           the runs in the base folder -> what the page /runs shows
     hf_modeling    a model with the additions as transformers runs it; exports carry the file
     hf_export      settings, tensor names, tokenizer and chat template for transformers

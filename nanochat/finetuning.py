@@ -13,12 +13,12 @@ full must be near 1; counted from 0, the tables' first update would be a third o
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
 
-from nanochat.checkpoint import Checkpoint, load_model
+from nanochat.checkpoint import STAGE_SCRIPTS, Checkpoint, load_model
 from nanochat.common import (
     CheckpointFlags,
     Count,
@@ -34,6 +34,7 @@ from nanochat.common import (
 from nanochat.core_eval import source_bpb
 from nanochat.dataloader import ChatSource, Loader
 from nanochat.optim import MuonAdamW
+from nanochat.report import write_section
 from nanochat.scaling import lr_multiplier_at, make_optimizer
 from nanochat.tokenizer import Conversation
 from nanochat.trainer import Run, batch_rows, compile_for_training, row_choices
@@ -75,15 +76,15 @@ def carry_moments(optimizer: MuonAdamW, checkpoint: Checkpoint) -> None:
 
 def finetune(
     stage: str,
+    title: str,
     cfg: FinetuneConfig,
     build_mixture: Callable[[str], Sequence[Conversation]],
     own: str = "",
-) -> dict[str, Any] | None:
-    """Train `stage` from the checkpoint that `cfg` names.
+) -> None:
+    """Train `stage` from the checkpoint that `cfg` names, and report it under `title`.
 
     `build_mixture` gives the conversations of the stage and of "val"; it may download them, so all
-    else is checked before. `own` tells one state of the user's files from another. Returns the
-    results; None if the run was already finished.
+    else is checked before. `own` tells one state of the user's files from another.
     """
     runtime = set_up(cfg.device_type, cfg.dtype, cfg.seed, cfg.deterministic)
     model, tokenizer, meta = load_model(cfg, runtime, train=True, table_dtype=cfg.table_dtype)
@@ -95,7 +96,7 @@ def finetune(
 
     with Run(stage, meta["model_tag"], settings, runtime) as run:
         if run.is_finished:
-            return None
+            return
         train, val = build_mixture(stage), build_mixture("val")
         optimizer = make_optimizer(model, cfg.total_batch_size, 1, runtime.rank, runtime.world_size)
         if cfg.moments and run.resumed is None:
@@ -130,4 +131,6 @@ def finetune(
             meter.log_step(loss, multiplier, cfg.total_batch_size, finite)
         results = run.finish()
         cropped = all_reduce_sum(torch.tensor(loader.num_cropped, device=runtime.device)).item()
-        return results | {"from": meta["name"], "conversations": len(train), "cropped": cropped}
+        results |= {"from": meta["name"], "conversations": len(train), "cropped": cropped}
+        script, seconds = STAGE_SCRIPTS[stage], results["seconds"]
+        write_section(script, title, vars(cfg), results, seconds=seconds)

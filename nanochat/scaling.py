@@ -242,26 +242,9 @@ def warmdown_fraction(progress: float, warmdown: float) -> float:
     return min(1.0, max(0.0, (progress - (1 - warmdown)) / warmdown))
 
 
-def lr_multiplier(step: int, num_steps: int) -> float:
-    """Multiplier at `step` (from 0): linear warm-up, flat, linear warm-down to FINAL."""
-    warm = warmup_fraction(step, num_steps, LR_WARMUP_STEPS, LR_WARMUP_LIMIT)
-    return warm * lr_multiplier_at(step / num_steps, WARMDOWN, FINAL)
-
-
 def lr_multiplier_at(progress: float, warmdown: float, final: float = 0.0) -> float:
-    """Multiplier without warm-up: flat, then linear to `final` at progress 1."""
+    """Learning-rate multiplier without warm-up: flat, then linear to `final` at progress 1."""
     return 1 - (1 - final) * warmdown_fraction(progress, warmdown)
-
-
-def muon_momentum(step: int, num_steps: int) -> float:
-    """Momentum at `step`: .85 -> .97 in the warm-up, .97 -> .90 in the warm-down."""
-    warm = warmup_fraction(step, num_steps, MOMENTUM_WARMUP_STEPS, MOMENTUM_WARMUP_LIMIT)
-    return 0.85 + 0.12 * warm - 0.07 * warmdown_fraction(step / num_steps, WARMDOWN)
-
-
-def weight_decay_multiplier(progress: float) -> float:
-    """Half a cosine from 1 at the start to 0 at the end."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Schedule(NamedTuple):
@@ -273,10 +256,18 @@ class Schedule(NamedTuple):
     start: int = 0  # the step at which the rate begins to rise
 
     def multipliers(self, step: int) -> tuple[float, float, float]:
-        """(of the learning rates, Muon's momentum, of its weight decay) at `step` of the run."""
+        """(of the learning rates, Muon's momentum, of its weight decay) at `step` of the run.
+
+        Rates: linear warm-up, flat, linear warm-down to FINAL. Momentum: .85 -> .97 in its warm-up,
+        .97 -> .90 in the warm-down. Decay: half a cosine from 1 to 0.
+        """
         step, num_steps = step - self.start, self.end - self.start
-        decay = weight_decay_multiplier(step / num_steps)
-        return lr_multiplier(step, num_steps), muon_momentum(step, num_steps), decay
+        progress = step / num_steps
+        rate = warmup_fraction(step, num_steps, LR_WARMUP_STEPS, LR_WARMUP_LIMIT)
+        warm = warmup_fraction(step, num_steps, MOMENTUM_WARMUP_STEPS, MOMENTUM_WARMUP_LIMIT)
+        momentum = 0.85 + 0.12 * warm - 0.07 * warmdown_fraction(progress, WARMDOWN)
+        decay = 0.5 * (1 + math.cos(math.pi * progress))
+        return rate * lr_multiplier_at(progress, WARMDOWN, FINAL), momentum, decay
 
 
 # --- what compute buys, by runs and laws that others published

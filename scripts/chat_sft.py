@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from nanochat.common import Count, Positive, Source, run_script
 from nanochat.finetuning import FinetuneConfig, finetune
-from nanochat.report import write_section
 from tasks.mixtures import Mixtures
 
 
@@ -27,11 +26,7 @@ class Config(FinetuneConfig):
 
 def main(cfg: Config) -> None:
     mixtures = Mixtures(cfg)
-    results = finetune("sft", cfg, mixtures.build, mixtures.digest)
-    if results is not None:
-        write_section(
-            "chat_sft", "Supervised finetuning", vars(cfg), results, seconds=results["seconds"]
-        )
+    finetune("sft", "Supervised finetuning", cfg, mixtures.build, mixtures.digest)
 
 
 if __name__ == "__main__":

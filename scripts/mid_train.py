@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from nanochat.common import run_script
 from nanochat.finetuning import FinetuneConfig, finetune
-from nanochat.report import write_section
 from tasks.mixtures import Mixtures
 
 
@@ -23,9 +22,7 @@ class Config(FinetuneConfig):
 
 def main(cfg: Config) -> None:
     mixtures = Mixtures(cfg)
-    results = finetune("mid", cfg, mixtures.build, mixtures.digest)
-    if results is not None:
-        write_section("mid_train", "Midtraining", vars(cfg), results, seconds=results["seconds"])
+    finetune("mid", "Midtraining", cfg, mixtures.build, mixtures.digest)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,8 @@ def test_a_run_goes_on_to_a_later_end(
         base_train.main(goes_on)
     assert weights("whole") == weights("pieces")
     assert curve("whole", "loss") == curve("pieces", "loss") and len(curve("whole", "loss")) == 20
-    rates = [scaling.lr_multiplier(step - rises_at, 20 - rises_at) for step in range(rises_at, 20)]
+    oracle = scaling.Schedule(256, 20 - rises_at, 1)
+    rates = [oracle.multipliers(step)[0] for step in range(20 - rises_at)]
     assert curve("whole", "lrm")[max(rises_at, ended_at) :] == pytest.approx(
         rates[ended_at - rises_at :]
     )

@@ -126,9 +126,9 @@ def test_chat_stages(
         device_type="cpu", compile="yes", fresh=True, save_every=-1, mask_documents=stage == "sft",
     )  # fmt: skip
     few, many = replace(cfg, num_iterations=2), replace(cfg, num_iterations=20)
-    made = count(finetune, stage, few, lambda _: talk)
+    made = count(finetune, stage, "A stage", few, lambda _: talk)
     assert 6 <= made <= 8  # of two layers; the eager rest of masks is no part
-    assert count(finetune, stage, many, lambda _: talk) == made
+    assert count(finetune, stage, "A stage", many, lambda _: talk) == made
 
 
 class Lottery(Task):

@@ -34,7 +34,8 @@ def test_micro_batches_with_unequal_targets_are_one_batch(
     talk = [conversation("?" * (60 - n), "ab" * (n // 2)) for n in range(4, 60, 4)]
     curves = []
     for rows in (4, 2, 1):
-        finetune("mid", replace(CFG, dtype="float32", device_batch_size=rows), lambda _: talk)
+        cfg = replace(CFG, dtype="float32", device_batch_size=rows)
+        finetune("mid", "Midtraining", cfg, lambda _: talk)
         curves.append([record["loss"] for record in read_metrics(run_dir("mid", "d2"))[1:]])
     assert len(set(curves[0])) == 3
     for curve in curves[1:]:
@@ -50,7 +51,7 @@ def test_moments_make_two_stages_one(
     cfg = replace(CFG, device_batch_size=4, warmdown=0.0)
 
     def weights(stage: str, **changes: Any) -> dict[str, torch.Tensor]:
-        finetune(stage, replace(cfg, **changes), lambda _: talk)
+        finetune(stage, "A stage", replace(cfg, **changes), lambda _: talk)
         return find_checkpoint(stage)[1].load_weights(torch.device("cpu"))
 
     whole = weights("mid", num_iterations=5, moments=True)
@@ -64,7 +65,7 @@ def test_moments_make_two_stages_one(
 def test_rates_fall_from_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_chat_model(tmp_path, monkeypatch)
     talk = [conversation("?" * 20, "ab" * 8)] * 2
-    finetune("mid", CFG, lambda _: talk)
+    finetune("mid", "Midtraining", CFG, lambda _: talk)
     rates = [record["lrm"] for record in read_metrics(run_dir("mid", "d2"))[1:]]
     assert rates == pytest.approx([1, 2 / 3, 1 / 3])
 
@@ -76,7 +77,8 @@ def test_what_can_be_refused_is_so_before_a_data_set_is_fetched(
         pytest.fail(f"fetched {stage}")
 
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "empty"))
-    refuses("no checkpoint in .*base_train", finetune, "mid", replace(CFG, source="base"), fetch)
+    away = replace(CFG, source="base")
+    refuses("no checkpoint in .*base_train", finetune, "mid", "Midtraining", away, fetch)
     save_chat_model(tmp_path, monkeypatch)
     for changes, said in (
         ({"total_batch_size": 250}, "not a multiple of --max_seq_len=64"),
@@ -84,9 +86,9 @@ def test_what_can_be_refused_is_so_before_a_data_set_is_fetched(
         ({"model_tag": "d9"}, "no model tag d9"),
         ({"step": 9}, "no step 9"),
     ):
-        refuses(said, finetune, "mid", replace(CFG, **changes), fetch)
-    finetune("mid", CFG, lambda _: [conversation("?" * 20, "ab" * 8)] * 2)
-    finetune("mid", replace(CFG, fresh=False), fetch)  # is finished
+        refuses(said, finetune, "mid", "Midtraining", replace(CFG, **changes), fetch)
+    finetune("mid", "Midtraining", CFG, lambda _: [conversation("?" * 20, "ab" * 8)] * 2)
+    finetune("mid", "Midtraining", replace(CFG, fresh=False), fetch)  # is finished
     for changes, said in (({"task": "GSM9K"}, "GSM9K' is unknown"), ({"step": 9}, "no step 9")):
         cfg = replace(chat_rl.Config(device_type="cpu"), **changes)
         refuses(said, chat_rl.main, cfg)

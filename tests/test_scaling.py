@@ -191,27 +191,31 @@ def test_memory_of_the_optimizer_is_shared_out() -> None:
     assert alone["total"] - eighth["total"] == pytest.approx(7 / 8 * alone["optimizer"])
 
 
+def at_step(step: int, num_steps: int) -> tuple[float, float, float]:
+    return scaling.Schedule(2**19, num_steps, num_steps).multipliers(step)
+
+
 def test_short_runs_warm_up_in_a_fraction_of_the_run() -> None:
-    multipliers = [scaling.lr_multiplier(step, 100) for step in range(101)]
+    multipliers = [at_step(step, 100)[0] for step in range(101)]
     full = scaling.LR_WARMUP_LIMIT * 100
     assert multipliers[0] == pytest.approx(1 / full)
     assert multipliers[round(full) - 1] == 1.0
     assert all(0 < multiplier <= 1 for multiplier in multipliers)
-    assert scaling.lr_multiplier(0, 1) == 1.0
+    assert at_step(0, 1)[0] == 1.0
 
 
 SCHEDULES = {
     # 40 steps of warm-up; the warm-down is the last 65 %.
-    "lr in pretraining": (lambda step: scaling.lr_multiplier(step, 1000), {
+    "lr in pretraining": (lambda step: at_step(step, 1000)[0], {
         0: 1 / 40, 19: 0.5, 39: 1, 350: 1, 675: 0.525, 800: 1 - 0.95 * 0.45 / 0.65, 1000: 0.05}),
     # To 0, and no further where a last batch overshoots; without a warm-down it stays.
     "lr in chat stages": (lambda at: scaling.lr_multiplier_at(at, warmdown=0.2), {
         0: 1, 0.8: 1, 0.9: 0.5, 1: 0, 1.3: 0}),
     "lr kept up": (lambda at: scaling.lr_multiplier_at(at, warmdown=0), {0: 1, 0.9: 1, 1: 1}),
-    "momentum": (lambda step: scaling.muon_momentum(step, 10000), {
+    "momentum": (lambda step: at_step(step, 10000)[1], {
         0: 0.85 + 0.12 / 400, 399: 0.97, 3500: 0.97, 8000: 0.97 - 0.07 * 0.45 / 0.65, 10000: 0.9}),
-    "weight decay": (scaling.weight_decay_multiplier, {
-        0: 1, 0.5: 0.5, 0.8: 0.0954915, 0.9: 0.0244717, 1: 0}),
+    "weight decay": (lambda step: at_step(step, 10)[2], {
+        0: 1, 5: 0.5, 8: 0.0954915, 9: 0.0244717, 10: 0}),
 }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.report import write_section
 from nanochat.scaling import lr_multiplier_at, make_optimizer
 from nanochat.tokenizer import Conversation
-from nanochat.trainer import Run, batch_rows, compile_for_training, row_choices
+from nanochat.trainer import Run, compile_for_training, row_choices
 
 Files = tyro.conf.UseAppendAction[list[str]]  # a flag given once for each
 MOMENTUM = 0.95  # of Muon; constant, since a stage starts from a trained model
@@ -91,8 +91,7 @@ def finetune(
     print0(f"{stage} from {meta['name']}")
     settings = vars(cfg) | {"weights": meta["weights"], "own": own}
     seq_len = cfg.max_seq_len if cfg.max_seq_len > 0 else model.config.sequence_len
-    num_rows = batch_rows(cfg.total_batch_size, seq_len)
-    choices = row_choices(cfg, num_rows, seq_len, model.config, runtime)
+    num_rows, choices = row_choices(cfg, cfg.total_batch_size, seq_len, model.config, runtime)
 
     with Run(stage, meta["model_tag"], settings, runtime) as run:
         if run.is_finished:

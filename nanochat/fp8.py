@@ -21,11 +21,18 @@ from nanochat.common import Runtime, UserError, print0
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def quantise(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(values in `dtype`, their transpose, the fp32 scale () to multiply them by)."""
+class Quantised(NamedTuple):
+    """A matrix in both layouts; a weight's is updated in place, as compiled models see that."""
+
+    rows: Tensor  # (N, K) in 8 bits
+    columns: Tensor  # (K, N)
+    scale: Tensor  # () fp32, to multiply them by
+
+
+def quantise(values: Tensor, dtype: torch.dtype) -> Quantised:
     scale = values.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
     rows = (values / scale).to(dtype)
-    return rows, rows.t().contiguous(), scale
+    return Quantised(rows, rows.t().contiguous(), scale)
 
 
 def multiply(
@@ -39,14 +46,6 @@ def multiply(
     return scaled_mm(
         left, right.t(), left_scale, right_scale, out_dtype=torch.bfloat16, use_fast_accum=fast
     )
-
-
-class QuantisedWeight(NamedTuple):
-    """A weight in both layouts, updated in place so that a compiled model sees the new values."""
-
-    rows: Tensor  # (N, K) e4m3
-    columns: Tensor  # (K, N) e4m3
-    scale: Tensor  # () fp32
 
 
 class _Linear(torch.autograd.Function):
@@ -67,7 +66,7 @@ class _Linear(torch.autograd.Function):
         return dx, dw.float(), None, None, None
 
 
-def fp8_linear(x: Tensor, weight: Tensor, quantised: QuantisedWeight) -> Tensor:
+def fp8_linear(x: Tensor, weight: Tensor, quantised: Quantised) -> Tensor:
     """bf16 (..., N) = x (..., K) times the weight; `weight` (N, K) only receives the gradient."""
     y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, *quantised)
     return y.view(*x.shape[:-1], -1)
@@ -103,7 +102,7 @@ def enable(model: nn.Module) -> list[Any]:
     linears: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear)]
     linears = [linear for linear in linears if is_eligible(linear.weight)]
     for linear in linears:
-        linear.quantised = QuantisedWeight(*quantise(linear.weight, E4M3))
+        linear.quantised = quantise(linear.weight, E4M3)
     return linears
 
 
@@ -115,7 +114,7 @@ def refresh(linears: Iterable[Any], compiled: bool = False) -> None:
         into(linear.weight, linear.quantised)
 
 
-def requantise(weight: Tensor, quantised: QuantisedWeight) -> None:
+def requantise(weight: Tensor, quantised: Quantised) -> None:
     for old, new in zip(quantised, quantise(weight, E4M3), strict=True):
         old.copy_(new)
 

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import Kernel, View, attend, see
 from nanochat.common import UserError
-from nanochat.fp8 import QuantisedWeight, fp8_linear
+from nanochat.fp8 import Quantised, fp8_linear
 from nanochat.kv_cache import Append, KVCache, kept_dtype
 from nanochat.loss import (
     GPU_CHUNK,
@@ -153,7 +153,7 @@ class GPTConfig:
 class Linear(nn.Linear):
     """A matrix without bias: fp32 master weights, cast to the input's dtype."""
 
-    quantised: QuantisedWeight | None = None  # see nanochat.fp8.enable
+    quantised: Quantised | None = None  # see nanochat.fp8.enable
 
     def __init__(self, fan_in: int, fan_out: int) -> None:
         super().__init__(fan_in, fan_out, bias=False)

@@ -96,27 +96,23 @@ HORIZON = {"num_iterations", "target_param_data_ratio"}  # --extend trains on to
 # --- micro-batches
 
 
-def batch_rows(total_batch_size: int, seq_len: int) -> int:
-    """Rows of the global batch; UserError names the nearest sizes that divide."""
-    if total_batch_size % seq_len:
-        below = total_batch_size // seq_len * seq_len
-        choices = " or ".join(str(size) for size in (below, below + seq_len) if size)
-        raise UserError(
-            f"--total_batch_size={total_batch_size} is not a multiple of "
-            f"--max_seq_len={seq_len}; use {choices}"
-        )
-    return total_batch_size // seq_len
-
-
 def row_choices(
-    cfg: StreamFlags, num_rows: int, seq_len: int, config: GPTConfig, runtime: Runtime
-) -> list[tuple[int, bool]]:
-    """(rows, whether to recompute) of micro-batches to try in this order, for `num_rows` in all.
+    cfg: StreamFlags, num_tokens: int, seq_len: int, config: GPTConfig, runtime: Runtime
+) -> tuple[int, list[tuple[int, bool]]]:
+    """(rows of a batch of `num_tokens`; (rows, whether to recompute) of micro-batches to try).
 
-    Either of `device_batch_size` rows, capped at a rank's, or for "auto" of all sizes that the
-    device's memory may hold, the largest first. With `recompute` auto a GPU recomputes activations
-    only where nothing fits without. Raises UserError naming the nearest sizes that divide.
+    These are, in this order, either of `device_batch_size` rows, capped at a rank's, or for "auto"
+    of all sizes that the device's memory may hold, the largest first. With `recompute` auto a GPU
+    recomputes activations only where nothing fits without. Raises UserError naming the nearest
+    sizes that divide.
     """
+    num_rows, rest = divmod(num_tokens, seq_len)
+    if rest:
+        nearest = [seq_len * number for number in (num_rows, num_rows + 1) if number]
+        raise UserError(
+            f"--total_batch_size={num_tokens} is not a multiple of "
+            f"--max_seq_len={seq_len}; use {' or '.join(map(str, nearest))}"
+        )
     local = len(local_rows(num_rows, runtime))
     sizes = [size for size in range(local, 0, -1) if local % size == 0]
     kind = runtime.device.type
@@ -130,10 +126,10 @@ def row_choices(
                 f"--device_batch_size={rows} does not divide the {local} rows of a rank's batch; "
                 f"use {choices}"
             )
-        return [(rows, mode) for mode in modes]
+        return num_rows, [(rows, mode) for mode in modes]
     if kind == "cpu":
         rows = max(size for size in sizes if size == 1 or size * seq_len <= CPU_TOKENS)
-        return [(rows, modes[0])]
+        return num_rows, [(rows, modes[0])]
     needed = partial(
         memory_bytes, replace(config, sequence_len=seq_len), world_size=runtime.world_size,
         compute_bytes=runtime.dtype.itemsize, table_bytes=2 if cfg.table_dtype == "bfloat16" else 4,
@@ -146,7 +142,8 @@ def row_choices(
     tried = [(rows, mode) for mode in modes for rows in sizes]
     # On any rank: all have to try the same.
     too_large = agree(*(needed(rows, recompute=mode)["total"] > room for rows, mode in tried))
-    return [choice for choice, bad in zip(tried, too_large, strict=True) if not bad] or tried[-1:]
+    fitting = [choice for choice, bad in zip(tried, too_large, strict=True) if not bad]
+    return num_rows, fitting or tried[-1:]
 
 
 def compile_parts(model: GPT, choice: Choice) -> None:

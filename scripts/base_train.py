@@ -55,7 +55,7 @@ from nanochat.gpt import GPT, call
 from nanochat.report import write_section
 from nanochat.scaling import Schedule
 from nanochat.tokenizer import Tokenizer
-from nanochat.trainer import Run, batch_rows, compile_for_training, row_choices, starts_over
+from nanochat.trainer import Run, compile_for_training, row_choices, starts_over
 
 PASSES = 4  # over a corpus, at most, of a model that is trained further
 Start = Annotated[Literal["", "base", "mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
@@ -194,8 +194,7 @@ def main(cfg: Config) -> None:
             return
         schedule = plan_run(cfg, num_tokens, run)
         run.more_state["schedule"] = schedule
-        num_rows = batch_rows(schedule.batch, cfg.max_seq_len)
-        choices = row_choices(cfg, num_rows, cfg.max_seq_len, config, runtime)
+        num_rows, choices = row_choices(cfg, schedule.batch, cfg.max_seq_len, config, runtime)
         batches = [rows * cfg.max_seq_len for rows, _ in choices]
         in_fp8 = cfg.fp8 and fp8.is_there(runtime, batches)
         model = model or build_model(config, None, runtime, cfg.seed, cfg.table_dtype)

@@ -50,7 +50,9 @@ def row_choices(
     recompute: Choice = "auto",
 ) -> list[tuple[int, bool]]:
     cfg = StreamFlags(device_batch_size=size, recompute=recompute)
-    return trainer.row_choices(cfg, num_rows, seq_len, config, runtime)
+    found, choices = trainer.row_choices(cfg, num_rows * seq_len, seq_len, config, runtime)
+    assert found == num_rows
+    return choices
 
 
 def test_rows_of_a_micro_batch_divide_those_of_a_rank() -> None:
@@ -59,8 +61,8 @@ def test_rows_of_a_micro_batch_divide_those_of_a_rank() -> None:
     refuses("--device_batch_size=4 or --device_batch_size=6", row_choices, 12, 5, 64, CONFIG, CPU)
     five = Runtime(CPU.device, CPU.dtype, 0, 5, "cpu")
     refuses("does not divide among 5 ranks", row_choices, 12, 4, 64, CONFIG, five)
-    refuses("use 512 or 1024", trainer.batch_rows, 1000, 512)
-    refuses("use 512", trainer.batch_rows, 100, 512)
+    for num_tokens, said in ((1000, "use 512 or 1024"), (100, "use 512$")):
+        refuses(said, trainer.row_choices, StreamFlags(), num_tokens, 512, CONFIG, CPU)
     assert row_choices(96, "auto", 64, CONFIG, CPU) == [(48, False)]  # 96 are above CPU_TOKENS
     assert row_choices(96, "auto", 10**6, CONFIG, CPU, "yes") == [(1, True)]
 

@@ -48,6 +48,7 @@ from nanochat.common import (
     base_dir,
     dist_timeout,
     free_memory,
+    fsync,
     git_revision,
     gpu_memory,
     has_c_compiler,
@@ -434,8 +435,7 @@ class Meter:
         try:
             with self.path.open("a") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
-                file.flush()
-                os.fsync(file.fileno())
+            fsync(self.path)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error}") from error
         self.tell_wandb(lambda: [self.wandb.log(r, step=r["step"]) for r in records])
@@ -456,14 +456,13 @@ def start_wandb(config: dict[str, Any], folder: Path) -> Any:
     None, if it refuses even that. It never stops a run: each is said in one line.
     """
     settings: dict[str, Any] = {"project": "nanochat", "name": config["run"], "config": config}
+    problem = "nobody is logged in"
     try:
         import wandb  # takes half a second
 
         limits = wandb.Settings(init_timeout=WANDB_SECONDS, finish_timeout=3 * WANDB_SECONDS)
         settings |= {"dir": folder, "settings": limits}
-        known = os.environ.get("WANDB_MODE") or wandb.api.api_key
-        problem = "" if known else "nobody is logged in"
-        if not problem:
+        if os.environ.get("WANDB_MODE") or wandb.api.api_key:
             try:
                 return wandb.init(**settings)
             except wandb.Error as error:

@@ -113,19 +113,16 @@ def finetune(
             run.checkpoint(cfg.save_every)
             if run.is_due(cfg.eval_every):
                 held_out = ChatSource(tokenizer, val, num_epochs=None, quiet=True)
-                with run.attempt():
-                    bpb = source_bpb(
-                        model, held_out, runtime, cfg.eval_tokens, rows,
-                        num_rows=num_rows, seq_len=seq_len,
-                    )  # fmt: skip
+                bpb = source_bpb(
+                    model, held_out, runtime, cfg.eval_tokens, rows,
+                    num_rows=num_rows, seq_len=seq_len,
+                )  # fmt: skip
                 meter.note(val_bpb=bpb)
             if run.progress >= 1:
                 break
             loss = run.accumulate(meter.fetch(loader))
             multiplier = cfg.lr_scale * lr_multiplier_at(run.progress, cfg.warmdown)
-            optimizer.set_multipliers(multiplier, MOMENTUM, weight_decay=0.0)
-            finite = optimizer.step()
-            optimizer.zero_grad()
+            finite = run.update(multiplier, MOMENTUM, weight_decay=0.0)
             run.advance(loader.progress if num_epochs else (run.step + 1) / cfg.num_iterations)
             meter.log_step(loss, multiplier, cfg.total_batch_size, finite)
         results = run.finish()

@@ -25,8 +25,8 @@ import stat
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import cache, partial
@@ -487,7 +487,7 @@ class Run:
     """One run's folder, locked against other processes, and the run's progress.
 
     As a context manager it catches signals, waits for the last save however the run ends, and runs
-    the callbacks of `at_exit`.
+    the callbacks of `at_exit`. If a GPU's memory runs out outside an update, the run is saved.
     """
 
     def __init__(
@@ -520,6 +520,7 @@ class Run:
         self.asked_at, self.longest = time.monotonic(), state.get("longest", 0.0)
         self.more_state: dict[str, Any] = {}  # of a script, in every checkpoint
         self.rows = 0  # of a micro-batch
+        self.is_whole = False  # the weights are those of `step`
         # A run whose last checkpoints were deleted is not finished, nor one that is extended.
         ends = HORIZON & before.keys() & self.config.keys()
         is_longer = any(before[name] != self.config[name] for name in ends)
@@ -587,7 +588,7 @@ class Run:
             if before != signal.SIG_IGN or number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, self._receive)
                 self.at_exit.callback(signal.signal, number, before)
-        self.asked_at = time.monotonic()
+        self.asked_at, self.is_whole = time.monotonic(), True
         return self.meter
 
     def is_due(self, every: int) -> bool:
@@ -596,21 +597,9 @@ class Run:
 
     def advance(self, progress: float) -> None:
         """Count the step whose update was made."""
-        self.step, self.progress = self.step + 1, progress
+        self.step, self.progress, self.is_whole = self.step + 1, progress, True
         if self.loader:
             self.position = self.loader.state
-
-    @contextmanager
-    def attempt(self) -> Iterator[None]:
-        """A part of a step that changes no weights: if memory runs out in it, the run is saved."""
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            if self.runtime.world_size == 1:  # other ranks wait in the step
-                self.optimizer.zero_grad()
-                torch.cuda.empty_cache()
-                self.save()
-            raise
 
     def accumulate(
         self, batch: Sequence[Tensor], loss_of: Callable[..., Tensor] = summed_loss
@@ -625,18 +614,25 @@ class Run:
         num_targets.clamp_(min=1)  # the last rows of conversations may hold nothing to learn
         loss = torch.zeros((), device=self.runtime.device)
         micro_batches = list(zip(*(part.split(self.rows) for part in batch), strict=True))
-        with self.attempt():
-            for i, micro_batch in enumerate(micro_batches, start=1):
-                if i == len(micro_batches):
-                    self.stop_if_asked()
-                    self.optimizer.reduce_on_next_backward()  # average the gradients over the ranks
-                elif self.is_asked():
-                    continue
-                part = loss_of(self.model, *micro_batch) / num_targets
-                # As the optimizer averages over ranks; the other scale is 1, but in fp16.
-                (part * self.runtime.world_size * self.optimizer.loss_scale).backward()
-                loss += part.detach()
+        for i, micro_batch in enumerate(micro_batches, start=1):
+            if i == len(micro_batches):
+                self.stop_if_asked()
+                self.optimizer.reduce_on_next_backward()  # average the gradients over the ranks
+            elif self.is_asked():
+                continue
+            part = loss_of(self.model, *micro_batch) / num_targets
+            # As the optimizer averages over ranks; the other scale is 1, but in fp16.
+            (part * self.runtime.world_size * self.optimizer.loss_scale).backward()
+            loss += part.detach()
         return all_reduce_sum(loss)
+
+    def update(self, lr_multiplier: float, momentum: float, weight_decay: float) -> Tensor:
+        """Make the optimizer's step, which `advance` then counts; returns its verdict ()."""
+        self.optimizer.set_multipliers(lr_multiplier, momentum, weight_decay)
+        self.is_whole = False
+        finite = self.optimizer.step()
+        self.optimizer.zero_grad()
+        return finite
 
     def is_asked(self) -> int:
         """The signal that asked this process to stop, SIGALRM if its time is nearly up, or 0.
@@ -721,9 +717,14 @@ class Run:
             os._exit(128 + number)
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        is_full = isinstance(error, torch.OutOfMemoryError)
         with self.at_exit:
+            if is_full and self.is_whole and self.runtime.world_size == 1:  # others wait in a step
+                self.optimizer.zero_grad()
+                torch.cuda.empty_cache()
+                self.save()
             self.writer.wait()
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_full:
             rows = {"device_batch_size": self.rows} if self.rows else {}
             raise out_of_memory(self.config | rows) from error
 

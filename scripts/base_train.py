@@ -217,11 +217,10 @@ def main(cfg: Config) -> None:
             run.checkpoint(cfg.save_every)  # or end here, if a signal or the time asks for it
             if run.is_due(cfg.eval_every):
                 held_out = TextSource(tokenizer, [corpus.val], quiet=True)
-                with run.attempt():
-                    bpb = source_bpb(
-                        model, held_out, runtime, cfg.eval_tokens, rows,
-                        num_rows=num_rows, seq_len=cfg.max_seq_len,
-                    )  # fmt: skip
+                bpb = source_bpb(
+                    model, held_out, runtime, cfg.eval_tokens, rows,
+                    num_rows=num_rows, seq_len=cfg.max_seq_len,
+                )  # fmt: skip
                 meter.note(val_bpb=bpb)
             if run.step > 0 and run.is_due(cfg.sample_every):
                 samples = meter.record["samples"] = sample_texts(model, tokenizer)
@@ -232,9 +231,7 @@ def main(cfg: Config) -> None:
             loss = run.accumulate(meter.fetch(loader))
             multiplier, momentum, decay = schedule.multipliers(run.step)
             multiplier *= cfg.lr_scale
-            optimizer.set_multipliers(multiplier, momentum, decay)
-            finite = optimizer.step()  # a no-op if a gradient has a NaN or infinity
-            optimizer.zero_grad()
+            finite = run.update(multiplier, momentum, decay)
             fp8.refresh(linears, compiled=model.call_part is not call)
 
             run.advance((run.step + 1) / schedule.end)

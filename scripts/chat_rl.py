@@ -210,24 +210,19 @@ def main(cfg: Config) -> None:
             run.checkpoint(cfg.save_every)
             if run.is_due(cfg.eval_every):
                 run.save()  # an evaluation takes longer than some schedulers wait
-                with run.attempt():
-                    figures = evaluate(cfg, engine, held_out)
-                meter.note(**figures)
+                meter.note(**evaluate(cfg, engine, held_out))
             if run.step == cfg.num_steps:
                 break
 
             meter.start_step()
-            with run.attempt():
-                groups = roll_out(cfg, engine, task, run)
+            groups = roll_out(cfg, engine, task, run)
             figures, num_tokens = summarize(groups, runtime.device)
             loss, finite = torch.zeros(()), None
             multiplier = cfg.lr_scale * lr_multiplier_at(run.progress, 1.0)
             if figures["useful_groups"] > 0:
                 batch = policy_batch(groups, tokenizer.bos_id, whole_rows)
                 loss = run.accumulate([part.to(runtime.device) for part in batch], policy_loss)
-                optimizer.set_multipliers(multiplier, MOMENTUM, weight_decay=0.0)
-                finite = optimizer.step()
-                optimizer.zero_grad()
+                finite = run.update(multiplier, MOMENTUM, weight_decay=0.0)
                 refresh(engine, model)
             run.advance((run.step + 1) / cfg.num_steps)
             meter.log_step(loss, multiplier, num_tokens, finite)

@@ -313,15 +313,21 @@ def test_settings_that_a_run_may_go_on_with() -> None:
 
 
 def test_out_of_memory_names_the_flag_and_loses_no_step(base: Path) -> None:
+    def exhaust() -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
     def run_out_of_memory() -> None:
         with Run("base", "d1", settings(), CPU) as run:
             start(run, build_model(CONFIG, None, CPU), rows=12)
             run.advance(0.25)
-            with run.attempt():
-                raise torch.OutOfMemoryError("CUDA out of memory")
+            if in_an_update:
+                run.optimizer.step = exhaust
+                run.update(1.0, 0.95, 0.0)
+            exhaust()
 
-    refuses("--device_batch_size=12; try --device_batch_size=6$", run_out_of_memory)
-    assert list_steps(base / "base/d1") == [1]
+    for in_an_update in (True, False):
+        refuses("--device_batch_size=12; try --device_batch_size=6$", run_out_of_memory)
+        assert list_steps(base / "base/d1") == ([] if in_an_update else [1])
 
 
 class FakeWandb:

@@ -627,7 +627,10 @@ class Run:
         return all_reduce_sum(loss)
 
     def update(self, lr_multiplier: float, momentum: float, weight_decay: float) -> Tensor:
-        """Make the optimizer's step, which `advance` then counts; returns its verdict ()."""
+        """Make the optimizer's step, which `advance` then counts.
+
+        Returns MuonAdamW.step's (): False where a gradient was not finite and nothing has changed.
+        """
         self.optimizer.set_multipliers(lr_multiplier, momentum, weight_decay)
         self.is_whole = False
         finite = self.optimizer.step()

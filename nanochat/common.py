@@ -355,7 +355,7 @@ class RunFlags:
 
     lr_scale: Positive = 1.0  # multiplies the learning rates of pretraining
     compile: Choice = "auto"  # torch.compile; auto: on a GPU
-    seed: int = 0  # of the initial weights, the order of the data and the samples
+    seed: int = 0  # of initial weights, the conversations' order and RL's samples
     deterministic: bool = False  # the same bits on a GPU each time; slower
     run: str = "dummy"  # wandb name; dummy: no wandb
     fresh: bool = False  # start over instead of resuming
@@ -370,7 +370,7 @@ class RunFlags:
 class StreamFlags(RunFlags):
     """The flags of those that train on a stream of documents or conversations."""
 
-    num_iterations: Derived = -1  # steps; -1: from target_param_data_ratio, or num_epochs
+    num_iterations: Derived = -1  # steps; -1: as the other flags say
     device_batch_size: Rows = "auto"  # rows per micro-batch; auto: what fits
     recompute: Choice = "auto"  # activations, for a third more time; auto: if nothing fits else
     table_dtype: TableDtype = "auto"  # of the embeddings
@@ -386,7 +386,7 @@ def run_script(main: Callable[[T], None], config: type[T]) -> None:
     """Run `main` on the parsed command line; --help begins with the script's docstring.
 
     UserError, errors of paths and the machine, and too little GPU memory become one line on stderr
-    and exit code 1; Ctrl-C does with 130, and the end of the time with `TIME_IS_UP`.
+    and exit code 1; Ctrl-C becomes one and 130; the end of the time, `TIME_IS_UP`.
     """
     parsed = tyro.cli(config, description=main.__globals__["__doc__"])
     try:

@@ -76,7 +76,7 @@ def source_bpb(
 
     The nats of every target that stands for bytes, over ln 2 times those bytes, so it does not
     depend on the vocabulary. Specials, of 0 bytes, and targets of -1 do not count; without any
-    bytes it is infinite. All ranks' rows fix the packing, so the figure; `rows` are read at a time.
+    bytes it is infinite. All ranks' rows fix packing and figure; `rows` are read at a time.
     """
     lengths = torch.tensor(source.tokenizer.token_bytes(), device=runtime.device)  # (V,)
     exact = torch.float32 if runtime.device.type == "mps" else torch.float64  # MPS has no fp64
@@ -363,11 +363,11 @@ def download(folder: Path) -> None:
     """Fetch the bundle into `folder`, which appears whole or not at all."""
     print0(f"downloading {URL}")
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(URL, timeout=TIMEOUT_SECONDS) as source:
             total = -(-int(source.headers.get("Content-Length") or 0) // 2**20)
             blocks = progress_bar(iter(lambda: source.read(2**20), b""), "MiB", total)
             archive = io.BytesIO(b"".join(blocks))
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".eval_bundle.", dir=folder.parent) as beside:
             zipfile.ZipFile(archive).extractall(beside)  # checks CRCs; none leaves the folder
             os.sync()

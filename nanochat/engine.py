@@ -46,7 +46,7 @@ NUM_WARM_UPS = 3  # eager runs before capture, in which cuBLAS allocates its wor
 class Request:
     """What to continue and how; compared by identity."""
 
-    prompt: list[int]
+    prompt: list[int]  # not to be changed once submitted
     max_tokens: int  # generated tokens, forced ones included; 0: only score the prompt
     temperature: float = 1.0  # 0: the likeliest token
     top_k: int = 0  # 0: off
@@ -536,6 +536,7 @@ class Engine:
 
     def _leave(self, slot: Slot) -> None:
         self.running.remove(slot)
+        slot.penalties = None  # three tensors of the vocabulary's size
         self.slots.free.append(slot)
 
     def _prefill(self) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nanochat.attention import QKV, Kernel, flash, flash_options, flash_reads_a_cache, in_window
 
-GPU_DECODE_BLOCK = 256  # keys read at a time by a GPU without flash, a guess; and by a short graph
+GPU_DECODE_BLOCK = 256  # keys that a GPU without flash reads at a time, a guess; a graph's fewest
 
 
 def kept_dtype(device: torch.device, dtype: torch.dtype, kernel: Kernel = "dense") -> torch.dtype:

@@ -16,6 +16,7 @@ import math
 import re
 import secrets
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -83,7 +84,14 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.stalled = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
+        self._watch(sys.maxsize)
+
+    def _watch(self, num_before: int) -> None:
+        """Break off if none of the bytes that waited before has left since."""
+        if (num_waiting := self.transport.get_write_buffer_size()) >= num_before:
+            self.transport.abort()
+        else:
+            self.stalled = self.loop.call_later(STALLED_SECONDS, self._watch, num_waiting)
 
     def resume_writing(self) -> None:
         self.stalled.cancel()
@@ -141,7 +149,7 @@ class ChatServer:
         return self.models[name] if name else self.default
 
     async def find(self, name: str) -> ServedModel:
-        """The same once it is loaded, or could not be; ApiError if there is no room for it."""
+        """As look_up, once loading has ended, well or not; ApiError if there is no room for it."""
         self.check_open()
         model = self.look_up(name)
         try:

@@ -102,7 +102,8 @@ def needed_len(
 ) -> int:
     """Tokens of cache that the longest of these prompts and its reply take, at most `context`.
 
-    Half the cache takes half the memory, and time without flash. Whole blocks: no bit changes.
+    Half the cache takes half the memory and, without flash, half the time; whole blocks change
+    no bit.
     """
     longest = max((len(render_prompt(tokenizer, item)) for item in items), default=1)
     num_blocks = -(-(longest + max_tokens) // GPU_DECODE_BLOCK)

@@ -357,6 +357,7 @@ class Meter:
             self.print_line()
             self.flush()
             self.line_start, self.wait_seconds = (run.step, self.tokens, self.seconds), 0.0
+        run.is_whole = True
 
     def check_gradients(self) -> None:
         """Read which gradients were finite (blocks on the device); three bad in a row raise."""
@@ -487,7 +488,7 @@ class Run:
     """One run's folder, locked against other processes, and the run's progress.
 
     As a context manager it catches signals, waits for the last save however the run ends, and runs
-    the callbacks of `at_exit`. If a GPU's memory runs out outside an update, the run is saved.
+    the callbacks of `at_exit`. If a single rank's GPU memory runs out outside an update, it saves.
     """
 
     def __init__(
@@ -520,7 +521,7 @@ class Run:
         self.asked_at, self.longest = time.monotonic(), state.get("longest", 0.0)
         self.more_state: dict[str, Any] = {}  # of a script, in every checkpoint
         self.rows = 0  # of a micro-batch
-        self.is_whole = False  # the weights are those of `step`
+        self.is_whole = False  # weights and record are those of `step`
         # A run whose last checkpoints were deleted is not finished, nor one that is extended.
         ends = HORIZON & before.keys() & self.config.keys()
         is_longer = any(before[name] != self.config[name] for name in ends)
@@ -597,7 +598,7 @@ class Run:
 
     def advance(self, progress: float) -> None:
         """Count the step whose update was made."""
-        self.step, self.progress, self.is_whole = self.step + 1, progress, True
+        self.step, self.progress = self.step + 1, progress
         if self.loader:
             self.position = self.loader.state
 
@@ -629,7 +630,7 @@ class Run:
     def update(self, lr_multiplier: float, momentum: float, weight_decay: float) -> Tensor:
         """Make the optimizer's step, which `advance` then counts.
 
-        Returns MuonAdamW.step's (): False where a gradient was not finite and nothing has changed.
+        Returns the verdict () of MuonAdamW.step on the gradient.
         """
         self.optimizer.set_multipliers(lr_multiplier, momentum, weight_decay)
         self.is_whole = False
@@ -722,11 +723,13 @@ class Run:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         is_full = isinstance(error, torch.OutOfMemoryError)
         with self.at_exit:
-            if is_full and self.is_whole and self.runtime.world_size == 1:  # others wait in a step
-                self.optimizer.zero_grad()
-                torch.cuda.empty_cache()
-                self.save()
-            self.writer.wait()
+            try:
+                if is_full and self.is_whole and self.runtime.world_size == 1:  # others wait
+                    self.optimizer.zero_grad()
+                    torch.cuda.empty_cache()
+                    self.save()
+            finally:
+                self.writer.wait()
         if is_full:
             rows = {"device_batch_size": self.rows} if self.rows else {}
             raise out_of_memory(self.config | rows) from error

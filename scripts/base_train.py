@@ -113,6 +113,8 @@ def plan_run(cfg: Config, num_tokens: int, run: Run) -> Schedule:
     """
     state = run.resumed.state if run.resumed else {}
     if "schedule" not in state:
+        if state and cfg.extend:
+            raise UserError("an earlier version began this run, so --extend cannot; use -i base")
         return plan_steps(cfg, num_tokens)
     saved = Schedule(*state["schedule"])
     wanted = plan_steps(replace(cfg, total_batch_size=saved.batch), num_tokens)

@@ -38,6 +38,7 @@ from nanochat.common import (
     Runtime,
     UserError,
     free_memory,
+    leave,
     print0,
     run_script,
     set_up,
@@ -133,9 +134,12 @@ def serve(cfg: Config, listener: socket.socket, ready: Callable[[], None] | None
     )
     # By which a Ctrl-C ends it: of an exception each open connection would print a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for number in (signal.SIGUSR1, signal.SIGALRM):  # the time is up
-        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGTERM))
-    Server(config, ready).run([listener])
+    server = Server(config, ready)
+    for number in (signal.SIGUSR1, signal.SIGALRM):  # which would break answers off, were they not
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+    server.run([listener])
+    if server.should_exit:  # by these; other signals have ended the process
+        leave("the time is up")
 
 
 def main(cfg: Config) -> None:

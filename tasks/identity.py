@@ -6,7 +6,7 @@ One row, made from the facts in identity.json, or in those of `--identity FILE`:
     user: Do you make mistakes?
     assistant: Yes. I am small, so I get facts wrong and lose the thread in long talks. I cannot ...
 
-Phrasings are in identity.txt, and only facts in that file: a new name needs no new conversations.
+Phrasings are in identity.txt, facts alone in the .json: a new name needs no new conversations.
 """
 
 import json

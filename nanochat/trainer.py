@@ -25,7 +25,7 @@ import stat
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -480,8 +480,11 @@ def start_wandb(config: dict[str, Any], folder: Path) -> Any:
 # --- the run folder
 
 
-def summed_loss(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
-    return model(inputs, targets, reduction="sum")
+def summed_loss(model: GPT, inputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """The sum () of the nats of all targets, times the weights (B, 1) of their rows if given."""
+    if weights is None:
+        return model(inputs, targets, reduction="sum")
+    return (model(inputs, targets, reduction="none") * weights).sum()
 
 
 class Run:
@@ -602,26 +605,26 @@ class Run:
         if self.loader:
             self.position = self.loader.state
 
-    def accumulate(
-        self, batch: Sequence[Tensor], loss_of: Callable[..., Tensor] = summed_loss
-    ) -> Tensor:
+    def accumulate(self, batch: Batch, weights: Tensor | None = None) -> Tensor:
         """The mean loss () over all ranks' targets; its gradient is added up over micro-batches.
 
-        `loss_of`(model, inputs, targets, ...), with a part of all that `batch` holds, is a sum; it
-        is divided by the number of all ranks' targets, so that the mean depends neither on the
-        micro-batches nor on the number of ranks.
+        With weights (B, 1) each row's nats count that many times. The sum is divided by the number
+        of all ranks' targets, so that the mean depends neither on the micro-batches nor on the
+        number of ranks.
         """
-        num_targets = all_reduce_sum((batch[1] != IGNORED).sum())
+        inputs, targets = batch
+        num_targets = all_reduce_sum((targets != IGNORED).sum())
         num_targets.clamp_(min=1)  # the last rows of conversations may hold nothing to learn
         loss = torch.zeros((), device=self.runtime.device)
-        micro_batches = list(zip(*(part.split(self.rows) for part in batch), strict=True))
-        for i, micro_batch in enumerate(micro_batches, start=1):
-            if i == len(micro_batches):
+        for first in range(0, len(inputs), self.rows):
+            rows = slice(first, first + self.rows)
+            if first + self.rows >= len(inputs):
                 self.stop_if_asked()
                 self.optimizer.reduce_on_next_backward()  # average the gradients over the ranks
             elif self.is_asked():
                 continue
-            part = loss_of(self.model, *micro_batch) / num_targets
+            weight = None if weights is None else weights[rows]
+            part = summed_loss(self.model, inputs[rows], targets[rows], weight) / num_targets
             # As the optimizer averages over ranks; the other scale is 1, but in fp16.
             (part * self.runtime.world_size * self.optimizer.loss_scale).backward()
             loss += part.detach()

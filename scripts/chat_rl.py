@@ -34,7 +34,7 @@ from nanochat.common import (
     set_up,
 )
 from nanochat.core_eval import Score
-from nanochat.dataloader import IGNORED
+from nanochat.dataloader import IGNORED, Batch
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT, call
 from nanochat.report import write_section
@@ -141,11 +141,6 @@ def policy_batch(
     return inputs, targets, advantages
 
 
-def policy_loss(model: GPT, inputs: Tensor, targets: Tensor, advantages: Tensor) -> Tensor:
-    """The sum () over sampled tokens of advantage x -log p(token)."""
-    return (model(inputs, targets, reduction="none") * advantages).sum()
-
-
 def evaluate(cfg: Config, engine: Engine, held_out: Task) -> dict[str, float]:
     """Accuracy on the held-out problems: of several answers the mean, with pass@k beside it."""
     num, sampled = cfg.eval_samples, cfg.eval_samples > 1
@@ -221,7 +216,9 @@ def main(cfg: Config) -> None:
             multiplier = cfg.lr_scale * lr_multiplier_at(run.progress, 1.0)
             if figures["useful_groups"] > 0:
                 batch = policy_batch(groups, tokenizer.bos_id, whole_rows)
-                loss = run.accumulate([part.to(runtime.device) for part in batch], policy_loss)
+                inputs, targets, advantages = (part.to(runtime.device) for part in batch)
+                # The mean over sampled tokens of advantage x -log p(token).
+                loss = run.accumulate(Batch(inputs, targets), advantages)
                 finite = run.update(multiplier, MOMENTUM, weight_decay=0.0)
                 refresh(engine, model)
             run.advance((run.step + 1) / cfg.num_steps)

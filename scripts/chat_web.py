@@ -91,15 +91,18 @@ def describe(chosen: Config, runtime: Runtime, memory: float) -> tuple[Path, Ser
     config, most = checkpoint.model_config, 64 if runtime.device.type == "cuda" else 8
     max_len, weights = config.sequence_len, checkpoint.folder / "model.safetensors"
     kept_as = kept_dtype(runtime.device, runtime.dtype)
-    sizes = config.n_layer, 1, config.n_kv_head, max_len, config.head_dim, config.n_embd
-    slot = KVCache(*sizes, "meta", runtime.dtype, kept_as=kept_as).num_bytes
-    room = int((memory - weights.stat().st_size) / slot)
+    slot = KVCache(
+        num_layers=config.n_layer, num_slots=1, num_kv_heads=config.n_kv_head, max_len=max_len,
+        head_dim=config.head_dim, num_channels=config.n_embd, device="meta", dtype=runtime.dtype,
+        kept_as=kept_as,
+    )  # fmt: skip
+    room = int((memory - weights.stat().st_size) / slot.num_bytes)
     slots = chosen.slots or max(1, min(most, room))
     return run, ServedModel(
         name=f"nanochat-{run.name}-{chosen.source}",
         kind="base" if chosen.source == "base" else "chat",
         max_len=max_len,
-        num_bytes=weights.stat().st_size + slots * slot,
+        num_bytes=weights.stat().st_size + slots * slot.num_bytes,
         load=partial(load_engine, chosen, runtime, slots),
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat.dataloader import Batch
 from nanochat.gpt import call
 from nanochat.scaling import make_optimizer
 from nanochat.trainer import Run
@@ -53,8 +54,9 @@ def test_gradient_is_that_of_the_definition(compiled: bool, base: Path) -> None:
     num_rows = 3 if compiled else 1
     with Run("rl", "d2", {"fresh": False, "run": "dummy", "log_every": 1}, CPU) as run:
         run.start(model, make_optimizer(model, 32, 4), TOKENIZER, rows=num_rows)
-        batch = chat_rl.policy_batch([GROUP], pad_id=0, whole_rows=num_rows if compiled else 0)
-        loss = run.accumulate(batch, chat_rl.policy_loss)
+        whole_rows = num_rows if compiled else 0
+        inputs, targets, advantages = chat_rl.policy_batch([GROUP], 0, whole_rows)
+        loss = run.accumulate(Batch(inputs, targets), advantages)
     torch.testing.assert_close(loss, expected.detach())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
